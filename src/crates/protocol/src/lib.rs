@@ -1,0 +1,57 @@
+//! What host and guest say to each other, and nothing about how the bytes travel.
+//!
+//! Architecture invariant: sans-IO. This crate turns bytes into events and events into bytes; it never touches a
+//! socket, a clock or a thread, so the blocking agent and the asynchronous host share it. A peer's bytes are hostile:
+//! every length is capped before anything is allocated, and no input panics.
+//!
+//! ```text
+//! transport (virtio-serial, vsock)   a byte stream
+//!   record     | length u16 BE | body |                                     record.rs
+//!     prelude  | kind u8 | ... |            plaintext, before the session   handshake.rs
+//!     frame    | kind u8 | flags u8 | id u32 BE | payload |   sealed        frame.rs, session.rs
+//!       message  one JSON document in one or more frames                    message.rs
+//! config drive | magic | length u32 BE | JSON | zeros |                     identity.rs
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod frame;
+pub mod handshake;
+pub mod identity;
+pub mod message;
+pub mod record;
+pub mod session;
+
+/// The oldest generation of the wire format that this build speaks.
+pub const GENERATION_MIN: u8 = 1;
+/// The newest generation of the wire format that this build speaks.
+pub const GENERATION_MAX: u8 = 1;
+
+/// The vsock port on the host (CID 2) to which an agent connects.
+pub const VSOCK_HOST_PORT: u32 = 5005;
+/// The name of the agent's virtio-serial port, as it appears in `/sys/class/virtio-ports/*/name`.
+pub const SERIAL_PORT_NAME: &str = "microvm.agent";
+
+/// Why a peer's bytes were refused. After any of these the connection cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ProtocolError {
+    #[error("record of length 0")]
+    EmptyRecord,
+    #[error("unexpected prelude record of kind {kind} while waiting for {expected}")]
+    UnexpectedPrelude { kind: u8, expected: &'static str },
+    #[error("malformed {what}")]
+    Malformed { what: &'static str },
+    #[error("the peer speaks generations {min} to {max}, this side {GENERATION_MIN} to {GENERATION_MAX}")]
+    NoCommonGeneration { min: u8, max: u8 },
+    #[error("the peer failed to prove the VM's key: {detail}")]
+    Authentication { detail: String },
+    #[error("a sealed record does not open: altered, replayed or out of order")]
+    Unsealed,
+    #[error("frame of unknown kind {kind}")]
+    UnknownFrame { kind: u8 },
+    #[error("message of more than {limit} bytes")]
+    MessageTooLarge { limit: usize },
+    #[error("more than {limit} unfinished messages at once")]
+    TooManyPartial { limit: usize },
+    #[error("the cipher failed: {detail}")]
+    Cipher { detail: String },
+}
