@@ -1,0 +1,156 @@
+//! The stages that confine: cgroups, namespaces, limits, privileges.
+//!
+//! Architecture invariant: each function is one stage, names itself in its failures, and is called from exactly one of
+//! `main` (L), `supervisor` (C) and `vmm` (V), in the order of `Stage`. Nothing is skipped silently: what the spec asks
+//! for is done or the launch fails.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use microvm_jail::{Namespaces, Resource, Rlimit, Stage};
+use nix::errno::Errno;
+use nix::mount::{mount, MsFlags};
+use nix::sched::{unshare, CloneFlags};
+use nix::sys::{prctl, resource, signal::Signal};
+use nix::unistd::{chdir, getegid, geteuid, getppid, Pid};
+
+use crate::failure::Failure;
+
+/// The groups to join, open for writing: opened with the launcher's rights and in the launcher's mount namespace.
+pub type Cgroups = Vec<(PathBuf, File)>;
+
+pub fn open_cgroups(paths: &[PathBuf]) -> Result<Cgroups, Failure> {
+    let open = |path: &PathBuf| match OpenOptions::new().write(true).open(path) {
+        Ok(file) => Ok((path.clone(), file)),
+        Err(error) => Err(Failure::io(Stage::Cgroup, &error, format_args!("opening {} for writing", path.display()))),
+    };
+    paths.iter().map(open).collect()
+}
+
+/// Moves the calling process, and with it every later child, into the groups.
+pub fn join_cgroups(cgroups: Cgroups) -> Result<(), Failure> {
+    for (path, mut file) in cgroups {
+        // "0" is the writer itself, whatever its number is in whichever PID namespace (cgroups(7)).
+        file.write_all(b"0")
+            .map_err(|error| Failure::io(Stage::Cgroup, &error, format_args!("joining {}", path.display())))?;
+    }
+    Ok(())
+}
+
+/// A user namespace in which the current user is the only one and keeps its number.
+pub fn enter_user_namespace() -> Result<(), Failure> {
+    let (uid, gid) = (geteuid(), getegid());
+    enter(CloneFlags::CLONE_NEWUSER, Stage::UserNamespace, "user")?;
+    // The kernel takes gid_map from an ordinary user only once setgroups is denied (user_namespaces(7)).
+    write_map("/proc/self/setgroups", "deny")?;
+    write_map("/proc/self/uid_map", &format!("{uid} {uid} 1"))?;
+    write_map("/proc/self/gid_map", &format!("{gid} {gid} 1"))
+}
+
+fn write_map(path: &str, content: &str) -> Result<(), Failure> {
+    let write = |path: &Path| OpenOptions::new().write(true).open(path)?.write_all(content.as_bytes());
+    write(Path::new(path))
+        .map_err(|error| Failure::io(Stage::UserNamespace, &error, format_args!("writing \"{content}\" to {path}")))
+}
+
+/// A PID namespace for the next child; the caller itself stays where it is.
+pub fn prepare_pid_namespace() -> Result<(), Failure> {
+    enter(CloneFlags::CLONE_NEWPID, Stage::PidNamespace, "PID")
+}
+
+/// A mount namespace that nothing propagates into or out of.
+pub fn enter_mount_namespace() -> Result<(), Failure> {
+    enter(CloneFlags::CLONE_NEWNS, Stage::MountNamespace, "mount")?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(|errno| Failure::errno(Stage::MountNamespace, errno, "making all mounts private"))
+}
+
+/// A network namespace with nothing in it but a loopback that is down.
+pub fn enter_net_namespace() -> Result<(), Failure> {
+    enter(CloneFlags::CLONE_NEWNET, Stage::NetNamespace, "network")
+}
+
+pub fn enter_ipc_namespace() -> Result<(), Failure> {
+    enter(CloneFlags::CLONE_NEWIPC, Stage::IpcNamespace, "IPC")
+}
+
+pub fn enter_uts_namespace() -> Result<(), Failure> {
+    enter(CloneFlags::CLONE_NEWUTS, Stage::UtsNamespace, "UTS")
+}
+
+/// The namespaces that the supervisor enters itself, in which the VMM is then born.
+pub fn enter_supervisor_namespaces(namespaces: Namespaces) -> Result<(), Failure> {
+    let steps: [(bool, fn() -> Result<(), Failure>); 4] = [
+        (namespaces.mount, enter_mount_namespace),
+        (namespaces.net, enter_net_namespace),
+        (namespaces.ipc, enter_ipc_namespace),
+        (namespaces.uts, enter_uts_namespace),
+    ];
+    steps.into_iter().filter(|(wanted, _)| *wanted).try_for_each(|(_, step)| step())
+}
+
+fn enter(flag: CloneFlags, stage: Stage, name: &str) -> Result<(), Failure> {
+    unshare(flag).map_err(|errno| {
+        let way_out = match errno {
+            Errno::EPERM if stage == Stage::UserNamespace => {
+                " (this host denies user namespaces to this user: see kernel.unprivileged_userns_clone and \
+                 kernel.apparmor_restrict_unprivileged_userns, or a container's seccomp profile)"
+            }
+            Errno::EPERM => " (needs CAP_SYS_ADMIN: switch namespaces.user on, or start as root)",
+            Errno::ENOSPC | Errno::EUSERS => " (no more of them allowed: see the sysctls user.max_*_namespaces)",
+            Errno::EINVAL => " (this kernel was built without them)",
+            _ => "",
+        };
+        Failure::errno(stage, errno, format_args!("entering a new {name} namespace{way_out}"))
+    })
+}
+
+pub fn enter_cwd(path: &Path) -> Result<(), Failure> {
+    chdir(path).map_err(|errno| Failure::errno(Stage::Cwd, errno, format_args!("chdir to {}", path.display())))
+}
+
+pub fn apply_rlimits(rlimits: &[Rlimit]) -> Result<(), Failure> {
+    for &Rlimit { resource, soft, hard } in rlimits {
+        resource::setrlimit(kernel_resource(resource), soft, hard).map_err(|errno| {
+            let way_out = if errno == Errno::EPERM { " (only root may raise a hard limit: lower it)" } else { "" };
+            let what = format!("setting rlimit {resource} to {soft}:{hard}{way_out}");
+            Failure::errno(Stage::Rlimits, errno, what)
+        })?;
+    }
+    Ok(())
+}
+
+fn kernel_resource(resource: Resource) -> resource::Resource {
+    use resource::Resource as Kernel;
+    match resource {
+        Resource::As => Kernel::RLIMIT_AS,
+        Resource::Core => Kernel::RLIMIT_CORE,
+        Resource::Cpu => Kernel::RLIMIT_CPU,
+        Resource::Data => Kernel::RLIMIT_DATA,
+        Resource::Fsize => Kernel::RLIMIT_FSIZE,
+        Resource::Memlock => Kernel::RLIMIT_MEMLOCK,
+        Resource::Nofile => Kernel::RLIMIT_NOFILE,
+        Resource::Nproc => Kernel::RLIMIT_NPROC,
+        Resource::Stack => Kernel::RLIMIT_STACK,
+    }
+}
+
+pub fn set_no_new_privs() -> Result<(), Failure> {
+    prctl::set_no_new_privs().map_err(|errno| Failure::errno(Stage::NoNewPrivs, errno, "PR_SET_NO_NEW_PRIVS"))
+}
+
+/// Has the kernel kill the caller when its parent, `supervisor`, dies. For a jail without a PID namespace, whose end
+/// would do the same. The signal follows the parent's *thread*; the supervisor has only one. It is forgotten when a
+/// process changes its uid, so this comes after every stage that touches credentials.
+pub fn die_with(supervisor: Pid) -> Result<(), Failure> {
+    prctl::set_pdeathsig(Signal::SIGKILL)
+        .map_err(|errno| Failure::errno(Stage::ParentDeath, errno, "PR_SET_PDEATHSIG"))?;
+    // It may have died before the line above; then no signal will come.
+    if getppid() == supervisor {
+        Ok(())
+    } else {
+        Err(Failure::new(Stage::ParentDeath, "the supervisor has died"))
+    }
+}

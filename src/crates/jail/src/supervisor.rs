@@ -1,0 +1,164 @@
+//! C: forks the VMM, then watches it and the manager until one of them is gone.
+//!
+//! Architecture invariant: single-threaded, and the only process of the jail that waits for more than one thing. Once
+//! the VMM exists, every way out of here goes through its death.
+
+use std::os::fd::AsFd;
+
+use microvm_jail::{JailEvent, Stage, SETUP_FAILED};
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::{fork, getpid, ForkResult, Pid};
+
+use crate::control::{Control, Incoming};
+use crate::failure::Failure;
+use crate::process::{self, Ended};
+use crate::{confine, vmm, Prepared};
+
+/// Runs to the end of the VMM, and gives the exit code.
+pub fn run(control: &Control, mut prepared: Prepared) -> i32 {
+    let children = match confine(control, &mut prepared) {
+        Ok(children) => children,
+        Err(failure) => return control.report(&failure),
+    };
+    let supervisor = getpid();
+    // SAFETY: this process has one thread, so the child's copy of it holds no lock and no half-done state.
+    match unsafe { fork() } {
+        Ok(ForkResult::Child) => vmm::run(control, &prepared, supervisor),
+        Ok(ForkResult::Parent { child }) => {
+            let vmm = Vmm { pid: child, whole_group: !prepared.spec.namespaces.pid };
+            // The VMM's descriptors are the VMM's: their other ends must read end-of-file when it dies.
+            drop(prepared);
+            supervise(control, &children, &vmm)
+        }
+        Err(errno) => control.report(&Failure::errno(Stage::Fork, errno, "forking the VMM")),
+    }
+}
+
+/// C's own stages, up to the point where the jail follows the control socket.
+fn confine(control: &Control, prepared: &mut Prepared) -> Result<SignalFd, Failure> {
+    process::leave_session()?;
+    confine::join_cgroups(std::mem::take(&mut prepared.cgroups))?;
+    confine::enter_supervisor_namespaces(prepared.spec.namespaces)?;
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGCHLD);
+    let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .map_err(|errno| Failure::errno(Stage::Supervise, errno, "signalfd"))?;
+    control.send(&JailEvent::Supervising)?;
+    Ok(children)
+}
+
+/// The VMM as its supervisor knows it.
+struct Vmm {
+    pid: Pid,
+    /// No PID namespace takes the VMM's own children along: its process group has to.
+    whole_group: bool,
+}
+
+impl Vmm {
+    fn kill(&self) -> Result<(), Failure> {
+        let killed = process::kill(self.pid.as_raw(), libc::SIGKILL).and_then(|()| self.kill_group());
+        killed.map_err(|errno| Failure::errno(Stage::Supervise, errno, "killing the VMM"))
+    }
+
+    /// The group exists once V has called setsid; before, there is nobody in it either.
+    fn kill_group(&self) -> Result<(), Errno> {
+        if self.whole_group {
+            process::kill(-self.pid.as_raw(), libc::SIGKILL)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn signal(&self, signal: i32) -> Result<(), Failure> {
+        process::kill(self.pid.as_raw(), signal)
+            .map_err(|errno| Failure::errno(Stage::Supervise, errno, format_args!("sending signal {signal}")))
+    }
+
+    /// Reaps all that has ended; says how the VMM did, if it did.
+    fn reap(&self) -> Result<Option<Ended>, Errno> {
+        if process::has_ended(self.pid)? {
+            // While it is not reaped, its number and its group's cannot have become somebody else's.
+            self.kill_group()?;
+        }
+        let mut ended = None;
+        while let Some((pid, how)) = process::reap_any()? {
+            if pid == self.pid {
+                ended = Some(how);
+                // From here on the number may be given away: nothing may be sent to it any more.
+                break;
+            }
+        }
+        Ok(ended)
+    }
+}
+
+fn supervise(control: &Control, children: &SignalFd, vmm: &Vmm) -> i32 {
+    // Held: the manager is there and C listens. Once let go, C only waits for the VMM's death.
+    let mut leash_held = true;
+    loop {
+        match step(control, children, vmm, leash_held) {
+            Ok(Step::Watching) => {}
+            Ok(Step::Released) => leash_held = false,
+            Ok(Step::Ended(how)) => {
+                return match control.send(&how.to_event()) {
+                    Ok(()) => how.exit_code(),
+                    // The manager is gone. It was the one to be told; the launcher's parent still reads the exit code.
+                    Err(_manager_gone) => how.exit_code(),
+                };
+            }
+            Err(failure) => {
+                control.report(&failure);
+                if !leash_held || vmm.kill().is_err() {
+                    // Twice in a row, or a kill that fails: what remains is to die, and have the kernel do the rest (the
+                    // PID namespace's end, or the VMM's parent-death signal).
+                    return SETUP_FAILED;
+                }
+                leash_held = false;
+            }
+        }
+    }
+}
+
+enum Step {
+    Watching,
+    /// The manager let go: the VMM has been killed and remains to be reaped.
+    Released,
+    Ended(Ended),
+}
+
+/// Waits for something to happen, and does what it calls for.
+fn step(control: &Control, children: &SignalFd, vmm: &Vmm, leash_held: bool) -> Result<Step, Failure> {
+    let failed = |errno, what: &str| Failure::errno(Stage::Supervise, errno, what);
+    let mut fds =
+        [PollFd::new(children.as_fd(), PollFlags::POLLIN), PollFd::new(control.as_fd(), PollFlags::POLLIN)];
+    // A closed socket is ready for ever: once let go, it is not asked any more.
+    let watched = if leash_held { &mut fds[..] } else { &mut fds[..1] };
+    match poll(watched, PollTimeout::NONE) {
+        Ok(_) => {}
+        Err(Errno::EINTR) => return Ok(Step::Watching),
+        Err(errno) => return Err(failed(errno, "poll")),
+    }
+    let [child_ready, control_ready] = fds.map(|fd| fd.any().unwrap_or(true));
+    if child_ready {
+        while children.read_signal().map_err(|errno| failed(errno, "reading the signalfd"))?.is_some() {}
+        if let Some(how) = vmm.reap().map_err(|errno| failed(errno, "waiting for the VMM"))? {
+            return Ok(Step::Ended(how));
+        }
+    }
+    if leash_held && control_ready {
+        loop {
+            match control.receive_request()? {
+                Incoming::Request(request) => vmm.signal(request.signal)?,
+                Incoming::Drained => break,
+                Incoming::Closed => {
+                    vmm.kill()?;
+                    return Ok(Step::Released);
+                }
+            }
+        }
+    }
+    Ok(Step::Watching)
+}

@@ -1,0 +1,118 @@
+//! One error type for the whole core; each variant has a stable code that the Python side turns into a class.
+
+use std::path::PathBuf;
+
+use serde_json::{json, Value};
+
+use crate::model::{Backend, VmId, VmState};
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The last lines of what a VM's processes said, for people.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tails {
+    pub console: String,
+    pub vmm_stderr: String,
+}
+
+/// What can go wrong. `Display` says what failed, on what, and what the user can do.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    #[error("{field} must be {allowed}, not {value}")]
+    InvalidType { field: String, value: String, allowed: String },
+    #[error("{field}={value} is not allowed: {allowed}")]
+    InvalidValue { field: String, value: String, allowed: String },
+    #[error("not enough {what}: {vm_id} needs {needed}, {available} of {limit} are free; destroy VMs that are done or raise {key}")]
+    QuotaExceeded { vm_id: VmId, what: &'static str, needed: u64, available: u64, limit: u64, key: &'static str },
+    #[error("vm_id {vm_id:?} is taken by {owner}; destroy that VM or choose another id")]
+    VmIdTaken { vm_id: VmId, owner: String },
+    #[error("there is no VM {vm_id:?}; list_vms() names those there are")]
+    VmNotFound { vm_id: String },
+    #[error("{vm_id}: cannot {operation} a VM that is {state}; allowed from: {allowed}")]
+    InvalidState { vm_id: VmId, operation: &'static str, state: VmState, allowed: String },
+    #[error("backend {backend} cannot be used: {reason}; {remedy}")]
+    BackendUnavailable { backend: Backend, reason: String, remedy: String },
+    #[error("{vm_id}: min_isolation is {wanted}, but this host can give no more than {offered}: {reason}; {remedy}")]
+    IsolationUnavailable { vm_id: VmId, wanted: String, offered: String, reason: String, remedy: String },
+    #[error("{field} {path:?} cannot be read: {reason}", path = path.display())]
+    ImageUnreadable { field: &'static str, path: PathBuf, reason: String },
+    #[error("{field} {path:?} is not usable: {reason}", path = path.display())]
+    ImageInvalid { field: &'static str, path: PathBuf, reason: String },
+    #[error("{vm_id}: start failed at stage {stage}: {reason}")]
+    StartFailed { vm_id: VmId, stage: &'static str, reason: String, tails: Box<Tails> },
+    #[error("{vm_id}: start did not finish within {limit_s} s; it was at stage {stage} (start_timeout_s can be raised)")]
+    StartTimeout { vm_id: VmId, stage: &'static str, limit_s: f64, tails: Box<Tails> },
+    #[error("{vm_id}: the VMM's process ended unexpectedly ({how})")]
+    VmDied { vm_id: VmId, how: String, tails: Box<Tails> },
+    #[error("{vm_id}: the channel to the agent is closed: {reason}")]
+    ChannelClosed { vm_id: String, reason: String },
+    #[error("{vm_id}: no answer to {what} within {limit_s} s; the outcome in the guest is unknown")]
+    ChannelTimeout { vm_id: String, what: String, limit_s: f64 },
+    #[error("{vm_id}: the guest and this host could not agree on a session: {reason}")]
+    HandshakeFailed { vm_id: VmId, reason: String },
+    #[error("{vm_id}: {what} of {size} bytes is over the limit of {limit} bytes; send it in pieces")]
+    MessageTooLarge { vm_id: String, what: String, size: usize, limit: usize },
+    #[error("{vm_id}: {operation} failed: {reason}")]
+    Vmm { vm_id: VmId, operation: &'static str, reason: String },
+    #[error("{operation} failed on {object}: {reason}")]
+    Host { operation: &'static str, object: String, reason: String },
+    #[error("this {what} was made in process {made_in}; it cannot be used in the forked process {used_in}: make a new one there")]
+    ForkedProcess { what: &'static str, made_in: u32, used_in: u32 },
+    #[error("{vm_id}: {operation} was cancelled")]
+    Cancelled { vm_id: VmId, operation: &'static str },
+}
+
+impl Error {
+    /// The stable code; callers may branch on it.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Error::InvalidType { .. } => "invalid_type",
+            Error::InvalidValue { .. } => "invalid_value",
+            Error::QuotaExceeded { .. } => "quota_exceeded",
+            Error::VmIdTaken { .. } => "vm_id_taken",
+            Error::VmNotFound { .. } => "vm_not_found",
+            Error::InvalidState { .. } => "invalid_state",
+            Error::BackendUnavailable { .. } => "backend_unavailable",
+            Error::IsolationUnavailable { .. } => "isolation_unavailable",
+            Error::ImageUnreadable { .. } => "image_unreadable",
+            Error::ImageInvalid { .. } => "image_invalid",
+            Error::StartFailed { .. } => "start_failed",
+            Error::StartTimeout { .. } => "start_timeout",
+            Error::VmDied { .. } => "vm_died",
+            Error::ChannelClosed { .. } => "channel_closed",
+            Error::ChannelTimeout { .. } => "channel_timeout",
+            Error::HandshakeFailed { .. } => "handshake_failed",
+            Error::MessageTooLarge { .. } => "message_too_large",
+            Error::Vmm { .. } => "vmm_error",
+            Error::Host { .. } => "host_error",
+            Error::ForkedProcess { .. } => "forked_process",
+            Error::Cancelled { .. } => "cancelled",
+        }
+    }
+
+    /// What a program may want to read besides the message.
+    #[must_use]
+    pub fn details(&self) -> Value {
+        match self {
+            Error::StartFailed { stage, tails, .. } | Error::StartTimeout { stage, tails, .. } => {
+                json!({"stage": stage, "console_tail": tails.console, "vmm_stderr_tail": tails.vmm_stderr})
+            }
+            Error::VmDied { how, tails, .. } => {
+                json!({"how": how, "console_tail": tails.console, "vmm_stderr_tail": tails.vmm_stderr})
+            }
+            Error::BackendUnavailable { backend, reason, remedy } => {
+                json!({"backend": backend.as_str(), "reason": reason, "remedy": remedy})
+            }
+            Error::QuotaExceeded { what, needed, available, limit, .. } => {
+                json!({"what": what, "needed": needed, "available": available, "limit": limit})
+            }
+            Error::InvalidState { operation, state, .. } => json!({"operation": operation, "state": state.as_str()}),
+            _ => json!({}),
+        }
+    }
+
+    pub(crate) fn host(operation: &'static str, object: impl std::fmt::Display, reason: impl std::fmt::Display) -> Self {
+        Error::Host { operation, object: object.to_string(), reason: reason.to_string() }
+    }
+}

@@ -1,0 +1,13 @@
+//! The machine underneath: processes, `/proc`, files with modes, KVM, network links.
+//!
+//! Architecture invariant: the only module of the core that makes system calls beyond plain file I/O, and the only one
+//! with `unsafe`. It knows nothing of VMs or VMMs: it launches, watches and measures whatever it is given.
+
+pub mod binary;
+pub mod clock;
+pub mod kvm;
+pub mod privileges;
+pub mod process;
+pub mod procfs;
+pub mod runtime_dir;
+pub mod tail;

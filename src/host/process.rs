@@ -1,0 +1,216 @@
+//! A process in its jail: launched by posix_spawn through the launcher, watched over one socket.
+//!
+//! The socket is the leash: when this side closes, for whatever reason, the launcher's supervisor kills all it holds.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use microvm_jail::{JailEvent, JailRequest, LaunchSpec};
+use nix::sys::socket::{
+    recvmsg, sendmsg, setsockopt, shutdown, socketpair, sockopt, AddressFamily, ControlMessage, ControlMessageOwned,
+    MsgFlags, Shutdown, SockFlag, SockType,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
+use tokio::sync::watch;
+
+use crate::error::{Error, Result};
+
+/// How a jailed process ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    Code(i32),
+    Signal(i32),
+    /// The jail could not be set up, or the program not executed.
+    Failed { stage: String, message: String },
+    /// The supervisor itself was killed; the kernel took the rest.
+    SupervisorLost,
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Exit::Code(code) => write!(f, "exit code {code}"),
+            Exit::Signal(signal) => match nix::sys::signal::Signal::try_from(*signal) {
+                Ok(name) => write!(f, "killed by {name}"),
+                Err(_) => write!(f, "killed by signal {signal}"),
+            },
+            Exit::Failed { stage, message } => write!(f, "jail stage {stage}: {message}"),
+            Exit::SupervisorLost => f.write_str("its jail was killed"),
+        }
+    }
+}
+
+/// A running jail. Dropping it kills what is inside.
+#[derive(Debug)]
+pub struct Jailed {
+    control: Arc<AsyncFd<OwnedFd>>,
+    pid: watch::Receiver<Option<i32>>,
+    exit: watch::Receiver<Option<Exit>>,
+    gone: watch::Receiver<bool>,
+}
+
+impl Jailed {
+    /// Launches `spec` with `fds` (in the order of `spec.fds`).
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the launcher does not start.
+    pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[OwnedFd]) -> Result<Self> {
+        let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .map_err(|e| failed("socketpair", &e))?;
+        setsockopt(&ours, sockopt::PassCred, &true).map_err(|e| failed("SO_PASSCRED", &e))?;
+        nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
+            .map_err(|e| failed("O_NONBLOCK", &e))?;
+        let child = Command::new(launcher)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .env_clear()
+            .spawn()
+            .map_err(|e| failed("spawn", &e))?;
+        let control = AsyncFd::new(ours).map_err(|e| failed("epoll", &e))?;
+        let control = Arc::new(control);
+        let (pid_tx, pid) = watch::channel(None);
+        let (exit_tx, exit) = watch::channel(None);
+        let (gone_tx, gone) = watch::channel(false);
+        // From here on the task owns the child: it is reaped whatever happens next.
+        tokio::spawn(watch_jail(control.clone(), child, pid_tx, exit_tx, gone_tx));
+        let jailed = Self { control, pid, exit, gone };
+        let packet = serde_json::to_vec(spec).map_err(|e| failed("encode the launch spec", &e))?;
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
+        sendmsg::<()>(jailed.control.as_raw_fd(), &[IoSlice::new(&packet)], rights, MsgFlags::MSG_NOSIGNAL, None)
+            .map_err(|e| failed("send the launch spec", &e))?;
+        Ok(jailed)
+    }
+
+    /// The program's process id on this host, once it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        *self.pid.borrow()
+    }
+
+    /// Waits until the program has ended; never returns before.
+    pub async fn exited(&self) -> Exit {
+        wait_exit(self.exit.clone()).await
+    }
+
+    /// A receiver for the exit, for tasks that outlive the borrow.
+    #[must_use]
+    pub fn exit_receiver(&self) -> watch::Receiver<Option<Exit>> {
+        self.exit.clone()
+    }
+
+    /// Waits until the launcher has been reaped: no process of the jail is left.
+    pub async fn reaped(&self) {
+        let mut gone = self.gone.clone();
+        // An error means that the watching task is gone, and so is the jail.
+        if gone.wait_for(|gone| *gone).await.is_err() {
+            log::debug!("the jail's watcher ended before it reported");
+        }
+    }
+
+    /// Asks the supervisor to send `signal` to the program.
+    pub fn signal(&self, signal: i32) {
+        let request = JailRequest { signal };
+        let sent = serde_json::to_vec(&request).map_err(|e| e.to_string()).and_then(|packet| {
+            sendmsg::<()>(self.control.as_raw_fd(), &[IoSlice::new(&packet)], &[], MsgFlags::MSG_NOSIGNAL, None)
+                .map_err(|e| e.to_string())
+        });
+        if let Err(error) = sent {
+            // The supervisor is gone, and with it the program.
+            log::debug!("signal {signal} was not sent: {error}");
+        }
+    }
+
+    /// Lets go of the leash: the supervisor reads end-of-file and kills everything.
+    pub fn kill(&self) {
+        if let Err(error) = shutdown(self.control.as_raw_fd(), Shutdown::Write) {
+            log::debug!("the jail's socket was closed already: {error}");
+        }
+    }
+}
+
+impl Drop for Jailed {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Waits on an exit receiver.
+pub async fn wait_exit(mut exit: watch::Receiver<Option<Exit>>) -> Exit {
+    let ended = match exit.wait_for(Option::is_some).await {
+        Ok(exit) => exit.clone(),
+        Err(_) => None,
+    };
+    ended.unwrap_or(Exit::SupervisorLost)
+}
+
+async fn watch_jail(
+    control: Arc<AsyncFd<OwnedFd>>,
+    mut child: Child,
+    pid: watch::Sender<Option<i32>>,
+    exit: watch::Sender<Option<Exit>>,
+    gone: watch::Sender<bool>,
+) {
+    let mut ended = None;
+    loop {
+        match control.async_io(Interest::READABLE, |fd| receive(fd)).await {
+            Ok(Some((JailEvent::Started, sender))) => {
+                pid.send_replace(sender);
+            }
+            Ok(Some((JailEvent::Failed { stage, errno, message }, _))) => {
+                let message = format!("{message} (errno {errno})");
+                ended = Some(Exit::Failed { stage: stage.to_string(), message });
+            }
+            Ok(Some((JailEvent::Exited { code, signal }, _))) => {
+                let how = match (code, signal) {
+                    (_, Some(signal)) => Exit::Signal(signal),
+                    (code, None) => Exit::Code(code.unwrap_or(0)),
+                };
+                // A failure before exec explains the exit better than its code does.
+                exit.send_replace(Some(ended.get_or_insert(how).clone()));
+            }
+            Ok(Some((JailEvent::Supervising, _))) => {}
+            Ok(None) => break,
+            Err(error) => {
+                log::warn!("the jail's socket failed: {error}");
+                break;
+            }
+        }
+    }
+    exit.send_replace(Some(ended.unwrap_or(Exit::SupervisorLost)));
+    let reaped = tokio::task::spawn_blocking(move || child.wait()).await;
+    if !matches!(reaped, Ok(Ok(_))) {
+        log::warn!("the jail's launcher was not reaped: {reaped:?}");
+    }
+    gone.send_replace(true);
+}
+
+/// One packet and its sender's pid; `None` at end-of-file.
+fn receive(fd: &OwnedFd) -> std::io::Result<Option<(JailEvent, Option<i32>)>> {
+    let mut buffer = [0; 8192];
+    let mut ancillary = nix::cmsg_space!(nix::sys::socket::UnixCredentials);
+    let mut slices = [IoSliceMut::new(&mut buffer)];
+    let message = recvmsg::<()>(fd.as_raw_fd(), &mut slices, Some(&mut ancillary), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let length = message.bytes;
+    let sender = message.cmsgs()?.find_map(|cmsg| match cmsg {
+        ControlMessageOwned::ScmCredentials(credentials) => Some(credentials.pid()),
+        _ => None,
+    });
+    if length == 0 {
+        return Ok(None);
+    }
+    let event = serde_json::from_slice(&buffer[..length])?;
+    Ok(Some((event, sender)))
+}

@@ -1,0 +1,47 @@
+//! What a process costs, from `/proc`.
+
+use std::fs;
+
+/// A process's use of the host.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Usage {
+    /// User and system time of all threads, seconds.
+    pub cpu_s: f64,
+    /// Resident memory, bytes.
+    pub rss_bytes: u64,
+}
+
+/// Clock ticks per second in `/proc/*/stat`; USER_HZ is 100 on every x86-64 kernel.
+const USER_HZ: f64 = 100.0;
+/// The page size on x86-64.
+const PAGE: u64 = 4096;
+
+/// Reads a process's usage; `None` when it is gone.
+#[must_use]
+pub fn usage(pid: i32) -> Option<Usage> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    parse_stat(&stat)
+}
+
+/// proc_pid_stat(5): the command may hold spaces and parentheses, so fields count from the last `)`.
+fn parse_stat(stat: &str) -> Option<Usage> {
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let number = |index: usize| fields.get(index - 3)?.parse::<u64>().ok();
+    Some(Usage { cpu_s: (number(14)? + number(15)?) as f64 / USER_HZ, rss_bytes: number(24)? * PAGE })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_usage_of_this_process_is_above_zero() {
+        assert!(usage(std::process::id() as i32).unwrap().rss_bytes > 1 << 20);
+    }
+
+    #[test]
+    fn test_parse_stat_with_a_hostile_name_finds_the_fields() {
+        let stat = "1 (a) S 1) S 0 1 1 0 -1 4194560 1 2 3 4 150 50 7 8 20 0 1 0 5 1000 25 18446744073709551615";
+        assert_eq!(parse_stat(stat), Some(Usage { cpu_s: 2.0, rss_bytes: 25 * 4096 }));
+    }
+}

@@ -1,0 +1,208 @@
+//! Where the files of running VMs live: private to one user, gone with the VM.
+//!
+//! ```text
+//! <base>/                0700, owned by the effective user
+//!   <vm_id>/             0700
+//!     lock               flock'ed by the owning process for as long as the VM exists
+//!     sock               the broker
+//!     config, disk       the VM's drives
+//! ```
+//! A directory whose lock nobody holds belonged to a process that died; whoever finds it removes it.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::error::{Error, Result};
+use crate::model::VmId;
+
+/// sockaddr_un holds 107 bytes and a NUL.
+const MAX_SOCKET_PATH: usize = 107;
+const SOCKET: &str = "sock";
+
+/// The base directory that every process of this user works out alike: no environment variable has a say.
+#[must_use]
+pub fn default_base() -> PathBuf {
+    let uid = nix::unistd::geteuid();
+    if uid.is_root() {
+        return PathBuf::from("/run/tw-microvm");
+    }
+    let run_user = PathBuf::from(format!("/run/user/{uid}"));
+    match run_user.metadata() {
+        Ok(meta) if meta.is_dir() && meta.uid() == uid.as_raw() => run_user.join("tw-microvm"),
+        _ => std::env::temp_dir().join(format!("tw-microvm-{uid}")),
+    }
+}
+
+/// The broker's socket of a VM.
+#[must_use]
+pub fn socket_path(base: &Path, vm_id: &VmId) -> PathBuf {
+    base.join(vm_id.as_str()).join(SOCKET)
+}
+
+/// One VM's directory; removed with all it holds when dropped.
+#[derive(Debug)]
+pub struct VmDir {
+    path: PathBuf,
+    lock: Option<Flock<File>>,
+}
+
+impl VmDir {
+    /// Makes the directory, over the remains of a process that died.
+    ///
+    /// # Errors
+    /// [`Error::VmIdTaken`] when a living process holds it, [`Error::Host`] when the base is not ours or not writable,
+    /// [`Error::InvalidValue`] when a socket's path would not fit in it.
+    pub fn create(base: &Path, vm_id: &VmId) -> Result<Self> {
+        ensure_private(base)?;
+        let path = base.join(vm_id.as_str());
+        let socket = socket_path(base, vm_id);
+        if socket.as_os_str().len() > MAX_SOCKET_PATH {
+            return Err(Error::InvalidValue {
+                field: "runtime_dir".into(),
+                value: format!("{base:?}"),
+                allowed: format!("a path so short that {socket:?} has at most {MAX_SOCKET_PATH} bytes"),
+            });
+        }
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(Error::host("mkdir", path.display(), error)),
+        }
+        let lock = lock(&path).map_err(|error| Error::host("lock", path.join("lock").display(), error))?;
+        let Some(lock) = lock else {
+            return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "another process of this user".into() });
+        };
+        // Remains of a dead owner, if any: everything but the lock that we now hold.
+        for entry in fs::read_dir(&path).into_iter().flatten().flatten().filter(|entry| entry.file_name() != "lock") {
+            let stale = entry.path();
+            let removed = if stale.is_dir() { fs::remove_dir_all(&stale) } else { fs::remove_file(&stale) };
+            removed.map_err(|error| Error::host("remove", stale.display(), error))?;
+        }
+        Ok(Self { path, lock: Some(lock) })
+    }
+
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.path.join(SOCKET)
+    }
+
+    fn remove(&mut self) -> std::io::Result<()> {
+        fs::remove_dir_all(&self.path)?;
+        self.lock = None;
+        Ok(())
+    }
+}
+
+impl Drop for VmDir {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            log::warn!("{}: could not be removed: {error}", self.path.display());
+        }
+    }
+}
+
+/// Removes the directories whose owners are dead; returns their names.
+///
+/// # Errors
+/// None: what cannot be looked at is left alone and logged.
+#[must_use]
+pub fn sweep(base: &Path) -> Vec<String> {
+    let mut swept = Vec::new();
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        let path = entry.path();
+        match lock(&path) {
+            Ok(Some(_held)) => match fs::remove_dir_all(&path) {
+                Ok(()) => swept.push(entry.file_name().to_string_lossy().into_owned()),
+                Err(error) => log::warn!("{}: stale, but could not be removed: {error}", path.display()),
+            },
+            Ok(None) => {}
+            Err(error) => log::debug!("{}: not looked at: {error}", path.display()),
+        }
+    }
+    swept
+}
+
+fn lock(dir: &Path) -> std::io::Result<Option<Flock<File>>> {
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join("lock"))?;
+    let held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(held) => held,
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => return Ok(None),
+        Err((_, errno)) => return Err(errno.into()),
+    };
+    // The owner may have removed the directory between our open and our lock: then this file has no name any more.
+    let same = dir.join("lock").metadata().is_ok_and(|named| held.metadata().is_ok_and(|ours| ours.ino() == named.ino()));
+    if same { Ok(Some(held)) } else { Err(std::io::Error::from(ErrorKind::NotFound)) }
+}
+
+/// Makes sure that `base` exists, is a directory of this user's, and is closed to all others.
+fn ensure_private(base: &Path) -> Result<()> {
+    let failed = |operation, reason: String| Error::host(operation, base.display(), reason);
+    match DirBuilder::new().recursive(true).mode(0o700).create(base) {
+        Ok(()) => {}
+        Err(error) => return Err(failed("mkdir", error.to_string())),
+    }
+    let meta = fs::symlink_metadata(base).map_err(|error| failed("stat", error.to_string()))?;
+    let uid = nix::unistd::geteuid().as_raw();
+    if !meta.is_dir() || meta.uid() != uid {
+        let reason = format!("it must be a directory owned by uid {uid}; remove it or set config[\"runtime_dir\"]");
+        return Err(failed("runtime directory check", reason));
+    }
+    if meta.mode() & 0o077 != 0 {
+        let reason = format!("its mode is {:o}, it must be closed to others: chmod 700", meta.mode() & 0o777);
+        return Err(failed("runtime directory check", reason));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn base(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("rtdir-{}-{name}", std::process::id()));
+        drop(fs::remove_dir_all(&path));
+        path
+    }
+
+    #[test]
+    fn test_create_twice_says_taken_and_drop_removes() {
+        let base = base("taken");
+        let id = VmId::parse("a").unwrap();
+        let first = VmDir::create(&base, &id).unwrap();
+        assert_eq!(VmDir::create(&base, &id).unwrap_err().code(), "vm_id_taken");
+        drop(first);
+        assert!(!base.join("a").exists());
+        fs::remove_dir(&base).unwrap();
+    }
+
+    #[test]
+    fn test_sweep_removes_only_what_nobody_holds() {
+        let base = base("sweep");
+        let held = VmDir::create(&base, &VmId::parse("held").unwrap()).unwrap();
+        fs::create_dir(base.join("stale")).unwrap();
+        fs::write(base.join("stale/disk"), b"x").unwrap();
+        assert_eq!(sweep(&base), ["stale"]);
+        assert!(held.path().exists());
+        drop(held);
+        fs::remove_dir(&base).unwrap();
+    }
+
+    #[test]
+    fn test_create_in_an_open_base_is_refused() {
+        let base = base("open");
+        fs::create_dir(&base).unwrap();
+        fs::set_permissions(&base, fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(VmDir::create(&base, &VmId::parse("a").unwrap()).unwrap_err().code(), "host_error");
+        fs::remove_dir(&base).unwrap();
+    }
+}

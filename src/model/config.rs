@@ -1,0 +1,200 @@
+//! The manager's configuration.
+
+use serde_json::{Map, Value};
+
+use super::{Backend, Grade, ResourceLimits};
+use crate::error::{Error, Result};
+
+/// Every key that a manager's `config` may hold.
+pub const CONFIG_KEYS: &[&str] = &[
+    "max_vcpus",
+    "max_memory_mb",
+    "default_vcpu_count",
+    "default_memory_mb",
+    "default_disk_size_mb",
+    "default_backend",
+    "raise_on_error",
+    "min_isolation",
+    "runtime_dir",
+    "start_timeout_s",
+    "command_timeout_s",
+    "cleanup_interval_s",
+    "qemu_binary",
+    "firecracker_binary",
+    "cloud_hypervisor_binary",
+];
+
+/// A checked configuration; [`ManagerConfig::default`] is what an empty one means.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ManagerConfig {
+    pub max_vcpus: u64,
+    pub max_memory_mb: u64,
+    pub default_limits: ResourceLimits,
+    pub default_backend: Option<Backend>,
+    pub raise_on_error: bool,
+    pub min_isolation: Option<Grade>,
+    pub runtime_dir: Option<String>,
+    pub start_timeout_s: f64,
+    pub command_timeout_s: f64,
+    pub cleanup_interval_s: f64,
+    pub qemu_binary: Option<String>,
+    pub firecracker_binary: Option<String>,
+    pub cloud_hypervisor_binary: Option<String>,
+}
+
+impl Default for ManagerConfig {
+    fn default() -> Self {
+        Self {
+            max_vcpus: 16,
+            max_memory_mb: 8192,
+            default_limits: ResourceLimits::default(),
+            default_backend: None,
+            raise_on_error: false,
+            min_isolation: None,
+            runtime_dir: None,
+            start_timeout_s: 30.0,
+            command_timeout_s: 30.0,
+            cleanup_interval_s: 1.0,
+            qemu_binary: None,
+            firecracker_binary: None,
+            cloud_hypervisor_binary: None,
+        }
+    }
+}
+
+impl ManagerConfig {
+    /// Reads a configuration that came as JSON-like data.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for an unknown key or a value out of range, [`Error::InvalidType`] for a value of the
+    /// wrong type; each names the key, the value and what is allowed.
+    pub fn from_json(config: &Map<String, Value>) -> Result<Self> {
+        let mut out = Self::default();
+        for (key, value) in config {
+            match key.as_str() {
+                "max_vcpus" => out.max_vcpus = whole(key, value, 1, 1 << 20)?,
+                "max_memory_mb" => out.max_memory_mb = whole(key, value, 1, 1 << 32)?,
+                "default_vcpu_count" => out.default_limits.vcpu_count = whole(key, value, 1, 32)?,
+                "default_memory_mb" => out.default_limits.memory_mb = whole(key, value, 64, 1 << 20)?,
+                "default_disk_size_mb" => out.default_limits.disk_size_mb = whole(key, value, 8, 1 << 20)?,
+                "default_backend" => {
+                    out.default_backend = match optional_text(key, value)? {
+                        Some(name) => Some(rename(key, Backend::parse(&name))?),
+                        None => None,
+                    }
+                }
+                "raise_on_error" => {
+                    out.raise_on_error = value.as_bool().ok_or_else(|| wrong_type(key, value, "True or False"))?;
+                }
+                "min_isolation" => {
+                    out.min_isolation = match optional_text(key, value)? {
+                        Some(name) => Some(Grade::parse(&name)?),
+                        None => None,
+                    }
+                }
+                "runtime_dir" => out.runtime_dir = optional_text(key, value)?,
+                "start_timeout_s" => out.start_timeout_s = seconds(key, value)?,
+                "command_timeout_s" => out.command_timeout_s = seconds(key, value)?,
+                "cleanup_interval_s" => out.cleanup_interval_s = seconds(key, value)?,
+                "qemu_binary" => out.qemu_binary = optional_text(key, value)?,
+                "firecracker_binary" => out.firecracker_binary = optional_text(key, value)?,
+                "cloud_hypervisor_binary" => out.cloud_hypervisor_binary = optional_text(key, value)?,
+                unknown => {
+                    return Err(Error::InvalidValue {
+                        field: "config".into(),
+                        value: format!("{{{unknown:?}: ...}}"),
+                        allowed: format!("the keys {}", CONFIG_KEYS.join(", ")),
+                    })
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// The binary that the configuration names for a backend.
+    #[must_use]
+    pub fn binary(&self, backend: Backend) -> Option<&str> {
+        match backend {
+            Backend::Qemu => self.qemu_binary.as_deref(),
+            Backend::Firecracker => self.firecracker_binary.as_deref(),
+            Backend::CloudHypervisor => self.cloud_hypervisor_binary.as_deref(),
+        }
+    }
+}
+
+fn wrong_type(key: &str, value: &Value, allowed: &str) -> Error {
+    Error::InvalidType { field: format!("config[{key:?}]"), value: value.to_string(), allowed: allowed.into() }
+}
+
+fn rename<T>(key: &str, result: Result<T>) -> Result<T> {
+    result.map_err(|error| match error {
+        Error::InvalidValue { value, allowed, .. } => {
+            Error::InvalidValue { field: format!("config[{key:?}]"), value, allowed }
+        }
+        other => other,
+    })
+}
+
+fn whole(key: &str, value: &Value, low: u64, high: u64) -> Result<u64> {
+    let allowed = format!("a whole number from {low} to {high}");
+    if !value.is_i64() && !value.is_u64() {
+        return Err(wrong_type(key, value, &allowed));
+    }
+    value.as_u64().filter(|n| (low..=high).contains(n)).ok_or_else(|| Error::InvalidValue {
+        field: format!("config[{key:?}]"),
+        value: value.to_string(),
+        allowed,
+    })
+}
+
+fn seconds(key: &str, value: &Value) -> Result<f64> {
+    let allowed = "a number of seconds above 0, at most 86400";
+    let number = value.as_f64().ok_or_else(|| wrong_type(key, value, allowed))?;
+    if number > 0.0 && number <= 86_400.0 {
+        return Ok(number);
+    }
+    Err(Error::InvalidValue { field: format!("config[{key:?}]"), value: value.to_string(), allowed: allowed.into() })
+}
+
+fn optional_text(key: &str, value: &Value) -> Result<Option<String>> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(text) => Ok(Some(text.clone())),
+        other => Err(wrong_type(key, other, "a string or None")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(value: Value) -> Result<ManagerConfig> {
+        ManagerConfig::from_json(value.as_object().unwrap())
+    }
+
+    #[test]
+    fn test_from_json_empty_is_the_default() {
+        assert_eq!(read(json!({})).unwrap(), ManagerConfig::default());
+    }
+
+    #[test]
+    fn test_from_json_every_listed_key_is_known() {
+        for key in CONFIG_KEYS {
+            let error = read(json!({*key: [1]})).unwrap_err();
+            assert!(matches!(error, Error::InvalidType { .. }), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn test_from_json_unknown_key_is_named() {
+        let message = read(json!({"max_cpus": 3})).unwrap_err().to_string();
+        assert!(message.contains("max_cpus") && message.contains("max_vcpus"), "{message}");
+    }
+
+    #[test]
+    fn test_from_json_bool_is_no_number() {
+        assert!(matches!(read(json!({"max_vcpus": true})), Err(Error::InvalidType { .. })));
+        assert!(matches!(read(json!({"max_vcpus": 0})), Err(Error::InvalidValue { .. })));
+    }
+}

@@ -1,0 +1,19 @@
+//! What a VM is and may become, as plain data.
+//!
+//! Architecture invariant: pure. No I/O, no clock, no async; everything here is tested without a machine.
+
+mod config;
+mod id;
+mod kinds;
+mod limits;
+mod network;
+mod quota;
+mod state;
+
+pub use config::{ManagerConfig, CONFIG_KEYS};
+pub use id::VmId;
+pub use kinds::{Backend, Grade, IsolationType};
+pub use limits::ResourceLimits;
+pub use network::NetworkConfig;
+pub use quota::{Quota, QuotaUse};
+pub use state::VmState;
