@@ -60,7 +60,7 @@ pub fn prepare_pid_namespace() -> Result<(), Failure> {
 }
 
 /// A mount namespace that nothing propagates into or out of.
-pub fn enter_mount_namespace() -> Result<(), Failure> {
+fn enter_mount_namespace() -> Result<(), Failure> {
     enter(CloneFlags::CLONE_NEWNS, Stage::MountNamespace, "mount")?;
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
@@ -68,27 +68,33 @@ pub fn enter_mount_namespace() -> Result<(), Failure> {
 }
 
 /// A network namespace with nothing in it but a loopback that is down.
-pub fn enter_net_namespace() -> Result<(), Failure> {
+fn enter_net_namespace() -> Result<(), Failure> {
     enter(CloneFlags::CLONE_NEWNET, Stage::NetNamespace, "network")
 }
 
-pub fn enter_ipc_namespace() -> Result<(), Failure> {
+fn enter_ipc_namespace() -> Result<(), Failure> {
     enter(CloneFlags::CLONE_NEWIPC, Stage::IpcNamespace, "IPC")
 }
 
-pub fn enter_uts_namespace() -> Result<(), Failure> {
+fn enter_uts_namespace() -> Result<(), Failure> {
     enter(CloneFlags::CLONE_NEWUTS, Stage::UtsNamespace, "UTS")
 }
 
 /// The namespaces that the supervisor enters itself, in which the VMM is then born.
 pub fn enter_supervisor_namespaces(namespaces: Namespaces) -> Result<(), Failure> {
-    let steps: [(bool, fn() -> Result<(), Failure>); 4] = [
-        (namespaces.mount, enter_mount_namespace),
-        (namespaces.net, enter_net_namespace),
-        (namespaces.ipc, enter_ipc_namespace),
-        (namespaces.uts, enter_uts_namespace),
-    ];
-    steps.into_iter().filter(|(wanted, _)| *wanted).try_for_each(|(_, step)| step())
+    if namespaces.mount {
+        enter_mount_namespace()?;
+    }
+    if namespaces.net {
+        enter_net_namespace()?;
+    }
+    if namespaces.ipc {
+        enter_ipc_namespace()?;
+    }
+    if namespaces.uts {
+        enter_uts_namespace()?;
+    }
+    Ok(())
 }
 
 fn enter(flag: CloneFlags, stage: Stage, name: &str) -> Result<(), Failure> {

@@ -34,7 +34,8 @@ pub fn close_inherited() -> Result<(), Failure> {
 }
 
 fn close_listed() -> Result<(), Failure> {
-    let failed = |error: std::io::Error| Failure::io(Stage::Fds, &error, "listing /proc/self/fd; /proc must be mounted");
+    let failed =
+        |error: std::io::Error| Failure::io(Stage::Fds, &error, "listing /proc/self/fd; /proc must be mounted");
     let mut inherited = Vec::new();
     for entry in read_dir("/proc/self/fd").map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();

@@ -22,7 +22,7 @@
 //! C's death ends the PID namespace (without one, V has a parent-death signal, safe because C has a single thread); V's
 //! death is reported and ends C. L's death harms nobody: C goes on and still watches the manager. Without a PID
 //! namespace C kills V and V's process group; a descendant that has moved itself to another session is out of reach,
-//! which is why `namespaces.pid` is on unless switched off.
+//! and so are all of V's descendants when C itself is killed, which is why `namespaces.pid` is on unless switched off.
 //!
 //! # Control socket
 //!

@@ -22,6 +22,10 @@ const IGNORED: [libc::c_int; 8] = [
     libc::SIGTTOU,
 ];
 
+/// The kernel's `_NSIG`, and the size of a set of that many bits.
+const LAST_SIGNAL: libc::c_int = 64;
+const SIGSET_BYTES: usize = 8;
+
 /// How a child ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
@@ -68,16 +72,20 @@ pub fn shield() -> Result<(), Failure> {
 
 /// Signals as a program expects to find them: nothing ignored, nothing blocked.
 pub fn reset_signals() -> Result<(), Failure> {
-    let catchable = |signal: &libc::c_int| {
-        // 32 and 33 belong to the C library, which never ignores them and refuses to have them touched.
-        ![libc::SIGKILL, libc::SIGSTOP, 32, 33].contains(signal)
-    };
-    for signal in (1..=libc::SIGRTMAX()).filter(catchable) {
-        set_disposition(signal, libc::SIG_DFL)?;
+    // The kernel's struct sigaction (handler, flags, restorer, mask): all zeros is SIG_DFL on every architecture.
+    let default = [0u64; 4];
+    for signal in (1..=LAST_SIGNAL).filter(|signal| ![libc::SIGKILL, libc::SIGSTOP].contains(signal)) {
+        // Not through the C library: it hides signals 32 and 33, which it uses itself, but an ancestor may have had
+        // them ignored all the same, and that is inherited.
+        // SAFETY: `default` outlives the call and is as large as the kernel's struct; no old action is asked for.
+        let reset = unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), SIGSET_BYTES)
+        };
+        Errno::result(reset).map_err(|errno| {
+            Failure::errno(Stage::Session, errno, format_args!("resetting the disposition of signal {signal}"))
+        })?;
     }
-    SigSet::empty()
-        .thread_set_mask()
-        .map_err(|errno| Failure::errno(Stage::Session, errno, "clearing the signal mask"))
+    SigSet::empty().thread_set_mask().map_err(|errno| Failure::errno(Stage::Session, errno, "clearing the signal mask"))
 }
 
 fn set_disposition(signal: libc::c_int, disposition: libc::sighandler_t) -> Result<(), Failure> {
@@ -116,27 +124,20 @@ pub fn wait(child: Pid) -> Result<Ended, Errno> {
     }
 }
 
-/// Reaps one ended child, if there is one. A PID namespace's first process inherits all orphans.
-pub fn reap_any() -> Result<Option<(Pid, Ended)>, Errno> {
-    let mut status = 0;
-    // SAFETY: `status` outlives the call.
-    match Errno::result(unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) }) {
-        Ok(0) | Err(Errno::ECHILD) => Ok(None),
-        Ok(pid) => Ok(Some((Pid::from_raw(pid), Ended::from_status(status)))),
-        Err(errno) => Err(errno),
-    }
-}
-
-/// Whether `child` has ended; it is left unreaped, so that its number cannot be given to another process.
-pub fn has_ended(child: Pid) -> Result<bool, Errno> {
-    // SAFETY: all zeros is a valid siginfo_t, and waitid leaves it so while nothing has ended.
+/// A child that has ended, if there is one. It is left unreaped, so that its number cannot go to another process.
+pub fn ended_child() -> Result<Option<Pid>, Errno> {
+    // SAFETY: all zeros is a valid siginfo_t, and waitid leaves si_pid so while nothing has ended.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    let id = libc::id_t::from(child.as_raw().unsigned_abs());
     // SAFETY: `info` outlives the call.
-    Errno::result(unsafe { libc::waitid(libc::P_PID, id, &mut info, options) })?;
-    // SAFETY: for waitid, the kernel fills the fields of a child's end.
-    Ok(unsafe { info.si_pid() } == child.as_raw())
+    match Errno::result(unsafe { libc::waitid(libc::P_ALL, 0, &mut info, options) }) {
+        Ok(_) => {}
+        Err(Errno::ECHILD) => return Ok(None),
+        Err(errno) => return Err(errno),
+    }
+    // SAFETY: waitid fills the fields of a child's end.
+    let pid = unsafe { info.si_pid() };
+    Ok(Some(pid).filter(|pid| *pid != 0).map(Pid::from_raw))
 }
 
 /// Sends a signal to a process, or with a negative number to a group. One that is gone needs no signal.

@@ -19,7 +19,8 @@ pub struct Program {
 impl Program {
     pub fn new(spec: &LaunchSpec) -> Result<Self, Failure> {
         let c_string = |text: String| {
-            CString::new(text).map_err(|error| Failure::new(Stage::Spec, format!("argv or env holds a NUL byte: {error}")))
+            CString::new(text)
+                .map_err(|error| Failure::new(Stage::Spec, format!("argv or env holds a NUL byte: {error}")))
         };
         let argv = spec.argv.iter().cloned().map(c_string).collect::<Result<Vec<_>, _>>()?;
         let env =

@@ -79,19 +79,16 @@ impl Vmm {
 
     /// Reaps all that has ended; says how the VMM did, if it did.
     fn reap(&self) -> Result<Option<Ended>, Errno> {
-        if process::has_ended(self.pid)? {
-            // While it is not reaped, its number and its group's cannot have become somebody else's.
-            self.kill_group()?;
-        }
-        let mut ended = None;
-        while let Some((pid, how)) = process::reap_any()? {
+        // A PID namespace's first process inherits all orphans, so there may be others.
+        while let Some(pid) = process::ended_child()? {
             if pid == self.pid {
-                ended = Some(how);
-                // From here on the number may be given away: nothing may be sent to it any more.
-                break;
+                // Until it is reaped, its number and its group's cannot have become somebody else's.
+                self.kill_group()?;
+                return process::wait(pid).map(Some);
             }
+            process::wait(pid)?;
         }
-        Ok(ended)
+        Ok(None)
     }
 }
 
@@ -132,8 +129,7 @@ enum Step {
 /// Waits for something to happen, and does what it calls for.
 fn step(control: &Control, children: &SignalFd, vmm: &Vmm, leash_held: bool) -> Result<Step, Failure> {
     let failed = |errno, what: &str| Failure::errno(Stage::Supervise, errno, what);
-    let mut fds =
-        [PollFd::new(children.as_fd(), PollFlags::POLLIN), PollFd::new(control.as_fd(), PollFlags::POLLIN)];
+    let mut fds = [PollFd::new(children.as_fd(), PollFlags::POLLIN), PollFd::new(control.as_fd(), PollFlags::POLLIN)];
     // A closed socket is ready for ever: once let go, it is not asked any more.
     let watched = if leash_held { &mut fds[..] } else { &mut fds[..1] };
     match poll(watched, PollTimeout::NONE) {
