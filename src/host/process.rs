@@ -77,7 +77,8 @@ impl Jailed {
             .env_clear()
             .spawn()
             .map_err(|e| failed("spawn", &e))?;
-        let control = AsyncFd::new(ours).map_err(|e| failed("epoll", &e))?;
+        // SAFETY: an `OwnedFd` answers with the same open descriptor for as long as it lives.
+        let control = unsafe { AsyncFd::register(ours) }.map_err(|e| failed("epoll", &e))?;
         let control = Arc::new(control);
         let (pid_tx, pid) = watch::channel(None);
         let (exit_tx, exit) = watch::channel(None);

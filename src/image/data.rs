@@ -1,0 +1,47 @@
+//! The files that come with the package.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::host::binary;
+
+/// The packaged guest and the launcher of its jail.
+#[derive(Debug, Clone)]
+pub struct GuestImage {
+    pub kernel: PathBuf,
+    pub initramfs: PathBuf,
+    /// A small ext4 file system that every VM's disk begins as.
+    pub disk_template: PathBuf,
+    pub launcher: PathBuf,
+}
+
+impl GuestImage {
+    /// Names the files below `directory`; [`GuestImage::check`] says whether they are there.
+    #[must_use]
+    pub fn in_directory(directory: &Path) -> Self {
+        Self {
+            kernel: directory.join("vmlinux"),
+            initramfs: directory.join("initramfs.cpio"),
+            disk_template: directory.join("disk.ext4"),
+            launcher: directory.join("microvm-jail"),
+        }
+    }
+
+    /// # Errors
+    /// [`Error::ImageUnreadable`] naming the file that is missing or, for the launcher, may not be executed.
+    pub fn check(&self) -> Result<()> {
+        let remedy = "the installation is not complete: install the package again";
+        for path in [&self.kernel, &self.initramfs, &self.disk_template, &self.launcher] {
+            let unreadable = |reason: String| Error::ImageUnreadable { field: "package data", path: path.clone(), reason };
+            let meta = path.metadata().map_err(|error| unreadable(format!("{error}; {remedy}")))?;
+            if !meta.is_file() || meta.len() == 0 {
+                return Err(unreadable(format!("it is empty or not a file; {remedy}")));
+            }
+        }
+        if !binary::is_executable(&self.launcher) {
+            let reason = "the installer lost its execute permission: chmod +x it".to_owned();
+            return Err(Error::ImageUnreadable { field: "package data", path: self.launcher.clone(), reason });
+        }
+        Ok(())
+    }
+}

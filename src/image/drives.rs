@@ -1,0 +1,86 @@
+//! The drives that are made for one VM.
+
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use microvm_protocol::identity::{Identity, DRIVE_BYTES};
+
+use crate::error::{Error, Result};
+
+/// The unit in which the template is copied; what is zero in it stays a hole.
+const CHUNK: usize = 64 * 1024;
+
+fn create(path: &Path) -> Result<File> {
+    let options = OpenOptions::new().write(true).create_new(true).mode(0o600).to_owned();
+    options.open(path).map_err(|error| Error::host("create", path.display(), error))
+}
+
+/// Makes a sparse disk of `size_mb` MiB that begins with the template's file system; the agent grows that.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn write_disk(template: &Path, path: &Path, size_mb: u64) -> Result<()> {
+    let mut source = File::open(template).map_err(|error| Error::host("open", template.display(), error))?;
+    let disk = create(path)?;
+    let failed = |error: std::io::Error| Error::host("write", path.display(), error);
+    disk.set_len(size_mb << 20).map_err(failed)?;
+    let mut chunk = vec![0; CHUNK];
+    let mut at = 0;
+    loop {
+        let length = source.read(&mut chunk).map_err(|error| Error::host("read", template.display(), error))?;
+        if length == 0 {
+            return Ok(());
+        }
+        if chunk[..length].iter().any(|byte| *byte != 0) {
+            disk.write_all_at(&chunk[..length], at).map_err(failed)?;
+        }
+        at += length as u64;
+    }
+}
+
+/// Writes who the guest is, for the VMM alone to read.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn write_config_drive(identity: &Identity, path: &Path) -> Result<()> {
+    let mut bytes = identity.to_drive().map_err(|error| Error::host("write", path.display(), error))?;
+    let written = create(path)?.write_all_at(&bytes, 0);
+    bytes.fill(0);
+    written.map_err(|error| Error::host("write", path.display(), error))
+}
+
+/// Overwrites the config drive with zeros, in place: the VMM still has it open.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn wipe_config_drive(path: &Path) -> Result<()> {
+    let file = OpenOptions::new().write(true).open(path);
+    let wiped = file.and_then(|file| file.write_all_at(&[0; DRIVE_BYTES], 0));
+    wiped.map_err(|error| Error::host("wipe", path.display(), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn test_write_disk_is_sparse_private_and_begins_with_the_template() {
+        let dir = std::env::temp_dir().join(format!("drives-{}", std::process::id()));
+        std::fs::create_dir(&dir).unwrap();
+        let (template, disk) = (dir.join("template"), dir.join("disk"));
+        let mut content = vec![0; 1 << 20];
+        content[300_000] = 7;
+        std::fs::write(&template, &content).unwrap();
+        write_disk(&template, &disk, 64).unwrap();
+        let meta = disk.metadata().unwrap();
+        assert_eq!((meta.len(), meta.mode() & 0o777), (64 << 20, 0o600));
+        assert!(meta.blocks() * 512 <= 2 * CHUNK as u64, "{} blocks", meta.blocks());
+        let mut start = vec![0; content.len()];
+        File::open(&disk).unwrap().read_exact_at(&mut start, 0).unwrap();
+        assert!(start == content);
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+}

@@ -1,0 +1,9 @@
+//! What a VM boots from: kernel, initramfs, disks, the config drive.
+
+mod checks;
+mod data;
+mod drives;
+
+pub use checks::{check_kernel, check_rootfs};
+pub use data::GuestImage;
+pub use drives::{wipe_config_drive, write_config_drive, write_disk};

@@ -1,0 +1,106 @@
+//! Which VMMs are installed, and what to do about those that are not.
+
+use std::path::PathBuf;
+
+use crate::error::{Error, Result};
+use crate::host::{binary, kvm};
+use crate::model::{Backend, Grade, ManagerConfig};
+
+/// Binaries that the configuration names; absent ones are looked up on `PATH`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Binaries {
+    pub qemu: Option<String>,
+    pub firecracker: Option<String>,
+    pub cloud_hypervisor: Option<String>,
+}
+
+impl From<&ManagerConfig> for Binaries {
+    fn from(config: &ManagerConfig) -> Self {
+        Self {
+            qemu: config.qemu_binary.clone(),
+            firecracker: config.firecracker_binary.clone(),
+            cloud_hypervisor: config.cloud_hypervisor_binary.clone(),
+        }
+    }
+}
+
+impl Binaries {
+    /// # Errors
+    /// [`Error::BackendUnavailable`] that says what to install.
+    pub fn locate(&self, backend: Backend) -> Result<PathBuf> {
+        let (named, default, key) = match backend {
+            Backend::Qemu => (&self.qemu, "qemu-system-x86_64", "qemu_binary"),
+            Backend::Firecracker => (&self.firecracker, "firecracker", "firecracker_binary"),
+            Backend::CloudHypervisor => (&self.cloud_hypervisor, "cloud-hypervisor", "cloud_hypervisor_binary"),
+        };
+        let name = named.as_deref().unwrap_or(default);
+        binary::find(name, std::env::var_os("PATH").as_deref()).ok_or_else(|| Error::BackendUnavailable {
+            backend,
+            reason: match named {
+                Some(name) => format!("config[{key:?}]={name:?} is not an executable file"),
+                None => format!("no executable {default:?} was found on PATH"),
+            },
+            remedy: install_hint(backend, key),
+        })
+    }
+}
+
+fn install_hint(backend: Backend, key: &str) -> String {
+    let how = match backend {
+        Backend::Qemu => "install it (Debian, Ubuntu: apt install qemu-system-x86; Fedora: dnf install qemu-system-x86-core)",
+        Backend::Firecracker => "install a release from https://github.com/firecracker-microvm/firecracker/releases",
+        Backend::CloudHypervisor => {
+            "install a release from https://github.com/cloud-hypervisor/cloud-hypervisor/releases"
+        }
+    };
+    format!("{how}, or name the binary in config[{key:?}]")
+}
+
+/// What `doctor` says about one backend.
+#[derive(Debug, Clone)]
+pub struct Installed {
+    pub backend: Backend,
+    pub path: Option<PathBuf>,
+    pub version: Option<String>,
+    /// How VMs of it would run; `None` when they would not.
+    pub grade: Option<Grade>,
+    pub reason: String,
+    pub remedy: Option<String>,
+}
+
+/// Looks at every backend; runs each found binary with `--version`.
+#[must_use]
+pub fn probe(binaries: &Binaries) -> Vec<Installed> {
+    let kvm = kvm::probe();
+    let look = |backend: Backend| {
+        let missing = |path, version, reason, remedy| Installed { backend, path, version, grade: None, reason, remedy };
+        let path = match binaries.locate(backend) {
+            Ok(path) => path,
+            Err(Error::BackendUnavailable { reason, remedy, .. }) => return missing(None, None, reason, Some(remedy)),
+            Err(other) => return missing(None, None, other.to_string(), None),
+        };
+        let version = match binary::version_line(&path) {
+            Ok(version) => version,
+            Err(reason) => {
+                return missing(Some(path), None, reason, Some("install a build for this machine".into()));
+            }
+        };
+        match backend {
+            Backend::Qemu => Installed {
+                backend,
+                path: Some(path),
+                version: Some(version),
+                grade: Some(if kvm.usable { Grade::Hardware } else { Grade::Emulated }),
+                reason: if kvm.usable { "runs on KVM".into() } else { format!("runs on TCG: {}", kvm.reason) },
+                remedy: kvm.remedy.clone(),
+            },
+            _ => missing(
+                Some(path),
+                Some(version),
+                "this release does not drive it yet".into(),
+                Some("use backend=\"qemu\"".into()),
+            ),
+        }
+    };
+    Backend::ALL.iter().copied().map(look).collect()
+}

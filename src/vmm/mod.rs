@@ -1,0 +1,128 @@
+//! The VMMs that can be driven, behind one trait.
+//!
+//! Architecture invariant: a backend turns a [`LaunchPlan`] into a jailed process, a byte stream to the agent and a
+//! [`Control`]. It owns no files, holds no state of a VM's life, and nobody above knows which backend it is.
+
+mod cloud_hypervisor;
+mod firecracker;
+mod install;
+mod qemu;
+
+use std::fmt::Debug;
+use std::future::Future;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+
+use crate::error::{Error, Result, Tails};
+use crate::host::process::Jailed;
+use crate::host::tail::Tail;
+use crate::model::{Backend, Grade, VmId};
+
+pub use install::{probe, Binaries, Installed};
+
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// How long a VMM may take to answer its control API.
+pub const CONTROL_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A drive of the VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drive {
+    /// The serial number by which the guest finds it.
+    pub serial: &'static str,
+    pub path: PathBuf,
+    pub read_only: bool,
+}
+
+/// Everything a backend must know to launch one VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaunchPlan {
+    pub vm_id: VmId,
+    pub vcpu_count: u64,
+    pub memory_mib: u64,
+    pub kernel: PathBuf,
+    pub initramfs: PathBuf,
+    pub drives: Vec<Drive>,
+    pub launcher: PathBuf,
+}
+
+/// What a VMM said on its console and on stderr, still growing.
+#[derive(Debug, Clone, Default)]
+pub struct LiveTails {
+    pub console: Tail,
+    pub vmm_stderr: Tail,
+}
+
+impl LiveTails {
+    #[must_use]
+    pub fn read(&self) -> Tails {
+        Tails { console: self.console.text(), vmm_stderr: self.vmm_stderr.text() }
+    }
+}
+
+/// A VMM process and the ways to talk to it.
+pub struct Launched {
+    pub jailed: Jailed,
+    pub agent: UnixStream,
+    pub control: Box<dyn Control>,
+    pub tails: LiveTails,
+}
+
+/// Bytes that a VM's drives moved.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskIo {
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+}
+
+/// The control API of one running VMM; each call has [`CONTROL_DEADLINE`].
+pub trait Control: Send + Sync {
+    /// Stops the vCPUs.
+    fn pause(&self) -> BoxFuture<'_, Result<()>>;
+    /// Lets the vCPUs go on.
+    fn resume(&self) -> BoxFuture<'_, Result<()>>;
+    /// Ends the VMM without asking the guest.
+    fn quit(&self) -> BoxFuture<'_, Result<()>>;
+    fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>>;
+}
+
+/// A backend that was found on this host.
+pub trait Vmm: Send + Sync + Debug {
+    fn backend(&self) -> Backend;
+    /// The boundary that a VM of this backend gets on this host.
+    fn grade(&self) -> Grade;
+    /// The accelerator's name as the VMM calls it.
+    fn accelerator(&self) -> &'static str;
+    /// Launches the VMM; call on the runtime. Dropping what it returns kills the VMM.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    fn launch(&self, plan: &LaunchPlan) -> Result<Launched>;
+}
+
+/// The backend asked for, or the best one that this host can run.
+///
+/// # Errors
+/// [`Error::BackendUnavailable`] that says what to install; [`Error::IsolationUnavailable`].
+pub fn select(vm_id: &VmId, wanted: Option<Backend>, min: Option<Grade>, binaries: &Binaries) -> Result<Box<dyn Vmm>> {
+    let backend = wanted.unwrap_or(Backend::Qemu);
+    let vmm: Box<dyn Vmm> = match backend {
+        Backend::Qemu => Box::new(qemu::Qemu::find(binaries)?),
+        Backend::Firecracker => Box::new(firecracker::find(binaries)?),
+        Backend::CloudHypervisor => Box::new(cloud_hypervisor::find(binaries)?),
+    };
+    if let Some(min) = min.filter(|min| *min > vmm.grade()) {
+        let kvm = crate::host::kvm::probe();
+        return Err(Error::IsolationUnavailable {
+            vm_id: vm_id.clone(),
+            wanted: min.to_string(),
+            offered: vmm.grade().to_string(),
+            reason: kvm.reason,
+            remedy: kvm.remedy.unwrap_or_default(),
+        });
+    }
+    Ok(vmm)
+}
