@@ -3,6 +3,7 @@
 //! Architecture invariant: arrows point down. `py -> manager -> vm -> {vmm, channel, image} -> {host, model}`; only
 //! `py` knows Python, only `host` makes system calls, `model` does no I/O at all.
 
+pub mod channel;
 pub mod error;
 pub mod host;
 pub mod image;

@@ -1,0 +1,166 @@
+//! One socket per VM, on which any number of clients of this user talk to its agent.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use microvm_protocol::message::Response;
+use serde_json::{json, Map, Value};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::agent::Agent;
+use super::framing::{self, FramingError, Reader};
+use crate::error::{Error, Result};
+use crate::model::VmId;
+
+/// Clients served at once; more wait to be accepted.
+const MAX_CLIENTS: usize = 256;
+
+/// Serves until dropped; its clients then read end-of-file.
+#[derive(Debug)]
+pub struct Broker {
+    task: AbortHandle,
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Broker {
+    /// Binds the socket and serves it.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn serve(vm_id: VmId, socket: &Path, agent: Arc<Agent>, deadline: Duration) -> Result<Self> {
+        let failed = |error: std::io::Error| Error::host("bind", socket.display(), error);
+        let listener = UnixListener::bind(socket).map_err(failed)?;
+        let task = tokio::spawn(accept(vm_id, socket.to_owned(), listener, agent, deadline)).abort_handle();
+        Ok(Self { task })
+    }
+}
+
+async fn accept(vm_id: VmId, socket: PathBuf, listener: UnixListener, agent: Arc<Agent>, deadline: Duration) {
+    // Aborting this task drops the set, and with it every client's task.
+    let mut clients = JoinSet::new();
+    let uid = nix::unistd::geteuid().as_raw();
+    loop {
+        while clients.try_join_next().is_some() {}
+        if clients.len() >= MAX_CLIENTS {
+            clients.join_next().await;
+        }
+        match listener.accept().await {
+            Ok((stream, _)) => match stream.peer_cred() {
+                Ok(peer) if peer.uid() == uid || peer.uid() == 0 => {
+                    clients.spawn(serve(vm_id.clone(), stream, agent.clone(), deadline));
+                }
+                Ok(peer) => log::warn!("{vm_id}: a client with uid {} was refused", peer.uid()),
+                Err(error) => log::warn!("{vm_id}: a client without credentials was refused: {error}"),
+            },
+            Err(error) => {
+                log::warn!("{vm_id}: accept on {}: {error}", socket.display());
+                // Out of descriptors, most likely: it would fail again at once.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn serve(vm_id: VmId, mut stream: UnixStream, agent: Arc<Agent>, deadline: Duration) {
+    let mut reader = Reader::default();
+    loop {
+        let (answer, last) = match reader.next(&mut stream).await {
+            Ok(Some(message)) => (answer(&agent, message, deadline).await, false),
+            Ok(None) => return,
+            Err(error @ FramingError::NotJson(_)) => (refusal("bad_message", &error.to_string()), false),
+            Err(error @ FramingError::TooLong(_)) => (refusal("message_too_large", &error.to_string()), true),
+            Err(FramingError::Io(error)) => {
+                log::debug!("{vm_id}: a client went away: {error}");
+                return;
+            }
+        };
+        let bytes = framing::encode(&answer)
+            .or_else(|error| framing::encode(&refusal("message_too_large", &error.to_string())));
+        let Ok(bytes) = bytes else { return };
+        if let Err(error) = stream.write_all(&bytes).await {
+            log::debug!("{vm_id}: a client went away: {error}");
+            return;
+        }
+        if last {
+            return;
+        }
+    }
+}
+
+fn refusal(code: &str, message: &str) -> Value {
+    json!({"type": "response", "status": "error", "error": {"code": code, "message": message}})
+}
+
+/// A client's message as the agent's action and parameters.
+fn parse(message: &Map<String, Value>) -> std::result::Result<(String, Value), String> {
+    let kind = message.get("type").and_then(Value::as_str).unwrap_or("nothing");
+    if kind == "ping" {
+        return Ok(("ping".into(), Value::Null));
+    }
+    if kind != "command" {
+        return Err(format!("type must be \"ping\" or \"command\", not {kind:?}"));
+    }
+    let name = message.get("command").or_else(|| message.get("action"));
+    let name = name.ok_or("a command needs \"command\" (or \"action\"): its name")?;
+    let name = name.as_str().ok_or_else(|| format!("the command's name must be a string, not {name}"))?;
+    let params = message.get("params").or_else(|| message.get("data")).cloned().unwrap_or(Value::Null);
+    if !params.is_object() && !params.is_null() {
+        return Err(format!("\"params\" (or \"data\") must be an object, not {params}"));
+    }
+    Ok((name.to_owned(), params))
+}
+
+async fn answer(agent: &Agent, message: Value, deadline: Duration) -> Value {
+    let Value::Object(message) = message else { return refusal("bad_message", "a message must be a JSON object") };
+    let mut answer = match parse(&message) {
+        Err(reason) => refusal("bad_message", &reason),
+        Ok((action, params)) => match agent.request(&action, params, deadline).await {
+            Ok(Response::Ok { .. }) if message.get("type") == Some(&json!("ping")) => json!({"type": "pong"}),
+            Ok(Response::Ok { result }) => json!({"type": "response", "status": "ok", "result": result}),
+            Ok(Response::Error { error }) => json!({"type": "response", "status": "error", "error": error}),
+            Err(error) => refusal(error.code(), &error.to_string()),
+        },
+    };
+    // Clients that number their messages get the number back.
+    if let (Some(id), Value::Object(answer)) = (message.get("id"), &mut answer) {
+        answer.insert("id".into(), id.clone());
+    }
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(message: Value) -> std::result::Result<(String, Value), String> {
+        parse(message.as_object().unwrap())
+    }
+
+    #[test]
+    fn test_parse_both_forms_of_a_command_mean_the_same() {
+        let expected = Ok(("exec".to_owned(), json!({"program": "ls"})));
+        assert_eq!(parsed(json!({"type": "command", "command": "exec", "params": {"program": "ls"}})), expected);
+        assert_eq!(parsed(json!({"type": "command", "action": "exec", "data": {"program": "ls"}})), expected);
+    }
+
+    #[test]
+    fn test_parse_malformed_says_what() {
+        for (message, expected) in [
+            (json!({}), "type must be"),
+            (json!({"type": "shout"}), "\"shout\""),
+            (json!({"type": "command"}), "needs \"command\""),
+            (json!({"type": "command", "command": 3}), "not 3"),
+            (json!({"type": "command", "command": "x", "params": [1]}), "must be an object"),
+        ] {
+            assert!(parsed(message).unwrap_err().contains(expected));
+        }
+    }
+}

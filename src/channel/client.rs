@@ -1,0 +1,114 @@
+//! The other end of a broker's socket.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::io::AsyncWriteExt;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::UnixStream;
+use tokio::sync::Mutex;
+
+use super::framing::{self, FramingError, Reader, MAX_DOCUMENT};
+use crate::error::{Error, Result};
+use crate::model::VmId;
+
+/// A client that can connect again after it was closed; sending and receiving do not wait for each other.
+#[derive(Debug)]
+pub struct Client {
+    vm_id: VmId,
+    socket: PathBuf,
+    reading: Mutex<Option<(OwnedReadHalf, Reader)>>,
+    writing: Mutex<Option<OwnedWriteHalf>>,
+}
+
+impl Client {
+    #[must_use]
+    pub fn new(vm_id: VmId, socket: PathBuf) -> Self {
+        Self { vm_id, socket, reading: Mutex::new(None), writing: Mutex::new(None) }
+    }
+
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn closed(&self, reason: impl std::fmt::Display) -> Error {
+        Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: reason.to_string() }
+    }
+
+    fn timeout(&self, what: &str, deadline: Duration) -> Error {
+        Error::ChannelTimeout { vm_id: self.vm_id.to_string(), what: what.into(), limit_s: deadline.as_secs_f64() }
+    }
+
+    /// Connects to the broker, dropping an older connection.
+    ///
+    /// # Errors
+    /// [`Error::ChannelClosed`] when nobody listens, [`Error::ChannelTimeout`].
+    pub async fn connect(&self, deadline: Duration) -> Result<()> {
+        let connected = tokio::time::timeout(deadline, UnixStream::connect(&self.socket)).await;
+        let stream = connected.map_err(|_| self.timeout("connect", deadline))?.map_err(|error| {
+            self.closed(format!("{}: {error}; is the VM running, and this process of its user?", self.socket.display()))
+        })?;
+        let (reading, writing) = stream.into_split();
+        *self.writing.lock().await = Some(writing);
+        *self.reading.lock().await = Some((reading, Reader::default()));
+        Ok(())
+    }
+
+    /// Sends one document, whole or (after an error) not usably: the connection is then closed.
+    ///
+    /// # Errors
+    /// [`Error::MessageTooLarge`], [`Error::ChannelClosed`], [`Error::ChannelTimeout`].
+    pub async fn send(&self, document: &Value, deadline: Duration) -> Result<()> {
+        let bytes = framing::encode(document).map_err(|error| match error {
+            FramingError::TooLong(size) => Error::MessageTooLarge {
+                vm_id: self.vm_id.to_string(),
+                what: "message".into(),
+                size,
+                limit: MAX_DOCUMENT,
+            },
+            other => self.closed(other),
+        })?;
+        let mut slot = self.writing.lock().await;
+        // Taken out while it is in use: giving up half-way leaves no torn message for the next one to follow.
+        let mut writing = slot.take().ok_or_else(|| self.closed("not connected"))?;
+        tokio::time::timeout(deadline, writing.write_all(&bytes))
+            .await
+            .map_err(|_| self.timeout("send", deadline))?
+            .map_err(|error| self.closed(error))?;
+        *slot = Some(writing);
+        Ok(())
+    }
+
+    /// The next document.
+    ///
+    /// # Errors
+    /// [`Error::ChannelTimeout`] (nothing is lost), [`Error::ChannelClosed`].
+    pub async fn receive(&self, deadline: Duration) -> Result<Value> {
+        let wait = async {
+            let mut slot = self.reading.lock().await;
+            let (stream, reader) = slot.as_mut().ok_or_else(|| self.closed("not connected"))?;
+            match reader.next(stream).await {
+                Ok(Some(document)) => Ok(document),
+                Ok(None) => {
+                    *slot = None;
+                    Err(self.closed("the VM was stopped"))
+                }
+                Err(error) => Err(self.closed(error)),
+            }
+        };
+        tokio::time::timeout(deadline, wait).await.map_err(|_| self.timeout("receive", deadline))?
+    }
+
+    /// Closes the connection; a receive that waits elsewhere ends with it.
+    pub async fn close(&self) {
+        // Shutting down the writing half ends the broker's task, and that the reading half.
+        if let Some(mut writing) = self.writing.lock().await.take() {
+            if let Err(error) = writing.shutdown().await {
+                log::debug!("{}: channel shutdown: {error}", self.vm_id);
+            }
+        }
+        *self.reading.lock().await = None;
+    }
+}
