@@ -34,6 +34,8 @@ pub enum Error {
     BackendUnavailable { backend: Backend, reason: String, remedy: String },
     #[error("{vm_id}: min_isolation is {wanted}, but this host can give no more than {offered}: {reason}; {remedy}")]
     IsolationUnavailable { vm_id: VmId, wanted: String, offered: String, reason: String, remedy: String },
+    #[error("{vm_id}: a connected network cannot be set up: {reason}; {remedy}")]
+    NetworkUnavailable { vm_id: VmId, reason: String, remedy: String },
     #[error("{field} {path:?} cannot be read: {reason}", path = path.display())]
     ImageUnreadable { field: &'static str, path: PathBuf, reason: String },
     #[error("{field} {path:?} is not usable: {reason}", path = path.display())]
@@ -75,6 +77,7 @@ impl Error {
             Error::InvalidState { .. } => "invalid_state",
             Error::BackendUnavailable { .. } => "backend_unavailable",
             Error::IsolationUnavailable { .. } => "isolation_unavailable",
+            Error::NetworkUnavailable { .. } => "network_unavailable",
             Error::ImageUnreadable { .. } => "image_unreadable",
             Error::ImageInvalid { .. } => "image_invalid",
             Error::StartFailed { .. } => "start_failed",

@@ -7,5 +7,7 @@ pub mod channel;
 pub mod error;
 pub mod host;
 pub mod image;
+pub mod manager;
 pub mod model;
+pub mod vm;
 pub mod vmm;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::OFlag;
 use tokio::io::AsyncReadExt;
+use tokio::sync::watch;
 
 use crate::error::{Error, Result};
 
@@ -16,6 +17,7 @@ const KEEP: usize = 16 * 1024;
 #[derive(Debug, Clone, Default)]
 pub struct Tail {
     kept: Arc<Mutex<VecDeque<u8>>>,
+    drained: Option<watch::Receiver<()>>,
 }
 
 impl Tail {
@@ -28,7 +30,8 @@ impl Tail {
         let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(&e))?;
         nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(&e))?;
         let mut reader = tokio::net::unix::pipe::Receiver::from_owned_fd(reader).map_err(|e| failed(&e))?;
-        let tail = Self::default();
+        let (ended, drained) = watch::channel(());
+        let tail = Self { kept: Arc::default(), drained: Some(drained) };
         let kept = tail.kept.clone();
         tokio::spawn(async move {
             let mut buffer = [0; 4096];
@@ -38,8 +41,17 @@ impl Tail {
                 let excess = kept.len().saturating_sub(KEEP);
                 kept.drain(..excess);
             }
+            drop(ended);
         });
         Ok((tail, writer))
+    }
+
+    /// Waits until everything was read: no process holds the writing end any more.
+    pub async fn drained(&self) {
+        if let Some(mut drained) = self.drained.clone() {
+            // Nothing is ever sent; the sender's end is the event.
+            while drained.changed().await.is_ok() {}
+        }
     }
 
     /// What was kept, as text, without the control characters that a guest may send to a terminal.

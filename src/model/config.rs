@@ -54,7 +54,7 @@ impl Default for ManagerConfig {
             runtime_dir: None,
             start_timeout_s: 30.0,
             command_timeout_s: 30.0,
-            cleanup_interval_s: 1.0,
+            cleanup_interval_s: 5.0,
             qemu_binary: None,
             firecracker_binary: None,
             cloud_hypervisor_binary: None,

@@ -1,0 +1,348 @@
+//! One VM: its life, what it owns, and the order in which that is torn down.
+//!
+//! Architecture invariant: knows [`crate::vmm::Vmm`], never a backend. Two locks: `operation` (asynchronous) is held
+//! through start, stop, pause, resume and destroy, so they come one after the other; `cell` guards the state for a few
+//! instructions at a time and is never held across an await or a log call. `operation` is taken first.
+
+mod boot;
+mod health;
+mod running;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{json, Value};
+use tokio::sync::watch;
+
+use crate::channel::Answer;
+use crate::error::{Error, Result};
+use crate::host::{clock, process};
+use crate::image::GuestImage;
+use crate::model::{Backend, Grade, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::vmm::Binaries;
+
+pub use health::{Health, HealthStatus};
+use running::Running;
+
+/// What a VM is to be, as its maker wrote it.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    pub vm_id: VmId,
+    /// `None`: the best one that this host can run.
+    pub backend: Option<Backend>,
+    pub isolation_type: IsolationType,
+    pub limits: ResourceLimits,
+    pub network: NetworkConfig,
+    pub kernel_path: Option<PathBuf>,
+    pub rootfs_path: Option<PathBuf>,
+}
+
+/// What the VMs of one manager have in common.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub base: PathBuf,
+    pub image: GuestImage,
+    pub binaries: Binaries,
+    pub min_isolation: Option<Grade>,
+    pub start_timeout: Duration,
+    pub command_timeout: Duration,
+}
+
+/// What a VM got, beyond what was asked for.
+#[derive(Debug, Clone, Default)]
+pub struct Facts {
+    pub pid: Option<i32>,
+    pub backend: Option<Backend>,
+    pub grade: Option<Grade>,
+    pub accelerator: Option<&'static str>,
+    pub socket: PathBuf,
+}
+
+struct Cell {
+    state: VmState,
+    running: Option<Arc<Running>>,
+    last_error: Option<Error>,
+    /// When a VM that ran was found dead.
+    died: Option<Instant>,
+}
+
+/// A VM.
+pub struct MicroVm {
+    spec: Spec,
+    settings: Arc<Settings>,
+    operation: tokio::sync::Mutex<()>,
+    cell: Mutex<Cell>,
+    destroying: watch::Sender<bool>,
+}
+
+impl MicroVm {
+    #[must_use]
+    pub fn new(spec: Spec, settings: Arc<Settings>) -> Arc<Self> {
+        let cell = Cell { state: VmState::Created, running: None, last_error: None, died: None };
+        Arc::new(Self {
+            spec,
+            settings,
+            operation: tokio::sync::Mutex::new(()),
+            cell: Mutex::new(cell),
+            destroying: watch::Sender::new(false),
+        })
+    }
+
+    #[must_use]
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    #[must_use]
+    pub fn id(&self) -> &VmId {
+        &self.spec.vm_id
+    }
+
+    fn cell(&self) -> MutexGuard<'_, Cell> {
+        self.cell.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[must_use]
+    pub fn state(&self) -> VmState {
+        self.cell().state
+    }
+
+    #[must_use]
+    pub fn last_error(&self) -> Option<Error> {
+        self.cell().last_error.clone()
+    }
+
+    pub fn set_last_error(&self, error: Error) {
+        self.cell().last_error = Some(error);
+    }
+
+    /// How long ago a VM that ran was found dead; `None` when it is not in ERROR for that reason.
+    #[must_use]
+    pub fn dead_for(&self) -> Option<Duration> {
+        let cell = self.cell();
+        cell.died.filter(|_| cell.state == VmState::Error).map(|died| died.elapsed())
+    }
+
+    #[must_use]
+    pub fn facts(&self) -> Facts {
+        let running = self.cell().running.clone();
+        let socket = crate::host::runtime_dir::socket_path(&self.settings.base, self.id());
+        match running {
+            Some(running) => Facts { socket, ..running.facts() },
+            None => Facts { socket, backend: self.spec.backend, ..Facts::default() },
+        }
+    }
+
+    /// Changes the state if the table allows it.
+    fn become_state(&self, operation: &'static str, next: VmState) -> Result<()> {
+        let mut cell = self.cell();
+        if cell.state.can_become(next) {
+            cell.state = next;
+            return Ok(());
+        }
+        let allowed = VmState::predecessors_of(next);
+        Err(Error::InvalidState { vm_id: self.id().clone(), operation, state: cell.state, allowed })
+    }
+
+    fn fail(&self, error: &Error) {
+        let mut cell = self.cell();
+        if cell.state.can_become(VmState::Error) {
+            cell.state = VmState::Error;
+            cell.last_error = Some(error.clone());
+        }
+    }
+
+    /// Boots the VM and waits until its agent is ready; `Ok` at once when it runs already.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] and nothing changed; any other leaves the VM in ERROR, holding nothing.
+    pub async fn start(self: &Arc<Self>) -> Result<()> {
+        let operation = self.operation.lock().await;
+        if self.state() == VmState::Running {
+            return Ok(());
+        }
+        self.become_state("start", VmState::Starting)?;
+        let abandoned = Abandoned(self);
+        let mut destroying = self.destroying.subscribe();
+        let begun = Instant::now();
+        let booted = tokio::select! {
+            booted = boot::boot(&self.spec, &self.settings) => booted,
+            _ = destroying.wait_for(|destroying| *destroying) => Err(self.cancelled("start")),
+        };
+        std::mem::forget(abandoned);
+        let running = booted.inspect_err(|error| self.fail(error))?;
+        let running = Arc::new(running);
+        {
+            let mut cell = self.cell();
+            cell.state = VmState::Running;
+            cell.running = Some(running.clone());
+            cell.died = None;
+        }
+        drop(operation);
+        tokio::spawn(watch_over(Arc::downgrade(self), Arc::downgrade(&running), running.exit_receiver()));
+        log::info!("{}: started in {} ms", self.id(), begun.elapsed().as_millis());
+        Ok(())
+    }
+
+    fn cancelled(&self, operation: &'static str) -> Error {
+        Error::Cancelled { vm_id: self.id().clone(), operation }
+    }
+
+    /// Asks the guest to shut down, then the VMM, then kills it; `Ok` at once when nothing runs.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] from CREATED and DESTROYED.
+    pub async fn stop(&self) -> Result<()> {
+        let _operation = self.operation.lock().await;
+        let state = self.state();
+        if state == VmState::Stopped {
+            return Ok(());
+        }
+        if state == VmState::Error {
+            return self.become_state("stop", VmState::Stopped);
+        }
+        self.become_state("stop", VmState::Stopping)?;
+        self.tear_down(state == VmState::Running).await;
+        self.become_state("stop", VmState::Stopped)?;
+        log::info!("{}: stopped", self.id());
+        Ok(())
+    }
+
+    async fn tear_down(&self, ask_guest: bool) {
+        let running = self.cell().running.clone();
+        if let Some(running) = running {
+            running.shut_down(ask_guest).await;
+            running.release();
+        }
+        self.cell().running = None;
+    }
+
+    /// Stops the vCPUs.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`], [`Error::Vmm`].
+    pub async fn pause(&self) -> Result<()> {
+        let _operation = self.operation.lock().await;
+        let running = self.running_in("pause", VmState::Running)?;
+        running.control().pause().await?;
+        self.become_state("pause", VmState::Paused)
+    }
+
+    /// Lets the vCPUs go on and sets the guest's clock.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`], [`Error::Vmm`].
+    pub async fn resume(&self) -> Result<()> {
+        let _operation = self.operation.lock().await;
+        let running = self.running_in("resume", VmState::Paused)?;
+        running.control().resume().await?;
+        self.become_state("resume", VmState::Running)?;
+        let now = json!({"unix_time_ns": clock::unix_time_ns()});
+        if let Err(error) = running.agent().request("set_clock", now, Duration::from_secs(5)).await {
+            log::warn!("{}: resumed, but the guest's clock was not set: {error}", self.id());
+        }
+        Ok(())
+    }
+
+    fn running_in(&self, operation: &'static str, state: VmState) -> Result<Arc<Running>> {
+        let cell = self.cell();
+        match &cell.running {
+            Some(running) if cell.state == state => Ok(running.clone()),
+            _ => {
+                let (vm_id, allowed) = (self.id().clone(), state.to_string());
+                Err(Error::InvalidState { vm_id, operation, state: cell.state, allowed })
+            }
+        }
+    }
+
+    /// Removes every trace, from any state; a start that is under way is cancelled.
+    pub async fn destroy(&self) {
+        self.destroying.send_replace(true);
+        let _operation = self.operation.lock().await;
+        if self.state() == VmState::Destroyed {
+            return;
+        }
+        self.cell().state = VmState::Destroyed;
+        self.tear_down(false).await;
+        log::info!("{}: destroyed", self.id());
+    }
+
+    /// Asks the agent; the deadline is `timeout`, or the configured one, or what `params` itself allows a program.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] unless RUNNING, [`Error::VmDied`], and the channel's.
+    pub async fn command(&self, action: &str, params: Value, timeout: Option<Duration>) -> Result<Answer> {
+        let running = self.running_in("send a command to", VmState::Running)?;
+        let deadline = timeout.unwrap_or_else(|| {
+            let asked = params.get("timeout").and_then(Value::as_f64).filter(|s| (0.0..=86_400.0).contains(s));
+            // The agent reports its own timeout; the margin lets that answer come through.
+            let asked = asked.map(|seconds| Duration::from_secs_f64(seconds) + Duration::from_secs(5));
+            asked.unwrap_or_default().max(self.settings.command_timeout)
+        });
+        let answered = running.agent().request(action, params, deadline).await;
+        match answered {
+            Err(Error::ChannelClosed { .. }) => {
+                // The channel closes because the VM died, a moment before that is known: say the cause.
+                let exit = tokio::time::timeout(Duration::from_secs(1), running.exited()).await;
+                exit.map_or(answered, |exit| Err(running.died(&exit)))
+            }
+            answered => answered,
+        }
+    }
+
+    /// A fresh look at the VM: its process, its drives and its agent.
+    pub async fn health(&self) -> Health {
+        let (state, running) = {
+            let cell = self.cell();
+            (cell.state, cell.running.clone())
+        };
+        match running {
+            Some(running) => health::of_running(&running, state).await,
+            None => Health::of_state(state),
+        }
+    }
+
+    /// The VMM ended without being asked to.
+    async fn on_exit(&self, running: &Arc<Running>, exit: &process::Exit) {
+        let error = {
+            let mut cell = self.cell();
+            let same = cell.running.as_ref().is_some_and(|current| Arc::ptr_eq(current, running));
+            if !same || !matches!(cell.state, VmState::Running | VmState::Paused) {
+                return;
+            }
+            cell.state = VmState::Error;
+            cell.died = Some(Instant::now());
+            let error = running.died(exit);
+            cell.last_error = Some(error.clone());
+            error
+        };
+        log::error!("{error}");
+        running.release();
+        running.reaped().await;
+        let mut cell = self.cell();
+        if cell.running.as_ref().is_some_and(|current| Arc::ptr_eq(current, running)) {
+            cell.running = None;
+        }
+    }
+}
+
+/// Ends a start whose future was dropped half-way: what it held is gone by then.
+struct Abandoned<'a>(&'a Arc<MicroVm>);
+
+impl Drop for Abandoned<'_> {
+    fn drop(&mut self) {
+        self.0.fail(&self.0.cancelled("start"));
+    }
+}
+
+async fn watch_over(
+    vm: std::sync::Weak<MicroVm>,
+    running: std::sync::Weak<Running>,
+    exit: watch::Receiver<Option<process::Exit>>,
+) {
+    let exit = process::wait_exit(exit).await;
+    if let (Some(vm), Some(running)) = (vm.upgrade(), running.upgrade()) {
+        vm.on_exit(&running, &exit).await;
+    }
+}

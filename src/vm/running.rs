@@ -1,0 +1,113 @@
+//! What a VM owns while it runs.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tokio::sync::watch;
+
+use super::Facts;
+use crate::channel::{Agent, Broker};
+use crate::error::{Error, Tails};
+use crate::host::process::{Exit, Jailed};
+use crate::host::procfs::Usage;
+use crate::host::runtime_dir::VmDir;
+use crate::model::{Backend, Grade, VmId};
+use crate::vmm::{Control, LiveTails};
+
+/// How long the guest may take to answer that it shuts down, and then to do it.
+const GUEST_DEADLINE: Duration = Duration::from_secs(3);
+/// How long the VMM may take to end when told to.
+const QUIT_DEADLINE: Duration = Duration::from_secs(2);
+/// How long the kernel may take to reap a killed jail.
+const REAP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The parts of a running VM; fields drop in this order.
+pub struct Running {
+    pub(super) vm_id: VmId,
+    pub(super) backend: Backend,
+    pub(super) grade: Grade,
+    pub(super) accelerator: &'static str,
+    pub(super) since: Instant,
+    pub(super) cpu_sample: Mutex<(Instant, Usage)>,
+    pub(super) broker: Mutex<Option<Broker>>,
+    pub(super) agent: Arc<Agent>,
+    pub(super) control: Box<dyn Control>,
+    pub(super) jailed: Jailed,
+    pub(super) tails: LiveTails,
+    pub(super) dir: Mutex<Option<VmDir>>,
+}
+
+impl Running {
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    pub fn control(&self) -> &dyn Control {
+        self.control.as_ref()
+    }
+
+    pub fn pid(&self) -> Option<i32> {
+        self.jailed.pid()
+    }
+
+    pub fn exit_receiver(&self) -> watch::Receiver<Option<Exit>> {
+        self.jailed.exit_receiver()
+    }
+
+    pub async fn exited(&self) -> Exit {
+        self.jailed.exited().await
+    }
+
+    pub fn facts(&self) -> Facts {
+        Facts {
+            pid: self.pid(),
+            backend: Some(self.backend),
+            grade: Some(self.grade),
+            accelerator: Some(self.accelerator),
+            ..Facts::default()
+        }
+    }
+
+    pub fn died(&self, exit: &Exit) -> Error {
+        let tails: Tails = self.tails.read();
+        Error::VmDied { vm_id: self.vm_id.clone(), how: exit.to_string(), tails: Box::new(tails) }
+    }
+
+    /// Ends the VMM: by the guest when `ask_guest`, else or when that takes too long by the VMM, else by force.
+    pub async fn shut_down(&self, ask_guest: bool) {
+        if ask_guest {
+            match self.agent.request("shutdown", Value::Null, GUEST_DEADLINE).await {
+                Ok(_) if self.ends_within(GUEST_DEADLINE).await => return self.reaped().await,
+                Ok(_) => log::warn!("{}: the guest did not shut down in time; ending the VMM", self.vm_id),
+                Err(error) => log::warn!("the guest could not be asked to shut down ({error}); ending the VMM"),
+            }
+        }
+        match self.control.quit().await {
+            Ok(()) if self.ends_within(QUIT_DEADLINE).await => return self.reaped().await,
+            Ok(()) => log::warn!("{}: the VMM did not end in time; killing it", self.vm_id),
+            // The usual reason is that it has ended already.
+            Err(error) => log::debug!("{error}"),
+        }
+        self.jailed.kill();
+        self.reaped().await;
+    }
+
+    async fn ends_within(&self, deadline: Duration) -> bool {
+        tokio::time::timeout(deadline, self.jailed.exited()).await.is_ok()
+    }
+
+    /// Waits until no process of the VM is left.
+    pub async fn reaped(&self) {
+        if tokio::time::timeout(REAP_DEADLINE, self.jailed.reaped()).await.is_err() {
+            log::error!("{}: its processes were killed but not reaped within {REAP_DEADLINE:?}", self.vm_id);
+        }
+    }
+
+    /// Removes the socket and the files, even while someone still holds a reference.
+    pub fn release(&self) {
+        drop(self.broker.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(dir);
+    }
+}
