@@ -9,5 +9,7 @@ pub mod host;
 pub mod image;
 pub mod manager;
 pub mod model;
+#[cfg(feature = "python")]
+mod py;
 pub mod vm;
 pub mod vmm;

@@ -1,0 +1,44 @@
+//! The core's errors as Python's, and what the legacy surface does with them.
+
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+
+use super::convert;
+use super::logging;
+use crate::error::Error;
+
+/// The exception object for `error`.
+pub fn exception<'py>(py: Python<'py>, error: &Error) -> PyResult<Bound<'py, PyAny>> {
+    static MAKE_ERROR: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let make_error = MAKE_ERROR.import(py, "thirstys_waterfall.security.microvm_isolation._errors", "make_error")?;
+    let details = convert::from_json(py, &error.details())?;
+    make_error.call1((error.code(), error.to_string(), details))
+}
+
+/// `error` as something to raise.
+pub fn raise(py: Python<'_>, error: &Error) -> PyErr {
+    exception(py, error).map_or_else(|failed| failed, PyErr::from_value)
+}
+
+/// Whether the legacy surface, too, raises this.
+pub fn is_usage(error: &Error) -> bool {
+    matches!(error, Error::InvalidType { .. } | Error::InvalidValue { .. } | Error::ForkedProcess { .. })
+}
+
+/// What the legacy surface does: logs once, on the calling thread, and answers `None`; or raises.
+pub fn settle<T>(py: Python<'_>, result: Result<T, Error>, raising: bool, keep: impl FnOnce(Error)) -> PyResult<Option<T>> {
+    let error = match result {
+        Ok(value) => return Ok(Some(value)),
+        Err(error) => error,
+    };
+    let usage = is_usage(&error);
+    let raised = (usage || raising).then(|| raise(py, &error));
+    if raised.is_none() {
+        let level = if matches!(error, Error::InvalidState { .. }) { "warning" } else { "error" };
+        logging::on_this_thread(py, level, &error.to_string())?;
+    }
+    if !usage {
+        keep(error);
+    }
+    raised.map_or(Ok(None), Err)
+}

@@ -1,0 +1,168 @@
+//! The gate through which every blocking call goes: the interpreter is released, and Ctrl-C is seen within 50 ms.
+
+use std::future::Future;
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use tokio::runtime::Runtime;
+use tokio::task::JoinSet;
+
+use super::errors;
+use crate::error::Error;
+use crate::vm::MicroVm;
+
+/// How long a signal may wait to be seen.
+const SLICE: Duration = Duration::from_millis(50);
+/// How long all VMs together may take to be destroyed when the interpreter exits.
+const EXIT_DEADLINE: Duration = Duration::from_secs(10);
+
+static RUNTIME: OnceLock<(u32, Runtime)> = OnceLock::new();
+static EXITING: AtomicBool = AtomicBool::new(false);
+/// The VMs to destroy at exit; handles own them.
+static LIVE: Mutex<Vec<Weak<MicroVm>>> = Mutex::new(Vec::new());
+
+/// What becomes of the work when the caller is interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnInterrupt {
+    /// It is dropped; dropping undoes it.
+    Abandon,
+    /// It goes on in the background: half of it would be worse.
+    Finish,
+}
+
+fn runtime(py: Python<'_>) -> PyResult<&'static Runtime> {
+    let pid = std::process::id();
+    if RUNTIME.get().is_none() {
+        let built = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("microvm-isolation")
+            .enable_all()
+            .build()
+            .map_err(|error| PyRuntimeError::new_err(format!("the runtime could not be started: {error}")))?;
+        // Another thread may have been faster; then this one is not needed.
+        if let Err((_, spare)) = RUNTIME.set((pid, built)) {
+            spare.shutdown_background();
+        }
+    }
+    let (made_in, runtime) = RUNTIME.get().ok_or_else(|| PyRuntimeError::new_err("the runtime could not be started"))?;
+    check_process(py, "module", *made_in)?;
+    Ok(runtime)
+}
+
+fn check_process(py: Python<'_>, what: &'static str, made_in: u32) -> PyResult<()> {
+    let used_in = std::process::id();
+    match made_in == used_in {
+        true => Ok(()),
+        false => Err(errors::raise(py, &Error::ForkedProcess { what, made_in, used_in })),
+    }
+}
+
+/// Runs `future` on the runtime and waits for it without holding the interpreter.
+pub fn wait<F>(py: Python<'_>, on_interrupt: OnInterrupt, future: F) -> PyResult<F::Output>
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    if EXITING.load(Ordering::Acquire) {
+        return Err(PyRuntimeError::new_err("the interpreter is exiting"));
+    }
+    wait_unchecked(py, on_interrupt, future)
+}
+
+fn wait_unchecked<F>(py: Python<'_>, on_interrupt: OnInterrupt, future: F) -> PyResult<F::Output>
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let task = runtime(py)?.spawn(async move {
+        // The caller may have been interrupted: then nobody wants the result.
+        drop(sender.send(future.await));
+    });
+    let receiver = Mutex::new(receiver);
+    loop {
+        let got = py.detach(|| receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(SLICE));
+        match got {
+            Ok(output) => return Ok(output),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(PyRuntimeError::new_err("an internal task failed; its panic message is on stderr"))
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                if let Err(interrupt) = py.check_signals() {
+                    if on_interrupt == OnInterrupt::Abandon {
+                        task.abort();
+                    }
+                    return Err(interrupt);
+                }
+            }
+        }
+    }
+}
+
+/// Something that belongs to the process that made it. A forked child neither uses nor drops it: dropping would end
+/// the parent's VMs.
+pub struct Owned<T> {
+    what: &'static str,
+    made_in: u32,
+    value: ManuallyDrop<T>,
+}
+
+impl<T> Owned<T> {
+    pub fn new(what: &'static str, value: T) -> Self {
+        Self { what, made_in: std::process::id(), value: ManuallyDrop::new(value) }
+    }
+
+    /// # Errors
+    /// `ForkedProcessError` in a forked child.
+    pub fn get(&self, py: Python<'_>) -> PyResult<&T> {
+        check_process(py, self.what, self.made_in)?;
+        Ok(self.value.deref())
+    }
+
+    /// For plain data that a child may read, too.
+    pub fn peek(&self) -> &T {
+        self.value.deref()
+    }
+}
+
+impl<T> Drop for Owned<T> {
+    fn drop(&mut self) {
+        if self.made_in == std::process::id() {
+            // SAFETY: dropped once, here, and never used afterwards.
+            unsafe { ManuallyDrop::drop(&mut self.value) };
+        }
+    }
+}
+
+/// Notes a VM for the end of the process.
+pub fn track(vm: &Arc<MicroVm>) {
+    let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+    live.retain(|vm| vm.strong_count() > 0);
+    live.push(Arc::downgrade(vm));
+}
+
+/// Destroys every VM of this process and refuses new work; called when the interpreter exits.
+#[pyfunction]
+pub fn shutdown(py: Python<'_>) -> PyResult<()> {
+    EXITING.store(true, Ordering::Release);
+    let live = std::mem::take(&mut *LIVE.lock().unwrap_or_else(PoisonError::into_inner));
+    let vms: Vec<_> = live.iter().filter_map(Weak::upgrade).filter(|vm| vm.state().is_live()).collect();
+    if vms.is_empty() {
+        return Ok(());
+    }
+    wait_unchecked(py, OnInterrupt::Finish, async move {
+        let mut destroying = JoinSet::new();
+        for vm in vms {
+            destroying.spawn(async move { vm.destroy().await });
+        }
+        if tokio::time::timeout(EXIT_DEADLINE, destroying.join_all()).await.is_err() {
+            log::error!("not every VM was destroyed in time; the kernel ends the rest with this process");
+        }
+    })
+}

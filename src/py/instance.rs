@@ -1,0 +1,235 @@
+//! The handle of one VM.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use serde_json::{json, Value};
+
+use super::gate::{self, OnInterrupt, Owned};
+use super::{convert, errors, logging};
+use crate::manager;
+use crate::model::{Backend, ManagerConfig};
+use crate::vm::{Health, MicroVm, Spec};
+
+/// One microVM: `start`, `stop`, `pause`, `resume`, commands and health. Usable on its own, without a manager.
+#[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
+pub struct MicroVMInstance {
+    vm: Owned<Arc<MicroVm>>,
+    raising: bool,
+}
+
+pub fn health_json(health: &Health) -> Value {
+    json!({
+        "cpu_usage_percent": health.cpu_usage_percent,
+        "memory_usage_mb": health.memory_usage_mb,
+        "disk_io_bytes": health.disk_io_bytes,
+        "network_rx_bytes": health.network_rx_bytes,
+        "network_tx_bytes": health.network_tx_bytes,
+        "uptime_seconds": health.uptime_seconds,
+        "last_health_check": health.last_health_check,
+        "health_status": health.status.as_str(),
+    })
+}
+
+/// Everything there is to know about a VM, as plain data.
+pub async fn info(vm: Arc<MicroVm>) -> Value {
+    let health = vm.health().await;
+    let (spec, facts) = (vm.spec(), vm.facts());
+    let network = &spec.network;
+    let mut metrics = health_json(&health);
+    metrics["status"] = json!(health.status.as_str());
+    metrics["cpu_usage"] = json!(health.cpu_usage_percent);
+    json!({
+        "vm_id": spec.vm_id.as_str(),
+        "backend": facts.backend.unwrap_or(Backend::Qemu).as_str(),
+        "isolation_type": spec.isolation_type.as_str(),
+        "isolation_grade": facts.grade.map(|grade| grade.as_str()),
+        "accelerator": facts.accelerator,
+        "state": vm.state().as_str(),
+        "pid": facts.pid,
+        "socket_path": facts.socket,
+        "kernel_path": spec.kernel_path,
+        "rootfs_path": spec.rootfs_path,
+        "resource_limits": convert::limits_json(&spec.limits),
+        "limits": {
+            "vcpu_count": "the VM has that many vCPUs",
+            "memory_mb": "the VM has that much memory",
+            "disk_size_mb": "the VM's disk has that size",
+            "network_bandwidth_mbps": "nothing to limit: the VM has no network",
+            "max_file_handles": "in the guest: RLIMIT_NOFILE of every program",
+            "max_processes": "in the guest: RLIMIT_NPROC and pids.max",
+        },
+        "network_config": {
+            "isolated": network.isolated_network,
+            "tap_device": network.tap_device,
+            "ip_address": network.ip_address,
+            "mac_address": network.mac_address,
+            "gateway": network.gateway,
+            "dns_servers": network.dns_servers,
+        },
+        "health_metrics": metrics,
+        "last_error": vm.last_error().map(|error| json!({"code": error.code(), "message": error.to_string()})),
+    })
+}
+
+impl MicroVMInstance {
+    pub fn wrap(vm: Arc<MicroVm>, raising: bool) -> Self {
+        gate::track(&vm);
+        Self { vm: Owned::new("MicroVMInstance", vm), raising }
+    }
+
+    pub fn vm(&self) -> &Arc<MicroVm> {
+        self.vm.peek()
+    }
+
+    /// Runs a change of state; `False` with the reason kept when it is not to be.
+    fn change<F>(&self, py: Python<'_>, on_interrupt: OnInterrupt, change: impl FnOnce(Arc<MicroVm>) -> F) -> PyResult<bool>
+    where
+        F: std::future::Future<Output = crate::error::Result<()>> + Send + 'static,
+    {
+        let vm = self.vm.get(py)?;
+        let result = gate::wait(py, on_interrupt, change(vm.clone()))?;
+        Ok(errors::settle(py, result, self.raising, |error| vm.set_last_error(error))?.is_some())
+    }
+}
+
+#[pymethods]
+impl MicroVMInstance {
+    #[new]
+    #[pyo3(signature = (vm_id, backend, isolation_type, resource_limits, network_config=None, kernel_path=None, rootfs_path=None))]
+    #[expect(clippy::too_many_arguments, reason = "the public signature")]
+    fn new(
+        vm_id: &Bound<'_, PyAny>,
+        backend: &Bound<'_, PyAny>,
+        isolation_type: &Bound<'_, PyAny>,
+        resource_limits: &Bound<'_, PyAny>,
+        network_config: Option<&Bound<'_, PyAny>>,
+        kernel_path: Option<&Bound<'_, PyAny>>,
+        rootfs_path: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let py = vm_id.py();
+        let spec = Spec {
+            vm_id: convert::vm_id(vm_id)?,
+            backend: Some(convert::backend(backend)?),
+            isolation_type: convert::isolation_type(isolation_type)?,
+            limits: convert::limits(resource_limits)?,
+            network: network_config.map(convert::network).transpose()?.unwrap_or_default(),
+            kernel_path: convert::optional_path("kernel_path", kernel_path)?,
+            rootfs_path: convert::optional_path("rootfs_path", rootfs_path)?,
+        };
+        logging::start(py)?;
+        let settings = manager::settings(&ManagerConfig::default(), convert::guest_image(py)?);
+        Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings)), false))
+    }
+
+    /// Boots the VM and waits for its agent; `False` with `last_error` when it does not come up.
+    fn start(&self, py: Python<'_>) -> PyResult<bool> {
+        self.change(py, OnInterrupt::Abandon, |vm| async move { vm.start().await })
+    }
+
+    /// Shuts the VM down: the guest is asked, then the VMM told, then killed.
+    fn stop(&self, py: Python<'_>) -> PyResult<bool> {
+        self.change(py, OnInterrupt::Finish, |vm| async move { vm.stop().await })
+    }
+
+    /// Stops the vCPUs.
+    fn pause(&self, py: Python<'_>) -> PyResult<bool> {
+        self.change(py, OnInterrupt::Finish, |vm| async move { vm.pause().await })
+    }
+
+    /// Lets the vCPUs go on and sets the guest's clock.
+    fn resume(&self, py: Python<'_>) -> PyResult<bool> {
+        self.change(py, OnInterrupt::Finish, |vm| async move { vm.resume().await })
+    }
+
+    fn get_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        convert::member(py, "VMState", self.vm.get(py)?.state().as_str())
+    }
+
+    /// Asks the agent; the answer is `{"status": "ok", "result": ...}` or `{"status": "error", "error": {...}}`.
+    #[pyo3(signature = (command, params=None, timeout=None))]
+    pub fn send_command<'py>(
+        &self,
+        py: Python<'py>,
+        command: &Bound<'_, PyAny>,
+        params: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let vm = self.vm.get(py)?;
+        let command = convert::text("command", command)?;
+        let params = match params {
+            Some(params) => Value::Object(convert::object("params", params)?),
+            None => Value::Null,
+        };
+        let timeout: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
+        let asking = vm.clone();
+        let answered =
+            gate::wait(py, OnInterrupt::Abandon, async move { asking.command(&command, params, timeout).await })?;
+        let Some(answer) = errors::settle(py, answered, self.raising, |error| vm.set_last_error(error))? else {
+            return Ok(None);
+        };
+        let answer = serde_json::to_value(answer).unwrap_or(Value::Null);
+        convert::from_json(py, &answer).map(Some)
+    }
+
+    fn get_health_metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let vm = self.vm.get(py)?.clone();
+        let health = gate::wait(py, OnInterrupt::Abandon, async move { vm.health().await })?;
+        convert::model(py, "VMHealthMetrics", &health_json(&health))
+    }
+
+    pub fn get_info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let vm = self.vm.get(py)?.clone();
+        convert::from_json(py, &gate::wait(py, OnInterrupt::Abandon, info(vm))?)
+    }
+
+    #[getter]
+    fn vm_id(&self) -> &str {
+        self.vm().id().as_str()
+    }
+
+    #[getter]
+    fn backend<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        convert::member(py, "VMBackend", self.vm().spec().backend.unwrap_or(Backend::Qemu).as_str())
+    }
+
+    #[getter]
+    fn isolation_type<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        convert::member(py, "IsolationType", self.vm().spec().isolation_type.as_str())
+    }
+
+    #[getter]
+    fn resource_limits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        convert::model(py, "VMResourceLimits", &convert::limits_json(&self.vm().spec().limits))
+    }
+
+    #[getter]
+    fn network_config<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        convert::model(py, "VMNetworkConfig", &convert::network_json(&self.vm().spec().network))
+    }
+
+    #[getter]
+    fn kernel_path(&self) -> Option<String> {
+        self.vm().spec().kernel_path.as_ref().map(|path| path.display().to_string())
+    }
+
+    #[getter]
+    fn rootfs_path(&self) -> Option<String> {
+        self.vm().spec().rootfs_path.as_ref().map(|path| path.display().to_string())
+    }
+
+    #[getter]
+    fn logger<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        logging::logger(py)
+    }
+
+    #[getter]
+    fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.vm.get(py)?.last_error().map(|error| errors::exception(py, &error)).transpose()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<MicroVMInstance {} {}>", self.vm().id(), self.vm().state())
+    }
+}

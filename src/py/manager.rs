@@ -1,0 +1,319 @@
+//! The manager's handle.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use serde_json::{json, Map, Value};
+use tokio::task::JoinSet;
+
+use super::gate::{self, OnInterrupt, Owned};
+use super::instance::{self, MicroVMInstance};
+use super::{convert, errors, logging};
+use crate::error::Error;
+use crate::manager::{CreateRequest, Manager};
+use crate::model::ManagerConfig;
+use crate::vm::{HealthStatus, MicroVm};
+
+/// Creates, finds and destroys microVMs within one quota.
+#[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
+pub struct MicroVMIsolationManager {
+    manager: Owned<Arc<Manager>>,
+    /// The dict as the caller gave it, copied.
+    config: Py<PyDict>,
+    last_error: Mutex<Option<Error>>,
+    /// One handle per VM, so that `get_vm` answers with the same object each time.
+    handles: Mutex<HashMap<String, Py<MicroVMInstance>>>,
+}
+
+impl MicroVMIsolationManager {
+    fn raising(&self) -> bool {
+        self.manager.peek().config().raise_on_error
+    }
+
+    fn settle<T>(&self, py: Python<'_>, result: Result<T, Error>) -> PyResult<Option<T>> {
+        errors::settle(py, result, self.raising(), |error| {
+            *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        })
+    }
+
+    fn handle(&self, py: Python<'_>, vm: Arc<MicroVm>) -> PyResult<Py<MicroVMInstance>> {
+        let id = vm.id().as_str().to_owned();
+        {
+            let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(handle) = handles.get(&id).filter(|handle| Arc::ptr_eq(handle.get().vm(), &vm)) {
+                return Ok(handle.clone_ref(py));
+            }
+        }
+        let made = Py::new(py, MicroVMInstance::wrap(vm, self.raising()))?;
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = handles.insert(id, made.clone_ref(py));
+        drop(handles);
+        drop(old);
+        Ok(made)
+    }
+
+    fn forget_handle(&self, vm_id: &str) {
+        let old = self.handles.lock().unwrap_or_else(PoisonError::into_inner).remove(vm_id);
+        drop(old);
+    }
+
+    /// One operation on one VM, by name; the VM keeps the reason, too.
+    fn on_vm<F>(&self, py: Python<'_>, vm_id: &str, on: OnInterrupt, run: impl FnOnce(Arc<MicroVm>) -> F) -> PyResult<bool>
+    where
+        F: Future<Output = crate::error::Result<()>> + Send + 'static,
+    {
+        let found = self.manager.get(py)?.find(vm_id);
+        let result = match found {
+            Ok(vm) => {
+                let result = gate::wait(py, on, run(vm.clone()))?;
+                result.inspect_err(|error| vm.set_last_error(error.clone()))
+            }
+            Err(error) => Err(error),
+        };
+        Ok(self.settle(py, result)?.is_some())
+    }
+}
+
+#[pymethods]
+impl MicroVMIsolationManager {
+    #[new]
+    #[pyo3(signature = (config=None))]
+    fn new(py: Python<'_>, config: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let config = config.filter(|config| !config.is_none());
+        let fields = config.map(|config| convert::object("config", config)).transpose()?.unwrap_or_default();
+        let parsed = ManagerConfig::from_json(&fields).map_err(|error| errors::raise(py, &error))?;
+        let kept = PyDict::new(py);
+        if let Some(config) = config {
+            kept.update(config.cast()?)?;
+        }
+        logging::start(py)?;
+        Ok(Self {
+            manager: Owned::new("MicroVMIsolationManager", Manager::new(parsed, convert::guest_image(py)?)),
+            config: kept.unbind(),
+            last_error: Mutex::new(None),
+            handles: Mutex::default(),
+        })
+    }
+
+    /// Begins to clean up dead VMs, and removes what dead processes left behind.
+    fn start(&self, py: Python<'_>) -> PyResult<()> {
+        let manager = self.manager.get(py)?.clone();
+        gate::wait(py, OnInterrupt::Finish, async move { manager.start().await })
+    }
+
+    /// Destroys every VM.
+    fn stop(&self, py: Python<'_>) -> PyResult<()> {
+        let manager = self.manager.get(py)?.clone();
+        gate::wait(py, OnInterrupt::Finish, async move { manager.stop().await })?;
+        self.forget_all();
+        Ok(())
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> PyResult<Bound<'_, Self>> {
+        slf.call_method0("start")?;
+        Ok(slf)
+    }
+
+    #[pyo3(signature = (exc_type, exc_value, traceback))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        exc_type: &Bound<'_, PyAny>,
+        exc_value: &Bound<'_, PyAny>,
+        traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        let (_, _, _) = (exc_type, exc_value, traceback);
+        self.stop(py)?;
+        Ok(false)
+    }
+
+    /// Reserves quota for a VM and names it; `None` with `last_error` when there is no room or the name is taken.
+    #[pyo3(signature = (isolation_type, resource_limits=None, backend=None, network_config=None, vm_id=None, kernel_path=None, rootfs_path=None))]
+    #[expect(clippy::too_many_arguments, reason = "the public signature")]
+    fn create_vm(
+        &self,
+        py: Python<'_>,
+        isolation_type: &Bound<'_, PyAny>,
+        resource_limits: Option<&Bound<'_, PyAny>>,
+        backend: Option<&Bound<'_, PyAny>>,
+        network_config: Option<&Bound<'_, PyAny>>,
+        vm_id: Option<&Bound<'_, PyAny>>,
+        kernel_path: Option<&Bound<'_, PyAny>>,
+        rootfs_path: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Option<String>> {
+        let manager = self.manager.get(py)?;
+        let request = CreateRequest {
+            isolation_type: convert::isolation_type(isolation_type)?,
+            limits: resource_limits.map(convert::limits).transpose()?,
+            backend: backend.map(convert::backend).transpose()?,
+            network: network_config.map(convert::network).transpose()?,
+            vm_id: vm_id.map(convert::vm_id).transpose()?,
+            kernel_path: convert::optional_path("kernel_path", kernel_path)?,
+            rootfs_path: convert::optional_path("rootfs_path", rootfs_path)?,
+        };
+        let Some(vm) = self.settle(py, manager.create(request))? else { return Ok(None) };
+        logging::on_this_thread(py, "info", &format!("{}: created", vm.id()))?;
+        let id = vm.id().as_str().to_owned();
+        self.handle(py, vm)?;
+        Ok(Some(id))
+    }
+
+    fn start_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+        self.on_vm(py, vm_id, OnInterrupt::Abandon, |vm| async move { vm.start().await })
+    }
+
+    fn stop_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+        self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.stop().await })
+    }
+
+    fn pause_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+        self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.pause().await })
+    }
+
+    fn resume_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+        self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.resume().await })
+    }
+
+    /// Removes a VM, in whatever state, and every trace of it.
+    fn destroy_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+        let (manager, id) = (self.manager.get(py)?.clone(), vm_id.to_owned());
+        let destroyed = gate::wait(py, OnInterrupt::Finish, async move { manager.destroy(&id).await })?;
+        if destroyed.is_ok() {
+            self.forget_handle(vm_id);
+        }
+        Ok(self.settle(py, destroyed)?.is_some())
+    }
+
+    fn destroy_all_vms(&self, py: Python<'_>) -> PyResult<()> {
+        let manager = self.manager.get(py)?.clone();
+        gate::wait(py, OnInterrupt::Finish, async move { manager.destroy_all().await })?;
+        self.forget_all();
+        Ok(())
+    }
+
+    fn get_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<Option<Py<MicroVMInstance>>> {
+        self.manager.get(py)?.get(vm_id).map(|vm| self.handle(py, vm)).transpose()
+    }
+
+    #[pyo3(signature = (isolation_type=None, state=None))]
+    fn list_vms(
+        &self,
+        py: Python<'_>,
+        isolation_type: Option<&Bound<'_, PyAny>>,
+        state: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<String>> {
+        let isolation_type = isolation_type.map(convert::isolation_type).transpose()?;
+        let state = state.map(convert::vm_state).transpose()?;
+        let vms = self.manager.get(py)?.list(isolation_type, state);
+        Ok(vms.iter().map(|vm| vm.id().as_str().to_owned()).collect())
+    }
+
+    fn get_vm_info<'py>(&self, py: Python<'py>, vm_id: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some(vm) = self.manager.get(py)?.get(vm_id) else { return Ok(None) };
+        let info = gate::wait(py, OnInterrupt::Abandon, instance::info(vm))?;
+        convert::from_json(py, &info).map(Some)
+    }
+
+    fn get_all_vms_info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let vms = self.manager.get(py)?.list(None, None);
+        let all = gate::wait(py, OnInterrupt::Abandon, async move {
+            let mut asking = JoinSet::new();
+            for vm in vms {
+                asking.spawn(async move { (vm.id().as_str().to_owned(), instance::info(vm.clone()).await) });
+            }
+            asking.join_all().await.into_iter().collect::<Map<String, Value>>()
+        })?;
+        convert::from_json(py, &Value::Object(all))
+    }
+
+    #[pyo3(signature = (vm_id, command, params=None, timeout=None))]
+    fn send_command_to_vm<'py>(
+        &self,
+        py: Python<'py>,
+        vm_id: &str,
+        command: &Bound<'_, PyAny>,
+        params: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some(vm) = self.settle(py, self.manager.get(py)?.find(vm_id))? else { return Ok(None) };
+        let answer = MicroVMInstance::wrap(vm.clone(), self.raising()).send_command(py, command, params, timeout)?;
+        if answer.is_none() {
+            *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = vm.last_error();
+        }
+        Ok(answer)
+    }
+
+    fn get_resource_usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let usage = self.manager.get(py)?.usage();
+        let report = json!({
+            "total_vms": usage.total_vms,
+            "vcpus_allocated": usage.allocated.vcpus,
+            "vcpus_available": usage.available.vcpus,
+            "memory_allocated_mb": usage.allocated.memory_mb,
+            "memory_available_mb": usage.available.memory_mb,
+            "vms_by_type": usage.by_type,
+            "vms_by_state": usage.by_state,
+        });
+        convert::from_json(py, &report)
+    }
+
+    fn get_health_status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let vms = self.manager.get(py)?.list(None, None);
+        let total = vms.len();
+        let statuses = gate::wait(py, OnInterrupt::Abandon, async move {
+            let mut asking = JoinSet::new();
+            for vm in vms {
+                asking.spawn(async move { vm.health().await.status });
+            }
+            asking.join_all().await
+        })?;
+        let count = |wanted: &[HealthStatus]| statuses.iter().filter(|status| wanted.contains(status)).count();
+        let report = PyDict::new(py);
+        report.set_item("total_vms", total)?;
+        report.set_item("healthy_vms", count(&[HealthStatus::Healthy]))?;
+        report.set_item("unhealthy_vms", count(&[HealthStatus::Unhealthy, HealthStatus::Dead]))?;
+        report.set_item("resource_usage", self.get_resource_usage(py)?)?;
+        Ok(report.into_any())
+    }
+
+    #[getter]
+    fn config(&self, py: Python<'_>) -> Py<PyDict> {
+        self.config.clone_ref(py)
+    }
+
+    #[getter]
+    fn logger<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        logging::logger(py)
+    }
+
+    #[getter]
+    fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let error = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        error.map(|error| errors::exception(py, &error)).transpose()
+    }
+
+    #[getter]
+    fn _max_vcpus(&self) -> u64 {
+        self.manager.peek().config().max_vcpus
+    }
+
+    #[getter]
+    fn _max_memory_mb(&self) -> u64 {
+        self.manager.peek().config().max_memory_mb
+    }
+
+    #[getter]
+    fn _cleanup_active(&self) -> bool {
+        self.manager.peek().is_cleaning_up()
+    }
+}
+
+impl MicroVMIsolationManager {
+    fn forget_all(&self) {
+        let old = std::mem::take(&mut *self.handles.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(old);
+    }
+}

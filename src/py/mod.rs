@@ -1,0 +1,63 @@
+//! The Python face: handles, conversion, errors, logging and the one gate for blocking calls.
+//!
+//! Architecture invariant: the only module that knows Python, and it decides nothing: every rule is in the core. A
+//! worker of the runtime never attaches to the interpreter.
+
+mod channel;
+mod convert;
+mod doctor;
+mod errors;
+mod gate;
+mod instance;
+mod logging;
+mod manager;
+
+use pyo3::prelude::*;
+
+use convert::{limits_from, network_from};
+
+#[pyfunction]
+fn check_resource_limits(
+    vcpu_count: &Bound<'_, PyAny>,
+    memory_mb: &Bound<'_, PyAny>,
+    disk_size_mb: &Bound<'_, PyAny>,
+    network_bandwidth_mbps: &Bound<'_, PyAny>,
+    max_file_handles: &Bound<'_, PyAny>,
+    max_processes: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let values = [vcpu_count, memory_mb, disk_size_mb, network_bandwidth_mbps, max_file_handles, max_processes];
+    limits_from(vcpu_count.py(), values).map(drop)
+}
+
+#[pyfunction]
+fn check_network_config(
+    tap_device: &Bound<'_, PyAny>,
+    ip_address: &Bound<'_, PyAny>,
+    mac_address: &Bound<'_, PyAny>,
+    gateway: &Bound<'_, PyAny>,
+    dns_servers: &Bound<'_, PyAny>,
+    isolated_network: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    network_from([tap_device, ip_address, mac_address, gateway], dns_servers, isolated_network).map(drop)
+}
+
+#[pyfunction]
+fn check_vm_id(text: &Bound<'_, PyAny>) -> PyResult<()> {
+    convert::vm_id(text).map(drop)
+}
+
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    logging::install();
+    module.add_class::<manager::MicroVMIsolationManager>()?;
+    module.add_class::<instance::MicroVMInstance>()?;
+    module.add_class::<channel::CommunicationChannel>()?;
+    module.add_function(wrap_pyfunction!(check_resource_limits, module)?)?;
+    module.add_function(wrap_pyfunction!(check_network_config, module)?)?;
+    module.add_function(wrap_pyfunction!(check_vm_id, module)?)?;
+    module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
+    module.add_function(wrap_pyfunction!(logging::next_log_records, module)?)?;
+    module.add_function(wrap_pyfunction!(logging::close_log, module)?)?;
+    module.add_function(wrap_pyfunction!(gate::shutdown, module)?)?;
+    Ok(())
+}
