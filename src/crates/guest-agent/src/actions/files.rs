@@ -1,0 +1,158 @@
+//! Files of the guest, in pieces that fit a message.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use base64::prelude::{Engine, BASE64_STANDARD};
+use microvm_protocol::message::{Code, Failure};
+use serde::Deserialize;
+use serde_json::{json, Value};
+
+use super::{fail, read, Outcome};
+
+const DEFAULT_READ: u64 = 1 << 20;
+const MAX_READ: u64 = 8 << 20;
+const DEFAULT_MODE: u32 = 0o644;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReadParams {
+    path: String,
+    #[serde(default)]
+    offset: u64,
+    max_bytes: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WriteParams {
+    path: String,
+    data: Option<String>,
+    data_base64: Option<String>,
+    offset: Option<u64>,
+    #[serde(default)]
+    append: bool,
+    mode: Option<Mode>,
+    #[serde(default)]
+    make_dirs: bool,
+}
+
+/// Octal text, as chmod(1) takes it, or the number itself.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Mode {
+    Number(u32),
+    Octal(String),
+}
+
+fn io_failure(path: &str, error: &io::Error) -> Failure {
+    let code = match error.kind() {
+        ErrorKind::NotFound => Code::FileNotFound,
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Code::PermissionDenied,
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Code::NoSpace,
+        ErrorKind::FileTooLarge => Code::TooLarge,
+        _ => Code::IoError,
+    };
+    let shown: String = path.chars().take(200).collect();
+    Failure { code, message: format!("{shown}: {error}") }
+}
+
+pub fn read_file(params: Value) -> Outcome {
+    let params: ReadParams = read(params)?;
+    let max = params.max_bytes.unwrap_or(DEFAULT_READ);
+    if max > MAX_READ {
+        return fail(Code::BadParams, format!("max_bytes: {max} is over {MAX_READ}; read in pieces by offset"));
+    }
+    let failed = |error: io::Error| io_failure(&params.path, &error);
+    let meta = fs::metadata(&params.path).map_err(failed)?;
+    if meta.is_dir() {
+        return fail(Code::IoError, format!("{}: it is a directory", params.path));
+    }
+    let mut file = File::open(&params.path).map_err(failed)?;
+    if params.offset > 0 {
+        file.seek(SeekFrom::Start(params.offset)).map_err(failed)?;
+    }
+    let mut bytes = Vec::new();
+    // One byte more tells whether the end was reached, also for files of /proc, whose size is 0.
+    file.take(max + 1).read_to_end(&mut bytes).map_err(failed)?;
+    let eof = bytes.len() as u64 <= max;
+    bytes.truncate(usize::try_from(max).unwrap_or(usize::MAX));
+    let (size, offset) = (meta.len(), params.offset);
+    Ok(match String::from_utf8(bytes) {
+        Ok(text) => json!({"data": text, "size": size, "offset": offset, "eof": eof}),
+        Err(error) => {
+            json!({"data_base64": BASE64_STANDARD.encode(error.as_bytes()), "size": size, "offset": offset, "eof": eof})
+        }
+    })
+}
+
+pub fn write_file(params: Value) -> Outcome {
+    let params: WriteParams = read(params)?;
+    let bad = |message: String| Failure { code: Code::BadParams, message };
+    let bytes = match (params.data, params.data_base64) {
+        (Some(text), None) => text.into_bytes(),
+        (None, Some(text)) => BASE64_STANDARD.decode(text).map_err(|error| bad(format!("data_base64: {error}")))?,
+        _ => return fail(Code::BadParams, "data: give either data or data_base64"),
+    };
+    let mode = match params.mode {
+        None => None,
+        Some(Mode::Number(mode)) => Some(mode),
+        Some(Mode::Octal(text)) => {
+            Some(u32::from_str_radix(&text, 8).map_err(|_| bad(format!("mode: {text:?} is not octal, as in \"0644\"")))?)
+        }
+    };
+    if mode.is_some_and(|mode| mode > 0o7777) {
+        return fail(Code::BadParams, "mode: at most 0o7777");
+    }
+    if params.append && params.offset.is_some() {
+        return fail(Code::BadParams, "append: it excludes offset");
+    }
+    let failed = |error: io::Error| io_failure(&params.path, &error);
+    if let Some(parent) = Path::new(&params.path).parent().filter(|_| params.make_dirs) {
+        fs::create_dir_all(parent).map_err(failed)?;
+    }
+    let whole = params.offset.is_none() && !params.append;
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).append(params.append).truncate(whole).mode(mode.unwrap_or(DEFAULT_MODE));
+    let mut file = options.open(&params.path).map_err(failed)?;
+    if let Some(offset) = params.offset {
+        file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+    }
+    file.write_all(&bytes).map_err(failed)?;
+    if let Some(mode) = mode {
+        file.set_permissions(fs::Permissions::from_mode(mode)).map_err(failed)?;
+    }
+    Ok(json!({"bytes_written": bytes.len()}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_files_round_trip_in_pieces() {
+        let dir = std::env::temp_dir().join(format!("agent-files-{}", std::process::id()));
+        let path = dir.join("a/b");
+        write_file(json!({"path": path, "data": "hello", "make_dirs": true, "mode": "0600"})).unwrap();
+        write_file(json!({"path": path, "data_base64": "/w==", "append": true})).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let first = read_file(json!({"path": path, "max_bytes": 5})).unwrap();
+        assert_eq!(first, json!({"data": "hello", "size": 6, "offset": 0, "eof": false}));
+        let rest = read_file(json!({"path": path, "offset": 5})).unwrap();
+        assert_eq!(rest, json!({"data_base64": "/w==", "size": 6, "offset": 5, "eof": true}));
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn test_files_failures_have_their_codes() {
+        let code = |outcome: Outcome| outcome.unwrap_err().code;
+        assert_eq!(code(read_file(json!({"path": "/no/such"}))), Code::FileNotFound);
+        assert_eq!(code(read_file(json!({"path": "/"}))), Code::IoError);
+        assert_eq!(code(read_file(json!({"path": "/x", "max_bytes": 1u64 << 40}))), Code::BadParams);
+        assert_eq!(code(write_file(json!({"path": "/x"}))), Code::BadParams);
+        assert_eq!(code(write_file(json!({"path": "/x", "data": "", "mode": "9"}))), Code::BadParams);
+        assert_eq!(code(write_file(json!({"path": "/dev/full", "data": "x", "append": true}))), Code::NoSpace);
+    }
+}

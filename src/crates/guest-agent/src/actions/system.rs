@@ -1,0 +1,78 @@
+//! The guest as a whole.
+
+use std::fs;
+
+use microvm_protocol::identity::Identity;
+use microvm_protocol::message::{Code, Failure};
+use serde::Deserialize;
+use serde_json::{json, Value};
+
+use super::{fail, read, Outcome};
+use crate::boot::{self, DATA};
+
+fn proc(path: &str) -> String {
+    fs::read_to_string(format!("/proc/{path}")).unwrap_or_default()
+}
+
+/// A value of /proc/meminfo or /proc/vmstat.
+fn field(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find(|line| line.split([':', ' ']).next() == Some(name))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+pub fn info(identity: &Identity) -> Outcome {
+    let memory = proc("meminfo");
+    let uptime = proc("uptime").split_whitespace().next().and_then(|text| text.parse::<f64>().ok());
+    let load: Vec<f64> = proc("loadavg").split_whitespace().take(3).filter_map(|text| text.parse().ok()).collect();
+    let disk = nix::sys::statvfs::statvfs(DATA).ok().filter(|_| identity.disk);
+    let mib = |blocks: u64, size: u64| blocks * size >> 20;
+    let is_pid = |name: &std::ffi::OsStr| name.to_string_lossy().bytes().all(|byte| byte.is_ascii_digit());
+    let processes = fs::read_dir("/proc").map_or(0, |entries| entries.flatten().filter(|e| is_pid(&e.file_name())).count());
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Ok(json!({
+        "vm_id": identity.vm_id,
+        "hostname": identity.hostname,
+        "machine_id": identity.machine_id,
+        "kernel": proc("sys/kernel/osrelease").trim(),
+        "agent_version": env!("CARGO_PKG_VERSION"),
+        "uptime_seconds": uptime,
+        "time_unix": now.as_secs_f64(),
+        "cpus": proc("cpuinfo").lines().filter(|line| line.starts_with("processor")).count(),
+        "load": load,
+        "processes": processes,
+        "memory_total_mb": field(&memory, "MemTotal").map(|kib| kib >> 10),
+        "memory_available_mb": field(&memory, "MemAvailable").map(|kib| kib >> 10),
+        "oom_kills": field(&proc("vmstat"), "oom_kill"),
+        "disk_total_mb": disk.as_ref().map(|disk| mib(disk.blocks(), disk.fragment_size())),
+        "disk_free_mb": disk.as_ref().map(|disk| mib(disk.blocks_available(), disk.fragment_size())),
+        "network": identity.network.is_some(),
+    }))
+}
+
+pub fn set_clock(params: Value) -> Outcome {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        unix_time_ns: u64,
+    }
+    let params: Params = read(params)?;
+    boot::set_clock(params.unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
+    Ok(json!({}))
+}
+
+pub fn process_request(params: Value, has_network: bool) -> Outcome {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        url: String,
+    }
+    let params: Params = read(params)?;
+    if let Err(error) = url::Url::parse(&params.url) {
+        return fail(Code::BadParams, format!("url: {:?} is not a URL: {error}", params.url));
+    }
+    if has_network {
+        return fail(Code::NetworkError, format!("{}: this guest cannot fetch URLs", params.url));
+    }
+    let way_out = "this VM has no network; create it with isolated_network=False";
+    fail(Code::NetworkIsolated, format!("{} cannot be fetched: {way_out}", params.url))
+}
