@@ -1,0 +1,63 @@
+"""A microVM of its own for every browser tab, extension, session and plugin.
+
+Example:
+    >>> from thirstys_waterfall.security.microvm_isolation import IsolationType, MicroVMIsolationManager
+    >>> with MicroVMIsolationManager() as manager:  # doctest: +SKIP
+    ...     vm_id = manager.create_vm(IsolationType.BROWSER_TAB)
+    ...     manager.start_vm(vm_id)
+    ...     manager.send_command_to_vm(vm_id, "ping")
+"""
+
+from . import _logging as _logging
+from ._enums import IsolationType, VMBackend, VMState
+from ._errors import (
+    BackendUnavailableError,
+    CancelledError,
+    ChannelError,
+    CommandError,
+    ForkedProcessError,
+    HostError,
+    ImageError,
+    InvalidStateError,
+    InvalidTypeError,
+    InvalidValueError,
+    IsolationUnavailableError,
+    MicroVMError,
+    QuotaExceededError,
+    StartError,
+    VmDiedError,
+    VmIdTakenError,
+    VmNotFoundError,
+)
+from ._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
+from ._native import CommunicationChannel, MicroVMInstance, MicroVMIsolationManager, doctor
+
+__all__ = [
+    "BackendUnavailableError",
+    "CancelledError",
+    "ChannelError",
+    "CommandError",
+    "CommunicationChannel",
+    "ForkedProcessError",
+    "HostError",
+    "ImageError",
+    "InvalidStateError",
+    "InvalidTypeError",
+    "InvalidValueError",
+    "IsolationType",
+    "IsolationUnavailableError",
+    "MicroVMError",
+    "MicroVMInstance",
+    "MicroVMIsolationManager",
+    "QuotaExceededError",
+    "StartError",
+    "VMBackend",
+    "VMHealthMetrics",
+    "VMNetworkConfig",
+    "VMResourceLimits",
+    "VMState",
+    "VmDiedError",
+    "VmIdTakenError",
+    "VmNotFoundError",
+    "doctor",
+]

@@ -1,0 +1,121 @@
+"""What can go wrong, as classes. Branch on the class or on ``code``; the message is for people and may change."""
+
+from typing import Any, Dict, Optional, Tuple, Type
+
+
+class MicroVMError(Exception):
+    """Base of every error of this package.
+
+    Attributes:
+        code: A stable name of what went wrong, such as ``"quota_exceeded"``.
+        details: What a program may want to read besides the message, such as the tail of the guest's console.
+    """
+
+    code: str
+    details: Dict[str, Any]
+
+    def __init__(self, message: str, code: str = "microvm_error", details: Optional[Dict[str, Any]] = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.details = {} if details is None else dict(details)
+
+    def __reduce__(self) -> Tuple[Type["MicroVMError"], Tuple[str, str, Dict[str, Any]]]:
+        return type(self), (str(self), self.code, self.details)
+
+
+class InvalidTypeError(MicroVMError, TypeError):
+    """An argument or a configuration value has the wrong type (``invalid_type``)."""
+
+
+class InvalidValueError(MicroVMError, ValueError):
+    """An argument or a configuration value is out of range or malformed (``invalid_value``)."""
+
+
+class QuotaExceededError(MicroVMError):
+    """The manager's vCPU or memory quota has no room for the VM (``quota_exceeded``)."""
+
+
+class VmIdTakenError(MicroVMError):
+    """Another VM, here or in another process of the same user, has this id (``vm_id_taken``)."""
+
+
+class VmNotFoundError(MicroVMError):
+    """The manager knows no VM of this id (``vm_not_found``)."""
+
+
+class InvalidStateError(MicroVMError):
+    """The VM's state does not allow the operation (``invalid_state``)."""
+
+
+class BackendUnavailableError(MicroVMError):
+    """The backend cannot run on this host; ``details["remedy"]`` says what to install (``backend_unavailable``)."""
+
+
+class IsolationUnavailableError(MicroVMError):
+    """The host cannot give the isolation that ``min_isolation`` asks for (``isolation_unavailable``)."""
+
+
+class ImageError(MicroVMError):
+    """A kernel or root file system cannot be read or used (``image_unreadable``, ``image_invalid``)."""
+
+
+class StartError(MicroVMError):
+    """The VM did not start; ``details`` has the stage and both tails (``start_failed``, ``start_timeout``)."""
+
+
+class VmDiedError(MicroVMError):
+    """The VM's process ended without being asked to (``vm_died``)."""
+
+
+class ChannelError(MicroVMError):
+    """The channel to the guest failed.
+
+    Codes: ``channel_closed``, ``channel_timeout``, ``handshake_failed``, ``message_too_large``.
+    """
+
+
+class CommandError(MicroVMError):
+    """The guest refused or failed a command; ``code`` is the guest's own, such as ``unknown_action``."""
+
+
+class HostError(MicroVMError):
+    """A system call or the VMM failed on the host (``host_error``, ``vmm_error``)."""
+
+
+class ForkedProcessError(MicroVMError):
+    """A handle made in a parent process was used in a forked child (``forked_process``)."""
+
+
+class CancelledError(MicroVMError):
+    """The operation was cancelled before it ended (``cancelled``)."""
+
+
+# The left column is Error::code() of the Rust core (src/error.rs).
+_CLASSES: Dict[str, Type[MicroVMError]] = {
+    "invalid_type": InvalidTypeError,
+    "invalid_value": InvalidValueError,
+    "quota_exceeded": QuotaExceededError,
+    "vm_id_taken": VmIdTakenError,
+    "vm_not_found": VmNotFoundError,
+    "invalid_state": InvalidStateError,
+    "backend_unavailable": BackendUnavailableError,
+    "isolation_unavailable": IsolationUnavailableError,
+    "image_unreadable": ImageError,
+    "image_invalid": ImageError,
+    "start_failed": StartError,
+    "start_timeout": StartError,
+    "vm_died": VmDiedError,
+    "channel_closed": ChannelError,
+    "channel_timeout": ChannelError,
+    "handshake_failed": ChannelError,
+    "message_too_large": ChannelError,
+    "vmm_error": HostError,
+    "host_error": HostError,
+    "forked_process": ForkedProcessError,
+    "cancelled": CancelledError,
+}
+
+
+def make_error(code: str, message: str, details: Optional[Dict[str, Any]] = None) -> MicroVMError:
+    """Build the exception for a code of the core; a code that is not the core's is the guest's."""
+    return _CLASSES.get(code, CommandError)(message, code, details)

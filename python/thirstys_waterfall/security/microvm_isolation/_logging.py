@@ -1,0 +1,72 @@
+"""Carries the core's log records to Python's ``logging``, from one Python thread.
+
+The core's worker threads never touch the interpreter: they queue records, and the thread here fetches them. It is a
+daemon, so that it cannot hold up the interpreter, and it is stopped before the interpreter finalizes. A forked child
+gets no such thread: the handles of its parent are refused there anyway.
+"""
+
+import atexit
+import logging
+import os
+import threading
+from typing import List, Optional, Tuple
+
+from . import _native
+
+LOGGER_NAME = "thirstys_waterfall.security.microvm_isolation"
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+# How long the thread waits in the core before it looks up again, and how long exit waits for the thread.
+_WAIT_S = 1.0
+_JOIN_S = 2.0
+
+_lock = threading.Lock()
+_thread: Optional[threading.Thread] = None
+_home_pid = os.getpid()
+
+# A library configures no handlers; without this one Python would print warnings to stderr on its own.
+logging.getLogger(LOGGER_NAME).addHandler(logging.NullHandler())
+
+
+def start() -> None:
+    """Start the thread if it does not run yet; the core calls this when the first handle is made."""
+    global _thread
+    if os.getpid() != _home_pid:
+        return
+    with _lock:
+        if _thread is None:
+            _thread = threading.Thread(target=_carry, name="microvm-isolation-log", daemon=True)
+            _thread.start()
+
+
+def drain() -> None:
+    """Deliver what is queued now, on the calling thread."""
+    records = _native.next_log_records(0.0)
+    if records:
+        _deliver(records)
+
+
+def _carry() -> None:
+    while True:
+        records = _native.next_log_records(_WAIT_S)
+        if records is None:
+            return
+        _deliver(records)
+
+
+def _deliver(records: List[Tuple[str, str, str]]) -> None:
+    for level, name, message in records:
+        logging.getLogger(name).log(_LEVELS.get(level, logging.INFO), "%s", message)
+
+
+def _stop() -> None:
+    # Registered after `logging` registered its own exit hook, so this runs while its handlers still work.
+    if os.getpid() != _home_pid:
+        return
+    _native.close_log()
+    if _thread is not None:
+        _thread.join(_JOIN_S)
+    _native.shutdown()
+
+
+atexit.register(_stop)
