@@ -42,7 +42,9 @@ pub enum Error {
     ImageInvalid { field: &'static str, path: PathBuf, reason: String },
     #[error("{vm_id}: start failed at stage {stage}: {reason}")]
     StartFailed { vm_id: VmId, stage: &'static str, reason: String, tails: Box<Tails> },
-    #[error("{vm_id}: start did not finish within {limit_s} s; it was at stage {stage} (start_timeout_s can be raised)")]
+    #[error(
+        "{vm_id}: start did not finish within {limit_s} s; it was at stage {stage} (start_timeout_s can be raised)"
+    )]
     StartTimeout { vm_id: VmId, stage: &'static str, limit_s: f64, tails: Box<Tails> },
     #[error("{vm_id}: the VMM's process ended unexpectedly ({how})")]
     VmDied { vm_id: VmId, how: String, tails: Box<Tails> },
@@ -115,7 +117,11 @@ impl Error {
         }
     }
 
-    pub(crate) fn host(operation: &'static str, object: impl std::fmt::Display, reason: impl std::fmt::Display) -> Self {
+    pub(crate) fn host(
+        operation: &'static str,
+        object: impl std::fmt::Display,
+        reason: impl std::fmt::Display,
+    ) -> Self {
         Error::Host { operation, object: object.to_string(), reason: reason.to_string() }
     }
 }

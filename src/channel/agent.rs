@@ -167,7 +167,8 @@ impl Agent {
     pub async fn request(&self, action: &str, params: Value, deadline: Duration) -> Result<Answer> {
         let request = Request { action: action.to_owned(), params };
         let vm_id = || self.shared.vm_id.to_string();
-        let unreadable = |e: serde_json::Error| Error::ChannelClosed { vm_id: vm_id(), reason: format!("bad JSON: {e}") };
+        let unreadable =
+            |e: serde_json::Error| Error::ChannelClosed { vm_id: vm_id(), reason: format!("bad JSON: {e}") };
         let body = serde_json::to_vec(&request).map_err(unreadable)?;
         if body.len() > MAX_MESSAGE {
             let what = format!("command {action:?}");
@@ -180,7 +181,10 @@ impl Agent {
                 return Err(Error::ChannelClosed { vm_id: vm_id(), reason: reason.clone() });
             }
             // Ids come round after 2^32 requests; one that still waits is passed over.
-            while { pending.next_id = pending.next_id.wrapping_add(1); pending.waiting.contains_key(&pending.next_id) } {}
+            while {
+                pending.next_id = pending.next_id.wrapping_add(1);
+                pending.waiting.contains_key(&pending.next_id)
+            } {}
             let id = pending.next_id;
             pending.waiting.insert(id, answer_tx);
             id

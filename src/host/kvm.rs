@@ -69,7 +69,9 @@ fn judge(opened: Result<(), ErrorKind>, flag: Option<&str>) -> Kvm {
             "there is no /dev/kvm, and the CPU shows neither vmx nor svm",
             "enable virtualization in the firmware, or nested virtualization on the cloud instance",
         ),
-        (Err(kind), _) => no(true, &format!("/dev/kvm does not open: {kind}"), "look at its owner, mode and the device cgroup"),
+        (Err(kind), _) => {
+            no(true, &format!("/dev/kvm does not open: {kind}"), "look at its owner, mode and the device cgroup")
+        }
     }
 }
 

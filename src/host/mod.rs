@@ -5,6 +5,7 @@
 
 pub mod binary;
 pub mod clock;
+pub mod fork;
 pub mod kvm;
 pub mod privileges;
 pub mod process;

@@ -17,6 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::sync::watch;
 
+use super::fork::{self, Concealed};
 use crate::error::{Error, Result};
 
 /// How a jailed process ended.
@@ -25,7 +26,10 @@ pub enum Exit {
     Code(i32),
     Signal(i32),
     /// The jail could not be set up, or the program not executed.
-    Failed { stage: String, message: String },
+    Failed {
+        stage: String,
+        message: String,
+    },
     /// The supervisor itself was killed; the kernel took the rest.
     SupervisorLost,
 }
@@ -51,6 +55,7 @@ pub struct Jailed {
     pid: watch::Receiver<Option<i32>>,
     exit: watch::Receiver<Option<Exit>>,
     gone: watch::Receiver<bool>,
+    _leash: Concealed,
 }
 
 impl Jailed {
@@ -60,13 +65,8 @@ impl Jailed {
     /// [`Error::Host`] when the launcher does not start.
     pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[OwnedFd]) -> Result<Self> {
         let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .map_err(|e| failed("socketpair", &e))?;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(|e| failed("socketpair", &e))?;
         setsockopt(&ours, sockopt::PassCred, &true).map_err(|e| failed("SO_PASSCRED", &e))?;
         nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
             .map_err(|e| failed("O_NONBLOCK", &e))?;
@@ -85,7 +85,8 @@ impl Jailed {
         let (gone_tx, gone) = watch::channel(false);
         // From here on the task owns the child: it is reaped whatever happens next.
         tokio::spawn(watch_jail(control.clone(), child, pid_tx, exit_tx, gone_tx));
-        let jailed = Self { control, pid, exit, gone };
+        let _leash = fork::conceal(control.get_ref());
+        let jailed = Self { control, pid, exit, gone, _leash };
         let packet = serde_json::to_vec(spec).map_err(|e| failed("encode the launch spec", &e))?;
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
@@ -166,7 +167,7 @@ async fn watch_jail(
 ) {
     let mut ended = None;
     loop {
-        match control.async_io(Interest::READABLE, |fd| receive(fd)).await {
+        match control.async_io(Interest::READABLE, receive).await {
             Ok(Some((JailEvent::Started, sender))) => {
                 pid.send_replace(sender);
             }

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::fork::{self, Concealed};
 use crate::error::{Error, Result};
 use crate::model::VmId;
 
@@ -47,6 +48,7 @@ pub fn socket_path(base: &Path, vm_id: &VmId) -> PathBuf {
 #[derive(Debug)]
 pub struct VmDir {
     path: PathBuf,
+    _concealed: Concealed,
     lock: Option<Flock<File>>,
 }
 
@@ -82,7 +84,7 @@ impl VmDir {
             let removed = if stale.is_dir() { fs::remove_dir_all(&stale) } else { fs::remove_file(&stale) };
             removed.map_err(|error| Error::host("remove", stale.display(), error))?;
         }
-        Ok(Self { path, lock: Some(lock) })
+        Ok(Self { path, _concealed: fork::conceal(&*lock), lock: Some(lock) })
     }
 
     #[must_use]
@@ -139,8 +141,13 @@ fn lock(dir: &Path) -> std::io::Result<Option<Flock<File>>> {
         Err((_, errno)) => return Err(errno.into()),
     };
     // The owner may have removed the directory between our open and our lock: then this file has no name any more.
-    let same = dir.join("lock").metadata().is_ok_and(|named| held.metadata().is_ok_and(|ours| ours.ino() == named.ino()));
-    if same { Ok(Some(held)) } else { Err(std::io::Error::from(ErrorKind::NotFound)) }
+    let same =
+        dir.join("lock").metadata().is_ok_and(|named| held.metadata().is_ok_and(|ours| ours.ino() == named.ino()));
+    if same {
+        Ok(Some(held))
+    } else {
+        Err(std::io::Error::from(ErrorKind::NotFound))
+    }
 }
 
 /// Makes sure that `base` exists, is a directory of this user's, and is closed to all others.

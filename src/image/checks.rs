@@ -47,12 +47,15 @@ fn le64(bytes: &[u8], at: usize) -> u64 {
 /// # Errors
 /// [`Error::ImageUnreadable`], or [`Error::ImageInvalid`] saying what it is instead.
 pub fn check_kernel(path: &Path) -> Result<()> {
-    let invalid = |reason: &str| Error::ImageInvalid { field: "kernel_path", path: path.to_owned(), reason: reason.into() };
+    let invalid =
+        |reason: &str| Error::ImageInvalid { field: "kernel_path", path: path.to_owned(), reason: reason.into() };
     let (file, size) = open("kernel_path", path)?;
     let mut header = Vec::new();
     (&file).take(1024).read_to_end(&mut header).map_err(|error| invalid(&error.to_string()))?;
     if header.get(0x202..0x206) == Some(b"HdrS") {
-        return Err(invalid("it is a compressed bzImage; give the uncompressed vmlinux (scripts/extract-vmlinux makes it)"));
+        return Err(invalid(
+            "it is a compressed bzImage; give the uncompressed vmlinux (scripts/extract-vmlinux makes it)",
+        ));
     }
     if header.get(..4) != Some(b"\x7fELF") {
         return Err(invalid("it is not an ELF file; give an uncompressed x86-64 vmlinux"));
@@ -107,7 +110,9 @@ pub fn check_rootfs(path: &Path) -> Result<()> {
         return Err(invalid(format!("it has {size} bytes, too few for an ext4 image")));
     }
     if le16(&superblock, 56) != 0xEF53 {
-        return Err(invalid("it is not an ext4 image; make one with mkfs.ext4 on a plain file, without partitions".into()));
+        return Err(invalid(
+            "it is not an ext4 image; make one with mkfs.ext4 on a plain file, without partitions".into(),
+        ));
     }
     let block_log = le32(&superblock, 24);
     let blocks = u64::from(le32(&superblock, 4));

@@ -32,7 +32,8 @@ impl GuestImage {
     pub fn check(&self) -> Result<()> {
         let remedy = "the installation is not complete: install the package again";
         for path in [&self.kernel, &self.initramfs, &self.disk_template, &self.launcher] {
-            let unreadable = |reason: String| Error::ImageUnreadable { field: "package data", path: path.clone(), reason };
+            let unreadable =
+                |reason: String| Error::ImageUnreadable { field: "package data", path: path.clone(), reason };
             let meta = path.metadata().map_err(|error| unreadable(format!("{error}; {remedy}")))?;
             if !meta.is_file() || meta.len() == 0 {
                 return Err(unreadable(format!("it is empty or not a file; {remedy}")));

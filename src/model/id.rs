@@ -37,7 +37,11 @@ impl VmId {
     pub fn hostname(&self) -> String {
         let name: String = self.0.chars().take(63).map(|c| if c == '_' || c == '.' { '-' } else { c }).collect();
         let name = name.trim_matches('-');
-        if name.is_empty() { "microvm".into() } else { name.to_owned() }
+        if name.is_empty() {
+            "microvm".into()
+        } else {
+            name.to_owned()
+        }
     }
 }
 

@@ -50,7 +50,8 @@ impl NetworkConfig {
             None => (text.as_str(), DEFAULT_PREFIX),
         };
         let address: Ipv4Addr = address.parse().map_err(|_| bad())?;
-        let unusable = address.is_unspecified() || address.is_broadcast() || address.is_multicast() || address.is_loopback();
+        let unusable =
+            address.is_unspecified() || address.is_broadcast() || address.is_multicast() || address.is_loopback();
         if unusable || !(1..=30).contains(&prefix) {
             return Err(bad());
         }
@@ -64,7 +65,11 @@ impl NetworkConfig {
             // IFNAMSIZ is 16 with the final NUL.
             let fits = (1..=15).contains(&tap.len()) && tap != "." && tap != "..";
             if !fits || !tap.chars().all(|c| c.is_ascii_graphic() && c != '/' && c != ':') {
-                return Err(invalid("tap_device", tap, "an interface name of 1 to 15 characters without '/', ':' or spaces"));
+                return Err(invalid(
+                    "tap_device",
+                    tap,
+                    "an interface name of 1 to 15 characters without '/', ':' or spaces",
+                ));
             }
         }
         if let Some(mac) = &self.mac_address {
@@ -95,7 +100,7 @@ fn check_mac(mac: &str) -> Result<()> {
     let octets: Vec<&str> = mac.split(':').collect();
     let hex = |o: &&str| o.len() == 2 && o.chars().all(|c| c.is_ascii_hexdigit());
     let valid = octets.len() == 6 && octets.iter().all(hex);
-    let first = valid.then(|| u8::from_str_radix(octets[0], 16).unwrap_or(1)).unwrap_or(1);
+    let first = if valid { u8::from_str_radix(octets[0], 16).unwrap_or(1) } else { 1 };
     if valid && first & 1 == 0 && mac != "00:00:00:00:00:00" {
         return Ok(());
     }

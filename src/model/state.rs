@@ -91,14 +91,9 @@ mod tests {
     fn test_can_become_over_all_pairs_is_this_table() {
         // Rows: from; columns: to, in the order of ALL.
         let table = [
-            /* created   */ "01000001",
-            /* starting  */ "00100011",
-            /* running   */ "00011011",
-            /* paused    */ "00101011",
-            /* stopping  */ "00000111",
-            /* stopped   */ "01000001",
-            /* error     */ "01000101",
-            /* destroyed */ "00000000",
+            /* created   */ "01000001", /* starting  */ "00100011", /* running   */ "00011011",
+            /* paused    */ "00101011", /* stopping  */ "00000111", /* stopped   */ "01000001",
+            /* error     */ "01000101", /* destroyed */ "00000000",
         ];
         for (from, row) in VmState::ALL.into_iter().zip(table) {
             for (to, cell) in VmState::ALL.into_iter().zip(row.chars()) {

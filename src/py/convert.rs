@@ -37,7 +37,11 @@ fn invalid(py: Python<'_>, field: &str, value: String, allowed: &str) -> PyErr {
 /// A member of a Python enum, by its value.
 fn enum_value<'py>(value: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
     let class = value.py().import("enum")?.getattr("Enum")?;
-    if value.is_instance(&class)? { value.getattr("value").map(Some) } else { Ok(None) }
+    if value.is_instance(&class)? {
+        value.getattr("value").map(Some)
+    } else {
+        Ok(None)
+    }
 }
 
 /// The text of a string or an enum's member; `None` for anything else.
@@ -82,14 +86,17 @@ pub fn text(field: &str, value: &Bound<'_, PyAny>) -> PyResult<String> {
 }
 
 fn optional_text(field: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
-    if value.is_none() { Ok(None) } else { text(field, value).map(Some) }
+    if value.is_none() {
+        Ok(None)
+    } else {
+        text(field, value).map(Some)
+    }
 }
 
 /// A path from a string or an `os.PathLike`.
 pub fn optional_path(field: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<PathBuf>> {
     let Some(value) = value.filter(|value| !value.is_none()) else { return Ok(None) };
-    let path: PathBuf =
-        value.extract().map_err(|_| wrong_type(field, value, "a path: a string or an os.PathLike"))?;
+    let path: PathBuf = value.extract().map_err(|_| wrong_type(field, value, "a path: a string or an os.PathLike"))?;
     let text = path.to_str().filter(|text| !text.is_empty() && !text.contains('\0'));
     match text {
         Some(_) => Ok(Some(path)),
@@ -158,7 +165,11 @@ pub fn network_from(
 
 fn check_class(field: &str, value: &Bound<'_, PyAny>, class: &str) -> PyResult<()> {
     let wanted = value.py().import(format!("{PACKAGE}._models"))?.getattr(class)?;
-    if value.is_instance(&wanted)? { Ok(()) } else { Err(wrong_type(field, value, &format!("a {class}"))) }
+    if value.is_instance(&wanted)? {
+        Ok(())
+    } else {
+        Err(wrong_type(field, value, &format!("a {class}")))
+    }
 }
 
 /// A `VMResourceLimits`, checked again: its fields may have been changed since it was made.
@@ -215,7 +226,12 @@ pub fn object(field: &str, value: &Bound<'_, PyAny>) -> PyResult<Map<String, Val
 fn to_json(field: &str, value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Value> {
     let py = value.py();
     if depth > MAX_DEPTH {
-        return Err(invalid(py, field, "data".into(), &format!("nested at most {MAX_DEPTH} deep (or it holds itself)")));
+        return Err(invalid(
+            py,
+            field,
+            "data".into(),
+            &format!("nested at most {MAX_DEPTH} deep (or it holds itself)"),
+        ));
     }
     if value.is_none() {
         return Ok(Value::Null);
@@ -228,7 +244,9 @@ fn to_json(field: &str, value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Valu
     }
     if value.is_instance_of::<PyInt>() {
         let number = value.extract::<i64>().map(Number::from).or_else(|_| value.extract::<u64>().map(Number::from));
-        return number.map(Value::Number).map_err(|_| invalid(py, field, shown(value), "an integer of at most 64 bits"));
+        return number
+            .map(Value::Number)
+            .map_err(|_| invalid(py, field, shown(value), "an integer of at most 64 bits"));
     }
     if value.is_instance_of::<PyFloat>() {
         let number = Number::from_f64(value.extract()?);

@@ -26,7 +26,12 @@ pub fn is_usage(error: &Error) -> bool {
 }
 
 /// What the legacy surface does: logs once, on the calling thread, and answers `None`; or raises.
-pub fn settle<T>(py: Python<'_>, result: Result<T, Error>, raising: bool, keep: impl FnOnce(Error)) -> PyResult<Option<T>> {
+pub fn settle<T>(
+    py: Python<'_>,
+    result: Result<T, Error>,
+    raising: bool,
+    keep: impl FnOnce(Error),
+) -> PyResult<Option<T>> {
     let error = match result {
         Ok(value) => return Ok(Some(value)),
         Err(error) => error,

@@ -50,7 +50,8 @@ fn runtime(py: Python<'_>) -> PyResult<&'static Runtime> {
             spare.shutdown_background();
         }
     }
-    let (made_in, runtime) = RUNTIME.get().ok_or_else(|| PyRuntimeError::new_err("the runtime could not be started"))?;
+    let (made_in, runtime) =
+        RUNTIME.get().ok_or_else(|| PyRuntimeError::new_err("the runtime could not be started"))?;
     check_process(py, "module", *made_in)?;
     Ok(runtime)
 }

@@ -84,7 +84,12 @@ impl MicroVMInstance {
     }
 
     /// Runs a change of state; `False` with the reason kept when it is not to be.
-    fn change<F>(&self, py: Python<'_>, on_interrupt: OnInterrupt, change: impl FnOnce(Arc<MicroVm>) -> F) -> PyResult<bool>
+    fn change<F>(
+        &self,
+        py: Python<'_>,
+        on_interrupt: OnInterrupt,
+        change: impl FnOnce(Arc<MicroVm>) -> F,
+    ) -> PyResult<bool>
     where
         F: std::future::Future<Output = crate::error::Result<()>> + Send + 'static,
     {
@@ -98,7 +103,6 @@ impl MicroVMInstance {
 impl MicroVMInstance {
     #[new]
     #[pyo3(signature = (vm_id, backend, isolation_type, resource_limits, network_config=None, kernel_path=None, rootfs_path=None))]
-    #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn new(
         vm_id: &Bound<'_, PyAny>,
         backend: &Bound<'_, PyAny>,

@@ -61,7 +61,13 @@ impl MicroVMIsolationManager {
     }
 
     /// One operation on one VM, by name; the VM keeps the reason, too.
-    fn on_vm<F>(&self, py: Python<'_>, vm_id: &str, on: OnInterrupt, run: impl FnOnce(Arc<MicroVm>) -> F) -> PyResult<bool>
+    fn on_vm<F>(
+        &self,
+        py: Python<'_>,
+        vm_id: &str,
+        on: OnInterrupt,
+        run: impl FnOnce(Arc<MicroVm>) -> F,
+    ) -> PyResult<bool>
     where
         F: Future<Output = crate::error::Result<()>> + Send + 'static,
     {

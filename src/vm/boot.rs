@@ -9,9 +9,9 @@ use super::running::Running;
 use super::{Settings, Spec};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
+use crate::host::clock;
 use crate::host::procfs::Usage;
 use crate::host::runtime_dir::VmDir;
-use crate::host::clock;
 use crate::image;
 use crate::vmm::{self, Drive, LaunchPlan, Launched, Vmm};
 

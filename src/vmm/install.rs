@@ -47,7 +47,9 @@ impl Binaries {
 
 fn install_hint(backend: Backend, key: &str) -> String {
     let how = match backend {
-        Backend::Qemu => "install it (Debian, Ubuntu: apt install qemu-system-x86; Fedora: dnf install qemu-system-x86-core)",
+        Backend::Qemu => {
+            "install it (Debian, Ubuntu: apt install qemu-system-x86; Fedora: dnf install qemu-system-x86-core)"
+        }
         Backend::Firecracker => "install a release from https://github.com/firecracker-microvm/firecracker/releases",
         Backend::CloudHypervisor => {
             "install a release from https://github.com/cloud-hypervisor/cloud-hypervisor/releases"

@@ -11,9 +11,9 @@ use microvm_jail::LaunchSpec;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result};
+use crate::host::kvm;
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
-use crate::host::kvm;
 use crate::model::{Backend, Grade};
 use crate::vmm::{Binaries, LaunchPlan, Launched, LiveTails, Vmm};
 use api::Qmp;

@@ -39,13 +39,6 @@ def start() -> None:
             _thread.start()
 
 
-def drain() -> None:
-    """Deliver what is queued now, on the calling thread."""
-    records = _native.next_log_records(0.0)
-    if records:
-        _deliver(records)
-
-
 def _carry() -> None:
     while True:
         records = _native.next_log_records(_WAIT_S)

@@ -22,7 +22,8 @@ pub fn encode(body: &[u8], out: &mut Vec<u8>) -> Result<(), ProtocolError> {
     if body.is_empty() {
         return Err(ProtocolError::EmptyRecord);
     }
-    let length = u16::try_from(body.len()).map_err(|_| ProtocolError::Malformed { what: "record: body over 65535 bytes" })?;
+    let length =
+        u16::try_from(body.len()).map_err(|_| ProtocolError::Malformed { what: "record: body over 65535 bytes" })?;
     out.extend_from_slice(&length.to_be_bytes());
     out.extend_from_slice(body);
     Ok(())

@@ -75,7 +75,7 @@ impl Session {
         out.resize(start + body, 0);
         self.noise.write_message(&self.plain, &mut out[start..]).map_err(cipher)?;
         self.sealed += 1;
-        if self.sealed % REKEY_EVERY == 0 {
+        if self.sealed.is_multiple_of(REKEY_EVERY) {
             self.noise.rekey_outgoing();
         }
         Ok(())
@@ -89,7 +89,7 @@ impl Session {
         self.plain.resize(body.len(), 0);
         let length = self.noise.read_message(body, &mut self.plain).map_err(|_| ProtocolError::Unsealed)?;
         self.opened += 1;
-        if self.opened % REKEY_EVERY == 0 {
+        if self.opened.is_multiple_of(REKEY_EVERY) {
             self.noise.rekey_incoming();
         }
         let frame = Frame::decode(&self.plain[..length])?;

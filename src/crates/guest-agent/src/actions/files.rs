@@ -99,9 +99,9 @@ pub fn write_file(params: Value) -> Outcome {
     let mode = match params.mode {
         None => None,
         Some(Mode::Number(mode)) => Some(mode),
-        Some(Mode::Octal(text)) => {
-            Some(u32::from_str_radix(&text, 8).map_err(|_| bad(format!("mode: {text:?} is not octal, as in \"0644\"")))?)
-        }
+        Some(Mode::Octal(text)) => Some(
+            u32::from_str_radix(&text, 8).map_err(|_| bad(format!("mode: {text:?} is not octal, as in \"0644\"")))?,
+        ),
     };
     if mode.is_some_and(|mode| mode > 0o7777) {
         return fail(Code::BadParams, "mode: at most 0o7777");

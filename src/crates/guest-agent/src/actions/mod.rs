@@ -159,7 +159,6 @@ fn redirect(params: Value) -> Redirect {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -25,9 +25,10 @@ pub fn info(identity: &Identity) -> Outcome {
     let uptime = proc("uptime").split_whitespace().next().and_then(|text| text.parse::<f64>().ok());
     let load: Vec<f64> = proc("loadavg").split_whitespace().take(3).filter_map(|text| text.parse().ok()).collect();
     let disk = nix::sys::statvfs::statvfs(DATA).ok().filter(|_| identity.disk);
-    let mib = |blocks: u64, size: u64| blocks * size >> 20;
+    let mib = |blocks: u64, size: u64| (blocks * size) >> 20;
     let is_pid = |name: &std::ffi::OsStr| name.to_string_lossy().bytes().all(|byte| byte.is_ascii_digit());
-    let processes = fs::read_dir("/proc").map_or(0, |entries| entries.flatten().filter(|e| is_pid(&e.file_name())).count());
+    let processes =
+        fs::read_dir("/proc").map_or(0, |entries| entries.flatten().filter(|e| is_pid(&e.file_name())).count());
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     Ok(json!({
         "vm_id": identity.vm_id,

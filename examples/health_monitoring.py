@@ -1,0 +1,33 @@
+"""Health: of all VMs at once, and the figures of one."""
+
+import sys
+
+from thirstys_waterfall.security.microvm_isolation import (
+    IsolationType,
+    MicroVMIsolationManager,
+    VMResourceLimits,
+)
+
+
+def main() -> int:
+    with MicroVMIsolationManager({"raise_on_error": True}) as manager:
+        vm_id = manager.create_vm(IsolationType.SESSION, VMResourceLimits(memory_mb=128, disk_size_mb=64))
+        assert vm_id is not None
+        manager.start_vm(vm_id)
+
+        health = manager.get_health_status()
+        print("Healthy VMs: {}".format(health["healthy_vms"]))
+        print("Unhealthy VMs: {}".format(health["unhealthy_vms"]))
+
+        vm = manager.get_vm(vm_id)
+        assert vm is not None
+        metrics = vm.get_health_metrics()
+        print("CPU Usage: {}%".format(metrics.cpu_usage_percent))
+        print("Memory Usage: {} MB".format(metrics.memory_usage_mb))
+        print("Uptime: {:.1f}s".format(metrics.uptime_seconds))
+        print("Status: {}".format(metrics.health_status))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""All tests: the Rust crates, the type stubs, then the wheel under every Python that is asked for or found.
+
+``make test`` calls it. ``MICROVM_TEST_PYTHONS`` (separated by spaces or colons) names interpreters; without it they are
+python3 and whatever of CPython 3.8 and 3.13 is in PATH or below ``$PYENV_ROOT``.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import List, Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULE = "thirstys_waterfall.security.microvm_isolation"
+CRATES = ("microvm-protocol", "microvm-jail", "microvm-agent")
+WANTED = ("3.8", "3.13")
+
+
+class Totals:
+    """What passed, failed and was skipped so far."""
+
+    def __init__(self) -> None:
+        self.passed = self.failed = self.skipped = 0
+        self.notes: List[str] = []
+
+    def add(self, name: str, passed: int, failed: int, skipped: int) -> None:
+        self.passed += passed
+        self.failed += failed
+        self.skipped += skipped
+        self.notes.append("{}: {} passed, {} failed, {} skipped".format(name, passed, failed, skipped))
+
+
+def cargo(command: str, totals: Totals) -> None:
+    """Run ``cargo test`` for the core and each crate on its own: in one build their features would unify."""
+    runs = [["--no-default-features"]] + [["-p", crate] for crate in CRATES]
+    for options in runs:
+        call = [command, "test", "--no-fail-fast"] + options
+        print("+ " + " ".join(call), flush=True)
+        done = subprocess.run(call, cwd=str(ROOT), stdout=subprocess.PIPE, universal_newlines=True)
+        print(done.stdout, flush=True)
+        counts = re.findall(r"test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", done.stdout)
+        passed, failed, skipped = (sum(int(row[i]) for row in counts) for i in range(3))
+        # Without a failed test a bad exit code means that the crate did not compile.
+        failed = max(failed, 1) if done.returncode else failed
+        totals.add("cargo test " + " ".join(options), passed, failed, skipped)
+
+
+def environment(build: Path, python: str, wheel: Path) -> str:
+    """The interpreter of an environment that holds nothing but the wheel."""
+    version = subprocess.check_output(
+        [python, "-c", "import sys; print('%d.%d.%d' % sys.version_info[:3])"], universal_newlines=True
+    ).strip()
+    folder = build / ("venv-test-" + version)
+    inner = folder / "bin" / "python"
+    if not inner.exists():
+        subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    install = [str(inner), "-m", "pip", "install", "-q", "--no-index", "--force-reinstall", str(wheel)]
+    subprocess.run(install, check=True)
+    return str(inner)
+
+
+def pythons() -> List[str]:
+    """The interpreters to test with, each version once."""
+    asked = os.environ.get("MICROVM_TEST_PYTHONS", "").replace(":", " ").split()
+    if asked:
+        return asked
+    found = {".".join(map(str, sys.version_info[:2])): getattr(sys, "_base_executable", sys.executable)}
+    root = Path(os.environ.get("PYENV_ROOT", str(Path.home() / ".pyenv")))
+    for version in WANTED:
+        candidates = sorted(str(path) for path in root.glob("versions/{}.*/bin/python{}".format(version, version)))
+        in_path = shutil.which("python" + version)
+        for candidate in candidates + ([in_path] if in_path else []):
+            # pyenv's shims exist for versions that are not selected, too: only one that runs counts.
+            if subprocess.run([candidate, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0:
+                found.setdefault(version, candidate)
+    for version in WANTED:
+        if version not in found:
+            print("CPython {} was not found: the wheel is not tested with it".format(version))
+    return list(found.values())
+
+
+def stubtest(python: str, build: Path, wheel: Path, totals: Totals) -> None:
+    """Hold the stubs against the built module."""
+    target = build / "stubtest"
+    shutil.rmtree(str(target), ignore_errors=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--no-index", "--target", str(target), str(wheel)], check=True
+    )
+    settings = target / "mypy.ini"
+    settings.write_text("[mypy]\nnamespace_packages = True\nexplicit_package_bases = True\nmypy_path = {}\n".format(target))
+    variables = dict(os.environ, PYTHONPATH=str(target), MYPYPATH=str(target))
+    call = [python, "-m", "mypy.stubtest", MODULE, "--mypy-config-file", str(settings)]
+    print("+ " + " ".join(call), flush=True)
+    done = subprocess.run(call, cwd=str(target), env=variables)
+    totals.add("mypy.stubtest", int(done.returncode == 0), int(done.returncode != 0), 0)
+
+
+def suite(python: str, build: Path, totals: Totals) -> None:
+    """Run the Python suite with one interpreter."""
+    numbers = build / "totals"
+    if numbers.exists():
+        numbers.unlink()
+    call = [python, str(ROOT / "tests" / "runner.py"), "--totals", str(numbers)]
+    print("+ " + " ".join(call), flush=True)
+    subprocess.run(call, cwd=str(ROOT))
+    counted = [int(n) for n in numbers.read_text().split()] if numbers.exists() else [0, 1, 0]
+    totals.add("Python suite under " + Path(python).parents[1].name, *counted)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build", type=Path, default=ROOT / "build")
+    parser.add_argument("--cargo", default="cargo")
+    parser.add_argument("--stubtest", metavar="PYTHON", help="an interpreter that has mypy")
+    parser.add_argument("wheel", type=Path)
+    options = parser.parse_args(arguments)
+    build, wheel = options.build.resolve(), options.wheel.resolve()
+    totals = Totals()
+    cargo(options.cargo, totals)
+    if options.stubtest:
+        stubtest(options.stubtest, build, wheel, totals)
+    for python in pythons():
+        suite(environment(build, python, wheel), build, totals)
+    print("\n" + "\n".join(totals.notes))
+    print("{} passed, {} failed, {} skipped".format(totals.passed, totals.failed, totals.skipped))
+    return 1 if totals.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

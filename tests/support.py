@@ -1,0 +1,150 @@
+"""What the tests share: small VMs, waiting with a deadline, and a look at what a VM leaves on the host."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+from thirstys_waterfall.security import microvm_isolation as package
+from thirstys_waterfall.security.microvm_isolation import (
+    IsolationType,
+    MicroVMIsolationManager,
+    VMBackend,
+    VMResourceLimits,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(package.__file__).resolve().parent / "_data"
+IMPORT = "thirstys_waterfall.security.microvm_isolation"
+
+
+def limits(**changes: int) -> VMResourceLimits:
+    """The smallest VM that the tests use."""
+    return VMResourceLimits(**{**{"vcpu_count": 1, "memory_mb": 128, "disk_size_mb": 64}, **changes})
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
+    """The first true answer of ``condition`` within the time, else its last answer."""
+    end = time.monotonic() + seconds
+    answer = condition()
+    while not answer and time.monotonic() < end:
+        time.sleep(0.01)
+        answer = condition()
+    return answer
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: neither gone nor a zombie."""
+    try:
+        stat = Path("/proc/{}/stat".format(pid)).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def children(pid: Optional[int] = None) -> List[int]:
+    """The living processes whose parent is this one."""
+    parent = str(os.getpid() if pid is None else pid)
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[1] == parent and fields[0] not in ("Z", "X"):
+            found.append(int(entry.name))
+    return found
+
+
+def run_python(code: str, timeout: float = 120.0, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run code in a fresh interpreter of the same environment."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        timeout=timeout,
+        **options,
+    )
+
+
+def find_tool(name: str) -> Optional[str]:
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def make_rootfs(path: Path) -> Path:
+    """An ext4 image with a static busybox and a file that says whose it is."""
+    busybox, mke2fs = find_tool("busybox"), find_tool("mke2fs")
+    if busybox is None or mke2fs is None:
+        raise unittest.SkipTest("needs busybox (busybox-static) and mke2fs (e2fsprogs) to make a root file system")
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name)
+        for folder in ("bin", "etc", "proc", "sys", "dev", "tmp", "run", "mnt"):
+            (tree / folder).mkdir()
+        shutil.copy(busybox, str(tree / "bin" / "busybox"))
+        for applet in ("sh", "cat", "ls", "echo", "touch"):
+            (tree / "bin" / applet).symlink_to("busybox")
+        (tree / "etc" / "made-by").write_text("tests\n")
+        command = [mke2fs, "-q", "-F", "-t", "ext4", "-d", name, str(path), "16M"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return path
+
+
+class VMTestCase(unittest.TestCase):
+    """A test with a manager of its own; every VM it made is gone afterwards."""
+
+    config: Dict[str, Any] = {}
+
+    def setUp(self) -> None:
+        config = {"default_backend": "QEMU", "default_memory_mb": 128, "default_disk_size_mb": 64}
+        config.update(self.config)
+        self.manager = MicroVMIsolationManager(config)
+        self.manager.start()
+        self.addCleanup(self.manager.stop)
+
+    def create(self, **options: Any) -> str:
+        options.setdefault("isolation_type", IsolationType.BROWSER_TAB)
+        options.setdefault("resource_limits", limits())
+        vm_id = self.manager.create_vm(**options)
+        self.assertIsNotNone(vm_id, self.manager.last_error)
+        assert vm_id is not None
+        return vm_id
+
+    def running(self, **options: Any) -> Any:
+        vm = self.manager.get_vm(self.create(**options))
+        assert vm is not None
+        self.assertTrue(vm.start(), vm.last_error)
+        return vm
+
+    def result(self, vm: Any, command: str, params: Optional[Dict[str, Any]] = None) -> Any:
+        answer = vm.send_command(command, params)
+        self.assertIsNotNone(answer, vm.last_error)
+        self.assertEqual(answer["status"], "ok", answer)
+        return answer["result"]
+
+    def failure(self, vm: Any, command: str, params: Optional[Dict[str, Any]] = None) -> str:
+        """The code of the structured error that a command is answered with."""
+        answer = vm.send_command(command, params)
+        self.assertIsNotNone(answer, vm.last_error)
+        self.assertEqual(answer["status"], "error", answer)
+        self.assertTrue(answer["error"]["message"])
+        return str(answer["error"]["code"])
+
+
+def shell(script: str, **more: Any) -> Dict[str, Any]:
+    """Parameters of ``exec`` for a shell script."""
+    return dict({"program": "/bin/sh", "args": ["-c", script]}, **more)
+
+
+QEMU = VMBackend.QEMU
