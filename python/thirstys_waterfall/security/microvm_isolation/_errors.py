@@ -55,6 +55,10 @@ class IsolationUnavailableError(MicroVMError):
     """The host cannot give the isolation that ``min_isolation`` asks for (``isolation_unavailable``)."""
 
 
+class NetworkUnavailableError(MicroVMError):
+    """The VM cannot be connected to a network on this host (``network_unavailable``)."""
+
+
 class ImageError(MicroVMError):
     """A kernel or root file system cannot be read or used (``image_unreadable``, ``image_invalid``)."""
 
@@ -100,6 +104,7 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "invalid_state": InvalidStateError,
     "backend_unavailable": BackendUnavailableError,
     "isolation_unavailable": IsolationUnavailableError,
+    "network_unavailable": NetworkUnavailableError,
     "image_unreadable": ImageError,
     "image_invalid": ImageError,
     "start_failed": StartError,

@@ -1,0 +1,89 @@
+"""The wheel beside the application, the command line, and the public names."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from thirstys_waterfall.security import microvm_isolation as package
+from thirstys_waterfall.security.microvm_isolation import doctor
+
+from .support import IMPORT, run_python
+
+PUBLIC = {
+    "CommunicationChannel", "IsolationType", "MicroVMInstance", "MicroVMIsolationManager", "VMBackend",
+    "VMHealthMetrics", "VMNetworkConfig", "VMResourceLimits", "VMState", "MicroVMError", "doctor",
+}
+
+
+class Package(unittest.TestCase):
+    def test_public_names_are_promised(self) -> None:
+        self.assertLessEqual(PUBLIC, set(package.__all__))
+        for name in package.__all__:
+            self.assertTrue(hasattr(package, name), name)
+
+    def test_beside_the_application_ours_wins_and_theirs_comes_back(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            root = Path(name)
+            security = root / "thirstys_waterfall" / "security"
+            security.mkdir(parents=True)
+            (root / "thirstys_waterfall" / "__init__.py").write_text("from . import security\n")
+            (security / "__init__.py").write_text(
+                "from .microvm_isolation import MicroVMIsolationManager, MicroVMInstance\n"
+            )
+            theirs = "class MicroVMIsolationManager: pass\nclass MicroVMInstance: pass\n"
+            (security / "microvm_isolation.py").write_text(theirs)
+            ours = security / "microvm_isolation"
+            shutil.copytree(str(Path(package.__file__).parent), str(ours))
+            ask = "import {0} as m; print(m.__file__); print(m.MicroVMIsolationManager.__module__)".format(IMPORT)
+            environment = dict(os.environ, PYTHONPATH=name)
+
+            def imported() -> str:
+                done = subprocess.run(
+                    [sys.executable, "-c", ask], cwd=name, env=environment, stdout=subprocess.PIPE, universal_newlines=True
+                )
+                return done.stdout.split()[0]
+
+            self.assertEqual(imported(), str(ours / "__init__.py"))
+            shutil.rmtree(str(ours))
+            self.assertEqual(imported(), str(security / "microvm_isolation.py"))
+
+    def test_wheel_holds_our_folder_alone(self) -> None:
+        if sys.version_info < (3, 8):
+            self.skipTest("needs importlib.metadata")
+        from importlib import metadata
+
+        try:
+            files = metadata.files("thirstys-waterfall-microvm-isolation") or []
+        except metadata.PackageNotFoundError:
+            self.skipTest("not installed from a wheel")
+        folder = "thirstys_waterfall/security/microvm_isolation/"
+        outside = [str(f) for f in files if not str(f).startswith(folder) and ".dist-info/" not in str(f)]
+        self.assertEqual(outside, [])
+        self.assertTrue({folder + "py.typed", folder + "_native.pyi"} <= {str(f) for f in files})
+
+    def test_import_starts_no_thread_and_prints_nothing(self) -> None:
+        done = run_python("import threading, {}; print(threading.active_count())".format(IMPORT))
+        self.assertEqual((done.stdout, done.stderr), ("1\n", ""))
+
+
+class Doctor(unittest.TestCase):
+    def test_report_is_complete_and_json(self) -> None:
+        report = doctor()
+        self.assertEqual(json.loads(json.dumps(report)), report)
+        self.assertEqual([b["backend"] for b in report["backends"]], ["firecracker", "qemu", "cloud-hypervisor"])
+        self.assertTrue(report["guest_image"]["complete"])
+        for backend in report["backends"]:
+            self.assertTrue(backend["available"] or backend["remedy"], backend)
+
+    def test_command_line_prints_text_or_json(self) -> None:
+        command = [sys.executable, "-m", IMPORT, "doctor"]
+        text = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)
+        self.assertEqual(text.returncode, 0)
+        self.assertIn("qemu", text.stdout)
+        self.assertEqual(json.loads(subprocess.check_output(command + ["--json"])), doctor())
+        self.assertEqual(subprocess.run([sys.executable, "-m", IMPORT], stdout=subprocess.PIPE).returncode, 2)

@@ -1,0 +1,142 @@
+"""What surrounds a VM: threads, signals, forks, and the end of the process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import List
+
+from .support import IMPORT, VMTestCase, alive, eventually, limits, open_files, run_python
+
+HEAD = """
+import os, signal, sys, threading, time
+from {} import *
+manager = MicroVMIsolationManager({{"default_memory_mb": 128, "default_disk_size_mb": 64}})
+manager.start()
+vm = manager.get_vm(manager.create_vm("plugin"))
+""".format(IMPORT)
+RUNNING = HEAD + "assert vm.start(), vm.last_error\npid = vm.get_info()['pid']\n"
+
+
+def left_of(output: str) -> bool:
+    """Whether the VMM whose pid a script printed on its last line is still there."""
+    return alive(int(output.split()[-1]))
+
+
+class Ends(VMTestCase):
+    def test_interpreter_exit_with_a_running_vm_leaves_nothing(self) -> None:
+        done = run_python(RUNNING + "print(vm.get_info()['socket_path'], pid)")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        path, _ = done.stdout.split()
+        self.assertFalse(left_of(done.stdout) or Path(path).parent.exists())
+
+    def test_killed_process_leaves_no_vmm_and_the_next_manager_sweeps(self) -> None:
+        done = run_python(RUNNING + "print(vm.get_info()['socket_path'], pid, flush=True); os.kill(os.getpid(), 9)")
+        self.assertEqual(done.returncode, -signal.SIGKILL)
+        self.assertTrue(eventually(lambda: not left_of(done.stdout), 1.0))
+        folder = Path(done.stdout.split()[0]).parent
+        self.manager.stop()
+        self.manager.start()
+        self.assertFalse(folder.exists())
+
+    def test_forked_child_keeps_no_vm_alive(self) -> None:
+        code = RUNNING + (
+            "child = os.fork()\n"
+            "if child == 0:\n    time.sleep(20)\n    os._exit(0)\n"
+            "print(child, pid, flush=True); os.kill(os.getpid(), 9)"
+        )
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, universal_newlines=True)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.wait()
+        child, pid = map(int, line.split())
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(os.kill, child, signal.SIGKILL)
+        self.assertTrue(eventually(lambda: not alive(pid), 1.0))
+
+    def test_forked_child_gets_a_typed_error_and_harms_nothing(self) -> None:
+        code = RUNNING + (
+            "child = os.fork()\n"
+            "if child == 0:\n"
+            "    try:\n        vm.send_command('ping')\n"
+            "    except ForkedProcessError as error:\n        print(error.code, flush=True)\n"
+            "    sys.exit(0)\n"
+            "os.waitpid(child, 0)\nprint(vm.send_command('ping')['result'], pid)"
+        )
+        done = run_python(code)
+        self.assertEqual(done.stdout.split()[:2], ["forked_process", "pong"], done.stderr)
+
+
+class Signals(VMTestCase):
+    def interrupt(self, action: str) -> List[str]:
+        """Ctrl-C in the middle of an action: what was raised, after how long, and what holds afterwards."""
+        code = RUNNING if action.startswith("vm.send") else HEAD
+        code += (
+            "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\nbegun = time.monotonic()\n"
+            "try:\n    " + action + "\nexcept KeyboardInterrupt:\n"
+            "    print(time.monotonic() - begun - 0.3 < 0.1)\n    time.sleep(0.5)\n"
+            "    print(vm.get_state().value, vm.start(), vm.send_command('ping')['result'])\n"
+        )
+        done = run_python(code)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout.split()
+
+    def test_interrupted_start_is_undone_and_can_be_tried_again(self) -> None:
+        self.assertEqual(self.interrupt("vm.start()"), ["True", "error", "True", "pong"])
+
+    def test_interrupted_command_leaves_the_vm_running(self) -> None:
+        command = "vm.send_command('exec', {'program': 'sleep', 'args': ['20']})"
+        self.assertEqual(self.interrupt(command), ["True", "running", "True", "pong"])
+
+
+class Threads(VMTestCase):
+    config = {"max_vcpus": 64}
+
+    def test_gil_is_free_while_a_vm_starts(self) -> None:
+        ticks = [0]
+        done = threading.Event()
+
+        def count() -> None:
+            while not done.wait(0.001):
+                ticks[0] += 1
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        self.running()
+        done.set()
+        thread.join()
+        self.assertGreater(ticks[0], 50)
+
+    def test_eight_threads_of_lives_leak_nothing(self) -> None:
+        self.manager.destroy_vm(self.running().vm_id)
+        before, wrong = open_files(), []
+
+        def live() -> None:
+            for _ in range(3):
+                vm_id = self.manager.create_vm("plugin", limits())
+                vm = self.manager.get_vm(vm_id)
+                steps = [vm.start, lambda: vm.send_command("ping"), vm.pause, vm.resume, vm.stop, vm.start]
+                wrong.extend((vm_id, n, vm.last_error) for n, step in enumerate(steps) if not step())
+                if not self.manager.destroy_vm(vm_id):
+                    wrong.append((vm_id, "destroy", self.manager.last_error))
+
+        threads = [threading.Thread(target=live) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+        self.assertTrue(eventually(lambda: open_files() <= before, 2.0), (before, open_files()))
+
+    def test_destroy_during_a_start_cancels_it(self) -> None:
+        vm_id = self.create()
+        started: List[bool] = []
+        thread = threading.Thread(target=lambda: started.append(self.manager.start_vm(vm_id)))
+        thread.start()
+        time.sleep(0.2)
+        self.assertTrue(self.manager.destroy_vm(vm_id))
+        thread.join()
+        self.assertEqual(started, [False])
