@@ -249,7 +249,7 @@ class Guest(VMTestCase):
     def test_render_page_in_both_forms(self) -> None:
         vm = self.running()
         page = self.result(vm, "render_page", {"html": "<title>T</title><p>a<script>x()</script><a href=/b>c</a>"})
-        self.assertEqual((page["title"], page["text"]), ("T", "ac"))
+        self.assertEqual((page["title"], page["text"]), ("T", "a c"))
         self.assertNotIn("script", page["sanitized_html"])
         self.assertEqual(self.result(vm, "execute", {"action": "render_page"})["url"], "about:blank")
         self.assertEqual(self.failure(vm, "render_page", {"url": "https://example.com"}), "network_isolated")

@@ -167,24 +167,29 @@ impl MicroVMIsolationManager {
         Ok(Some(id))
     }
 
-    fn start_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+    fn start_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Abandon, |vm| async move { vm.start().await })
     }
 
-    fn stop_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+    fn stop_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.stop().await })
     }
 
-    fn pause_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+    fn pause_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.pause().await })
     }
 
-    fn resume_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+    fn resume_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.resume().await })
     }
 
     /// Removes a VM, in whatever state, and every trace of it.
-    fn destroy_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<bool> {
+    fn destroy_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let vm_id = &convert::text("vm_id", vm_id)?;
         let (manager, id) = (self.manager.get(py)?.clone(), vm_id.to_owned());
         let destroyed = gate::wait(py, OnInterrupt::Finish, async move { manager.destroy(&id).await })?;
         if destroyed.is_ok() {
@@ -200,7 +205,8 @@ impl MicroVMIsolationManager {
         Ok(())
     }
 
-    fn get_vm(&self, py: Python<'_>, vm_id: &str) -> PyResult<Option<Py<MicroVMInstance>>> {
+    fn get_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<Option<Py<MicroVMInstance>>> {
+        let vm_id = &convert::text("vm_id", vm_id)?;
         self.manager.get(py)?.get(vm_id).map(|vm| self.handle(py, vm)).transpose()
     }
 
@@ -217,7 +223,8 @@ impl MicroVMIsolationManager {
         Ok(vms.iter().map(|vm| vm.id().as_str().to_owned()).collect())
     }
 
-    fn get_vm_info<'py>(&self, py: Python<'py>, vm_id: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
+    fn get_vm_info<'py>(&self, py: Python<'py>, vm_id: &Bound<'_, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let vm_id = &convert::text("vm_id", vm_id)?;
         let Some(vm) = self.manager.get(py)?.get(vm_id) else { return Ok(None) };
         let info = gate::wait(py, OnInterrupt::Abandon, instance::info(vm))?;
         convert::from_json(py, &info).map(Some)
@@ -239,11 +246,12 @@ impl MicroVMIsolationManager {
     fn send_command_to_vm<'py>(
         &self,
         py: Python<'py>,
-        vm_id: &str,
+        vm_id: &Bound<'_, PyAny>,
         command: &Bound<'_, PyAny>,
         params: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let vm_id = &convert::text("vm_id", vm_id)?;
         let Some(vm) = self.settle(py, self.manager.get(py)?.find(vm_id))? else { return Ok(None) };
         let answer = MicroVMInstance::wrap(vm.clone(), self.raising()).send_command(py, command, params, timeout)?;
         if answer.is_none() {
