@@ -53,7 +53,7 @@ impl CommunicationChannel {
         })
     }
 
-    #[pyo3(signature = (timeout=None))]
+    #[pyo3(signature = (timeout=None), text_signature = "($self, timeout=5.0)")]
     fn connect(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         let timeout = timeout.map(|t| convert::seconds("timeout", t)).transpose()?.unwrap_or(Duration::from_secs(5));
         let client = self.client.get(py)?.clone();
@@ -68,7 +68,7 @@ impl CommunicationChannel {
         Ok(self.settle(py, sent)?.is_some())
     }
 
-    #[pyo3(signature = (timeout=None))]
+    #[pyo3(signature = (timeout=None), text_signature = "($self, timeout=1.0)")]
     fn receive_message<'py>(
         &self,
         py: Python<'py>,
