@@ -98,14 +98,14 @@ def stubtest(python: str, build: Path, wheel: Path, totals: Totals) -> None:
     totals.add("mypy.stubtest", int(done.returncode == 0), int(done.returncode != 0), 0)
 
 
-def suite(python: str, build: Path, totals: Totals) -> None:
+def suite(python: str, build: Path, wheel: Path, totals: Totals) -> None:
     """Run the Python suite with one interpreter."""
     numbers = build / "totals"
     if numbers.exists():
         numbers.unlink()
     call = [python, str(ROOT / "tests" / "runner.py"), "--totals", str(numbers)]
     print("+ " + " ".join(call), flush=True)
-    subprocess.run(call, cwd=str(ROOT))
+    subprocess.run(call, cwd=str(ROOT), env=dict(os.environ, MICROVM_WHEEL=str(wheel)))
     counted = [int(n) for n in numbers.read_text().split()] if numbers.exists() else [0, 1, 0]
     totals.add("Python suite under " + Path(python).parents[1].name, *counted)
 
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.stubtest:
         stubtest(options.stubtest, build, wheel, totals)
     for python in pythons():
-        suite(environment(build, python, wheel), build, totals)
+        suite(environment(build, python, wheel), build, wheel, totals)
     print("\n" + "\n".join(totals.notes))
     print("{} passed, {} failed, {} skipped".format(totals.passed, totals.failed, totals.skipped))
     return 1 if totals.failed else 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,31 +25,36 @@ class Package(unittest.TestCase):
         for name in package.__all__:
             self.assertTrue(hasattr(package, name), name)
 
-    def test_beside_the_application_ours_wins_and_theirs_comes_back(self) -> None:
+    def test_installed_beside_the_application_ours_wins_and_uninstalled_theirs_is_back(self) -> None:
+        wheel = os.environ.get("MICROVM_WHEEL")
+        if not wheel:
+            self.skipTest("needs MICROVM_WHEEL, the path of the wheel (make test sets it)")
         with tempfile.TemporaryDirectory() as name:
-            root = Path(name)
+            subprocess.run([sys.executable, "-m", "venv", name], check=True)
+            python = str(Path(name) / "bin" / "python")
+            pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
+            where = "import sysconfig; print(sysconfig.get_paths()['platlib'])"
+            root = Path(subprocess.check_output([python, "-c", where], universal_newlines=True).strip())
             security = root / "thirstys_waterfall" / "security"
             security.mkdir(parents=True)
             (root / "thirstys_waterfall" / "__init__.py").write_text("from . import security\n")
             (security / "__init__.py").write_text(
                 "from .microvm_isolation import MicroVMIsolationManager, MicroVMInstance\n"
             )
-            theirs = "class MicroVMIsolationManager: pass\nclass MicroVMInstance: pass\n"
-            (security / "microvm_isolation.py").write_text(theirs)
-            ours = security / "microvm_isolation"
-            shutil.copytree(str(Path(package.__file__).parent), str(ours))
-            ask = "import {0} as m; print(m.__file__); print(m.MicroVMIsolationManager.__module__)".format(IMPORT)
-            environment = dict(os.environ, PYTHONPATH=name)
+            theirs = security / "microvm_isolation.py"
+            theirs.write_text("class MicroVMIsolationManager: pass\nclass MicroVMInstance: pass\n")
+            application = {path: path.read_bytes() for path in (root / "thirstys_waterfall").rglob("*.py")}
+            ask = "import {0}; print(__import__('sys').modules['{0}'].__file__)".format(IMPORT)
 
             def imported() -> str:
-                done = subprocess.run(
-                    [sys.executable, "-c", ask], cwd=name, env=environment, stdout=subprocess.PIPE, universal_newlines=True
-                )
-                return done.stdout.split()[0]
+                return subprocess.check_output([python, "-c", ask], cwd=name, universal_newlines=True).strip()
 
-            self.assertEqual(imported(), str(ours / "__init__.py"))
-            shutil.rmtree(str(ours))
-            self.assertEqual(imported(), str(security / "microvm_isolation.py"))
+            self.assertEqual(imported(), str(theirs))
+            subprocess.run(pip + ["install", "--no-index", wheel], check=True)
+            self.assertEqual(imported(), str(security / "microvm_isolation" / "__init__.py"))
+            subprocess.run(pip + ["uninstall", "-y", "thirstys-waterfall-microvm-isolation"], check=True)
+            self.assertEqual(imported(), str(theirs))
+            self.assertEqual({path: path.read_bytes() for path in application}, application)
 
     def test_wheel_holds_our_folder_alone(self) -> None:
         if sys.version_info < (3, 8):
