@@ -20,13 +20,13 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 python3-venv make gcc
 
-.PHONY: help setup guest jail wheel demo test bench clean
+.PHONY: help setup guest jail wheel demo test bench stress clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
 	@echo 'make test    build all and run every test'
 	@echo 'make wheel   build the wheel into dist/'
-	@echo 'make bench   measure'
+	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
 	@echo 'make setup | guest | jail | clean: the parts'
 
 setup: $(VENV)/ready
@@ -87,6 +87,12 @@ test: wheel
 
 bench: guest jail
 	$(CARGO) bench --no-default-features --bench cold_start
+
+# Lives of VMs on 8 threads for SECONDS, and what they leave behind.
+stress: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	$(BUILD)/venv-demo/bin/python tests/stress.py --seconds $(or $(SECONDS),180) --threads $(or $(THREADS),8)
 
 clean:
 	rm -rf dist $(BUILD)/venv $(BUILD)/venv-* $(DATA)
