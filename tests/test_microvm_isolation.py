@@ -226,6 +226,20 @@ class Guest(VMTestCase):
         self.assertEqual(self.failure(vm, "exec", {"program": "/etc/passwd"}), "permission_denied")
         self.assertEqual(self.result(vm, "ping"), "pong")
 
+    def test_timeout_ends_the_programs_whole_tree(self) -> None:
+        vm = self.running()
+        script = "setsid sleep 98765 & setsid setsid sleep 98765 & sleep 98765"
+        self.assertEqual(self.failure(vm, "exec", shell(script, timeout=0.5)), "timeout")
+        found = self.result(vm, "exec", shell("sleep 0.2; pgrep -f 'sleep 9876[5]' | wc -l"))
+        self.assertEqual(found["stdout"].strip(), "0")
+
+    def test_many_programs_leave_no_group_behind(self) -> None:
+        vm = self.running()
+        for _ in range(50):
+            self.result(vm, "exec", {"program": "true"})
+        groups = self.result(vm, "exec", shell("ls -d /sys/fs/cgroup/work/*/ | wc -l"))["stdout"]
+        self.assertLessEqual(int(groups), 3)
+
     def test_files_round_trip_and_fail_with_codes(self) -> None:
         vm = self.running()
         self.result(vm, "write_file", {"path": "/data/a/b", "data": "hello", "make_dirs": True})

@@ -1,16 +1,17 @@
 //! The processes of the guest: PID 1 reaps them all, in one place.
 //!
-//! Spawning holds the table's lock until the child is noted in it, so the reaper can't meet a child it does not know;
-//! a child is signalled under the same lock, so its pid can't have gone to another process.
+//! Spawning holds the table's lock until the child is noted in it, so the reaper can't meet a child it does not know.
+//! Processes are killed by their control group: a pid might have gone to another process, and a group has no way out.
 
 use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitpid, WaitStatus};
 use nix::unistd::Pid;
 
@@ -52,20 +53,58 @@ fn note(pid: Pid, ended: Ended) {
     CHANGED.notify_all();
 }
 
-/// A child that leads its own process group.
-pub struct Spawned {
-    pid: i32,
+/// A control group for one request's processes, so that all of them can be ended, whatever they made of themselves.
+pub struct Group {
+    path: String,
 }
 
-/// Spawns `command`, which must put the child into a group of its own.
-pub fn spawn(command: &mut Command) -> io::Result<(Child, Spawned)> {
+static NEXT_GROUP: AtomicU64 = AtomicU64::new(0);
+/// Groups whose request is over. They are removed once they are empty: a program may leave a service behind.
+static FINISHED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+impl Group {
+    pub fn create(parent: &str) -> io::Result<Self> {
+        FINISHED.lock().unwrap_or_else(PoisonError::into_inner).retain(|path| fs::remove_dir(path).is_err());
+        let path = format!("{parent}/{}", NEXT_GROUP.fetch_add(1, Ordering::Relaxed));
+        fs::create_dir(&path)?;
+        Ok(Self { path })
+    }
+
+    /// The file that a process joins the group by.
+    pub fn procs(&self) -> io::Result<File> {
+        OpenOptions::new().write(true).open(format!("{}/cgroup.procs", self.path))
+    }
+
+    fn kill(&self) {
+        if let Err(error) = fs::write(format!("{}/cgroup.kill", self.path), "1") {
+            eprintln!("microvm-agent: {}/cgroup.kill: {error}", self.path);
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if fs::remove_dir(&self.path).is_err() {
+            FINISHED.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.path));
+        }
+    }
+}
+
+/// A child, and the group in which it and its descendants live.
+pub struct Spawned {
+    pid: i32,
+    group: Group,
+}
+
+/// Spawns `command`, which must make the child join `group`.
+pub fn spawn(command: &mut Command, group: Group) -> io::Result<(Child, Spawned)> {
     let mut table = table();
     let child = command.spawn()?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
     table.get_or_insert_default().insert(pid, None);
     drop(table);
     CHANGED.notify_all();
-    Ok((child, Spawned { pid }))
+    Ok((child, Spawned { pid, group }))
 }
 
 impl Spawned {
@@ -81,14 +120,9 @@ impl Spawned {
         }
     }
 
-    /// Kills the child's whole group, if the child still runs.
+    /// Kills the child and all its descendants.
     pub fn kill(&self) {
-        let guard = table();
-        if guard.as_ref().and_then(|table| table.get(&self.pid)) == Some(&None) {
-            if let Err(error) = killpg(Pid::from_raw(self.pid), Signal::SIGKILL) {
-                eprintln!("microvm-agent: kill group {}: {error}", self.pid);
-            }
-        }
+        self.group.kill();
     }
 }
 

@@ -1,7 +1,6 @@
 //! Programs: run, fed, watched, capped.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
@@ -20,7 +19,7 @@ use serde_json::{json, Value};
 
 use super::{fail, read, Job, Outcome};
 use crate::boot::WORK_CGROUP;
-use crate::children::{self, Ended};
+use crate::children::{self, Ended, Group};
 
 const DEFAULT_OUTPUT: usize = 1 << 20;
 const MAX_OUTPUT: usize = 4 << 20;
@@ -131,7 +130,7 @@ pub fn execute(params: Value, identity: &Identity, job: &Job) -> Outcome {
     Ok(result)
 }
 
-/// Runs a program to its end, in a session and process group of its own.
+/// Runs a program to its end, in a session and control group of its own.
 pub fn run(program: Program<'_>, identity: &Identity, job: &Job) -> Result<Done, Failure> {
     let begun = Instant::now();
     if !Path::new(program.cwd).is_dir() {
@@ -151,15 +150,16 @@ pub fn run(program: Program<'_>, identity: &Identity, job: &Job) -> Result<Done,
     if program.uid != 0 {
         command.uid(program.uid).gid(program.uid);
     }
-    let group = OpenOptions::new().write(true).open(format!("{WORK_CGROUP}/cgroup.procs"));
-    let group = group.map_err(|e| Failure { code: Code::IoError, message: format!("{WORK_CGROUP}: {e}") })?;
+    let failed = |e: io::Error| Failure { code: Code::IoError, message: format!("{WORK_CGROUP}: {e}") };
+    let group = Group::create(WORK_CGROUP).map_err(failed)?;
+    let procs = group.procs().map_err(failed)?;
     let (files, processes) = (identity.max_file_handles, identity.max_processes);
     // SAFETY: between fork and exec only system calls are made; nothing is allocated and no lock is taken.
     unsafe {
         command.pre_exec(move || {
             nix::unistd::setsid()?;
             // Opened by root: the right to write was checked then.
-            if libc::write(group.as_raw_fd(), b"0".as_ptr().cast(), 1) != 1 {
+            if libc::write(procs.as_raw_fd(), b"0".as_ptr().cast(), 1) != 1 {
                 return Err(io::Error::last_os_error());
             }
             setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
@@ -167,7 +167,7 @@ pub fn run(program: Program<'_>, identity: &Identity, job: &Job) -> Result<Done,
             Ok(())
         });
     }
-    let (mut child, spawned) = children::spawn(&mut command).map_err(|error| {
+    let (mut child, spawned) = children::spawn(&mut command, group).map_err(|error| {
         let code = match error.kind() {
             ErrorKind::NotFound => Code::ProgramNotFound,
             ErrorKind::PermissionDenied => Code::PermissionDenied,
