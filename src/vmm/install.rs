@@ -58,6 +58,21 @@ fn install_hint(backend: Backend, key: &str) -> String {
     format!("{how}, or name the binary in config[{key:?}]")
 }
 
+/// Why a backend that needs KVM, and that this release does not drive, cannot be used here.
+pub fn not_driven(binaries: &Binaries, backend: Backend) -> Error {
+    if let Err(error) = binaries.locate(backend) {
+        return error;
+    }
+    let kvm = kvm::probe();
+    let (reason, remedy) = if kvm.usable {
+        ("this release does not drive it yet".into(), "use backend=\"qemu\"".into())
+    } else {
+        let remedy = kvm.remedy.unwrap_or_default();
+        (format!("it needs KVM: {}", kvm.reason), format!("{remedy}; or use backend=\"qemu\", which runs without KVM"))
+    };
+    Error::BackendUnavailable { backend, reason, remedy }
+}
+
 /// What `doctor` says about one backend.
 #[derive(Debug, Clone)]
 pub struct Installed {

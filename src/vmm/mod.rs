@@ -111,8 +111,8 @@ pub fn select(vm_id: &VmId, wanted: Option<Backend>, min: Option<Grade>, binarie
     let backend = wanted.unwrap_or(Backend::Qemu);
     let vmm: Box<dyn Vmm> = match backend {
         Backend::Qemu => Box::new(qemu::Qemu::find(binaries)?),
-        Backend::Firecracker => Box::new(firecracker::find(binaries)?),
-        Backend::CloudHypervisor => Box::new(cloud_hypervisor::find(binaries)?),
+        Backend::Firecracker => firecracker::find(binaries)?,
+        Backend::CloudHypervisor => cloud_hypervisor::find(binaries)?,
     };
     if let Some(min) = min.filter(|min| *min > vmm.grade()) {
         let kvm = crate::host::kvm::probe();
