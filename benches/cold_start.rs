@@ -36,7 +36,12 @@ fn bare(image: &GuestImage, memory_mb: u64, dir: &Path) -> Result<f64, Failure> 
         .arg(&image.kernel)
         .arg("-initrd")
         .arg(&image.initramfs)
-        .args(["-append", "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable lpj=26000000", "-serial", "stdio"])
+        .args([
+            "-append",
+            "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable lpj=26000000 no_timer_check",
+            "-serial",
+            "stdio",
+        ])
         .args(["-chardev", &format!("socket,id=agent,path={}", socket.display()), "-device", "virtio-serial-device"])
         .args(["-device", "virtserialport,chardev=agent,name=microvm.agent"])
         .args(["-drive", &drive("config"), "-device", "virtio-blk-device,drive=config,serial=config"])

@@ -13,6 +13,7 @@ from .support import IMPORT, VMTestCase, alive, eventually, limits, open_files, 
 
 HEAD = """
 import os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 from {} import *
 manager = MicroVMIsolationManager({{"default_memory_mb": 128, "default_disk_size_mb": 64}})
 manager.start()
