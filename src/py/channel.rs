@@ -21,7 +21,7 @@ const SEND_DEADLINE: Duration = Duration::from_secs(30);
 pub struct CommunicationChannel {
     vm_id: String,
     socket_path: PathBuf,
-    client: Owned<Arc<Client>>,
+    client: Owned<Client>,
     last_error: Mutex<Option<Error>>,
 }
 

@@ -1,8 +1,6 @@
 //! The gate through which every blocking call goes: the interpreter is released, and Ctrl-C is seen within 50 ms.
 
 use std::future::Future;
-use std::mem::ManuallyDrop;
-use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -106,37 +104,37 @@ where
     }
 }
 
-/// Something that belongs to the process that made it. A forked child neither uses nor drops it: dropping would end
-/// the parent's VMs.
+/// A shared thing that belongs to the process that made it. A forked child neither uses nor ends it: that would end the
+/// parent's VMs.
 pub struct Owned<T> {
     what: &'static str,
     made_in: u32,
-    value: ManuallyDrop<T>,
+    value: Arc<T>,
 }
 
 impl<T> Owned<T> {
-    pub fn new(what: &'static str, value: T) -> Self {
-        Self { what, made_in: std::process::id(), value: ManuallyDrop::new(value) }
+    pub fn new(what: &'static str, value: Arc<T>) -> Self {
+        Self { what, made_in: std::process::id(), value }
     }
 
     /// # Errors
     /// `ForkedProcessError` in a forked child.
-    pub fn get(&self, py: Python<'_>) -> PyResult<&T> {
+    pub fn get(&self, py: Python<'_>) -> PyResult<&Arc<T>> {
         check_process(py, self.what, self.made_in)?;
-        Ok(self.value.deref())
+        Ok(&self.value)
     }
 
     /// For plain data that a child may read, too.
-    pub fn peek(&self) -> &T {
-        self.value.deref()
+    pub fn peek(&self) -> &Arc<T> {
+        &self.value
     }
 }
 
 impl<T> Drop for Owned<T> {
     fn drop(&mut self) {
-        if self.made_in == std::process::id() {
-            // SAFETY: dropped once, here, and never used afterwards.
-            unsafe { ManuallyDrop::drop(&mut self.value) };
+        if self.made_in != std::process::id() {
+            // One reference that nobody gives back: the child never comes to drop the thing itself.
+            std::mem::forget(self.value.clone());
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::vm::{Health, MicroVm, Spec};
 /// One microVM: `start`, `stop`, `pause`, `resume`, commands and health. Usable on its own, without a manager.
 #[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct MicroVMInstance {
-    vm: Owned<Arc<MicroVm>>,
+    vm: Owned<MicroVm>,
     raising: bool,
 }
 

@@ -20,7 +20,7 @@ use crate::vm::{HealthStatus, MicroVm};
 /// Creates, finds and destroys microVMs within one quota.
 #[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct MicroVMIsolationManager {
-    manager: Owned<Arc<Manager>>,
+    manager: Owned<Manager>,
     /// The dict as the caller gave it, copied.
     config: Py<PyDict>,
     last_error: Mutex<Option<Error>>,
