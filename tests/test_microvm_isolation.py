@@ -233,6 +233,12 @@ class Guest(VMTestCase):
         found = self.result(vm, "exec", shell("sleep 0.2; pgrep -f 'sleep 9876[5]' | wc -l"))
         self.assertEqual(found["stdout"].strip(), "0")
 
+    def test_missing_program_is_said_so_every_time(self) -> None:
+        # The reaper and the spawn that failed both wait for the child: neither may take it from the other.
+        vm = self.running()
+        for _ in range(100):
+            self.assertEqual(self.failure(vm, "exec", {"program": "no-such-program"}), "program_not_found")
+
     def test_many_programs_leave_no_group_behind(self) -> None:
         vm = self.running()
         for _ in range(50):

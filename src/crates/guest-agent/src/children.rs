@@ -12,7 +12,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::wait::{waitpid, WaitStatus};
+use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
 /// How a child ended.
@@ -30,12 +30,10 @@ fn table() -> MutexGuard<'static, Option<HashMap<i32, Option<Ended>>>> {
 }
 
 /// Starts the reaper.
-pub fn start() {
-    std::thread::spawn(|| loop {
-        match waitpid(None::<Pid>, None) {
-            Ok(WaitStatus::Exited(pid, code)) => note(pid, Ended::Code(code)),
-            Ok(WaitStatus::Signaled(pid, signal, _)) => note(pid, Ended::Signal(signal as i32)),
-            Ok(_) => {}
+pub fn start() -> io::Result<()> {
+    std::thread::Builder::new().name("reaper".into()).spawn(|| loop {
+        match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) {
+            Ok(seen) => seen.pid().into_iter().for_each(reap),
             Err(Errno::ECHILD) => {
                 // No children: the next ones come by `spawn`.
                 let guard = table();
@@ -43,13 +41,23 @@ pub fn start() {
             }
             Err(_) => {}
         }
-    });
+    })?;
+    Ok(())
 }
 
-fn note(pid: Pid, ended: Ended) {
-    if let Some(slot) = table().get_or_insert_default().get_mut(&pid.as_raw()) {
+/// Takes the status of `pid`, with the table held: a child whose exec failed is waited for by `Command::spawn` itself,
+/// which must find it.
+fn reap(pid: Pid) {
+    let mut guard = table();
+    let ended = match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
+        Ok(WaitStatus::Exited(_, code)) => Ended::Code(code),
+        Ok(WaitStatus::Signaled(_, signal, _)) => Ended::Signal(signal as i32),
+        _ => return,
+    };
+    if let Some(slot) = guard.get_or_insert_default().get_mut(&pid.as_raw()) {
         *slot = Some(ended);
     }
+    drop(guard);
     CHANGED.notify_all();
 }
 

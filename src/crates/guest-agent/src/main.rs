@@ -31,7 +31,7 @@ fn run() -> Result<(), String> {
     port.say_hello()?;
     let identity = boot::read_identity()?;
     boot::become_identity(&identity)?;
-    children::start();
+    children::start().map_err(|error| format!("the reaper: {error}"))?;
     let link = port.shake_hands(&identity.key)?;
     let event = match boot::set_up(&identity) {
         Ok(()) => Event::Ready,

@@ -19,7 +19,7 @@ use serde_json::{json, Value};
 
 use super::{fail, read, Job, Outcome};
 use crate::boot::WORK_CGROUP;
-use crate::children::{self, Ended, Group};
+use crate::children::{self, Ended, Group, Spawned};
 
 const DEFAULT_OUTPUT: usize = 1 << 20;
 const MAX_OUTPUT: usize = 4 << 20;
@@ -181,10 +181,10 @@ pub fn run(program: Program<'_>, identity: &Identity, job: &Job) -> Result<Done,
     if let Some(mut stdin) = child.stdin.take() {
         let bytes = program.stdin;
         // A program need not read what it is given.
-        std::thread::spawn(move || drop(stdin.write_all(&bytes)));
+        thread(&spawned, move || drop(stdin.write_all(&bytes)))?;
     }
-    let stdout = pump(child.stdout.take(), program.max_output);
-    let stderr = pump(child.stderr.take(), program.max_output);
+    let stdout = pump(&spawned, child.stdout.take(), program.max_output)?;
+    let stderr = pump(&spawned, child.stderr.take(), program.max_output)?;
     let deadline = begun.checked_add(program.timeout).unwrap_or(begun);
     let ended = spawned.wait_until(deadline);
     let Some(ended) = ended else {
@@ -199,16 +199,31 @@ pub fn run(program: Program<'_>, identity: &Identity, job: &Job) -> Result<Done,
     Ok(Done { ended, stdout: collect(&stdout, until), stderr: collect(&stderr, until), duration: begun.elapsed() })
 }
 
+/// A thread that serves `program`; without it the program is killed.
+fn thread(program: &Spawned, work: impl FnOnce() + Send + 'static) -> Result<(), Failure> {
+    match std::thread::Builder::new().spawn(work) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            program.kill();
+            fail(Code::Busy, format!("no thread: {error}"))
+        }
+    }
+}
+
 enum Piece {
     Bytes(Vec<u8>),
     Truncated,
 }
 
 /// Reads a pipe to its end on a thread; what is over `max` is read and dropped, so that the program does not stall.
-fn pump(pipe: Option<impl Read + Send + 'static>, max: usize) -> Receiver<Piece> {
+fn pump(
+    program: &Spawned,
+    pipe: Option<impl Read + Send + 'static>,
+    max: usize,
+) -> Result<Receiver<Piece>, Failure> {
     let (sender, receiver) = mpsc::channel();
-    let Some(mut pipe) = pipe else { return receiver };
-    std::thread::spawn(move || {
+    let Some(mut pipe) = pipe else { return Ok(receiver) };
+    thread(program, move || {
         let mut buffer = vec![0; 32 * 1024];
         let mut left = max;
         while let Ok(length @ 1..) = pipe.read(&mut buffer) {
@@ -221,8 +236,8 @@ fn pump(pipe: Option<impl Read + Send + 'static>, max: usize) -> Receiver<Piece>
                 drop(sender.send(Piece::Truncated));
             }
         }
-    });
-    receiver
+    })?;
+    Ok(receiver)
 }
 
 fn collect(pieces: &Receiver<Piece>, until: Instant) -> Stream {
