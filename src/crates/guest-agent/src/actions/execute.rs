@@ -216,11 +216,7 @@ enum Piece {
 }
 
 /// Reads a pipe to its end on a thread; what is over `max` is read and dropped, so that the program does not stall.
-fn pump(
-    program: &Spawned,
-    pipe: Option<impl Read + Send + 'static>,
-    max: usize,
-) -> Result<Receiver<Piece>, Failure> {
+fn pump(program: &Spawned, pipe: Option<impl Read + Send + 'static>, max: usize) -> Result<Receiver<Piece>, Failure> {
     let (sender, receiver) = mpsc::channel();
     let Some(mut pipe) = pipe else { return Ok(receiver) };
     thread(program, move || {
