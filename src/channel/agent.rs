@@ -99,33 +99,36 @@ impl Drop for Cancel<'_> {
 }
 
 impl Agent {
-    /// Waits for the agent's HELLO and shakes hands; `on_hello` is called when the guest has shown itself.
+    /// Waits for the agent's HELLO: the guest is up and waits for an identity.
     ///
     /// # Errors
     /// [`Error::HandshakeFailed`].
-    pub async fn connect(vm_id: VmId, mut stream: UnixStream, key: Key, on_hello: impl FnOnce()) -> Result<Self> {
+    pub async fn hello(vm_id: &VmId, stream: &mut UnixStream) -> Result<Vec<u8>> {
+        let mut decoder = Decoder::default();
+        let hello = next_record(vm_id, stream, &mut decoder).await?;
+        match decoder.next_record() {
+            // Nothing may follow before the host's OFFER.
+            Ok(None) => Ok(hello),
+            _ => Err(Error::HandshakeFailed { vm_id: vm_id.clone(), reason: "the guest spoke out of turn".into() }),
+        }
+    }
+
+    /// Shakes hands with an agent that has said `hello`.
+    ///
+    /// # Errors
+    /// [`Error::HandshakeFailed`].
+    pub async fn connect(vm_id: VmId, mut stream: UnixStream, key: Key, hello: &[u8]) -> Result<Self> {
         let failed = |reason: String| Error::HandshakeFailed { vm_id: vm_id.clone(), reason };
         let mut decoder = Decoder::default();
         let mut handshake = HostHandshake::new(key);
-        let mut on_hello = Some(on_hello);
-        let mut chunk = vec![0; READ_CHUNK];
+        let mut step = handshake.receive(hello).map_err(|e| failed(e.to_string()))?;
         let session = loop {
-            if let Some(record) = decoder.next_record().map_err(|e| failed(e.to_string()))? {
-                match handshake.receive(record).map_err(|e| failed(e.to_string()))? {
-                    HostStep::Send(bytes) => {
-                        if let Some(on_hello) = on_hello.take() {
-                            on_hello();
-                        }
-                        stream.write_all(&bytes).await.map_err(|e| failed(e.to_string()))?;
-                    }
-                    HostStep::Established(session) => break *session,
-                }
-                continue;
+            match step {
+                HostStep::Send(bytes) => stream.write_all(&bytes).await.map_err(|e| failed(e.to_string()))?,
+                HostStep::Established(session) => break *session,
             }
-            match stream.read(&mut chunk).await.map_err(|e| failed(e.to_string()))? {
-                0 => return Err(failed("the VMM closed the transport".into())),
-                length => decoder.feed(&chunk[..length]),
-            }
+            let record = next_record(&vm_id, &mut stream, &mut decoder).await?;
+            step = handshake.receive(&record).map_err(|e| failed(e.to_string()))?;
         };
         let shared = Arc::new(Shared { vm_id, pending: Mutex::default(), session: Mutex::new(session) });
         let (reading, writing) = stream.into_split();
@@ -202,6 +205,20 @@ impl Agent {
         let body = tokio::time::timeout(deadline, exchange).await.map_err(|_| timeout())??;
         cancel.armed = false;
         serde_json::from_slice(&body).map_err(unreadable)
+    }
+}
+
+async fn next_record(vm_id: &VmId, stream: &mut UnixStream, decoder: &mut Decoder) -> Result<Vec<u8>> {
+    let failed = |reason: String| Error::HandshakeFailed { vm_id: vm_id.clone(), reason };
+    let mut chunk = [0; 1024];
+    loop {
+        if let Some(record) = decoder.next_record().map_err(|e| failed(e.to_string()))? {
+            return Ok(record.to_vec());
+        }
+        match stream.read(&mut chunk).await.map_err(|e| failed(e.to_string()))? {
+            0 => return Err(failed("the VMM closed the transport".into())),
+            length => decoder.feed(&chunk[..length]),
+        }
     }
 }
 

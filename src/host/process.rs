@@ -3,7 +3,7 @@
 //! The socket is the leash: when this side closes, for whatever reason, the launcher's supervisor kills all it holds.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -63,7 +63,7 @@ impl Jailed {
     ///
     /// # Errors
     /// [`Error::Host`] when the launcher does not start.
-    pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[OwnedFd]) -> Result<Self> {
+    pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[BorrowedFd<'_>]) -> Result<Self> {
         let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|e| failed("socketpair", &e))?;

@@ -1,8 +1,9 @@
-//! What a VM boots from: kernel, initramfs, disks, the config drive.
+//! What a VM boots from: kernel, initramfs, disks, the config drive, templates.
 
 mod checks;
 mod data;
 mod drives;
+pub mod template;
 
 pub use checks::{check_kernel, check_rootfs};
 pub use data::GuestImage;

@@ -12,7 +12,8 @@ use tokio::runtime::Handle;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::error::{Error, Result};
-use crate::host::{clock, runtime_dir};
+use crate::host::{clock, private_dir, runtime_dir};
+use crate::image::template::{Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
     Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, VmId, VmState,
@@ -65,9 +66,15 @@ impl Drop for Manager {
 /// The settings that a configuration means.
 #[must_use]
 pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
+    let cache = config.cache_dir.as_ref().map_or_else(private_dir::default_cache, PathBuf::from);
+    let limits = StoreLimits {
+        max_bytes: config.cache_max_mb << 20,
+        max_age: Duration::from_secs(config.cache_max_age_days * 86_400),
+    };
     Settings {
         base: config.runtime_dir.as_ref().map_or_else(runtime_dir::default_base, PathBuf::from),
         image,
+        templates: config.templates.then(|| Arc::new(Store::new(&cache, limits))),
         binaries: Binaries::from(config),
         min_isolation: config.min_isolation,
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
@@ -102,8 +109,14 @@ impl Manager {
 
     /// Removes what dead processes left and begins to clean up; nothing when it runs already.
     pub async fn start(self: &Arc<Self>) {
-        let base = self.settings.base.clone();
-        match tokio::task::spawn_blocking(move || runtime_dir::sweep(&base)).await {
+        let (base, templates) = (self.settings.base.clone(), self.settings.templates.clone());
+        let sweep = move || {
+            if let Some(templates) = templates {
+                templates.clean_up();
+            }
+            runtime_dir::sweep(&base)
+        };
+        match tokio::task::spawn_blocking(sweep).await {
             Ok(swept) if !swept.is_empty() => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),
             Ok(_) => {}
             Err(error) => log::warn!("the sweep of the runtime directory failed: {error}"),

@@ -16,6 +16,10 @@ pub const CONFIG_KEYS: &[&str] = &[
     "raise_on_error",
     "min_isolation",
     "runtime_dir",
+    "templates",
+    "cache_dir",
+    "cache_max_mb",
+    "cache_max_age_days",
     "start_timeout_s",
     "command_timeout_s",
     "cleanup_interval_s",
@@ -34,6 +38,11 @@ pub struct ManagerConfig {
     pub raise_on_error: bool,
     pub min_isolation: Option<Grade>,
     pub runtime_dir: Option<String>,
+    /// Whether VMs are clones of templates.
+    pub templates: bool,
+    pub cache_dir: Option<String>,
+    pub cache_max_mb: u64,
+    pub cache_max_age_days: u64,
     pub start_timeout_s: f64,
     pub command_timeout_s: f64,
     pub cleanup_interval_s: f64,
@@ -52,6 +61,10 @@ impl Default for ManagerConfig {
             raise_on_error: false,
             min_isolation: None,
             runtime_dir: None,
+            templates: true,
+            cache_dir: None,
+            cache_max_mb: 4096,
+            cache_max_age_days: 30,
             start_timeout_s: 30.0,
             command_timeout_s: 30.0,
             cleanup_interval_s: 5.0,
@@ -83,9 +96,7 @@ impl ManagerConfig {
                         None => None,
                     }
                 }
-                "raise_on_error" => {
-                    out.raise_on_error = value.as_bool().ok_or_else(|| wrong_type(key, value, "True or False"))?;
-                }
+                "raise_on_error" => out.raise_on_error = flag(key, value)?,
                 "min_isolation" => {
                     out.min_isolation = match optional_text(key, value)? {
                         Some(name) => Some(Grade::parse(&name)?),
@@ -93,6 +104,10 @@ impl ManagerConfig {
                     }
                 }
                 "runtime_dir" => out.runtime_dir = optional_text(key, value)?,
+                "templates" => out.templates = flag(key, value)?,
+                "cache_dir" => out.cache_dir = optional_text(key, value)?,
+                "cache_max_mb" => out.cache_max_mb = whole(key, value, 0, 1 << 32)?,
+                "cache_max_age_days" => out.cache_max_age_days = whole(key, value, 0, 36_500)?,
                 "start_timeout_s" => out.start_timeout_s = seconds(key, value)?,
                 "command_timeout_s" => out.command_timeout_s = seconds(key, value)?,
                 "cleanup_interval_s" => out.cleanup_interval_s = seconds(key, value)?,
@@ -133,6 +148,10 @@ fn rename<T>(key: &str, result: Result<T>) -> Result<T> {
         }
         other => other,
     })
+}
+
+fn flag(key: &str, value: &Value) -> Result<bool> {
+    value.as_bool().ok_or_else(|| wrong_type(key, value, "True or False"))
 }
 
 fn whole(key: &str, value: &Value, low: u64, high: u64) -> Result<u64> {

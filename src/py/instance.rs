@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use serde_json::{json, Value};
+use serde_json::{json, Map, Value};
 
 use super::gate::{self, OnInterrupt, Owned};
 use super::{convert, errors, logging};
@@ -32,6 +32,12 @@ pub fn health_json(health: &Health) -> Value {
     })
 }
 
+fn start_json(cloned: bool, stages: &[(&'static str, Duration)]) -> Value {
+    let stages: Map<String, Value> =
+        stages.iter().map(|(stage, length)| ((*stage).to_owned(), json!(length.as_secs_f64()))).collect();
+    json!({"origin": if cloned { "clone" } else { "boot" }, "stages_seconds": stages})
+}
+
 /// Everything there is to know about a VM, as plain data.
 pub async fn info(vm: Arc<MicroVm>) -> Value {
     let health = vm.health().await;
@@ -46,6 +52,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "isolation_type": spec.isolation_type.as_str(),
         "isolation_grade": facts.grade.map(|grade| grade.as_str()),
         "accelerator": facts.accelerator,
+        "start": facts.cloned.map(|cloned| start_json(cloned, &facts.stages)),
         "state": vm.state().as_str(),
         "pid": facts.pid,
         "socket_path": facts.socket,

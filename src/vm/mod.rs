@@ -6,7 +6,9 @@
 
 mod boot;
 mod health;
+mod prepare;
 mod running;
+mod template;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +20,7 @@ use tokio::sync::watch;
 use crate::channel::Answer;
 use crate::error::{Error, Result};
 use crate::host::{clock, process};
+use crate::image::template::Store;
 use crate::image::GuestImage;
 use crate::model::{Backend, Grade, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
 use crate::vmm::Binaries;
@@ -43,6 +46,8 @@ pub struct Spec {
 pub struct Settings {
     pub base: PathBuf,
     pub image: GuestImage,
+    /// `None`: every VM boots.
+    pub templates: Option<Arc<Store>>,
     pub binaries: Binaries,
     pub min_isolation: Option<Grade>,
     pub start_timeout: Duration,
@@ -56,6 +61,10 @@ pub struct Facts {
     pub backend: Option<Backend>,
     pub grade: Option<Grade>,
     pub accelerator: Option<&'static str>,
+    /// Whether it is a clone of a template.
+    pub cloned: Option<bool>,
+    /// The stages of its start and how long each took.
+    pub stages: Vec<(&'static str, Duration)>,
     pub socket: PathBuf,
 }
 

@@ -28,6 +28,8 @@ pub struct Running {
     pub(super) backend: Backend,
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
+    pub(super) cloned: bool,
+    pub(super) stages: Vec<(&'static str, Duration)>,
     pub(super) since: Instant,
     pub(super) cpu_sample: Mutex<(Instant, Usage)>,
     pub(super) broker: Mutex<Option<Broker>>,
@@ -65,6 +67,8 @@ impl Running {
             backend: Some(self.backend),
             grade: Some(self.grade),
             accelerator: Some(self.accelerator),
+            cloned: Some(self.cloned),
+            stages: self.stages.clone(),
             ..Facts::default()
         }
     }

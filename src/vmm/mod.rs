@@ -10,8 +10,10 @@ mod qemu;
 
 use std::fmt::Debug;
 use std::future::Future;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::UnixStream;
@@ -63,6 +65,17 @@ impl LiveTails {
     }
 }
 
+/// How a VMM comes to run a guest.
+#[derive(Debug, Clone)]
+pub enum Origin {
+    /// The kernel boots.
+    Boot,
+    /// The kernel boots with its memory in this file, and [`Control::save`] makes a template of it.
+    Record { ram: PathBuf },
+    /// A clone of a template, whose memory it maps copy-on-write; it waits for [`Control::load`].
+    Clone { ram: Arc<OwnedFd> },
+}
+
 /// A VMM process and the ways to talk to it.
 pub struct Launched {
     pub jailed: Jailed,
@@ -84,6 +97,10 @@ pub trait Control: Send + Sync {
     fn pause(&self) -> BoxFuture<'_, Result<()>>;
     /// Lets the vCPUs go on.
     fn resume(&self) -> BoxFuture<'_, Result<()>>;
+    /// Saves the device state of a VMM launched with [`Origin::Record`], which is of no use any more afterwards.
+    fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>>;
+    /// Restores a VMM launched with [`Origin::Clone`] from what `save` wrote and, if asked to, lets it run.
+    fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>>;
     /// Ends the VMM without asking the guest.
     fn quit(&self) -> BoxFuture<'_, Result<()>>;
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>>;
@@ -96,11 +113,14 @@ pub trait Vmm: Send + Sync + Debug {
     fn grade(&self) -> Grade;
     /// The accelerator's name as the VMM calls it.
     fn accelerator(&self) -> &'static str;
+    fn binary(&self) -> &Path;
+    /// The machine that `plan` describes, without the names of its files: what a template of it depends on.
+    fn machine(&self, plan: &LaunchPlan) -> Vec<String>;
     /// Launches the VMM; call on the runtime. Dropping what it returns kills the VMM.
     ///
     /// # Errors
     /// [`Error::Host`].
-    fn launch(&self, plan: &LaunchPlan) -> Result<Launched>;
+    fn launch(&self, plan: &LaunchPlan, origin: &Origin) -> Result<Launched>;
 }
 
 /// The backend asked for, or the best one that this host can run.

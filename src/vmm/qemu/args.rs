@@ -1,10 +1,11 @@
 //! A launch plan as QEMU's arguments. Pure.
 
-use crate::vmm::LaunchPlan;
+use crate::vmm::{LaunchPlan, Origin};
 
-/// The descriptors that QEMU finds its sockets at.
+/// The descriptors that QEMU finds its sockets and a template's memory at.
 pub const AGENT_FD: i32 = 3;
 pub const QMP_FD: i32 = 4;
+pub const RAM_FD: i32 = 5;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
@@ -34,8 +35,18 @@ fn escape(path: &std::path::Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
+/// Guest memory in a file: shared while a template is recorded in it, private (copy-on-write) in a clone.
+fn memory(plan: &LaunchPlan, origin: &Origin) -> Option<String> {
+    let (path, share) = match origin {
+        Origin::Boot => return None,
+        Origin::Record { ram } => (escape(ram), "on"),
+        Origin::Clone { .. } => (format!("/proc/self/fd/{RAM_FD}"), "off"),
+    };
+    Some(format!("memory-backend-file,id=ram,size={}M,mem-path={path},share={share}", plan.memory_mib))
+}
+
 /// QEMU's arguments after `argv[0]`.
-pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
+pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin) -> Vec<String> {
     // With acpi=on, or without pit and pic, boots under TCG hang while the guest calibrates its timers.
     let timers = match accelerator {
         Accelerator::Tcg => "acpi=off,pit=on,pic=on,rtc=on",
@@ -46,9 +57,11 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
         Accelerator::Tcg => "tcg,tb-size=32",
         Accelerator::Kvm => "kvm",
     };
+    let memory = memory(plan, origin);
+    let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
     let mut args: Vec<String> = [
         "-M",
-        &format!("microvm,{timers},isa-serial=on,x-option-roms=off,auto-kernel-cmdline=on"),
+        &format!("microvm,{timers},isa-serial=on,x-option-roms=off,auto-kernel-cmdline=on{backend}"),
         "-accel",
         accel,
         "-cpu",
@@ -85,6 +98,12 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
     ]
     .map(str::to_owned)
     .into();
+    if let Some(memory) = memory {
+        args.extend(["-object".into(), memory]);
+    }
+    if matches!(origin, Origin::Clone { .. }) {
+        args.extend(["-S", "-incoming", "defer"].map(str::to_owned));
+    }
     for drive in &plan.drives {
         let (serial, read_only) = (drive.serial, if drive.read_only { "on" } else { "off" });
         // Without werror=report a full host disk would stop the VM instead of failing the guest's write.
@@ -132,11 +151,24 @@ mod tests {
 
     #[test]
     fn test_arguments_under_tcg_are_golden() {
-        assert_golden("qemu-tcg.args", &arguments(&plan(), Accelerator::Tcg));
+        assert_golden("qemu-tcg.args", &arguments(&plan(), Accelerator::Tcg, &Origin::Boot));
+    }
+
+    #[test]
+    fn test_arguments_of_a_recording_are_golden() {
+        let origin = Origin::Record { ram: "/cache/a,b/ram".into() };
+        assert_golden("qemu-tcg-record.args", &arguments(&plan(), Accelerator::Tcg, &origin));
+    }
+
+    #[test]
+    fn test_arguments_of_a_clone_are_golden() {
+        let ram = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        let origin = Origin::Clone { ram };
+        assert_golden("qemu-tcg-clone.args", &arguments(&plan(), Accelerator::Tcg, &origin));
     }
 
     #[test]
     fn test_arguments_under_kvm_are_golden() {
-        assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm));
+        assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm, &Origin::Boot));
     }
 }

@@ -3,9 +3,9 @@
 mod api;
 mod args;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use microvm_jail::LaunchSpec;
 use tokio::net::UnixStream;
@@ -15,9 +15,9 @@ use crate::host::kvm;
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade};
-use crate::vmm::{Binaries, LaunchPlan, Launched, LiveTails, Vmm};
+use crate::vmm::{Binaries, Drive, LaunchPlan, Launched, LiveTails, Origin, Vmm};
 use api::Qmp;
-use args::{Accelerator, AGENT_FD, QMP_FD};
+use args::{Accelerator, AGENT_FD, QMP_FD, RAM_FD};
 
 /// QEMU on this host.
 #[derive(Debug, Clone)]
@@ -60,16 +60,31 @@ impl Vmm for Qemu {
         self.accelerator.as_str()
     }
 
-    fn launch(&self, plan: &LaunchPlan) -> Result<Launched> {
+    fn binary(&self) -> &Path {
+        &self.binary
+    }
+
+    fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
+        let nameless = |drive: &Drive| Drive { path: PathBuf::new(), ..drive.clone() };
+        let drives = plan.drives.iter().map(nameless).collect();
+        let nameless = LaunchPlan { kernel: PathBuf::new(), initramfs: PathBuf::new(), drives, ..plan.clone() };
+        args::arguments(&nameless, self.accelerator, &Origin::Boot)
+    }
+
+    fn launch(&self, plan: &LaunchPlan, origin: &Origin) -> Result<Launched> {
         let mut argv = vec![self.binary.display().to_string()];
-        argv.extend(args::arguments(plan, self.accelerator));
+        argv.extend(args::arguments(plan, self.accelerator, origin));
         let mut spec = LaunchSpec::new(argv);
         spec.fds = vec![1, 2, AGENT_FD, QMP_FD];
         let (console, console_end) = Tail::pipe()?;
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let (agent, agent_end) = pair()?;
         let (qmp, qmp_end) = pair()?;
-        let fds = [console_end, stderr_end, agent_end, qmp_end];
+        let mut fds = vec![console_end.as_fd(), stderr_end.as_fd(), agent_end.as_fd(), qmp_end.as_fd()];
+        if let Origin::Clone { ram } = origin {
+            spec.fds.push(RAM_FD);
+            fds.push(ram.as_fd());
+        }
         let jailed = Jailed::launch(&plan.launcher, &spec, &fds)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })

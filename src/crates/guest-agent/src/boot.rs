@@ -19,6 +19,8 @@ const ROOT: &str = "/mnt/root";
 /// The group for everything that runs on request.
 pub const WORK_CGROUP: &str = "/sys/fs/cgroup/work";
 
+// linux/fs.h: BLKFLSBUF drops a block device's clean buffers.
+nix::ioctl_none_bad!(flush_buffers, nix::request_code_none!(0x12, 97));
 // linux/fs ext4.h: EXT4_IOC_RESIZE_FS takes the number of blocks.
 nix::ioctl_write_ptr!(ext4_resize, b'f', 16, u64);
 
@@ -42,10 +44,18 @@ fn drive(serial: &str) -> Option<String> {
     })
 }
 
+/// Opens a drive and forgets what the kernel had read of it: in a clone that is the template's drive.
+fn open_fresh(device: &str) -> Result<File, String> {
+    let file = File::open(device).map_err(|e| format!("{device}: {e}"))?;
+    // SAFETY: the descriptor is a block device's, and the request takes no argument.
+    unsafe { flush_buffers(file.as_raw_fd()) }.map_err(|e| format!("{device}: BLKFLSBUF: {e}"))?;
+    Ok(file)
+}
+
 pub fn read_identity() -> Result<Identity, String> {
     let device = drive(CONFIG_SERIAL).ok_or("there is no config drive")?;
     let mut bytes = vec![0; DRIVE_BYTES];
-    let mut file = File::open(&device).map_err(|e| format!("{device}: {e}"))?;
+    let mut file = open_fresh(&device)?;
     file.read_exact(&mut bytes).map_err(|e| format!("{device}: {e}"))?;
     let identity = Identity::from_drive(&bytes).map_err(|e| e.to_string());
     bytes.fill(0);
@@ -65,10 +75,9 @@ pub fn set_clock(unix_time_ns: u64) -> Result<(), String> {
     clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, nanos)).map_err(|e| format!("clock_settime: {e}"))
 }
 
-/// Everything between the handshake and Ready; the error names its stage.
+/// Everything of one VM's own between the handshake and Ready; the error names its stage.
 pub fn set_up(identity: &Identity) -> Result<(), (&'static str, String)> {
     let stage = |name: &'static str| move |message: String| (name, message);
-    mount_scratch().map_err(stage("mounts"))?;
     limit_processes(identity.max_processes).map_err(stage("cgroup"))?;
     if identity.disk {
         mount_disk().map_err(stage("disk"))?;
@@ -79,7 +88,7 @@ pub fn set_up(identity: &Identity) -> Result<(), (&'static str, String)> {
     write_names(identity).map_err(stage("names"))
 }
 
-fn mount_scratch() -> Result<(), String> {
+pub fn mount_scratch() -> Result<(), String> {
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     mount_at("tmp", "/tmp", "tmpfs", safe, "mode=1777")?;
     mount_at("run", "/run", "tmpfs", safe, "mode=755")?;
@@ -98,6 +107,7 @@ fn limit_processes(max: u64) -> Result<(), String> {
 /// Mounts the disk and grows its small file system to the device's size.
 fn mount_disk() -> Result<(), String> {
     let device = drive(DISK_SERIAL).ok_or("there is no disk")?;
+    open_fresh(&device)?;
     mount_at(&device, DATA, "ext4", MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME, "")?;
     let sectors = fs::read_to_string(format!("/sys/block/{}/size", device.trim_start_matches("/dev/")));
     let sectors: u64 = sectors.ok().and_then(|text| text.trim().parse().ok()).ok_or("the disk has no size")?;
@@ -113,6 +123,7 @@ fn mount_disk() -> Result<(), String> {
 /// Lays a writable layer over the read-only image and makes it the root.
 fn enter_rootfs(has_disk: bool) -> Result<(), String> {
     let device = drive(ROOTFS_SERIAL).ok_or("there is no rootfs drive")?;
+    open_fresh(&device)?;
     // `noload`: a journal cannot be replayed on a read-only device; `errors=continue` reports instead of panicking.
     mount_at(&device, LOWER, "ext4", MsFlags::MS_RDONLY | MsFlags::MS_NODEV, "noload")?;
     let layer = if has_disk { format!("{DATA}/.overlay") } else { "/run/overlay".to_owned() };

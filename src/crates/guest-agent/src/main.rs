@@ -26,13 +26,15 @@ fn main() {
 
 fn run() -> Result<(), String> {
     boot::mount_kernel_filesystems()?;
-    // HELLO before anything else: it is the host's readiness event, and the host works while we do.
+    boot::mount_scratch()?;
+    children::start().map_err(|error| format!("the reaper: {error}"))?;
     let mut port = port::open()?;
+    // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
     port.say_hello()?;
+    let offer = port.wait_for_offer()?;
     let identity = boot::read_identity()?;
     boot::become_identity(&identity)?;
-    children::start().map_err(|error| format!("the reaper: {error}"))?;
-    let link = port.shake_hands(&identity.key)?;
+    let link = port.shake_hands(&offer, &identity.key)?;
     let event = match boot::set_up(&identity) {
         Ok(()) => Event::Ready,
         Err((stage, message)) => Event::StartFailed { stage: stage.into(), message },

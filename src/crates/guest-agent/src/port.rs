@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use microvm_protocol::frame::Kind;
-use microvm_protocol::handshake::GuestHandshake;
+use microvm_protocol::handshake::{self, GuestHandshake};
 use microvm_protocol::identity::Key;
 use microvm_protocol::message::Event;
 use microvm_protocol::record::Decoder;
@@ -55,24 +55,33 @@ impl Port {
         self.file.write_all(&hello).map_err(|e| format!("HELLO: {e}"))
     }
 
-    /// Waits for the host's OFFER and proves the key.
-    pub fn shake_hands(mut self, key: &Key) -> Result<Link, String> {
+    /// Waits for the host's OFFER; a guest without an identity stands here for as long as its template is kept.
+    pub fn wait_for_offer(&mut self) -> Result<Offer, String> {
         let mut chunk = vec![0; READ_CHUNK];
-        let (accept, session) = loop {
-            if let Some(record) = self.decoder.next_record().map_err(|e| e.to_string())? {
-                break self.handshake.receive(record, key).map_err(|e| format!("handshake: {e}"))?;
+        loop {
+            match self.decoder.next_record().map_err(|e| e.to_string())? {
+                Some(record) if handshake::is_again(record) => self.say_hello()?,
+                Some(record) => return Ok(Offer(record.to_vec())),
+                None => match self.file.read(&mut chunk).map_err(|e| format!("handshake: {e}"))? {
+                    0 => return Err("handshake: the host closed the port".into()),
+                    length => self.decoder.feed(chunk.get(..length).unwrap_or_default()),
+                },
             }
-            match self.file.read(&mut chunk).map_err(|e| format!("handshake: {e}"))? {
-                0 => return Err("handshake: the host closed the port".into()),
-                length => self.decoder.feed(chunk.get(..length).unwrap_or_default()),
-            }
-        };
+        }
+    }
+
+    /// Takes the host's OFFER and proves the key.
+    pub fn shake_hands(mut self, offer: &Offer, key: &Key) -> Result<Link, String> {
+        let (accept, session) = self.handshake.receive(&offer.0, key).map_err(|e| format!("handshake: {e}"))?;
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
         let reading = self.file.try_clone().map_err(|e| format!("dup: {e}"))?;
         let shared = Shared { session: Mutex::new(session), writing: Mutex::new(self.file) };
-        Ok(Link { shared: Arc::new(shared), reading, decoder: self.decoder, chunk })
+        Ok(Link { shared: Arc::new(shared), reading, decoder: self.decoder, chunk: vec![0; READ_CHUNK] })
     }
 }
+
+/// The host's first record of a handshake.
+pub struct Offer(Vec<u8>);
 
 struct Shared {
     session: Mutex<Session>,

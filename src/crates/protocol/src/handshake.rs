@@ -4,9 +4,11 @@
 //! guest -> host   1 HELLO   magic "TWMV" | generation min u8 | max u8
 //! host  -> guest  2 OFFER   generation u8 | Noise message 1 (psk, e)
 //! guest -> host   3 ACCEPT  Noise message 2 (e, ee)
+//! host  -> guest  4 AGAIN   (empty) instead of OFFER: say HELLO once more
 //! ```
-//! HELLO is the readiness event: the guest sends it as soon as it has opened its port. HELLO and the generation chosen
-//! are the handshake's prologue, so whoever alters them breaks it.
+//! HELLO is the readiness event: the guest is up and has no identity yet; that it reads from its config drive when the
+//! OFFER comes. A template is saved between the two, so all its clones have said the same HELLO. HELLO and the
+//! generation chosen are the handshake's prologue, so whoever alters them breaks it.
 
 use snow::{Builder, HandshakeState};
 
@@ -19,6 +21,7 @@ const MAGIC: &[u8; 4] = b"TWMV";
 const HELLO: u8 = 1;
 const OFFER: u8 = 2;
 const ACCEPT: u8 = 3;
+const AGAIN: u8 = 4;
 /// No handshake message is longer: 32 bytes of key, 16 of tag, and slack.
 const MAX_HANDSHAKE: usize = 256;
 
@@ -95,6 +98,22 @@ impl HostHandshake {
             (_, []) => Err(ProtocolError::EmptyRecord),
         }
     }
+}
+
+/// The record that asks a guest for its HELLO.
+///
+/// # Errors
+/// None in practice: it always fits a record.
+pub fn again() -> Result<Vec<u8>, ProtocolError> {
+    let mut out = Vec::new();
+    record::encode(&[AGAIN], &mut out)?;
+    Ok(out)
+}
+
+/// Whether a record's body is [`again`]'s.
+#[must_use]
+pub fn is_again(body: &[u8]) -> bool {
+    body == [AGAIN]
 }
 
 fn choose_generation(hello: &[u8]) -> Result<u8, ProtocolError> {

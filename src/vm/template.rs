@@ -1,0 +1,141 @@
+//! Templates of VMs: which one fits, and how it is made.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use microvm_protocol::identity::DRIVE_BYTES;
+use tokio::io::AsyncWriteExt;
+
+use super::boot::{Attempt, Progress};
+use super::prepare::Prepared;
+use super::{Settings, Spec};
+use crate::channel::Agent;
+use crate::error::{Error, Result};
+use crate::host::kvm;
+use crate::image::template::{Fit, Store, Template, RAM, STATE};
+use crate::model::VmId;
+use crate::vmm::{Drive, LaunchPlan, Launched, Origin, Vmm};
+
+/// HELLOs asked for before the guest is frozen. Each touches the pages that a clone's handshake begins with, and by the
+/// last one the kernel has done what it had put off while it booted.
+const WARM_UPS: usize = 8;
+const BETWEEN: Duration = Duration::from_millis(10);
+
+/// The template for a prepared VM, made now if need be; `None`: it has to boot.
+///
+/// # Errors
+/// [`Error::StartTimeout`]: a kernel that does not come up as a template would not do so as a VM.
+pub async fn find_or_make(
+    spec: &Spec,
+    prepared: &Prepared,
+    settings: &Settings,
+    progress: &Progress,
+) -> Result<Option<Arc<Template>>> {
+    let Some(store) = &settings.templates else { return Ok(None) };
+    let found = async {
+        let fit = fit(store, prepared).await?;
+        store
+            .find_or_make(&fit, |dir| async move { record(&spec.vm_id, prepared, settings, progress, &dir).await })
+            .await
+    };
+    match tokio::time::timeout(settings.start_timeout, found).await {
+        Ok(Ok(template)) => Ok(Some(template)),
+        Ok(Err(error @ Error::StartTimeout { .. })) => Err(error),
+        Ok(Err(error)) => {
+            log::warn!("{}: there is no template, the VM boots: {error}", spec.vm_id);
+            Ok(None)
+        }
+        Err(_) => {
+            log::warn!("{}: the template was not ready in time, the VM boots", spec.vm_id);
+            Ok(None)
+        }
+    }
+}
+
+pub async fn discard(settings: &Settings, template: &Template) {
+    if let Some(store) = &settings.templates {
+        store.discard(&template.manifest.fit).await;
+    }
+}
+
+/// What a template of this VM depends on.
+async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
+    let (store, vmm, plan) = (store.clone(), &prepared.vmm, prepared.plan.clone());
+    let binary = vmm.binary().to_owned();
+    let (backend, accelerator, machine) = (vmm.backend(), vmm.accelerator(), vmm.machine(&plan));
+    let looking = tokio::task::spawn_blocking(move || {
+        let digest =
+            |path: &Path| store.digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
+        let size = |drive: &Drive| {
+            let meta = drive.path.metadata().map_err(|error| Error::host("stat", drive.path.display(), error))?;
+            Ok((drive.serial.to_owned(), meta.len()))
+        };
+        Ok(Fit {
+            backend: backend.as_str().into(),
+            vmm: digest(&binary)?,
+            accelerator: accelerator.into(),
+            cpu: kvm::cpu().0,
+            machine,
+            kernel: digest(&plan.kernel)?,
+            initramfs: digest(&plan.initramfs)?,
+            drives: plan.drives.iter().map(size).collect::<Result<_>>()?,
+        })
+    });
+    looking.await.map_err(|error| Error::host("look at", "what a template depends on", error))?
+}
+
+/// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
+async fn record(
+    vm_id: &VmId,
+    prepared: &Prepared,
+    settings: &Settings,
+    progress: &Progress,
+    dir: &Path,
+) -> Result<Vec<u8>> {
+    let plan = blank(&prepared.plan, dir)?;
+    let ram = dir.join(RAM);
+    let vmm: &dyn Vmm = prepared.vmm.as_ref();
+    let Launched { jailed, agent: mut transport, control, tails } = vmm.launch(&plan, &Origin::Record { ram })?;
+    let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
+    let state = File::create_new(dir.join(STATE)).map_err(|error| Error::host("create", dir.display(), error))?;
+    let again = microvm_protocol::handshake::again();
+    let again = again.map_err(|error| Error::host("encode", "a request for HELLO", error))?;
+    let frozen = async {
+        let mut hello = Agent::hello(vm_id, &mut transport).await?;
+        for _ in 0..WARM_UPS {
+            tokio::time::sleep(BETWEEN).await;
+            transport.write_all(&again).await.map_err(|error| Error::host("write", "the agent's port", error))?;
+            hello = Agent::hello(vm_id, &mut transport).await?;
+        }
+        tokio::time::sleep(BETWEEN).await;
+        control.save(state.into()).await?;
+        Ok(hello)
+    };
+    let hello = attempt.race(frozen).await?;
+    jailed.kill();
+    jailed.reaped().await;
+    for drive in &plan.drives {
+        std::fs::remove_file(&drive.path).map_err(|error| Error::host("remove", drive.path.display(), error))?;
+    }
+    Ok(hello)
+}
+
+/// The plan with memory and empty drives in `dir`: the guest must see the devices, and nothing of a VM's own.
+fn blank(plan: &LaunchPlan, dir: &Path) -> Result<LaunchPlan> {
+    let sparse = |path: &Path, size: u64| {
+        File::create_new(path)
+            .and_then(|file| file.set_len(size))
+            .map_err(|error| Error::host("create", path.display(), error))
+    };
+    sparse(&dir.join(RAM), plan.memory_mib << 20)?;
+    let mut drives = Vec::new();
+    for drive in &plan.drives {
+        let size = drive.path.metadata().map_or(DRIVE_BYTES as u64, |meta| meta.len());
+        let path = dir.join(drive.serial);
+        sparse(&path, size)?;
+        drives.push(Drive { path, ..drive.clone() });
+    }
+    Ok(LaunchPlan { drives, ..plan.clone() })
+}
