@@ -7,17 +7,18 @@ use std::time::Duration;
 use microvm_protocol::frame::Kind;
 use microvm_protocol::handshake::{HostHandshake, HostStep};
 use microvm_protocol::identity::Key;
-use microvm_protocol::message::{Event, Request, Response, MAX_MESSAGE};
+use microvm_protocol::message::{Outcome, Request, Response, MAX_MESSAGE};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::Session;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 
 use crate::error::{Error, Result};
+use crate::host::clock;
 use crate::model::VmId;
 
 /// Requests that may wait to be written; more callers wait in `request`.
@@ -26,9 +27,6 @@ const READ_CHUNK: usize = 64 * 1024;
 
 /// What the agent answered: its own success or failure, in its own words.
 pub type Answer = Response;
-
-/// Whether the guest became what it was told to be.
-type Outcome = Option<std::result::Result<(), (String, String)>>;
 
 struct Outgoing {
     kind: Kind,
@@ -67,7 +65,6 @@ impl Shared {
 pub struct Agent {
     shared: Arc<Shared>,
     outgoing: mpsc::Sender<Outgoing>,
-    ready: watch::Receiver<Outcome>,
     tasks: [AbortHandle; 2],
 }
 
@@ -113,45 +110,38 @@ impl Agent {
         }
     }
 
-    /// Shakes hands with an agent that has said `hello`.
+    /// Shakes hands with an agent that has said `hello`, and hears whether the guest is what it was told to be.
     ///
     /// # Errors
-    /// [`Error::HandshakeFailed`].
+    /// [`Error::HandshakeFailed`]; [`Error::StartFailed`] with what failed in the guest.
     pub async fn connect(vm_id: VmId, mut stream: UnixStream, key: Key, hello: &[u8]) -> Result<Self> {
         let failed = |reason: String| Error::HandshakeFailed { vm_id: vm_id.clone(), reason };
         let mut decoder = Decoder::default();
         let mut handshake = HostHandshake::new(key);
-        let mut step = handshake.receive(hello).map_err(|e| failed(e.to_string()))?;
-        let session = loop {
+        let mut step = handshake.receive(hello, clock::unix_time_ns()).map_err(|e| failed(e.to_string()))?;
+        let (session, said) = loop {
             match step {
                 HostStep::Send(bytes) => stream.write_all(&bytes).await.map_err(|e| failed(e.to_string()))?,
-                HostStep::Established(session) => break *session,
+                HostStep::Established(session, said) => break (*session, said),
             }
             let record = next_record(&vm_id, &mut stream, &mut decoder).await?;
-            step = handshake.receive(&record).map_err(|e| failed(e.to_string()))?;
+            step = handshake.receive(&record, clock::unix_time_ns()).map_err(|e| failed(e.to_string()))?;
         };
+        match serde_json::from_slice(&said).map_err(|e| failed(e.to_string()))? {
+            Outcome::Ready => {}
+            Outcome::Failed { stage, message } => {
+                let reason = format!("{stage}: {message}");
+                return Err(Error::StartFailed { vm_id, stage: "guest setup", reason, tails: Box::default() });
+            }
+        }
         let shared = Arc::new(Shared { vm_id, pending: Mutex::default(), session: Mutex::new(session) });
         let (reading, writing) = stream.into_split();
         let (outgoing, queue) = mpsc::channel(QUEUE);
-        let (ready_tx, ready) = watch::channel(None);
         let tasks = [
-            tokio::spawn(read(shared.clone(), reading, decoder, ready_tx)).abort_handle(),
+            tokio::spawn(read(shared.clone(), reading, decoder)).abort_handle(),
             tokio::spawn(write(shared.clone(), writing, queue)).abort_handle(),
         ];
-        Ok(Self { shared, outgoing, ready, tasks })
-    }
-
-    /// Waits until the guest says that it is what it was told to be.
-    ///
-    /// # Errors
-    /// The stage that failed in the guest and why.
-    pub async fn ready(&self) -> std::result::Result<(), (String, String)> {
-        let mut ready = self.ready.clone();
-        let outcome = match ready.wait_for(Option::is_some).await {
-            Ok(outcome) => outcome.clone(),
-            Err(_) => None,
-        };
-        outcome.unwrap_or_else(|| Err(("channel".into(), self.closed_reason())))
+        Ok(Self { shared, outgoing, tasks })
     }
 
     fn closed_reason(&self) -> String {
@@ -222,7 +212,7 @@ async fn next_record(vm_id: &VmId, stream: &mut UnixStream, decoder: &mut Decode
     }
 }
 
-async fn read(shared: Arc<Shared>, mut stream: OwnedReadHalf, mut decoder: Decoder, ready: watch::Sender<Outcome>) {
+async fn read(shared: Arc<Shared>, mut stream: OwnedReadHalf, mut decoder: Decoder) {
     let reason = loop {
         let next = match decoder.next_record() {
             Ok(Some(record)) => {
@@ -240,7 +230,6 @@ async fn read(shared: Arc<Shared>, mut stream: OwnedReadHalf, mut decoder: Decod
                         drop(caller.send(message.body));
                     }
                 }
-                Kind::Event => take_event(&shared.vm_id, &message.body, &ready),
                 kind => break format!("the agent sent a {kind:?}"),
             },
             Ok(Some(None)) => {}
@@ -256,14 +245,6 @@ async fn read(shared: Arc<Shared>, mut stream: OwnedReadHalf, mut decoder: Decod
         }
     };
     shared.close(&reason);
-}
-
-fn take_event(vm_id: &VmId, body: &[u8], ready: &watch::Sender<Outcome>) {
-    match serde_json::from_slice(body) {
-        Ok(Event::Ready) => drop(ready.send_replace(Some(Ok(())))),
-        Ok(Event::StartFailed { stage, message }) => drop(ready.send_replace(Some(Err((stage, message))))),
-        Err(error) => log::warn!("{vm_id}: an event of the agent was not understood: {error}"),
-    }
 }
 
 async fn write(shared: Arc<Shared>, mut stream: OwnedWriteHalf, mut queue: mpsc::Receiver<Outgoing>) {

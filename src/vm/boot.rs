@@ -122,23 +122,20 @@ fn with_tails(error: Error, said: Tails) -> Error {
 /// Starts a VM and waits for its agent, at most `start_timeout`.
 pub async fn boot(spec: &Spec, settings: &Settings) -> Result<Running> {
     let progress = Progress::begin("prepare");
+    let begun = progress.begun;
     let prepared = prepare(spec, settings).await?;
     progress.at("template");
-    let Some(template) = template::find_or_make(spec, &prepared, settings, &progress).await? else {
-        return run(prepared, settings, progress, None).await;
+    let template = template::find_or_make(&prepared, settings, &progress).await?;
+    let failed = match run(prepared, settings, progress, template.clone()).await {
+        Err(error @ Error::StartFailed { .. }) if template.is_some() => error,
+        outcome => return outcome,
     };
-    match run(prepared, settings, Progress { begun: progress.begun, ..Progress::begin("launch") }, Some(&template))
-        .await
-    {
-        Ok(running) => Ok(running),
-        Err(error @ Error::StartFailed { .. }) => {
-            log::warn!("{error}; the template is discarded, the VM boots instead");
-            template::discard(settings, &template).await;
-            let again = Progress { begun: progress.begun, ..Progress::begin("prepare") };
-            run(prepare(spec, settings).await?, settings, again, None).await
-        }
-        Err(error) => Err(error),
+    log::warn!("{failed}; its template is discarded, the VM boots instead");
+    if let Some(template) = template {
+        template::discard(settings, &template).await;
     }
+    let progress = Progress { begun, ..Progress::begin("prepare") };
+    run(prepare(spec, settings).await?, settings, progress, None).await
 }
 
 /// Launches what is prepared, as a clone or from its kernel, until its agent is ready.
@@ -146,38 +143,31 @@ async fn run(
     prepared: Prepared,
     settings: &Settings,
     progress: Progress,
-    template: Option<&Arc<Template>>,
+    template: Option<Arc<Template>>,
 ) -> Result<Running> {
-    let Prepared { dir, vmm, plan, key } = prepared;
+    progress.at("drives");
+    let (prepared, key) = prepared.write_drives(settings, template.clone()).await?;
+    let Prepared { dir, vmm, plan, .. } = prepared;
     let vm_id = &plan.vm_id;
     progress.at("launch");
-    let origin = template.map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
+    let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
     let Launched { jailed, agent: mut transport, control, tails } = vmm.launch(&plan, &origin)?;
     let attempt = Attempt { vm_id, progress: &progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
     let in_guest = async {
-        let agent = match template {
+        let hello = match &template {
             None => {
                 progress.at("guest boot");
-                let hello = Agent::hello(vm_id, &mut transport).await?;
-                progress.at("handshake");
-                Agent::connect(vm_id.clone(), transport, key, &hello).await?
+                Agent::hello(vm_id, &mut transport).await?
             }
             Some(template) => {
                 progress.at("restore");
                 let state = memfd::reopen(&template.state).map_err(|e| Error::host("open", "a template's state", e))?;
                 control.load(state, true).await?;
-                progress.at("handshake");
-                Agent::connect(vm_id.clone(), transport, key, &template.manifest.hello).await?
+                template.manifest.hello.clone()
             }
         };
-        progress.at("guest setup");
-        agent.ready().await.map_err(|(guest_stage, message)| Error::StartFailed {
-            vm_id: vm_id.clone(),
-            stage: "guest setup",
-            reason: format!("{guest_stage}: {message}"),
-            tails: Box::default(),
-        })?;
-        Ok(agent)
+        progress.at("handshake");
+        Agent::connect(vm_id.clone(), transport, key, &hello).await
     };
     let agent = Arc::new(attempt.race(in_guest).await?);
     progress.at("broker");

@@ -1,30 +1,63 @@
 //! Everything of a VM that can be refused or made before a process runs.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use microvm_protocol::identity::{Identity, Key, CONFIG_SERIAL, DISK_SERIAL, ROOTFS_SERIAL};
+use microvm_protocol::identity::{Identity, Key, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
 
 use super::{Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::host::runtime_dir::VmDir;
 use crate::image;
+use crate::image::template::Template;
+use crate::model::ResourceLimits;
 use crate::vmm::{self, Drive, LaunchPlan, Vmm};
 
-/// What stands ready when the VMM is launched.
+/// What stands ready before the VM's drives are written.
 pub struct Prepared {
     pub dir: VmDir,
     pub vmm: Box<dyn Vmm>,
     pub plan: LaunchPlan,
-    pub key: Key,
+    limits: ResourceLimits,
 }
 
-/// Checks what was asked for and makes the VM's files, off the runtime's threads.
+/// Checks what was asked for and takes the VM's directory, off the runtime's threads.
 pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let (spec, settings) = (spec.clone(), settings.clone());
     let vm_id = spec.vm_id.clone();
     let prepared = tokio::task::spawn_blocking(move || prepare_blocking(&spec, &settings)).await;
     prepared.map_err(|error| Error::host("prepare", vm_id, error))?
+}
+
+impl Prepared {
+    /// Writes the drives: who the guest is, and a disk, which is the template's where there is one. Returns the guest's
+    /// key.
+    pub async fn write_drives(self, settings: &Settings, template: Option<Arc<Template>>) -> Result<(Self, Key)> {
+        let (vm_id, image) = (self.plan.vm_id.clone(), settings.image.disk_template.clone());
+        let writing = tokio::task::spawn_blocking(move || {
+            let key = Key(clock::random()?);
+            let identity = Identity {
+                key: key.clone(),
+                seed: Key(clock::random()?),
+                machine_id: clock::random()?,
+                boot_id: clock::random()?,
+                max_file_handles: self.limits.max_file_handles,
+                max_processes: self.limits.max_processes,
+                vm_id: self.plan.vm_id.to_string(),
+                hostname: self.plan.vm_id.hostname(),
+                network: None,
+            };
+            image::write_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
+            let disk = self.dir.path().join(DISK_SERIAL);
+            match template {
+                Some(template) => image::copy_disk(&template.disk, &disk)?,
+                None => image::write_disk(&image, &disk, self.limits.disk_size_mb)?,
+            }
+            Ok((self, key))
+        });
+        writing.await.map_err(|error| Error::host("write the drives of", vm_id, error))?
+    }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
@@ -50,28 +83,14 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let vmm = vmm::select(vm_id, spec.backend, settings.min_isolation, &settings.binaries)?;
     let dir = VmDir::create(&settings.base, vm_id)?;
     let path = |name: &str| dir.path().join(name);
-    let key = Key(clock::random()?);
-    let identity = Identity {
-        key: key.clone(),
-        seed: Key(clock::random()?),
-        vm_id: vm_id.to_string(),
-        hostname: vm_id.hostname(),
-        machine_id: clock::hex(&clock::random::<16>()?),
-        unix_time_ns: clock::unix_time_ns(),
-        disk: true,
-        rootfs: spec.rootfs_path.is_some(),
-        max_file_handles: spec.limits.max_file_handles,
-        max_processes: spec.limits.max_processes,
-        network: None,
-    };
-    image::write_config_drive(&identity, &path("config"))?;
-    image::write_disk(&settings.image.disk_template, &path("disk"), spec.limits.disk_size_mb)?;
     let mut drives = vec![
-        Drive { serial: CONFIG_SERIAL, path: path("config"), read_only: true },
-        Drive { serial: DISK_SERIAL, path: path("disk"), read_only: false },
+        Drive { serial: CONFIG_SERIAL, path: path(CONFIG_SERIAL), read_only: true, size: DRIVE_BYTES as u64 },
+        Drive { serial: DISK_SERIAL, path: path(DISK_SERIAL), read_only: false, size: spec.limits.disk_size_mb << 20 },
     ];
     if let Some(rootfs) = &spec.rootfs_path {
-        drives.push(Drive { serial: ROOTFS_SERIAL, path: absolute(rootfs)?, read_only: true });
+        let path = absolute(rootfs)?;
+        let size = path.metadata().map_err(|error| Error::host("stat", path.display(), error))?.len();
+        drives.push(Drive { serial: ROOTFS_SERIAL, path, read_only: true, size });
     }
     let plan = LaunchPlan {
         vm_id: vm_id.clone(),
@@ -82,5 +101,5 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         drives,
         launcher: settings.image.launcher.clone(),
     };
-    Ok(Prepared { dir, vmm, plan, key })
+    Ok(Prepared { dir, vmm, plan, limits: spec.limits.clone() })
 }

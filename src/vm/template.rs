@@ -5,18 +5,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use microvm_protocol::identity::DRIVE_BYTES;
+use microvm_protocol::handshake;
+use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
 use tokio::io::AsyncWriteExt;
 
 use super::boot::{Attempt, Progress};
 use super::prepare::Prepared;
-use super::{Settings, Spec};
+use super::Settings;
 use crate::channel::Agent;
 use crate::error::{Error, Result};
 use crate::host::kvm;
-use crate::image::template::{Fit, Store, Template, RAM, STATE};
-use crate::model::VmId;
-use crate::vmm::{Drive, LaunchPlan, Launched, Origin, Vmm};
+use crate::image::template::{Fit, FitDrive, Store, Template, DISK, RAM, STATE};
+use crate::image::{self, GuestImage};
+use crate::vmm::{Drive, LaunchPlan, Launched, Origin};
 
 /// HELLOs asked for before the guest is frozen. Each touches the pages that a clone's handshake begins with, and by the
 /// last one the kernel has done what it had put off while it booted.
@@ -28,7 +29,6 @@ const BETWEEN: Duration = Duration::from_millis(10);
 /// # Errors
 /// [`Error::StartTimeout`]: a kernel that does not come up as a template would not do so as a VM.
 pub async fn find_or_make(
-    spec: &Spec,
     prepared: &Prepared,
     settings: &Settings,
     progress: &Progress,
@@ -36,19 +36,17 @@ pub async fn find_or_make(
     let Some(store) = &settings.templates else { return Ok(None) };
     let found = async {
         let fit = fit(store, prepared).await?;
-        store
-            .find_or_make(&fit, |dir| async move { record(&spec.vm_id, prepared, settings, progress, &dir).await })
-            .await
+        store.find_or_make(&fit, |dir| async move { record(prepared, settings, progress, &dir).await }).await
     };
     match tokio::time::timeout(settings.start_timeout, found).await {
         Ok(Ok(template)) => Ok(Some(template)),
         Ok(Err(error @ Error::StartTimeout { .. })) => Err(error),
         Ok(Err(error)) => {
-            log::warn!("{}: there is no template, the VM boots: {error}", spec.vm_id);
+            log::warn!("{}: there is no template, the VM boots: {error}", prepared.plan.vm_id);
             Ok(None)
         }
         Err(_) => {
-            log::warn!("{}: the template was not ready in time, the VM boots", spec.vm_id);
+            log::warn!("{}: the template was not ready in time, the VM boots", prepared.plan.vm_id);
             Ok(None)
         }
     }
@@ -68,9 +66,10 @@ async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
     let looking = tokio::task::spawn_blocking(move || {
         let digest =
             |path: &Path| store.digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
-        let size = |drive: &Drive| {
-            let meta = drive.path.metadata().map_err(|error| Error::host("stat", drive.path.display(), error))?;
-            Ok((drive.serial.to_owned(), meta.len()))
+        // A guest has the image mounted when it is frozen; its other drives are made for each clone.
+        let drive = |drive: &Drive| {
+            let image = if drive.serial == ROOTFS_SERIAL { Some(digest(&drive.path)?) } else { None };
+            Ok(FitDrive { serial: drive.serial.to_owned(), size: drive.size, image })
         };
         Ok(Fit {
             backend: backend.as_str().into(),
@@ -80,30 +79,27 @@ async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
             machine,
             kernel: digest(&plan.kernel)?,
             initramfs: digest(&plan.initramfs)?,
-            drives: plan.drives.iter().map(size).collect::<Result<_>>()?,
+            drives: plan.drives.iter().map(drive).collect::<Result<_>>()?,
         })
     });
     looking.await.map_err(|error| Error::host("look at", "what a template depends on", error))?
 }
 
 /// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
-async fn record(
-    vm_id: &VmId,
-    prepared: &Prepared,
-    settings: &Settings,
-    progress: &Progress,
-    dir: &Path,
-) -> Result<Vec<u8>> {
-    let plan = blank(&prepared.plan, dir)?;
-    let ram = dir.join(RAM);
-    let vmm: &dyn Vmm = prepared.vmm.as_ref();
-    let Launched { jailed, agent: mut transport, control, tails } = vmm.launch(&plan, &Origin::Record { ram })?;
+async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
+    let plan = blank(&prepared.plan, &settings.image, dir)?;
+    let vm_id = &plan.vm_id;
+    let origin = Origin::Record { ram: dir.join(RAM) };
+    let Launched { jailed, agent: mut transport, control, tails } = prepared.vmm.launch(&plan, &origin)?;
     let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
     let state = File::create_new(dir.join(STATE)).map_err(|error| Error::host("create", dir.display(), error))?;
-    let again = microvm_protocol::handshake::again();
-    let again = again.map_err(|error| Error::host("encode", "a request for HELLO", error))?;
+    let again = handshake::again().map_err(|error| Error::host("encode", "a request for HELLO", error))?;
     let frozen = async {
         let mut hello = Agent::hello(vm_id, &mut transport).await?;
+        if handshake::has_failed(&hello) {
+            // A boot of the VM itself will say what.
+            return Err(Error::host("freeze", vm_id, "the guest could not be set up"));
+        }
         for _ in 0..WARM_UPS {
             tokio::time::sleep(BETWEEN).await;
             transport.write_all(&again).await.map_err(|error| Error::host("write", "the agent's port", error))?;
@@ -116,26 +112,27 @@ async fn record(
     let hello = attempt.race(frozen).await?;
     jailed.kill();
     jailed.reaped().await;
-    for drive in &plan.drives {
-        std::fs::remove_file(&drive.path).map_err(|error| Error::host("remove", drive.path.display(), error))?;
-    }
+    let config = dir.join(CONFIG_SERIAL);
+    std::fs::remove_file(&config).map_err(|error| Error::host("remove", config.display(), error))?;
     Ok(hello)
 }
 
-/// The plan with memory and empty drives in `dir`: the guest must see the devices, and nothing of a VM's own.
-fn blank(plan: &LaunchPlan, dir: &Path) -> Result<LaunchPlan> {
+/// The plan with files in `dir`: memory, a disk as every VM's begins, and a config drive that says nothing.
+fn blank(plan: &LaunchPlan, image: &GuestImage, dir: &Path) -> Result<LaunchPlan> {
     let sparse = |path: &Path, size: u64| {
-        File::create_new(path)
-            .and_then(|file| file.set_len(size))
-            .map_err(|error| Error::host("create", path.display(), error))
+        let made = File::create_new(path).and_then(|file| file.set_len(size));
+        made.map_err(|error| Error::host("create", path.display(), error))
     };
     sparse(&dir.join(RAM), plan.memory_mib << 20)?;
-    let mut drives = Vec::new();
-    for drive in &plan.drives {
-        let size = drive.path.metadata().map_or(DRIVE_BYTES as u64, |meta| meta.len());
-        let path = dir.join(drive.serial);
-        sparse(&path, size)?;
-        drives.push(Drive { path, ..drive.clone() });
-    }
-    Ok(LaunchPlan { drives, ..plan.clone() })
+    sparse(&dir.join(CONFIG_SERIAL), DRIVE_BYTES as u64)?;
+    let own = |drive: &Drive| match drive.serial {
+        ROOTFS_SERIAL => Ok(drive.clone()),
+        DISK_SERIAL => {
+            let path = dir.join(DISK);
+            image::write_disk(&image.disk_template, &path, drive.size >> 20)?;
+            Ok(Drive { path, ..drive.clone() })
+        }
+        serial => Ok(Drive { path: dir.join(serial), ..drive.clone() }),
+    };
+    Ok(LaunchPlan { drives: plan.drives.iter().map(own).collect::<Result<_>>()?, ..plan.clone() })
 }

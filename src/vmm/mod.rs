@@ -37,6 +37,8 @@ pub struct Drive {
     pub serial: &'static str,
     pub path: PathBuf,
     pub read_only: bool,
+    /// In bytes.
+    pub size: u64,
 }
 
 /// Everything a backend must know to launch one VM.

@@ -22,8 +22,18 @@ pub struct Fit {
     pub machine: Vec<String>,
     pub kernel: Digest,
     pub initramfs: Digest,
-    /// Serial number and size in bytes of each drive.
-    pub drives: Vec<(String, u64)>,
+    pub drives: Vec<FitDrive>,
+}
+
+/// A drive as the frozen guest knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FitDrive {
+    pub serial: String,
+    /// In bytes.
+    pub size: u64,
+    /// Of an image of the caller's.
+    pub image: Option<Digest>,
 }
 
 impl Fit {
@@ -44,6 +54,7 @@ pub struct Manifest {
     pub hello: Vec<u8>,
     pub ram: Digest,
     pub state: Digest,
+    pub disk: Digest,
     pub created_unix_s: u64,
 }
 
@@ -61,14 +72,14 @@ mod tests {
             machine: vec!["-m".into(), "128M".into()],
             kernel: digest("kernel"),
             initramfs: digest("initramfs"),
-            drives: vec![("disk".into(), 1 << 20)],
+            drives: vec![FitDrive { serial: "disk".into(), size: 1 << 20, image: None }],
         }
     }
 
     #[test]
     fn test_key_changes_with_every_part() {
         type Change = fn(&mut Fit);
-        let changes: [Change; 8] = [
+        let changes: [Change; 9] = [
             |fit| fit.backend.push('x'),
             |fit| fit.vmm = Digest::of(b"other"),
             |fit| fit.accelerator = "kvm".into(),
@@ -76,7 +87,8 @@ mod tests {
             |fit| fit.machine[1] = "256M".into(),
             |fit| fit.kernel = Digest::of(b"other"),
             |fit| fit.initramfs = Digest::of(b"other"),
-            |fit| fit.drives[0].1 += 1,
+            |fit| fit.drives[0].size += 1,
+            |fit| fit.drives[0].image = Some(Digest::of(b"image")),
         ];
         let mut keys: Vec<String> = vec![fit().key()];
         for change in changes {

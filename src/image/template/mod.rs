@@ -4,8 +4,9 @@
 //! <cache directory>/templates/        0700, owned by the effective user
 //!   <key>.lock                        held by the one process that makes the template
 //!   <key>/                            appears whole, by a rename
-//!     manifest                        JSON: what it fits, what the agent said, the digests of the two files
+//!     manifest                        JSON: what it fits, what the agent said, the digests of the three files
 //!     ram                             guest memory, sparse
+//!     disk                            the VM's own disk, mounted in the guest, sparse; each clone begins with a copy
 //!     state                           device state, in the VMM's own format
 //!     used                            empty; its time of change is that of the last use
 //!   <key>.new/                        being made; whoever holds the lock removes the remains of a dead maker
@@ -19,5 +20,5 @@ mod manifest;
 mod store;
 
 pub use digest::{Digest, Digests, FileId};
-pub use manifest::{Fit, Manifest};
-pub use store::{Store, StoreLimits, Template, RAM, STATE};
+pub use manifest::{Fit, FitDrive, Manifest};
+pub use store::{Store, StoreLimits, Template, DISK, RAM, STATE};

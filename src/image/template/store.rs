@@ -17,9 +17,10 @@ use super::{Fit, Manifest};
 use crate::error::{Error, Result};
 use crate::host::{lock, memfd, private_dir};
 
-/// The files of a template; [`Store::find_or_make`] has the first two written.
+/// The files of a template; [`Store::find_or_make`] has these three written.
 pub const RAM: &str = "ram";
 pub const STATE: &str = "state";
+pub const DISK: &str = "disk";
 const MANIFEST: &str = "manifest";
 /// Its time of change is that of the last use.
 const USED: &str = "used";
@@ -40,8 +41,9 @@ pub struct Template {
     pub manifest: Manifest,
     pub ram: Arc<OwnedFd>,
     pub state: Arc<OwnedFd>,
+    pub disk: Arc<OwnedFd>,
     /// The files that it was read from, as they were then.
-    files: [(PathBuf, FileId); 3],
+    files: [(PathBuf, FileId); 4],
 }
 
 impl Template {
@@ -74,7 +76,7 @@ impl Store {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(key.to_owned()).or_default().clone()
     }
 
-    /// The template for `fit`; `make` writes [`RAM`] and [`STATE`] into the folder it is given and returns the agent's
+    /// The template for `fit`; `make` writes [`RAM`], [`STATE`] and [`DISK`] into the folder it is given and returns the agent's
     /// HELLO. Of all processes that want the same template one makes it and the others wait.
     ///
     /// # Errors
@@ -212,19 +214,21 @@ fn remove(place: &Path) -> io::Result<()> {
 }
 
 fn write_manifest(new: &Path, fit: &Fit, hello: Vec<u8>) -> io::Result<()> {
-    let ram = File::options().read(true).write(true).open(new.join(RAM))?;
-    let state = File::open(new.join(STATE))?;
-    let skip = |_: u64, _: Option<&[u8]>| Ok(());
+    let digest = |name: &str| {
+        let file = File::options().read(true).write(true).open(new.join(name))?;
+        digest::pages(&file, |at, page| match page {
+            Some(_) => Ok(()),
+            // What the guest has given back; file systems without holes keep the zeros.
+            None => memfd::punch_hole(&file, at..at + 4096).or(Ok(())),
+        })
+    };
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let manifest = Manifest {
         fit: fit.clone(),
         hello,
-        ram: digest::pages(&ram, |at, page| match page {
-            Some(_) => Ok(()),
-            // What the guest has given back; file systems without holes keep the zeros.
-            None => memfd::punch_hole(&ram, at..at + 4096).or(Ok(())),
-        })?,
-        state: digest::pages(&state, skip)?,
+        ram: digest(RAM)?,
+        state: digest(STATE)?,
+        disk: digest(DISK)?,
         created_unix_s: created.as_secs(),
     };
     let mut file = File::options().write(true).create_new(true).open(new.join(MANIFEST))?;
@@ -234,17 +238,19 @@ fn write_manifest(new: &Path, fit: &Fit, hello: Vec<u8>) -> io::Result<()> {
 
 fn read(place: &Path, fit: &Fit) -> io::Result<Template> {
     let invalid = |what: &str| io::Error::new(ErrorKind::InvalidData, what.to_owned());
-    let paths = [MANIFEST, RAM, STATE].map(|name| place.join(name));
-    let ids = [FileId::of(&paths[0])?, FileId::of(&paths[1])?, FileId::of(&paths[2])?];
-    let manifest: Manifest = serde_json::from_slice(&fs::read(&paths[0])?)?;
+    let seen = |name: &str| {
+        let path = place.join(name);
+        FileId::of(&path).map(|id| (path, id))
+    };
+    let files = [seen(MANIFEST)?, seen(RAM)?, seen(STATE)?, seen(DISK)?];
+    let manifest: Manifest = serde_json::from_slice(&fs::read(&files[0].0)?)?;
     if manifest.fit != *fit {
         return Err(invalid("it was made for something else"));
     }
-    let ram = seal(&paths[1], &manifest.ram, "ram")?;
-    let state = seal(&paths[2], &manifest.state, "state")?;
-    let [a, b, c] = paths;
-    let files = [(a, ids[0]), (b, ids[1]), (c, ids[2])];
-    let template = Template { manifest, ram: Arc::new(ram), state: Arc::new(state), files };
+    let ram = Arc::new(seal(&files[1].0, &manifest.ram, RAM)?);
+    let state = Arc::new(seal(&files[2].0, &manifest.state, STATE)?);
+    let disk = Arc::new(seal(&files[3].0, &manifest.disk, DISK)?);
+    let template = Template { manifest, ram, state, disk, files };
     if !template.is_unchanged() {
         return Err(invalid("it changed while it was read"));
     }

@@ -123,7 +123,7 @@ mod tests {
     use crate::vmm::Drive;
 
     fn plan() -> LaunchPlan {
-        let drive = |serial, path: &str, read_only| Drive { serial, path: path.into(), read_only };
+        let drive = |serial, path: &str, read_only| Drive { serial, path: path.into(), read_only, size: 0 };
         LaunchPlan {
             vm_id: VmId::parse("tab-1").unwrap(),
             vcpu_count: 2,

@@ -6,13 +6,14 @@
 mod actions;
 mod boot;
 mod children;
+mod identity;
 mod port;
-mod random;
 mod serve;
 
 use std::time::Duration;
 
-use microvm_protocol::message::Event;
+use identity::{Blank, HostTime};
+use microvm_protocol::message::Outcome;
 
 fn main() {
     let outcome = run();
@@ -26,19 +27,20 @@ fn main() {
 
 fn run() -> Result<(), String> {
     boot::mount_kernel_filesystems()?;
-    boot::mount_scratch()?;
+    let set_up = boot::set_up();
+    let blank = Blank::open()?;
     children::start().map_err(|error| format!("the reaper: {error}"))?;
-    let mut port = port::open()?;
+    let mut port = port::open(set_up.is_err())?;
     // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
     port.say_hello()?;
-    let offer = port.wait_for_offer()?;
-    let identity = boot::read_identity()?;
-    boot::become_identity(&identity)?;
-    let link = port.shake_hands(&offer, &identity.key)?;
-    let event = match boot::set_up(&identity) {
-        Ok(()) => Event::Ready,
-        Err((stage, message)) => Event::StartFailed { stage: stage.into(), message },
+    let (offer, arrived) = port.wait_for_offer()?;
+    let identity = blank.read_identity()?;
+    let offered = port.receive(&offer, &identity.key)?;
+    blank.become_one(&identity, HostTime { unix_time_ns: offered.unix_time_ns, arrived })?;
+    let outcome = match set_up {
+        Ok(()) => Outcome::Ready,
+        Err((stage, message)) => Outcome::Failed { stage: stage.into(), message: message.chars().take(1000).collect() },
     };
-    link.send_event(&event)?;
+    let link = port.accept(offered, &outcome)?;
     serve::serve(link, actions::Guest::new(identity))
 }

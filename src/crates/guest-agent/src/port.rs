@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use microvm_protocol::frame::Kind;
-use microvm_protocol::handshake::{self, GuestHandshake};
+use microvm_protocol::handshake::{self, GuestHandshake, Offered};
 use microvm_protocol::identity::Key;
-use microvm_protocol::message::Event;
+use microvm_protocol::message::Outcome;
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::{Message, Session};
 use microvm_protocol::SERIAL_PORT_NAME;
@@ -25,13 +25,13 @@ pub struct Port {
 }
 
 /// Finds the virtio-serial port by its name.
-pub fn open() -> Result<Port, String> {
+pub fn open(set_up_failed: bool) -> Result<Port, String> {
     let begun = Instant::now();
     loop {
         if let Some(name) = find() {
             let path = format!("/dev/{name}");
             let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"))?;
-            return Ok(Port { file, decoder: Decoder::default(), handshake: GuestHandshake::default() });
+            return Ok(Port { file, decoder: Decoder::default(), handshake: GuestHandshake::new(set_up_failed) });
         }
         if begun.elapsed() > PORT_DEADLINE {
             return Err(format!("no virtio port is named {SERIAL_PORT_NAME}"));
@@ -56,12 +56,12 @@ impl Port {
     }
 
     /// Waits for the host's OFFER; a guest without an identity stands here for as long as its template is kept.
-    pub fn wait_for_offer(&mut self) -> Result<Offer, String> {
+    pub fn wait_for_offer(&mut self) -> Result<(Vec<u8>, Instant), String> {
         let mut chunk = vec![0; READ_CHUNK];
         loop {
             match self.decoder.next_record().map_err(|e| e.to_string())? {
                 Some(record) if handshake::is_again(record) => self.say_hello()?,
-                Some(record) => return Ok(Offer(record.to_vec())),
+                Some(record) => return Ok((record.to_vec(), Instant::now())),
                 None => match self.file.read(&mut chunk).map_err(|e| format!("handshake: {e}"))? {
                     0 => return Err("handshake: the host closed the port".into()),
                     length => self.decoder.feed(chunk.get(..length).unwrap_or_default()),
@@ -70,18 +70,21 @@ impl Port {
         }
     }
 
-    /// Takes the host's OFFER and proves the key.
-    pub fn shake_hands(mut self, offer: &Offer, key: &Key) -> Result<Link, String> {
-        let (accept, session) = self.handshake.receive(&offer.0, key).map_err(|e| format!("handshake: {e}"))?;
+    /// Has the host prove the key.
+    pub fn receive(&self, offer: &[u8], key: &Key) -> Result<Offered, String> {
+        self.handshake.receive(offer, key).map_err(|e| format!("handshake: {e}"))
+    }
+
+    /// Proves the key and says how the guest is.
+    pub fn accept(mut self, offered: Offered, outcome: &Outcome) -> Result<Link, String> {
+        let payload = serde_json::to_vec(outcome).map_err(|e| e.to_string())?;
+        let (accept, session) = offered.accept(&payload).map_err(|e| format!("handshake: {e}"))?;
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
         let reading = self.file.try_clone().map_err(|e| format!("dup: {e}"))?;
         let shared = Shared { session: Mutex::new(session), writing: Mutex::new(self.file) };
         Ok(Link { shared: Arc::new(shared), reading, decoder: self.decoder, chunk: vec![0; READ_CHUNK] })
     }
 }
-
-/// The host's first record of a handshake.
-pub struct Offer(Vec<u8>);
 
 struct Shared {
     session: Mutex<Session>,
@@ -116,11 +119,6 @@ impl Sender {
 impl Link {
     pub fn sender(&self) -> Sender {
         Sender(self.shared.clone())
-    }
-
-    pub fn send_event(&self, event: &Event) -> Result<(), String> {
-        let body = serde_json::to_vec(event).map_err(|e| e.to_string())?;
-        self.sender().send(Kind::Event, 0, &body)
     }
 
     /// The next message; `None` when the host closed the port.

@@ -51,12 +51,14 @@ pub enum Code {
     IoError,
 }
 
-/// What the agent says unasked.
+/// What an ACCEPT says, sealed: whether the guest is what it was told to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum Event {
+#[serde(tag = "guest", rename_all = "snake_case")]
+pub enum Outcome {
     /// Disks are mounted, the network is up: requests may come. The last stage of a start.
     Ready,
-    /// The guest cannot be what it was told to be.
-    StartFailed { stage: String, message: String },
+    Failed {
+        stage: String,
+        message: String,
+    },
 }

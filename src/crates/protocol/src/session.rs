@@ -127,6 +127,8 @@ mod tests {
     use crate::record::Decoder;
     use proptest::prelude::*;
 
+    const NOW: u64 = 1_764_000_000_000_000_000;
+
     fn records(bytes: &[u8]) -> Vec<Vec<u8>> {
         let mut decoder = Decoder::default();
         decoder.feed(bytes);
@@ -138,12 +140,17 @@ mod tests {
     }
 
     fn pair(host_key: Key, guest_key: Key) -> Result<(Session, Session), ProtocolError> {
-        let guest = GuestHandshake::default();
+        let guest = GuestHandshake::new(false);
         let mut host = HostHandshake::new(host_key);
         let hello = records(&guest.hello()?).remove(0);
-        let HostStep::Send(offer) = host.receive(&hello)? else { panic!("no offer") };
-        let (accept, guest_session) = guest.receive(&records(&offer)[0], &guest_key)?;
-        let HostStep::Established(session) = host.receive(&records(&accept)[0])? else { panic!("no session") };
+        let HostStep::Send(offer) = host.receive(&hello, NOW)? else { panic!("no offer") };
+        let offered = guest.receive(&records(&offer)[0], &guest_key)?;
+        assert_eq!(offered.unix_time_ns, NOW);
+        let (accept, guest_session) = offered.accept(b"ready")?;
+        let HostStep::Established(session, said) = host.receive(&records(&accept)[0], NOW)? else {
+            panic!("no session")
+        };
+        assert_eq!(said, b"ready");
         Ok((*session, guest_session))
     }
 
@@ -155,20 +162,20 @@ mod tests {
 
     #[test]
     fn test_handshake_of_a_recorded_session_is_refused_by_the_host() {
-        let guest = GuestHandshake::default();
+        let guest = GuestHandshake::new(false);
         let hello = records(&guest.hello().unwrap()).remove(0);
         let mut first = HostHandshake::new(Key([1; 32]));
-        let HostStep::Send(offer) = first.receive(&hello).unwrap() else { panic!() };
-        let (accept, _) = guest.receive(&records(&offer)[0], &Key([1; 32])).unwrap();
+        let HostStep::Send(offer) = first.receive(&hello, NOW).unwrap() else { panic!() };
+        let (accept, _) = guest.receive(&records(&offer)[0], &Key([1; 32])).unwrap().accept(b"").unwrap();
         let mut second = HostHandshake::new(Key([1; 32]));
-        second.receive(&hello).unwrap();
-        assert!(matches!(second.receive(&records(&accept)[0]), Err(ProtocolError::Authentication { .. })));
+        second.receive(&hello, NOW).unwrap();
+        assert!(matches!(second.receive(&records(&accept)[0], NOW), Err(ProtocolError::Authentication { .. })));
     }
 
     #[test]
     fn test_handshake_of_a_future_generation_is_refused() {
         let mut host = HostHandshake::new(Key([1; 32]));
-        let error = host.receive(b"\x01TWMV\x7e\x7f").unwrap_err();
+        let error = host.receive(b"\x01TWMV\x7e\x7f\0", NOW).unwrap_err();
         assert_eq!(error, ProtocolError::NoCommonGeneration { min: 126, max: 127 });
     }
 

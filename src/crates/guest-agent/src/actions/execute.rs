@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 
 use super::{fail, read, Job, Outcome};
-use crate::boot::WORK_CGROUP;
+use crate::boot;
 use crate::children::{self, Ended, Group, Spawned};
 
 const DEFAULT_OUTPUT: usize = 1 << 20;
@@ -150,8 +150,8 @@ pub fn run(program: Program<'_>, identity: &Identity, job: &Job) -> Result<Done,
     if program.uid != 0 {
         command.uid(program.uid).gid(program.uid);
     }
-    let failed = |e: io::Error| Failure { code: Code::IoError, message: format!("{WORK_CGROUP}: {e}") };
-    let group = Group::create(WORK_CGROUP).map_err(failed)?;
+    let failed = |e: io::Error| Failure { code: Code::IoError, message: format!("the program's control group: {e}") };
+    let group = boot::work_cgroup(identity.max_processes).and_then(Group::create).map_err(failed)?;
     let procs = group.procs().map_err(failed)?;
     let (files, processes) = (identity.max_file_handles, identity.max_processes);
     // SAFETY: between fork and exec only system calls are made; nothing is allocated and no lock is taken.

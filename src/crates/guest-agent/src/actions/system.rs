@@ -8,7 +8,8 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 
 use super::{fail, read, Outcome};
-use crate::boot::{self, DATA};
+use crate::boot::DATA;
+use crate::identity;
 
 fn proc(path: &str) -> String {
     fs::read_to_string(format!("/proc/{path}")).unwrap_or_default()
@@ -24,7 +25,7 @@ pub fn info(identity: &Identity) -> Outcome {
     let memory = proc("meminfo");
     let uptime = proc("uptime").split_whitespace().next().and_then(|text| text.parse::<f64>().ok());
     let load: Vec<f64> = proc("loadavg").split_whitespace().take(3).filter_map(|text| text.parse().ok()).collect();
-    let disk = nix::sys::statvfs::statvfs(DATA).ok().filter(|_| identity.disk);
+    let disk = nix::sys::statvfs::statvfs(DATA).ok();
     let mib = |blocks: u64, size: u64| (blocks * size) >> 20;
     let is_pid = |name: &std::ffi::OsStr| name.to_string_lossy().bytes().all(|byte| byte.is_ascii_digit());
     let processes =
@@ -33,7 +34,7 @@ pub fn info(identity: &Identity) -> Outcome {
     Ok(json!({
         "vm_id": identity.vm_id,
         "hostname": identity.hostname,
-        "machine_id": identity.machine_id,
+        "machine_id": identity::hex(&identity.machine_id),
         "kernel": proc("sys/kernel/osrelease").trim(),
         "agent_version": env!("CARGO_PKG_VERSION"),
         "uptime_seconds": uptime,
@@ -57,7 +58,7 @@ pub fn set_clock(params: Value) -> Outcome {
         unix_time_ns: u64,
     }
     let params: Params = read(params)?;
-    boot::set_clock(params.unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
+    identity::set_clock(params.unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
     Ok(json!({}))
 }
 
