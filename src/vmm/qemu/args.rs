@@ -75,12 +75,6 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin) -
         "-display",
         "none",
         "-no-reboot",
-        "-kernel",
-        &plan.kernel.display().to_string(),
-        "-initrd",
-        &plan.initramfs.display().to_string(),
-        "-append",
-        &format!("{CMDLINE}{}", if accelerator == Accelerator::Tcg { TCG_CMDLINE } else { "" }),
         "-chardev",
         "stdio,id=console,signal=off",
         "-serial",
@@ -102,7 +96,12 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin) -
         args.extend(["-object".into(), memory]);
     }
     if matches!(origin, Origin::Clone { .. }) {
+        // The kernel is in the memory already; reading the files would take time and 25 MiB of each clone's own.
         args.extend(["-S", "-incoming", "defer"].map(str::to_owned));
+    } else {
+        let cmdline = format!("{CMDLINE}{}", if accelerator == Accelerator::Tcg { TCG_CMDLINE } else { "" });
+        let (kernel, initramfs) = (plan.kernel.display().to_string(), plan.initramfs.display().to_string());
+        args.extend(["-kernel".into(), kernel, "-initrd".into(), initramfs, "-append".into(), cmdline]);
     }
     for drive in &plan.drives {
         let (serial, read_only) = (drive.serial, if drive.read_only { "on" } else { "off" });
