@@ -15,3 +15,4 @@ pub mod process;
 pub mod procfs;
 pub mod runtime_dir;
 pub mod tail;
+pub mod tsc;

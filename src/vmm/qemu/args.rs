@@ -25,10 +25,16 @@ impl Accelerator {
 /// `tsc=reliable` spares the guest the watch over a clock that an emulator keeps; a reboot by triple fault ends QEMU.
 const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable";
 
-/// Under TCG every further vCPU would measure its delay loop for 0.3 s, and often fail to. Nothing but emulated devices
-/// waits on such delays, so a value for a TSC of 2.6 GHz (at HZ=100) serves any host. The test for a broken timer
-/// interrupt takes 40 ms; KVM guests leave it out by themselves.
-const TCG_CMDLINE: &str = " lpj=26000000 no_timer_check";
+/// Under TCG the guest is told the frequency of its TSC, which is the host's: it finds no clock there to measure it by,
+/// and would count ticks. The test for a broken timer interrupt takes 40 ms; KVM guests leave it out by themselves.
+fn tcg_cmdline(tsc_khz: Option<u64>) -> String {
+    match tsc_khz {
+        Some(khz) => format!(" no_timer_check tsc_early_khz={khz}"),
+        // Every vCPU would measure its delay loop for 0.3 s, and often fail to. Nothing but emulated devices waits on
+        // such delays, so a value for 2.6 GHz (at HZ=100) serves any host.
+        None => " no_timer_check lpj=26000000".into(),
+    }
+}
 
 /// QemuOpts take a comma as the end of a value; two stand for one.
 fn escape(path: &std::path::Path) -> String {
@@ -46,7 +52,7 @@ fn memory(plan: &LaunchPlan, origin: &Origin) -> Option<String> {
 }
 
 /// QEMU's arguments after `argv[0]`.
-pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin) -> Vec<String> {
+pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin, tsc_khz: Option<u64>) -> Vec<String> {
     // With acpi=on, or without pit and pic, boots under TCG hang while the guest calibrates its timers.
     let timers = match accelerator {
         Accelerator::Tcg => "acpi=off,pit=on,pic=on,rtc=on",
@@ -99,7 +105,8 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin) -
         // The kernel is in the memory already; reading the files would take time and 25 MiB of each clone's own.
         args.extend(["-S", "-incoming", "defer"].map(str::to_owned));
     } else {
-        let cmdline = format!("{CMDLINE}{}", if accelerator == Accelerator::Tcg { TCG_CMDLINE } else { "" });
+        let more = if accelerator == Accelerator::Tcg { tcg_cmdline(tsc_khz) } else { String::new() };
+        let cmdline = format!("{CMDLINE}{more}");
         let (kernel, initramfs) = (plan.kernel.display().to_string(), plan.initramfs.display().to_string());
         args.extend(["-kernel".into(), kernel, "-initrd".into(), initramfs, "-append".into(), cmdline]);
     }
@@ -150,24 +157,24 @@ mod tests {
 
     #[test]
     fn test_arguments_under_tcg_are_golden() {
-        assert_golden("qemu-tcg.args", &arguments(&plan(), Accelerator::Tcg, &Origin::Boot));
+        assert_golden("qemu-tcg.args", &arguments(&plan(), Accelerator::Tcg, &Origin::Boot, Some(2_595_120)));
     }
 
     #[test]
     fn test_arguments_of_a_recording_are_golden() {
         let origin = Origin::Record { ram: "/cache/a,b/ram".into() };
-        assert_golden("qemu-tcg-record.args", &arguments(&plan(), Accelerator::Tcg, &origin));
+        assert_golden("qemu-tcg-record.args", &arguments(&plan(), Accelerator::Tcg, &origin, None));
     }
 
     #[test]
     fn test_arguments_of_a_clone_are_golden() {
         let ram = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap().into());
         let origin = Origin::Clone { ram };
-        assert_golden("qemu-tcg-clone.args", &arguments(&plan(), Accelerator::Tcg, &origin));
+        assert_golden("qemu-tcg-clone.args", &arguments(&plan(), Accelerator::Tcg, &origin, None));
     }
 
     #[test]
     fn test_arguments_under_kvm_are_golden() {
-        assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm, &Origin::Boot));
+        assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm, &Origin::Boot, Some(2_595_120)));
     }
 }

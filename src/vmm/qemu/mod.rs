@@ -11,9 +11,9 @@ use microvm_jail::LaunchSpec;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result};
-use crate::host::kvm;
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
+use crate::host::{kvm, tsc};
 use crate::model::{Backend, Grade};
 use crate::vmm::{Binaries, Drive, LaunchPlan, Launched, LiveTails, Origin, Vmm};
 use api::Qmp;
@@ -30,9 +30,21 @@ impl Qemu {
     /// # Errors
     /// [`Error::BackendUnavailable`].
     pub fn find(binaries: &Binaries) -> Result<Self> {
+        tsc::begin();
         let binary = binaries.locate(Backend::Qemu)?;
         let accelerator = if kvm::probe().usable { Accelerator::Kvm } else { Accelerator::Tcg };
         Ok(Self { binary, accelerator })
+    }
+}
+
+impl Qemu {
+    fn tsc_khz(&self) -> Option<u64> {
+        // KVM has a clock of its own for its guests.
+        if self.accelerator == Accelerator::Tcg {
+            tsc::frequency_khz()
+        } else {
+            None
+        }
     }
 }
 
@@ -67,13 +79,15 @@ impl Vmm for Qemu {
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
         let nameless = |drive: &Drive| Drive { path: PathBuf::new(), ..drive.clone() };
         let drives = plan.drives.iter().map(nameless).collect();
+        // Two measurements of one counter differ a little, two counters of one CPU model a lot.
+        let coarse = self.tsc_khz().map(|khz| khz / 5_000 * 5_000);
         let nameless = LaunchPlan { kernel: PathBuf::new(), initramfs: PathBuf::new(), drives, ..plan.clone() };
-        args::arguments(&nameless, self.accelerator, &Origin::Boot)
+        args::arguments(&nameless, self.accelerator, &Origin::Boot, coarse)
     }
 
     fn launch(&self, plan: &LaunchPlan, origin: &Origin) -> Result<Launched> {
         let mut argv = vec![self.binary.display().to_string()];
-        argv.extend(args::arguments(plan, self.accelerator, origin));
+        argv.extend(args::arguments(plan, self.accelerator, origin, self.tsc_khz()));
         let mut spec = LaunchSpec::new(argv);
         spec.fds = vec![1, 2, AGENT_FD, QMP_FD];
         let (console, console_end) = Tail::pipe()?;
