@@ -39,6 +39,7 @@ impl Prepared {
             let key = Key(clock::random()?);
             let identity = Identity {
                 key: key.clone(),
+                ephemeral: Key(clock::random()?),
                 seed: Key(clock::random()?),
                 machine_id: clock::random()?,
                 boot_id: clock::random()?,

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use microvm_protocol::handshake;
+use microvm_protocol::handshake::{has_failed, Ask};
 use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
 use tokio::io::AsyncWriteExt;
 
@@ -19,10 +19,10 @@ use crate::image::template::{Fit, FitDrive, Store, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
 use crate::vmm::{Drive, LaunchPlan, Launched, Origin};
 
-/// HELLOs asked for before the guest is frozen. Each touches the pages that a clone's handshake begins with, and by the
-/// last one the kernel has done what it had put off while it booted.
-const WARM_UPS: usize = 8;
-const BETWEEN: Duration = Duration::from_millis(10);
+/// HELLOs asked for before the guest is frozen: it rehearses before each.
+const REHEARSALS: usize = 3;
+/// Time for the kernel to do what it has put off.
+const BETWEEN: Duration = Duration::from_millis(20);
 
 /// The template for a prepared VM, made now if need be; `None`: it has to boot.
 ///
@@ -93,16 +93,16 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     let Launched { jailed, agent: mut transport, control, tails } = prepared.vmm.launch(&plan, &origin)?;
     let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
     let state = File::create_new(dir.join(STATE)).map_err(|error| Error::host("create", dir.display(), error))?;
-    let again = handshake::again().map_err(|error| Error::host("encode", "a request for HELLO", error))?;
+    let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;
     let frozen = async {
         let mut hello = Agent::hello(vm_id, &mut transport).await?;
-        if handshake::has_failed(&hello) {
+        if has_failed(&hello) {
             // A boot of the VM itself will say what.
             return Err(Error::host("freeze", vm_id, "the guest could not be set up"));
         }
-        for _ in 0..WARM_UPS {
+        for _ in 0..REHEARSALS {
             tokio::time::sleep(BETWEEN).await;
-            transport.write_all(&again).await.map_err(|error| Error::host("write", "the agent's port", error))?;
+            transport.write_all(&freeze).await.map_err(|error| Error::host("write", "the agent's port", error))?;
             hello = Agent::hello(vm_id, &mut transport).await?;
         }
         tokio::time::sleep(BETWEEN).await;

@@ -3,13 +3,13 @@
 //! Spawning holds the table's lock until the child is noted in it, so the reaper can't meet a child it does not know.
 //! Processes are killed by their control group: a pid might have gone to another process, and a group has no way out.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag, WaitStatus};
@@ -22,22 +22,29 @@ pub enum Ended {
     Signal(i32),
 }
 
-static TABLE: Mutex<Option<HashMap<i32, Option<Ended>>>> = Mutex::new(None);
+/// The children that someone waits for, and how many were ever spawned.
+struct Table {
+    children: BTreeMap<i32, Option<Ended>>,
+    spawned: u64,
+}
+
+static TABLE: Mutex<Table> = Mutex::new(Table { children: BTreeMap::new(), spawned: 0 });
 static CHANGED: Condvar = Condvar::new();
 
-fn table() -> MutexGuard<'static, Option<HashMap<i32, Option<Ended>>>> {
+fn table() -> MutexGuard<'static, Table> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Starts the reaper.
 pub fn start() -> io::Result<()> {
     std::thread::Builder::new().name("reaper".into()).spawn(|| loop {
+        let seen = table().spawned;
         match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) {
-            Ok(seen) => seen.pid().into_iter().for_each(reap),
+            Ok(ended) => ended.pid().into_iter().for_each(reap),
+            // No children. Orphans have parents that were spawned, so nothing happens before the next spawn.
             Err(Errno::ECHILD) => {
-                // No children: the next ones come by `spawn`.
-                let guard = table();
-                drop(CHANGED.wait_timeout(guard, Duration::from_millis(100)).unwrap_or_else(PoisonError::into_inner));
+                let idle = CHANGED.wait_while(table(), |table| table.spawned == seen);
+                drop(idle.unwrap_or_else(PoisonError::into_inner));
             }
             Err(_) => {}
         }
@@ -48,16 +55,16 @@ pub fn start() -> io::Result<()> {
 /// Takes the status of `pid`, with the table held: a child whose exec failed is waited for by `Command::spawn` itself,
 /// which must find it.
 fn reap(pid: Pid) {
-    let mut guard = table();
+    let mut table = table();
     let ended = match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
         Ok(WaitStatus::Exited(_, code)) => Ended::Code(code),
         Ok(WaitStatus::Signaled(_, signal, _)) => Ended::Signal(signal as i32),
         _ => return,
     };
-    if let Some(slot) = guard.get_or_insert_default().get_mut(&pid.as_raw()) {
+    if let Some(slot) = table.children.get_mut(&pid.as_raw()) {
         *slot = Some(ended);
     }
-    drop(guard);
+    drop(table);
     CHANGED.notify_all();
 }
 
@@ -109,7 +116,8 @@ pub fn spawn(command: &mut Command, group: Group) -> io::Result<(Child, Spawned)
     let mut table = table();
     let child = command.spawn()?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
-    table.get_or_insert_default().insert(pid, None);
+    table.children.insert(pid, None);
+    table.spawned += 1;
     drop(table);
     CHANGED.notify_all();
     Ok((child, Spawned { pid, group }))
@@ -120,7 +128,7 @@ impl Spawned {
     pub fn wait_until(&self, deadline: Instant) -> Option<Ended> {
         let mut guard = table();
         loop {
-            if let Some(ended) = guard.as_ref().and_then(|table| table.get(&self.pid)).copied().flatten() {
+            if let Some(ended) = guard.children.get(&self.pid).copied().flatten() {
                 return Some(ended);
             }
             let left = deadline.checked_duration_since(Instant::now())?;
@@ -136,8 +144,6 @@ impl Spawned {
 
 impl Drop for Spawned {
     fn drop(&mut self) {
-        if let Some(table) = table().as_mut() {
-            table.remove(&self.pid);
-        }
+        table().children.remove(&self.pid);
     }
 }

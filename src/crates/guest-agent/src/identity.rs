@@ -1,14 +1,16 @@
-//! Becoming one VM: the only work between the host's OFFER and its answer.
+//! Becoming one VM.
 //!
-//! Architecture invariant: all that can be opened is opened before HELLO. A clone runs this file's code on an emulated
-//! CPU for the first time, and each new piece of code that it runs is translated first.
+//! Architecture invariant: all that can be opened is opened before HELLO, between OFFER and ACCEPT nothing is done but
+//! to read who this guest is, and nothing of the user's runs before [`Own::settle`]. A clone runs this code on an
+//! emulated CPU for the first time, and each new piece of code that it runs is translated first.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::time::Instant;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use microvm_protocol::identity::{Identity, CONFIG_SERIAL, DRIVE_BYTES};
+use microvm_protocol::identity::{Identity, Key, CONFIG_SERIAL, DRIVE_BYTES};
 use nix::mount::{mount, MsFlags};
 use nix::sys::time::TimeSpec;
 use nix::time::{clock_settime, ClockId};
@@ -90,8 +92,15 @@ impl Blank {
         identity
     }
 
+    /// This guest as the VM that `identity` says it is.
+    pub fn become_one(self, mut identity: Identity, time: HostTime) -> Own {
+        // The session has keys of its own by now; assigning zeroes what was there.
+        (identity.key, identity.ephemeral) = (Key([0; 32]), Key([0; 32]));
+        Own { blank: self, identity, time, settled: Mutex::new(false) }
+    }
+
     /// Entropy first, so that no key is made before it; then clock and names.
-    pub fn become_one(&self, identity: &Identity, time: HostTime) -> Result<(), String> {
+    pub fn settle(&self, identity: &Identity, time: HostTime) -> Result<(), String> {
         self.credit(&identity.seed.0)?;
         set_clock(time.unix_time_ns + u64::try_from(time.arrived.elapsed().as_nanos()).unwrap_or(0))?;
         self.write_names(identity)
@@ -117,11 +126,40 @@ impl Blank {
     }
 }
 
+/// A guest that is one VM.
+pub struct Own {
+    blank: Blank,
+    pub identity: Identity,
+    time: HostTime,
+    settled: Mutex<bool>,
+}
+
+impl Own {
+    /// Takes on everything that a program could tell one VM from another by: before the first one runs, not before the
+    /// first question is answered. What failed is tried again by the next caller.
+    pub fn settle(&self) -> Result<(), String> {
+        let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*settled {
+            self.blank.settle(&self.identity, self.time)?;
+            *settled = true;
+        }
+        Ok(())
+    }
+}
+
 /// The host's clock, and when it was told here.
 #[derive(Debug, Clone, Copy)]
 pub struct HostTime {
     pub unix_time_ns: u64,
     pub arrived: Instant,
+}
+
+impl HostTime {
+    /// This guest's own idea of it.
+    pub fn local() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or(0), arrived: Instant::now() }
+    }
 }
 
 pub fn set_clock(unix_time_ns: u64) -> Result<(), String> {

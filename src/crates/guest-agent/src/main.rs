@@ -8,6 +8,7 @@ mod boot;
 mod children;
 mod identity;
 mod port;
+mod rehearsal;
 mod serve;
 
 use std::time::Duration;
@@ -27,20 +28,18 @@ fn main() {
 
 fn run() -> Result<(), String> {
     boot::mount_kernel_filesystems()?;
-    let set_up = boot::set_up();
-    let blank = Blank::open()?;
-    children::start().map_err(|error| format!("the reaper: {error}"))?;
-    let mut port = port::open(set_up.is_err())?;
-    // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
-    port.say_hello()?;
-    let (offer, arrived) = port.wait_for_offer()?;
-    let identity = blank.read_identity()?;
-    let offered = port.receive(&offer, &identity.key)?;
-    blank.become_one(&identity, HostTime { unix_time_ns: offered.unix_time_ns, arrived })?;
-    let outcome = match set_up {
+    let outcome = match boot::set_up() {
         Ok(()) => Outcome::Ready,
         Err((stage, message)) => Outcome::Failed { stage: stage.into(), message: message.chars().take(1000).collect() },
     };
-    let link = port.accept(offered, &outcome)?;
-    serve::serve(link, actions::Guest::new(identity))
+    let blank = Blank::open()?;
+    children::start().map_err(|error| format!("the reaper: {error}"))?;
+    let mut port = port::open(outcome != Outcome::Ready)?;
+    let outcome = serde_json::to_vec(&outcome).map_err(|error| error.to_string())?;
+    // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
+    port.say_hello()?;
+    let (offer, arrived) = port.wait_for_offer(|| rehearsal::rehearse(&blank))?;
+    let identity = blank.read_identity()?;
+    let (link, unix_time_ns) = port.shake_hands(&offer, &identity, &outcome)?;
+    serve::serve(link, actions::Guest::new(blank.become_one(identity, HostTime { unix_time_ns, arrived })))
 }

@@ -6,12 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use microvm_protocol::frame::Kind;
-use microvm_protocol::handshake::{self, GuestHandshake, Offered};
-use microvm_protocol::identity::Key;
-use microvm_protocol::message::Outcome;
+use microvm_protocol::handshake::{Ask, GuestHandshake};
+use microvm_protocol::identity::Identity;
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::{Message, Session};
-use microvm_protocol::SERIAL_PORT_NAME;
+use microvm_protocol::{ProtocolError, SERIAL_PORT_NAME};
 
 const READ_CHUNK: usize = 64 * 1024;
 /// How long the kernel may take to show the port after PID 1 began.
@@ -26,12 +25,13 @@ pub struct Port {
 
 /// Finds the virtio-serial port by its name.
 pub fn open(set_up_failed: bool) -> Result<Port, String> {
+    let handshake = GuestHandshake::new(set_up_failed).map_err(|e| e.to_string())?;
     let begun = Instant::now();
     loop {
         if let Some(name) = find() {
             let path = format!("/dev/{name}");
             let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"))?;
-            return Ok(Port { file, decoder: Decoder::default(), handshake: GuestHandshake::new(set_up_failed) });
+            return Ok(Port { file, decoder: Decoder::default(), handshake });
         }
         if begun.elapsed() > PORT_DEADLINE {
             return Err(format!("no virtio port is named {SERIAL_PORT_NAME}"));
@@ -55,13 +55,21 @@ impl Port {
         self.file.write_all(&hello).map_err(|e| format!("HELLO: {e}"))
     }
 
-    /// Waits for the host's OFFER; a guest without an identity stands here for as long as its template is kept.
-    pub fn wait_for_offer(&mut self) -> Result<(Vec<u8>, Instant), String> {
+    /// Waits for the host's OFFER; a guest without an identity stands here for as long as its template is kept. `rehearse`
+    /// runs before it is frozen.
+    pub fn wait_for_offer(&mut self, rehearse: impl Fn()) -> Result<(Vec<u8>, Instant), String> {
         let mut chunk = vec![0; READ_CHUNK];
         loop {
             match self.decoder.next_record().map_err(|e| e.to_string())? {
-                Some(record) if handshake::is_again(record) => self.say_hello()?,
-                Some(record) => return Ok((record.to_vec(), Instant::now())),
+                Some(record) => match Ask::decode(record) {
+                    None => return Ok((record.to_vec(), Instant::now())),
+                    Some(ask) => {
+                        if ask == Ask::Freeze {
+                            rehearse();
+                        }
+                        self.say_hello()?;
+                    }
+                },
                 None => match self.file.read(&mut chunk).map_err(|e| format!("handshake: {e}"))? {
                     0 => return Err("handshake: the host closed the port".into()),
                     length => self.decoder.feed(chunk.get(..length).unwrap_or_default()),
@@ -70,19 +78,16 @@ impl Port {
         }
     }
 
-    /// Has the host prove the key.
-    pub fn receive(&self, offer: &[u8], key: &Key) -> Result<Offered, String> {
-        self.handshake.receive(offer, key).map_err(|e| format!("handshake: {e}"))
-    }
-
-    /// Proves the key and says how the guest is.
-    pub fn accept(mut self, offered: Offered, outcome: &Outcome) -> Result<Link, String> {
-        let payload = serde_json::to_vec(outcome).map_err(|e| e.to_string())?;
-        let (accept, session) = offered.accept(&payload).map_err(|e| format!("handshake: {e}"))?;
+    /// Has the host prove the key, and then proves it; `outcome` says how the guest is.
+    pub fn shake_hands(mut self, offer: &[u8], identity: &Identity, outcome: &[u8]) -> Result<(Link, u64), String> {
+        let failed = |e: ProtocolError| format!("handshake: {e}");
+        let offered = self.handshake.receive(offer, &identity.key, &identity.ephemeral).map_err(failed)?;
+        let time = offered.unix_time_ns;
+        let (accept, session) = offered.accept(outcome).map_err(failed)?;
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
         let reading = self.file.try_clone().map_err(|e| format!("dup: {e}"))?;
         let shared = Shared { session: Mutex::new(session), writing: Mutex::new(self.file) };
-        Ok(Link { shared: Arc::new(shared), reading, decoder: self.decoder, chunk: vec![0; READ_CHUNK] })
+        Ok((Link { shared: Arc::new(shared), reading, decoder: self.decoder, chunk: vec![0; READ_CHUNK] }, time))
     }
 }
 

@@ -5,12 +5,18 @@
 //! host  -> guest  2 OFFER   generation u8 | Noise message 1 (psk, e): the time, Unix ns u64 BE
 //! guest -> host   3 ACCEPT  Noise message 2 (e, ee): JSON, whether the guest is what it should be
 //! host  -> guest  4 AGAIN   (empty) instead of OFFER: say HELLO once more
+//! host  -> guest  5 FREEZE  (empty) instead of OFFER: get ready to be frozen, then say HELLO once more
 //! ```
 //! HELLO is the readiness event: the guest is up and has no identity yet; that it reads from its config drive when the
 //! OFFER comes. A template is saved between the two, so all its clones have said the same HELLO. HELLO and the
 //! generation chosen are the handshake's prologue, so whoever alters them breaks it. Both payloads are sealed; the first
 //! one under the VM's key alone, without forward secrecy.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
+use snow::params::{CipherChoice, DHChoice, HashChoice};
+use snow::resolvers::{CryptoResolver, DefaultResolver};
+use snow::types::{Cipher, Dh, Hash, Random};
 use snow::{Builder, HandshakeState};
 
 use crate::identity::Key;
@@ -23,20 +29,69 @@ const HELLO: u8 = 1;
 const OFFER: u8 = 2;
 const ACCEPT: u8 = 3;
 const AGAIN: u8 = 4;
+const FREEZE: u8 = 5;
 /// No handshake message is longer: 32 bytes of key, 16 of tag, and what is said.
 const MAX_HANDSHAKE: usize = 4096;
 /// The longest payload of an ACCEPT; longer ones are for [`crate::session`].
 pub const MAX_ACCEPT_PAYLOAD: usize = MAX_HANDSHAKE - 64;
 
-fn noise(key: &Key, role: Role, prologue: &[u8]) -> Result<HandshakeState, ProtocolError> {
+fn noise(key: &Key, role: Role, prologue: &[u8], secret: Option<&Secret>) -> Result<HandshakeState, ProtocolError> {
     let cipher = |e: snow::Error| ProtocolError::Cipher { detail: e.to_string() };
     let params = PATTERN.parse().map_err(cipher)?;
-    let builder = Builder::new(params).psk(0, &key.0).map_err(cipher)?.prologue(prologue).map_err(cipher)?;
+    let builder = match secret {
+        None => Builder::new(params),
+        Some(secret) => Builder::with_resolver(params, Box::new(Resolver(secret.clone()))),
+    };
+    let builder = builder.psk(0, &key.0).map_err(cipher)?.prologue(prologue).map_err(cipher)?;
     match role {
         Role::Host => builder.build_initiator(),
         Role::Guest => builder.build_responder(),
     }
     .map_err(cipher)
+}
+
+/// A guest's ephemeral secret, which comes with its identity: a guest has no entropy of its own that early, and its
+/// host, which made the key, too, is no party to hide it from. It is used once.
+#[derive(Clone, Default)]
+struct Secret(Arc<Mutex<Option<Key>>>);
+
+impl Secret {
+    fn slot(&self) -> std::sync::MutexGuard<'_, Option<Key>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Random for Secret {
+    fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), snow::Error> {
+        match self.slot().take() {
+            Some(key) if key.0.len() == dest.len() => {
+                dest.copy_from_slice(&key.0);
+                Ok(())
+            }
+            _ => Err(snow::Error::Rng),
+        }
+    }
+}
+
+/// The default algorithms, with [`Secret`] as the source of randomness.
+struct Resolver(Secret);
+
+impl CryptoResolver for Resolver {
+    fn resolve_rng(&self) -> Option<Box<dyn Random>> {
+        Some(Box::new(self.0.clone()))
+    }
+
+    fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn Dh>> {
+        DefaultResolver.resolve_dh(choice)
+    }
+
+    fn resolve_hash(&self, choice: &HashChoice) -> Option<Box<dyn Hash>> {
+        DefaultResolver.resolve_hash(choice)
+    }
+
+    fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn Cipher>> {
+        DefaultResolver.resolve_cipher(choice)
+    }
 }
 
 fn prologue(hello: &[u8], generation: u8) -> Vec<u8> {
@@ -79,7 +134,7 @@ impl HostHandshake {
         match (self.noise.take(), body) {
             (None, [HELLO, rest @ ..]) => {
                 let generation = choose_generation(rest)?;
-                let mut noise = noise(&self.key, Role::Host, &prologue(rest, generation))?;
+                let mut noise = noise(&self.key, Role::Host, &prologue(rest, generation), None)?;
                 let mut offer = vec![OFFER, generation];
                 let mut buffer = [0; MAX_HANDSHAKE];
                 let length = noise.write_message(&unix_time_ns.to_be_bytes(), &mut buffer).map_err(refused)?;
@@ -105,20 +160,34 @@ impl HostHandshake {
     }
 }
 
-/// The record that asks a guest for its HELLO.
-///
-/// # Errors
-/// None in practice: it always fits a record.
-pub fn again() -> Result<Vec<u8>, ProtocolError> {
-    let mut out = Vec::new();
-    record::encode(&[AGAIN], &mut out)?;
-    Ok(out)
+/// What a host may ask of a guest that has no identity yet; the answer is a HELLO.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Ask {
+    Again = AGAIN,
+    Freeze = FREEZE,
 }
 
-/// Whether a record's body is [`again`]'s.
-#[must_use]
-pub fn is_again(body: &[u8]) -> bool {
-    body == [AGAIN]
+impl Ask {
+    /// The record to send.
+    ///
+    /// # Errors
+    /// None in practice: it always fits a record.
+    pub fn encode(self) -> Result<Vec<u8>, ProtocolError> {
+        let mut out = Vec::new();
+        record::encode(&[self as u8], &mut out)?;
+        Ok(out)
+    }
+
+    /// What a record's body asks; `None` for anything else.
+    #[must_use]
+    pub fn decode(body: &[u8]) -> Option<Self> {
+        match body {
+            [AGAIN] => Some(Self::Again),
+            [FREEZE] => Some(Self::Freeze),
+            _ => None,
+        }
+    }
 }
 
 /// Whether a HELLO's body says that the guest could not set itself up; why is in its ACCEPT.
@@ -140,17 +209,22 @@ fn choose_generation(hello: &[u8]) -> Result<u8, ProtocolError> {
 }
 
 /// The guest's side: say HELLO, take the OFFER, answer ACCEPT.
-#[derive(Debug)]
 pub struct GuestHandshake {
     hello: Vec<u8>,
+    secret: Secret,
+    /// Made ahead of the OFFER, for the generation that it most likely names.
+    noise: HandshakeState,
 }
 
 impl GuestHandshake {
-    #[must_use]
-    pub fn new(set_up_failed: bool) -> Self {
+    /// # Errors
+    /// None in practice: the pattern is one that `snow` knows.
+    pub fn new(set_up_failed: bool) -> Result<Self, ProtocolError> {
         let mut hello = MAGIC.to_vec();
         hello.extend_from_slice(&[GENERATION_MIN, GENERATION_MAX, u8::from(set_up_failed)]);
-        Self { hello }
+        let secret = Secret::default();
+        let noise = noise(&Key([0; 32]), Role::Guest, &prologue(&hello, GENERATION_MAX), Some(&secret))?;
+        Ok(Self { hello, secret, noise })
     }
 
     /// The HELLO record, to be sent first.
@@ -169,7 +243,7 @@ impl GuestHandshake {
     ///
     /// # Errors
     /// [`ProtocolError::Authentication`] when the host does not hold the key.
-    pub fn receive(&self, body: &[u8], key: &Key) -> Result<Offered, ProtocolError> {
+    pub fn receive(mut self, body: &[u8], key: &Key, ephemeral: &Key) -> Result<Offered, ProtocolError> {
         let (generation, message) = match body {
             [OFFER, generation, message @ ..] if message.len() <= MAX_HANDSHAKE => (*generation, message),
             [OFFER, ..] => return Err(ProtocolError::Malformed { what: "OFFER" }),
@@ -179,11 +253,16 @@ impl GuestHandshake {
         if !(GENERATION_MIN..=GENERATION_MAX).contains(&generation) {
             return Err(ProtocolError::NoCommonGeneration { min: generation, max: generation });
         }
-        let mut noise = noise(key, Role::Guest, &prologue(&self.hello, generation))?;
+        if generation == GENERATION_MAX {
+            self.noise.set_psk(0, &key.0).map_err(refused)?;
+        } else {
+            self.noise = noise(key, Role::Guest, &prologue(&self.hello, generation), Some(&self.secret))?;
+        }
+        *self.secret.slot() = Some(ephemeral.clone());
         let mut buffer = [0; MAX_HANDSHAKE];
-        let length = noise.read_message(message, &mut buffer).map_err(refused)?;
+        let length = self.noise.read_message(message, &mut buffer).map_err(refused)?;
         let time = buffer[..length].try_into().map_err(|_| ProtocolError::Malformed { what: "OFFER: its time" })?;
-        Ok(Offered { unix_time_ns: u64::from_be_bytes(time), noise })
+        Ok(Offered { unix_time_ns: u64::from_be_bytes(time), noise: self.noise })
     }
 }
 
@@ -196,7 +275,7 @@ pub struct Offered {
 }
 
 impl Offered {
-    /// The ACCEPT record to send, and the session. It makes the guest's ephemeral key: credit entropy before.
+    /// The ACCEPT record to send, and the session.
     ///
     /// # Errors
     /// [`ProtocolError::Malformed`] for a payload over [`MAX_ACCEPT_PAYLOAD`].

@@ -140,11 +140,11 @@ mod tests {
     }
 
     fn pair(host_key: Key, guest_key: Key) -> Result<(Session, Session), ProtocolError> {
-        let guest = GuestHandshake::new(false);
+        let guest = GuestHandshake::new(false).unwrap();
         let mut host = HostHandshake::new(host_key);
         let hello = records(&guest.hello()?).remove(0);
         let HostStep::Send(offer) = host.receive(&hello, NOW)? else { panic!("no offer") };
-        let offered = guest.receive(&records(&offer)[0], &guest_key)?;
+        let offered = guest.receive(&records(&offer)[0], &guest_key, &Key([3; 32]))?;
         assert_eq!(offered.unix_time_ns, NOW);
         let (accept, guest_session) = offered.accept(b"ready")?;
         let HostStep::Established(session, said) = host.receive(&records(&accept)[0], NOW)? else {
@@ -162,11 +162,12 @@ mod tests {
 
     #[test]
     fn test_handshake_of_a_recorded_session_is_refused_by_the_host() {
-        let guest = GuestHandshake::new(false);
+        let guest = GuestHandshake::new(false).unwrap();
         let hello = records(&guest.hello().unwrap()).remove(0);
         let mut first = HostHandshake::new(Key([1; 32]));
         let HostStep::Send(offer) = first.receive(&hello, NOW).unwrap() else { panic!() };
-        let (accept, _) = guest.receive(&records(&offer)[0], &Key([1; 32])).unwrap().accept(b"").unwrap();
+        let (accept, _) =
+            guest.receive(&records(&offer)[0], &Key([1; 32]), &Key([3; 32])).unwrap().accept(b"").unwrap();
         let mut second = HostHandshake::new(Key([1; 32]));
         second.receive(&hello, NOW).unwrap();
         assert!(matches!(second.receive(&records(&accept)[0], NOW), Err(ProtocolError::Authentication { .. })));

@@ -9,12 +9,12 @@ mod system;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use microvm_protocol::identity::Identity;
 use microvm_protocol::message::{Code, Failure};
 use serde::de::DeserializeOwned;
 use serde_json::{json, Map, Value};
 
 use crate::children::Spawned;
+use crate::identity::Own;
 
 pub type Outcome = Result<Value, Failure>;
 
@@ -77,28 +77,32 @@ impl Job {
 
 /// The guest as the actions see it.
 pub struct Guest {
-    identity: Identity,
+    own: Own,
 }
 
 impl Guest {
-    pub fn new(identity: Identity) -> Self {
-        Self { identity }
+    pub fn new(own: Own) -> Self {
+        Self { own }
     }
 
     pub fn perform(&self, action: &str, params: Value, job: &Job) -> Outcome {
+        if !matches!(action, "ping" | "shutdown") {
+            self.own.settle().map_err(|message| Failure { code: Code::IoError, message })?;
+        }
+        let identity = &self.own.identity;
         match action {
             "ping" => no_params(params).map(|()| json!("pong")),
             "list_actions" => no_params(params).map(|()| json!({"actions": self.actions()})),
-            "system_info" => no_params(params).and_then(|()| system::info(&self.identity)),
+            "system_info" => no_params(params).and_then(|()| system::info(identity)),
             "execute" | "exec" => self.execute(params, job),
             "read_file" => files::read_file(params),
             "write_file" => files::write_file(params),
-            "render_page" => render::render_page(params, self.identity.network.is_some()),
-            "process_request" => system::process_request(params, self.identity.network.is_some()),
+            "render_page" => render::render_page(params, identity.network.is_some()),
+            "process_request" => system::process_request(params, identity.network.is_some()),
             "set_clock" => system::set_clock(params),
             "shutdown" => no_params(params).map(|()| json!({})),
             other => match custom::find(other) {
-                Some(path) => custom::run(&path, &params, &self.identity, job),
+                Some(path) => custom::run(&path, &params, identity, job),
                 None => {
                     let known = self.actions().join(", ");
                     let shown: String = other.chars().take(80).collect();
@@ -124,7 +128,7 @@ impl Guest {
             }
             Redirect::To(action, _) => fail(Code::BadParams, format!("action: {action:?} needs a program")),
             Redirect::Bad(message) => fail(Code::BadParams, message),
-            Redirect::None(params) => execute::execute(params, &self.identity, job),
+            Redirect::None(params) => execute::execute(params, &self.own.identity, job),
         }
     }
 }
