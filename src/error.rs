@@ -117,6 +117,23 @@ impl Error {
         }
     }
 
+    /// The same, of another VM: one of the pool is known by its first name to what was made for it.
+    #[must_use]
+    pub fn of(mut self, name: &VmId) -> Self {
+        match &mut self {
+            Error::StartFailed { vm_id, .. }
+            | Error::StartTimeout { vm_id, .. }
+            | Error::VmDied { vm_id, .. }
+            | Error::HandshakeFailed { vm_id, .. }
+            | Error::Vmm { vm_id, .. } => vm_id.clone_from(name),
+            Error::ChannelClosed { vm_id, .. }
+            | Error::ChannelTimeout { vm_id, .. }
+            | Error::MessageTooLarge { vm_id, .. } => *vm_id = name.to_string(),
+            _ => {}
+        }
+        self
+    }
+
     pub(crate) fn host(
         operation: &'static str,
         object: impl std::fmt::Display,

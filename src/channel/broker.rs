@@ -73,7 +73,7 @@ async fn serve(vm_id: VmId, mut stream: UnixStream, agent: Arc<Agent>, deadline:
     let mut reader = Reader::default();
     loop {
         let (answer, last) = match reader.next(&mut stream).await {
-            Ok(Some(message)) => (answer(&agent, message, deadline).await, false),
+            Ok(Some(message)) => (answer(&vm_id, &agent, message, deadline).await, false),
             Ok(None) => return,
             Err(error @ FramingError::NotJson(_)) => (refusal("bad_message", &error.to_string()), false),
             Err(error @ FramingError::TooLong(_)) => (refusal("message_too_large", &error.to_string()), true),
@@ -118,7 +118,7 @@ fn parse(message: &Map<String, Value>) -> std::result::Result<(String, Value), S
     Ok((name.to_owned(), params))
 }
 
-async fn answer(agent: &Agent, message: Value, deadline: Duration) -> Value {
+async fn answer(vm_id: &VmId, agent: &Agent, message: Value, deadline: Duration) -> Value {
     let Value::Object(message) = message else { return refusal("bad_message", "a message must be a JSON object") };
     let mut answer = match parse(&message) {
         Err(reason) => refusal("bad_message", &reason),
@@ -126,7 +126,7 @@ async fn answer(agent: &Agent, message: Value, deadline: Duration) -> Value {
             Ok(Response::Ok { .. }) if message.get("type") == Some(&json!("ping")) => json!({"type": "pong"}),
             Ok(Response::Ok { result }) => json!({"type": "response", "status": "ok", "result": result}),
             Ok(Response::Error { error }) => json!({"type": "response", "status": "error", "error": error}),
-            Err(error) => refusal(error.code(), &error.to_string()),
+            Err(error) => refusal(error.code(), &error.of(vm_id).to_string()),
         },
     };
     // Clients that number their messages get the number back.

@@ -90,7 +90,7 @@ mod tests {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(1 << 20).unwrap();
         file.write_all_at(&[1; 4096], 512 << 10).unwrap();
-        assert_eq!(data_extents(&file, 1 << 20).unwrap(), [(512 << 10)..(516 << 10)]);
+        assert_eq!(data_extents(&file, 1 << 20).unwrap(), vec![Range { start: 512 << 10, end: 516 << 10 }]);
         punch_hole(&file, (512 << 10)..(516 << 10)).unwrap();
         assert_eq!(data_extents(&file, 1 << 20).unwrap(), []);
         std::fs::remove_file(path).unwrap();

@@ -9,6 +9,7 @@ pub mod fork;
 pub mod kvm;
 pub mod lock;
 pub mod memfd;
+pub mod memory;
 pub mod private_dir;
 pub mod privileges;
 pub mod process;

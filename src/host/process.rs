@@ -107,6 +107,11 @@ impl Jailed {
         wait_exit(self.exit.clone()).await
     }
 
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.exit.borrow().is_none()
+    }
+
     /// A receiver for the exit, for tasks that outlive the borrow.
     #[must_use]
     pub fn exit_receiver(&self) -> watch::Receiver<Option<Exit>> {

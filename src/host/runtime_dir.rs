@@ -100,6 +100,22 @@ impl VmDir {
         self.path.join(SOCKET)
     }
 
+    /// Becomes the directory of another VM; what is in it comes along, open files included.
+    ///
+    /// # Errors
+    /// As [`VmDir::create`]'s; nothing has changed then.
+    pub fn rename(&mut self, base: &Path, vm_id: &VmId) -> Result<()> {
+        let new = Self::create(base, vm_id)?;
+        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten().filter(|entry| entry.file_name() != LOCK)
+        {
+            let (from, to) = (entry.path(), new.path.join(entry.file_name()));
+            fs::rename(&from, &to).map_err(|error| Error::host("rename", from.display(), error))?;
+        }
+        // The old directory goes, with what is left of it: its lock.
+        *self = new;
+        Ok(())
+    }
+
     fn remove(&mut self) -> std::io::Result<()> {
         fs::remove_dir_all(&self.path)?;
         self.lock = None;
@@ -155,6 +171,18 @@ mod tests {
         assert_eq!(VmDir::create(&base, &id).unwrap_err().code(), "vm_id_taken");
         drop(first);
         assert!(!base.join("a").exists());
+        fs::remove_dir(&base).unwrap();
+    }
+
+    #[test]
+    fn test_rename_takes_the_files_along() {
+        let base = base("rename");
+        let mut dir = VmDir::create(&base, &VmId::parse("old").unwrap()).unwrap();
+        fs::write(dir.path().join("disk"), b"x").unwrap();
+        dir.rename(&base, &VmId::parse("new").unwrap()).unwrap();
+        assert_eq!((base.join("old").exists(), fs::read(base.join("new/disk")).unwrap()), (false, b"x".to_vec()));
+        assert_eq!(VmDir::create(&base, &VmId::parse("new").unwrap()).unwrap_err().code(), "vm_id_taken");
+        drop(dir);
         fs::remove_dir(&base).unwrap();
     }
 

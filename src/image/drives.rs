@@ -80,14 +80,27 @@ pub fn write_config_drive(identity: &Identity, path: &Path) -> Result<()> {
     written.map_err(|error| Error::host("write", path.display(), error))
 }
 
+/// Writes another identity over that of a guest which has not read it yet; the VMM has the drive open.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn rewrite_config_drive(identity: &Identity, path: &Path) -> Result<()> {
+    let mut bytes = identity.to_drive().map_err(|error| Error::host("write", path.display(), error))?;
+    let written = overwrite(path, &bytes);
+    bytes.fill(0);
+    written.map_err(|error| Error::host("write", path.display(), error))
+}
+
+fn overwrite(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    OpenOptions::new().write(true).open(path)?.write_all_at(bytes, 0)
+}
+
 /// Overwrites the config drive with zeros, in place: the VMM still has it open.
 ///
 /// # Errors
 /// [`Error::Host`].
 pub fn wipe_config_drive(path: &Path) -> Result<()> {
-    let file = OpenOptions::new().write(true).open(path);
-    let wiped = file.and_then(|file| file.write_all_at(&[0; DRIVE_BYTES], 0));
-    wiped.map_err(|error| Error::host("wipe", path.display(), error))
+    overwrite(path, &[0; DRIVE_BYTES]).map_err(|error| Error::host("wipe", path.display(), error))
 }
 
 #[cfg(test)]

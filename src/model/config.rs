@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Backend, Grade, ResourceLimits};
+use super::{shapes, Backend, Grade, PoolSpec, ResourceLimits, Shape};
 use crate::error::{Error, Result};
 
 /// Every key that a manager's `config` may hold.
@@ -16,6 +16,8 @@ pub const CONFIG_KEYS: &[&str] = &[
     "raise_on_error",
     "min_isolation",
     "runtime_dir",
+    "pool",
+    "prepare",
     "templates",
     "cache_dir",
     "cache_max_mb",
@@ -38,6 +40,9 @@ pub struct ManagerConfig {
     pub raise_on_error: bool,
     pub min_isolation: Option<Grade>,
     pub runtime_dir: Option<String>,
+    pub pool: Vec<PoolSpec>,
+    /// Shapes whose templates are made when the manager starts.
+    pub prepare: Vec<Shape>,
     /// Whether VMs are clones of templates.
     pub templates: bool,
     pub cache_dir: Option<String>,
@@ -61,6 +66,8 @@ impl Default for ManagerConfig {
             raise_on_error: false,
             min_isolation: None,
             runtime_dir: None,
+            pool: Vec::new(),
+            prepare: Vec::new(),
             templates: true,
             cache_dir: None,
             cache_max_mb: 4096,
@@ -104,6 +111,8 @@ impl ManagerConfig {
                     }
                 }
                 "runtime_dir" => out.runtime_dir = optional_text(key, value)?,
+                // Their own defaults are other keys of this configuration: read below.
+                "pool" | "prepare" => {}
                 "templates" => out.templates = flag(key, value)?,
                 "cache_dir" => out.cache_dir = optional_text(key, value)?,
                 "cache_max_mb" => out.cache_max_mb = whole(key, value, 0, 1 << 32)?,
@@ -123,6 +132,13 @@ impl ManagerConfig {
                 }
             }
         }
+        let entries = |key: &str| config.get(key).map_or(Ok(Vec::new()), |value| shapes::entries(key, value));
+        for (name, entry) in entries("pool")? {
+            out.pool.push(shapes::pool(&name, &entry, &out.default_limits)?);
+        }
+        for (name, entry) in entries("prepare")? {
+            out.prepare.push(shapes::shape(&name, &entry, &out.default_limits)?);
+        }
         Ok(out)
     }
 
@@ -137,15 +153,22 @@ impl ManagerConfig {
     }
 }
 
-fn wrong_type(key: &str, value: &Value, allowed: &str) -> Error {
-    Error::InvalidType { field: format!("config[{key:?}]"), value: value.to_string(), allowed: allowed.into() }
+/// `config["key"]`, or as it is when it is a part of something already.
+fn field(key: &str) -> String {
+    if key.starts_with("config[") {
+        key.to_owned()
+    } else {
+        format!("config[{key:?}]")
+    }
+}
+
+pub(super) fn wrong_type(key: &str, value: &Value, allowed: &str) -> Error {
+    Error::InvalidType { field: field(key), value: value.to_string(), allowed: allowed.into() }
 }
 
 fn rename<T>(key: &str, result: Result<T>) -> Result<T> {
     result.map_err(|error| match error {
-        Error::InvalidValue { value, allowed, .. } => {
-            Error::InvalidValue { field: format!("config[{key:?}]"), value, allowed }
-        }
+        Error::InvalidValue { value, allowed, .. } => Error::InvalidValue { field: field(key), value, allowed },
         other => other,
     })
 }
@@ -154,13 +177,13 @@ fn flag(key: &str, value: &Value) -> Result<bool> {
     value.as_bool().ok_or_else(|| wrong_type(key, value, "True or False"))
 }
 
-fn whole(key: &str, value: &Value, low: u64, high: u64) -> Result<u64> {
+pub(super) fn whole(key: &str, value: &Value, low: u64, high: u64) -> Result<u64> {
     let allowed = format!("a whole number from {low} to {high}");
     if !value.is_i64() && !value.is_u64() {
         return Err(wrong_type(key, value, &allowed));
     }
     value.as_u64().filter(|n| (low..=high).contains(n)).ok_or_else(|| Error::InvalidValue {
-        field: format!("config[{key:?}]"),
+        field: field(key),
         value: value.to_string(),
         allowed,
     })
@@ -172,10 +195,10 @@ fn seconds(key: &str, value: &Value) -> Result<f64> {
     if number > 0.0 && number <= 86_400.0 {
         return Ok(number);
     }
-    Err(Error::InvalidValue { field: format!("config[{key:?}]"), value: value.to_string(), allowed: allowed.into() })
+    Err(Error::InvalidValue { field: field(key), value: value.to_string(), allowed: allowed.into() })
 }
 
-fn optional_text(key: &str, value: &Value) -> Result<Option<String>> {
+pub(super) fn optional_text(key: &str, value: &Value) -> Result<Option<String>> {
     match value {
         Value::Null => Ok(None),
         Value::String(text) => Ok(Some(text.clone())),

@@ -7,7 +7,9 @@ mod id;
 mod kinds;
 mod limits;
 mod network;
+mod pool;
 mod quota;
+mod shapes;
 mod state;
 
 pub use config::{ManagerConfig, CONFIG_KEYS};
@@ -15,5 +17,6 @@ pub use id::VmId;
 pub use kinds::{Backend, Grade, IsolationType};
 pub use limits::ResourceLimits;
 pub use network::NetworkConfig;
+pub use pool::{Form, PoolSpec, Shape};
 pub use quota::{Quota, QuotaUse};
 pub use state::VmState;

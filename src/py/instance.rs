@@ -32,10 +32,10 @@ pub fn health_json(health: &Health) -> Value {
     })
 }
 
-fn start_json(cloned: bool, stages: &[(&'static str, Duration)]) -> Value {
+fn start_json(origin: &str, stages: &[(&'static str, Duration)]) -> Value {
     let stages: Map<String, Value> =
         stages.iter().map(|(stage, length)| ((*stage).to_owned(), json!(length.as_secs_f64()))).collect();
-    json!({"origin": if cloned { "clone" } else { "boot" }, "stages_seconds": stages})
+    json!({"origin": origin, "stages_seconds": stages})
 }
 
 /// Everything there is to know about a VM, as plain data.
@@ -52,7 +52,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "isolation_type": spec.isolation_type.as_str(),
         "isolation_grade": facts.grade.map(|grade| grade.as_str()),
         "accelerator": facts.accelerator,
-        "start": facts.cloned.map(|cloned| start_json(cloned, &facts.stages)),
+        "start": facts.origin.map(|origin| start_json(origin, &facts.stages)),
         "state": vm.state().as_str(),
         "pid": facts.pid,
         "socket_path": facts.socket,
@@ -131,7 +131,7 @@ impl MicroVMInstance {
         };
         logging::start(py)?;
         let settings = manager::settings(&ManagerConfig::default(), convert::guest_image(py)?);
-        Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings)), false))
+        Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings), None), false))
     }
 
     /// Boots the VM and waits for its agent; `False` with `last_error` when it does not come up.

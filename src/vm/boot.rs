@@ -7,18 +7,23 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::prepare::{prepare, Prepared};
+use microvm_protocol::identity::{Key, CONFIG_SERIAL};
+use tokio::net::UnixStream;
+
+use super::prepare::{self, prepare, Prepared};
 use super::running::Running;
+use super::standby::Standby;
 use super::{template, Settings, Spec};
-use crate::channel::{Agent, Broker};
+use crate::channel::Agent;
 use crate::error::{Error, Result, Tails};
 use crate::host::memfd;
 use crate::host::process::Jailed;
 use crate::host::procfs::Usage;
+use crate::host::runtime_dir::VmDir;
 use crate::image;
 use crate::image::template::Template;
-use crate::model::VmId;
-use crate::vmm::{Launched, LiveTails, Origin};
+use crate::model::{ResourceLimits, VmId};
+use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Vmm};
 
 /// How far a start has come, and how long each stage took.
 #[derive(Debug)]
@@ -29,8 +34,12 @@ pub struct Progress {
 
 impl Progress {
     pub fn begin(stage: &'static str) -> Self {
-        let now = Instant::now();
-        Self { begun: now, stages: Mutex::new(vec![(stage, now)]) }
+        Self::since(Instant::now(), stage)
+    }
+
+    /// A start that has gone on since `begun` and is at another beginning now.
+    pub fn since(begun: Instant, stage: &'static str) -> Self {
+        Self { begun, stages: Mutex::new(vec![(stage, Instant::now())]) }
     }
 
     pub fn at(&self, stage: &'static str) {
@@ -120,9 +129,15 @@ fn with_tails(error: Error, said: Tails) -> Error {
 }
 
 /// Starts a VM and waits for its agent, at most `start_timeout`.
-pub async fn boot(spec: &Spec, settings: &Settings) -> Result<Running> {
-    let progress = Progress::begin("prepare");
-    let begun = progress.begun;
+pub async fn boot(spec: &Spec, settings: &Settings, standby: Option<Standby>) -> Result<Running> {
+    let begun = Instant::now();
+    if let Some(standby) = standby {
+        match standby.become_vm(spec, settings).await {
+            Ok(running) => return Ok(running),
+            Err(error) => log::warn!("{}: a VM of the pool could not be used: {error}", spec.vm_id),
+        }
+    }
+    let progress = Progress::since(begun, "prepare");
     let prepared = prepare(spec, settings).await?;
     progress.at("template");
     let template = template::find_or_make(&prepared, settings, &progress).await?;
@@ -134,59 +149,139 @@ pub async fn boot(spec: &Spec, settings: &Settings) -> Result<Running> {
     if let Some(template) = template {
         template::discard(settings, &template).await;
     }
-    let progress = Progress { begun, ..Progress::begin("prepare") };
+    let progress = Progress::since(begun, "prepare");
     run(prepare(spec, settings).await?, settings, progress, None).await
 }
 
-/// Launches what is prepared, as a clone or from its kernel, until its agent is ready.
 async fn run(
     prepared: Prepared,
     settings: &Settings,
     progress: Progress,
     template: Option<Arc<Template>>,
 ) -> Result<Running> {
-    progress.at("drives");
-    let (prepared, key) = prepared.write_drives(settings, template.clone()).await?;
-    let Prepared { dir, vmm, plan, .. } = prepared;
-    let vm_id = &plan.vm_id;
-    progress.at("launch");
-    let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
-    let Launched { jailed, agent: mut transport, control, tails } = vmm.launch(&plan, &origin)?;
-    let attempt = Attempt { vm_id, progress: &progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
-    let in_guest = async {
-        let hello = match &template {
-            None => {
-                progress.at("guest boot");
-                Agent::hello(vm_id, &mut transport).await?
-            }
-            Some(template) => {
-                progress.at("restore");
-                let state = memfd::reopen(&template.state).map_err(|e| Error::host("open", "a template's state", e))?;
-                control.load(state, true).await?;
-                template.manifest.hello.clone()
-            }
+    let mut launching = Launching::launch(prepared, settings, progress, template).await?;
+    launching.load(true).await?;
+    let running = launching.bring_up().await?;
+    running.open_broker(settings)?;
+    Ok(running)
+}
+
+/// A VMM that was launched and to whose guest nobody has spoken yet.
+pub struct Launching {
+    dir: VmDir,
+    vmm: Box<dyn Vmm>,
+    plan: LaunchPlan,
+    limits: ResourceLimits,
+    key: Key,
+    jailed: Jailed,
+    transport: UnixStream,
+    control: Box<dyn Control>,
+    tails: LiveTails,
+    template: Option<Arc<Template>>,
+    progress: Progress,
+    /// How long the whole start may take.
+    limit: Duration,
+}
+
+impl Launching {
+    /// Launches what is prepared, as a clone or from its kernel.
+    pub async fn launch(
+        prepared: Prepared,
+        settings: &Settings,
+        progress: Progress,
+        template: Option<Arc<Template>>,
+    ) -> Result<Self> {
+        progress.at("drives");
+        let (prepared, key) = prepared.write_drives(settings, template.clone()).await?;
+        let Prepared { dir, vmm, plan, limits } = prepared;
+        progress.at("launch");
+        let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
+        let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan, &origin)?;
+        let limit = settings.start_timeout;
+        Ok(Self { dir, vmm, plan, limits, key, jailed, transport, control, tails, template, progress, limit })
+    }
+
+    fn attempt(&self) -> Attempt<'_> {
+        let Self { plan, progress, jailed, tails, limit, .. } = self;
+        Attempt { vm_id: &plan.vm_id, progress, jailed, tails, limit: *limit }
+    }
+
+    /// Waits until the VMM can be told to restore.
+    pub async fn connect(&self) -> Result<()> {
+        self.attempt().race(self.control.connect()).await
+    }
+
+    /// Restores a clone; nothing to do for a VM that boots.
+    pub async fn load(&mut self, run: bool) -> Result<()> {
+        let Some(template) = &self.template else { return Ok(()) };
+        self.progress.at("restore");
+        let restored = async {
+            let state = memfd::reopen(&template.state).map_err(|e| Error::host("open", "a template's state", e))?;
+            self.control.load(state, run).await
         };
-        progress.at("handshake");
-        Agent::connect(vm_id.clone(), transport, key, &hello).await
-    };
-    let agent = Arc::new(attempt.race(in_guest).await?);
-    progress.at("broker");
-    image::wipe_config_drive(&dir.path().join("config"))?;
-    let broker = Broker::serve(vm_id.clone(), &dir.socket(), agent.clone(), settings.command_timeout)?;
-    Ok(Running {
-        vm_id: vm_id.clone(),
-        backend: vmm.backend(),
-        grade: vmm.grade(),
-        accelerator: vmm.accelerator(),
-        cloned: template.is_some(),
-        stages: progress.lengths(),
-        since: Instant::now(),
-        cpu_sample: Mutex::new((progress.begun, Usage::default())),
-        broker: Mutex::new(Some(broker)),
-        agent,
-        control,
-        jailed,
-        tails,
-        dir: Mutex::new(Some(dir)),
-    })
+        self.attempt().race(restored).await
+    }
+
+    pub fn is_alive(&self) -> bool {
+        self.jailed.is_alive()
+    }
+
+    /// Lets a clone run that was loaded only.
+    pub async fn resume(&self) -> Result<()> {
+        self.progress.at("resume");
+        self.attempt().race(self.control.resume()).await
+    }
+
+    /// Makes what stands by the VM of `spec`, whose guest has not yet looked who it is.
+    pub async fn rename(mut self, spec: &Spec, settings: &Settings) -> Result<Self> {
+        let begun = Instant::now();
+        let (vm_id, base) = (spec.vm_id.clone(), settings.base.clone());
+        let renaming = tokio::task::spawn_blocking(move || {
+            self.dir.rename(&base, &vm_id)?;
+            let (identity, key) = prepare::identity(&vm_id, &self.limits)?;
+            image::rewrite_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
+            self.plan.vm_id = vm_id;
+            self.key = key;
+            self.progress = Progress::since(begun, "take");
+            Ok(self)
+        });
+        renaming.await.map_err(|error| Error::host("rename", &spec.vm_id, error))?
+    }
+
+    /// Waits for the agent and shakes hands with it.
+    pub async fn bring_up(self) -> Result<Running> {
+        let Self { dir, vmm, plan, key, jailed, mut transport, control, tails, template, progress, limit, .. } = self;
+        let vm_id = &plan.vm_id;
+        let attempt = Attempt { vm_id, progress: &progress, jailed: &jailed, tails: &tails, limit };
+        let in_guest = async {
+            let hello = match &template {
+                None => {
+                    progress.at("guest boot");
+                    Agent::hello(vm_id, &mut transport).await?
+                }
+                Some(template) => template.manifest.hello.clone(),
+            };
+            progress.at("handshake");
+            Agent::connect(vm_id.clone(), transport, key, &hello).await
+        };
+        let agent = Arc::new(attempt.race(in_guest).await?);
+        progress.at("done");
+        image::wipe_config_drive(&dir.path().join(CONFIG_SERIAL))?;
+        Ok(Running {
+            vm_id: vm_id.clone(),
+            backend: vmm.backend(),
+            grade: vmm.grade(),
+            accelerator: vmm.accelerator(),
+            origin: if template.is_some() { "clone" } else { "boot" },
+            stages: progress.lengths(),
+            since: Instant::now(),
+            cpu_sample: Mutex::new((progress.begun, Usage::default())),
+            broker: Mutex::new(None),
+            agent,
+            control,
+            jailed,
+            tails,
+            dir: Mutex::new(Some(dir)),
+        })
+    }
 }

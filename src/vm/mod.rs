@@ -8,6 +8,7 @@ mod boot;
 mod health;
 mod prepare;
 mod running;
+mod standby;
 mod template;
 
 use std::path::PathBuf;
@@ -27,6 +28,8 @@ use crate::vmm::Binaries;
 
 pub use health::{Health, HealthStatus};
 use running::Running;
+pub use standby::Standby;
+pub use template::prepare as prepare_template;
 
 /// What a VM is to be, as its maker wrote it.
 #[derive(Debug, Clone)]
@@ -61,11 +64,19 @@ pub struct Facts {
     pub backend: Option<Backend>,
     pub grade: Option<Grade>,
     pub accelerator: Option<&'static str>,
-    /// Whether it is a clone of a template.
-    pub cloned: Option<bool>,
+    /// `boot`, `clone` or `pool`.
+    pub origin: Option<&'static str>,
     /// The stages of its start and how long each took.
     pub stages: Vec<(&'static str, Duration)>,
     pub socket: PathBuf,
+}
+
+/// Where starts may find a VM that stands by.
+pub trait Supply: Send + Sync {
+    /// One that can become the VM of `spec`.
+    fn take(&self, spec: &Spec) -> Option<Standby>;
+    /// A start has begun, or ended: what is made ahead waits for those that someone waits for.
+    fn starting(&self, begins: bool);
 }
 
 struct Cell {
@@ -80,6 +91,7 @@ struct Cell {
 pub struct MicroVm {
     spec: Spec,
     settings: Arc<Settings>,
+    supply: Option<Arc<dyn Supply>>,
     operation: tokio::sync::Mutex<()>,
     cell: Mutex<Cell>,
     destroying: watch::Sender<bool>,
@@ -87,11 +99,12 @@ pub struct MicroVm {
 
 impl MicroVm {
     #[must_use]
-    pub fn new(spec: Spec, settings: Arc<Settings>) -> Arc<Self> {
+    pub fn new(spec: Spec, settings: Arc<Settings>, supply: Option<Arc<dyn Supply>>) -> Arc<Self> {
         let cell = Cell { state: VmState::Created, running: None, last_error: None, died: None };
         Arc::new(Self {
             spec,
             settings,
+            supply,
             operation: tokio::sync::Mutex::new(()),
             cell: Mutex::new(cell),
             destroying: watch::Sender::new(false),
@@ -175,11 +188,14 @@ impl MicroVm {
         let abandoned = Abandoned(self);
         let mut destroying = self.destroying.subscribe();
         let begun = Instant::now();
+        let under_way = self.supply.as_ref().map(UnderWay::new);
+        let standby = self.supply.as_ref().and_then(|supply| supply.take(&self.spec));
         let booted = tokio::select! {
-            booted = boot::boot(&self.spec, &self.settings) => booted,
+            booted = boot::boot(&self.spec, &self.settings, standby) => booted,
             _ = destroying.wait_for(|destroying| *destroying) => Err(self.cancelled("start")),
         };
         std::mem::forget(abandoned);
+        drop(under_way);
         let running = booted.inspect_err(|error| self.fail(error))?;
         let running = Arc::new(running);
         {
@@ -234,7 +250,7 @@ impl MicroVm {
     pub async fn pause(&self) -> Result<()> {
         let _operation = self.operation.lock().await;
         let running = self.running_in("pause", VmState::Running)?;
-        running.control().pause().await?;
+        running.control().pause().await.map_err(|error| error.of(self.id()))?;
         self.become_state("pause", VmState::Paused)
     }
 
@@ -245,7 +261,7 @@ impl MicroVm {
     pub async fn resume(&self) -> Result<()> {
         let _operation = self.operation.lock().await;
         let running = self.running_in("resume", VmState::Paused)?;
-        running.control().resume().await?;
+        running.control().resume().await.map_err(|error| error.of(self.id()))?;
         self.become_state("resume", VmState::Running)?;
         let now = json!({"unix_time_ns": clock::unix_time_ns()});
         if let Err(error) = running.agent().request("set_clock", now, Duration::from_secs(5)).await {
@@ -289,7 +305,7 @@ impl MicroVm {
             let asked = asked.map(|seconds| Duration::from_secs_f64(seconds) + Duration::from_secs(5));
             asked.unwrap_or_default().max(self.settings.command_timeout)
         });
-        let answered = running.agent().request(action, params, deadline).await;
+        let answered = running.agent().request(action, params, deadline).await.map_err(|error| error.of(self.id()));
         match answered {
             Err(Error::ChannelClosed { .. }) => {
                 // The channel closes because the VM died, a moment before that is known: say the cause.
@@ -333,6 +349,22 @@ impl MicroVm {
         if cell.running.as_ref().is_some_and(|current| Arc::ptr_eq(current, running)) {
             cell.running = None;
         }
+    }
+}
+
+/// A start that someone waits for.
+struct UnderWay(Arc<dyn Supply>);
+
+impl UnderWay {
+    fn new(supply: &Arc<dyn Supply>) -> Self {
+        supply.starting(true);
+        Self(supply.clone())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.starting(false);
     }
 }
 

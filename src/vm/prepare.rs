@@ -11,7 +11,7 @@ use crate::host::clock;
 use crate::host::runtime_dir::VmDir;
 use crate::image;
 use crate::image::template::Template;
-use crate::model::ResourceLimits;
+use crate::model::{ResourceLimits, VmId};
 use crate::vmm::{self, Drive, LaunchPlan, Vmm};
 
 /// What stands ready before the VM's drives are written.
@@ -19,7 +19,7 @@ pub struct Prepared {
     pub dir: VmDir,
     pub vmm: Box<dyn Vmm>,
     pub plan: LaunchPlan,
-    limits: ResourceLimits,
+    pub limits: ResourceLimits,
 }
 
 /// Checks what was asked for and takes the VM's directory, off the runtime's threads.
@@ -36,19 +36,7 @@ impl Prepared {
     pub async fn write_drives(self, settings: &Settings, template: Option<Arc<Template>>) -> Result<(Self, Key)> {
         let (vm_id, image) = (self.plan.vm_id.clone(), settings.image.disk_template.clone());
         let writing = tokio::task::spawn_blocking(move || {
-            let key = Key(clock::random()?);
-            let identity = Identity {
-                key: key.clone(),
-                ephemeral: Key(clock::random()?),
-                seed: Key(clock::random()?),
-                machine_id: clock::random()?,
-                boot_id: clock::random()?,
-                max_file_handles: self.limits.max_file_handles,
-                max_processes: self.limits.max_processes,
-                vm_id: self.plan.vm_id.to_string(),
-                hostname: self.plan.vm_id.hostname(),
-                network: None,
-            };
+            let (identity, key) = identity(&self.plan.vm_id, &self.limits)?;
             image::write_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
             let disk = self.dir.path().join(DISK_SERIAL);
             match template {
@@ -59,6 +47,24 @@ impl Prepared {
         });
         writing.await.map_err(|error| Error::host("write the drives of", vm_id, error))?
     }
+}
+
+/// A new identity, and the key that is part of it.
+pub fn identity(vm_id: &VmId, limits: &ResourceLimits) -> Result<(Identity, Key)> {
+    let key = Key(clock::random()?);
+    let identity = Identity {
+        key: key.clone(),
+        ephemeral: Key(clock::random()?),
+        seed: Key(clock::random()?),
+        machine_id: clock::random()?,
+        boot_id: clock::random()?,
+        max_file_handles: limits.max_file_handles,
+        max_processes: limits.max_processes,
+        vm_id: vm_id.to_string(),
+        hostname: vm_id.hostname(),
+        network: None,
+    };
+    Ok((identity, key))
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {

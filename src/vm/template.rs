@@ -10,8 +10,8 @@ use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS
 use tokio::io::AsyncWriteExt;
 
 use super::boot::{Attempt, Progress};
-use super::prepare::Prepared;
-use super::Settings;
+use super::prepare::{self, Prepared};
+use super::{Settings, Spec};
 use crate::channel::Agent;
 use crate::error::{Error, Result};
 use crate::host::kvm;
@@ -50,6 +50,18 @@ pub async fn find_or_make(
             Ok(None)
         }
     }
+}
+
+/// Makes the template of VMs like `spec`, unless it is there.
+///
+/// # Errors
+/// As a start's; [`Error::Host`] when templates are switched off or cannot be kept.
+pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<()> {
+    let progress = Progress::begin("prepare");
+    let prepared = prepare::prepare(spec, settings).await?;
+    let template = find_or_make(&prepared, settings, &progress).await?;
+    let missing = || Error::host("prepare", "a template", "there can be none; see the log for the reason");
+    template.map(drop).ok_or_else(missing)
 }
 
 pub async fn discard(settings: &Settings, template: &Template) {

@@ -95,6 +95,8 @@ pub struct DiskIo {
 
 /// The control API of one running VMM; each call has [`CONTROL_DEADLINE`].
 pub trait Control: Send + Sync {
+    /// Waits until the VMM listens: it has opened all its files then.
+    fn connect(&self) -> BoxFuture<'_, Result<()>>;
     /// Stops the vCPUs.
     fn pause(&self) -> BoxFuture<'_, Result<()>>;
     /// Lets the vCPUs go on.

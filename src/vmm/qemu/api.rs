@@ -154,6 +154,10 @@ fn send_with(stream: &UnixStream, bytes: &[u8], fd: &OwnedFd) -> io::Result<usiz
 }
 
 impl Control for Qmp {
+    fn connect(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.on_line("connect", async |_| Ok(())))
+    }
+
     fn pause(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { self.execute("stop").await.map(drop) })
     }

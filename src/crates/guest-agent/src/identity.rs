@@ -96,14 +96,17 @@ impl Blank {
     pub fn become_one(self, mut identity: Identity, time: HostTime) -> Own {
         // The session has keys of its own by now; assigning zeroes what was there.
         (identity.key, identity.ephemeral) = (Key([0; 32]), Key([0; 32]));
-        Own { blank: self, identity, time, settled: Mutex::new(false) }
+        let names = Mutex::new(Names { vm_id: identity.vm_id.clone(), hostname: identity.hostname.clone() });
+        Own { blank: self, identity, names, time, settled: Mutex::new(false) }
     }
 
     /// Entropy first, so that no key is made before it; then clock and names.
     pub fn settle(&self, identity: &Identity, time: HostTime) -> Result<(), String> {
         self.credit(&identity.seed.0)?;
         set_clock(time.unix_time_ns + u64::try_from(time.arrived.elapsed().as_nanos()).unwrap_or(0))?;
-        self.write_names(identity)
+        self.machine_id.write(&(hex(&identity.machine_id) + "\n"))?;
+        self.boot_id.write(&(uuid(&identity.boot_id) + "\n"))?;
+        self.write_hostname(&identity.hostname)
     }
 
     /// Credits `seed` and forces a reseed: writing to /dev/urandom would do neither.
@@ -116,20 +119,25 @@ impl Blank {
         Ok(())
     }
 
-    fn write_names(&self, identity: &Identity) -> Result<(), String> {
-        let name = &identity.hostname;
+    fn write_hostname(&self, name: &str) -> Result<(), String> {
         nix::unistd::sethostname(name).map_err(|e| format!("sethostname: {e}"))?;
-        self.machine_id.write(&(hex(&identity.machine_id) + "\n"))?;
-        self.boot_id.write(&(uuid(&identity.boot_id) + "\n"))?;
         self.hostname.write(&[name, "\n"].concat())?;
         self.hosts.write(&["127.0.0.1 localhost\n127.0.1.1 ", name, "\n"].concat())
     }
+}
+
+/// What a VM is called; one that stood by is called otherwise once it is taken.
+#[derive(Debug, Clone)]
+pub struct Names {
+    pub vm_id: String,
+    pub hostname: String,
 }
 
 /// A guest that is one VM.
 pub struct Own {
     blank: Blank,
     pub identity: Identity,
+    names: Mutex<Names>,
     time: HostTime,
     settled: Mutex<bool>,
 }
@@ -143,6 +151,21 @@ impl Own {
             self.blank.settle(&self.identity, self.time)?;
             *settled = true;
         }
+        Ok(())
+    }
+}
+
+impl Own {
+    pub fn names(&self) -> Names {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes other names, and the time: a guest that stood by slept until now.
+    pub fn adopt(&self, names: Names, unix_time_ns: u64) -> Result<(), String> {
+        self.settle()?;
+        set_clock(unix_time_ns)?;
+        self.blank.write_hostname(&names.hostname)?;
+        *self.names.lock().unwrap_or_else(PoisonError::into_inner) = names;
         Ok(())
     }
 }

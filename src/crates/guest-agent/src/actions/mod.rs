@@ -93,13 +93,14 @@ impl Guest {
         match action {
             "ping" => no_params(params).map(|()| json!("pong")),
             "list_actions" => no_params(params).map(|()| json!({"actions": self.actions()})),
-            "system_info" => no_params(params).and_then(|()| system::info(identity)),
+            "system_info" => no_params(params).and_then(|()| system::info(&self.own)),
             "execute" | "exec" => self.execute(params, job),
             "read_file" => files::read_file(params),
             "write_file" => files::write_file(params),
             "render_page" => render::render_page(params, identity.network.is_some()),
             "process_request" => system::process_request(params, identity.network.is_some()),
             "set_clock" => system::set_clock(params),
+            "adopt" => system::adopt(params, &self.own),
             "shutdown" => no_params(params).map(|()| json!({})),
             other => match custom::find(other) {
                 Some(path) => custom::run(&path, &params, identity, job),
