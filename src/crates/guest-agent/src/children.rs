@@ -6,14 +6,17 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::process::{Child, Command};
+use std::process::{self, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
+
+use crate::job::Bell;
 
 /// How a child ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,10 +25,17 @@ pub enum Ended {
     Signal(i32),
 }
 
-static TABLE: Mutex<Option<HashMap<i32, Option<Ended>>>> = Mutex::new(None);
-static CHANGED: Condvar = Condvar::new();
+/// A child that someone waits for.
+struct Child {
+    ended: Option<Ended>,
+    bell: Arc<Bell>,
+}
 
-fn table() -> MutexGuard<'static, Option<HashMap<i32, Option<Ended>>>> {
+static TABLE: Mutex<Option<HashMap<i32, Child>>> = Mutex::new(None);
+/// There is a child to wait for.
+static SPAWNED: Condvar = Condvar::new();
+
+fn table() -> MutexGuard<'static, Option<HashMap<i32, Child>>> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -37,7 +47,7 @@ pub fn start() -> io::Result<()> {
             Err(Errno::ECHILD) => {
                 // No children: the next ones come by `spawn`.
                 let guard = table();
-                drop(CHANGED.wait_timeout(guard, Duration::from_millis(100)).unwrap_or_else(PoisonError::into_inner));
+                drop(SPAWNED.wait_timeout(guard, Duration::from_millis(100)).unwrap_or_else(PoisonError::into_inner));
             }
             Err(_) => {}
         }
@@ -54,11 +64,10 @@ fn reap(pid: Pid) {
         Ok(WaitStatus::Signaled(_, signal, _)) => Ended::Signal(signal as i32),
         _ => return,
     };
-    if let Some(slot) = guard.get_or_insert_default().get_mut(&pid.as_raw()) {
-        *slot = Some(ended);
+    if let Some(child) = guard.get_or_insert_default().get_mut(&pid.as_raw()) {
+        child.ended = Some(ended);
+        child.bell.ring();
     }
-    drop(guard);
-    CHANGED.notify_all();
 }
 
 /// A control group for one request's processes, so that all of them can be ended, whatever they made of themselves.
@@ -104,33 +113,47 @@ pub struct Spawned {
     group: Group,
 }
 
-/// Spawns `command`, which must make the child join `group`.
-pub fn spawn(command: &mut Command, group: Group) -> io::Result<(Child, Spawned)> {
+/// Spawns `command`, which must make the child join `group`, and rings `bell` when the child has ended.
+pub fn spawn(command: &mut Command, group: Group, bell: &Arc<Bell>) -> io::Result<(process::Child, Spawned)> {
     let mut table = table();
     let child = command.spawn()?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
-    table.get_or_insert_default().insert(pid, None);
+    table.get_or_insert_default().insert(pid, Child { ended: None, bell: bell.clone() });
     drop(table);
-    CHANGED.notify_all();
+    SPAWNED.notify_all();
     Ok((child, Spawned { pid, group }))
 }
 
 impl Spawned {
-    /// Waits until the child has ended, at most until `deadline`.
-    pub fn wait_until(&self, deadline: Instant) -> Option<Ended> {
-        let mut guard = table();
-        loop {
-            if let Some(ended) = guard.as_ref().and_then(|table| table.get(&self.pid)).copied().flatten() {
-                return Some(ended);
-            }
-            let left = deadline.checked_duration_since(Instant::now())?;
-            guard = CHANGED.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// How the child ended, once it has.
+    pub fn ended(&self) -> Option<Ended> {
+        table().as_ref().and_then(|table| table.get(&self.pid)).and_then(|child| child.ended)
     }
 
     /// Kills the child and all its descendants.
     pub fn kill(&self) {
         self.group.kill();
+    }
+
+    /// Sends a signal to the child's process group; SIGKILL goes to all its descendants.
+    pub fn signal(&self, signal: i32) {
+        if signal == libc::SIGKILL {
+            return self.kill();
+        }
+        let Ok(signal) = Signal::try_from(signal) else { return };
+        // Under the table's lock a child that was not reaped is not reaped now: the pid is its own.
+        let table = table();
+        let alive = table.as_ref().and_then(|table| table.get(&self.pid)).is_some_and(|child| child.ended.is_none());
+        if alive {
+            // ESRCH: it has ended, and the reaper waits for the lock.
+            if let Err(error) = killpg(Pid::from_raw(self.pid), signal) {
+                eprintln!("microvm-agent: {signal} to {}: {error}", self.pid);
+            }
+        }
     }
 }
 

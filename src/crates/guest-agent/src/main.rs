@@ -6,6 +6,8 @@
 mod actions;
 mod boot;
 mod children;
+mod job;
+mod pool;
 mod port;
 mod random;
 mod serve;

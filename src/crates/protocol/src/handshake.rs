@@ -11,6 +11,7 @@
 use snow::{Builder, HandshakeState};
 
 use crate::identity::Key;
+use crate::secrets::Wiping;
 use crate::session::{Role, Session};
 use crate::{record, ProtocolError, GENERATION_MAX, GENERATION_MIN};
 
@@ -22,10 +23,25 @@ const ACCEPT: u8 = 3;
 /// No handshake message is longer: 32 bytes of key, 16 of tag, and slack.
 const MAX_HANDSHAKE: usize = 256;
 
-fn noise(key: &Key, role: Role, prologue: &[u8]) -> Result<HandshakeState, ProtocolError> {
+/// The ephemeral private key: always fresh, but for the tests that freeze every byte.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Ephemeral(#[cfg(test)] pub Option<[u8; 32]>);
+
+fn noise(key: &Key, role: Role, prologue: &[u8], ephemeral: &Ephemeral) -> Result<HandshakeState, ProtocolError> {
     let cipher = |e: snow::Error| ProtocolError::Cipher { detail: e.to_string() };
     let params = PATTERN.parse().map_err(cipher)?;
-    let builder = Builder::new(params).psk(0, &key.0).map_err(cipher)?.prologue(prologue).map_err(cipher)?;
+    let builder = Builder::with_resolver(params, Box::new(Wiping))
+        .psk(0, &key.0)
+        .map_err(cipher)?
+        .prologue(prologue)
+        .map_err(cipher)?;
+    #[cfg(test)]
+    let builder = match &ephemeral.0 {
+        Some(fixed) => builder.fixed_ephemeral_key_for_testing_only(fixed),
+        None => builder,
+    };
+    #[cfg(not(test))]
+    let Ephemeral() = ephemeral;
     match role {
         Role::Host => builder.build_initiator(),
         Role::Guest => builder.build_responder(),
@@ -48,6 +64,7 @@ fn refused(error: snow::Error) -> ProtocolError {
 pub struct HostHandshake {
     key: Key,
     noise: Option<HandshakeState>,
+    pub(crate) ephemeral: Ephemeral,
 }
 
 /// What a record led to.
@@ -61,7 +78,7 @@ pub enum HostStep {
 impl HostHandshake {
     #[must_use]
     pub fn new(key: Key) -> Self {
-        Self { key, noise: None }
+        Self { key, noise: None, ephemeral: Ephemeral::default() }
     }
 
     /// Takes one record's body from the guest.
@@ -72,7 +89,7 @@ impl HostHandshake {
         match (self.noise.take(), body) {
             (None, [HELLO, rest @ ..]) => {
                 let generation = choose_generation(rest)?;
-                let mut noise = noise(&self.key, Role::Host, &prologue(rest, generation))?;
+                let mut noise = noise(&self.key, Role::Host, &prologue(rest, generation), &self.ephemeral)?;
                 let mut offer = vec![OFFER, generation];
                 let mut buffer = [0; MAX_HANDSHAKE];
                 let length = noise.write_message(&[], &mut buffer).map_err(refused)?;
@@ -88,7 +105,8 @@ impl HostHandshake {
                     return Err(ProtocolError::Malformed { what: "ACCEPT" });
                 }
                 noise.read_message(message, &mut buffer).map_err(refused)?;
-                Ok(HostStep::Established(Box::new(Session::new(noise.into_transport_mode().map_err(refused)?))))
+                let noise = noise.into_transport_mode().map_err(refused)?;
+                Ok(HostStep::Established(Box::new(Session::new(noise, Role::Host))))
             }
             (None, [kind, ..]) => Err(ProtocolError::UnexpectedPrelude { kind: *kind, expected: "HELLO" }),
             (Some(_), [kind, ..]) => Err(ProtocolError::UnexpectedPrelude { kind: *kind, expected: "ACCEPT" }),
@@ -113,13 +131,14 @@ fn choose_generation(hello: &[u8]) -> Result<u8, ProtocolError> {
 #[derive(Debug)]
 pub struct GuestHandshake {
     hello: Vec<u8>,
+    pub(crate) ephemeral: Ephemeral,
 }
 
 impl Default for GuestHandshake {
     fn default() -> Self {
         let mut hello = MAGIC.to_vec();
         hello.extend_from_slice(&[GENERATION_MIN, GENERATION_MAX]);
-        Self { hello }
+        Self { hello, ephemeral: Ephemeral::default() }
     }
 }
 
@@ -150,7 +169,7 @@ impl GuestHandshake {
         if !(GENERATION_MIN..=GENERATION_MAX).contains(&generation) {
             return Err(ProtocolError::NoCommonGeneration { min: generation, max: generation });
         }
-        let mut noise = noise(key, Role::Guest, &prologue(&self.hello, generation))?;
+        let mut noise = noise(key, Role::Guest, &prologue(&self.hello, generation), &self.ephemeral)?;
         let mut buffer = [0; MAX_HANDSHAKE];
         noise.read_message(message, &mut buffer).map_err(refused)?;
         let length = noise.write_message(&[], &mut buffer).map_err(refused)?;
@@ -158,6 +177,6 @@ impl GuestHandshake {
         accept.extend_from_slice(&buffer[..length]);
         let mut out = Vec::new();
         record::encode(&accept, &mut out)?;
-        Ok((out, Session::new(noise.into_transport_mode().map_err(refused)?)))
+        Ok((out, Session::new(noise.into_transport_mode().map_err(refused)?, Role::Guest)))
     }
 }
