@@ -25,7 +25,8 @@ use super::mailbox::Mailbox;
 use crate::error::{Error, Result};
 use crate::model::VmId;
 
-const CHUNK: usize = 64 * 1024;
+/// Records are gathered up to about this many bytes for one write.
+const WRITE_CHUNK: usize = 64 * 1024;
 /// Writes that one caller does for others before it leaves the rest to the writer's task.
 const ROUNDS: usize = 4;
 /// Streams at once; the other exchanges are kept for commands.
@@ -228,7 +229,7 @@ impl Link {
     fn write_some(&self, writer: &mut Writer, stream: &UnixStream) -> std::result::Result<(), String> {
         if writer.written == writer.bytes.len() {
             (writer.written, _) = (0, writer.bytes.clear());
-            let sealed = self.state().connection.transmit(&mut writer.bytes, CHUNK);
+            let sealed = self.state().connection.transmit(&mut writer.bytes, WRITE_CHUNK);
             sealed.map_err(|error| error.to_string())?;
         }
         while writer.written < writer.bytes.len() {
@@ -306,7 +307,6 @@ impl Link {
 }
 
 async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
-    let mut chunk = vec![0; CHUNK];
     let reason = 'session: loop {
         loop {
             match decoder.next_record() {
@@ -321,9 +321,9 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
         }
         // Credit and the like.
         link.flush();
-        match stream.try_read(&mut chunk) {
+        match stream.try_read(decoder.space()) {
             Ok(0) => break "the transport was closed".to_owned(),
-            Ok(length) => decoder.feed(&chunk[..length]),
+            Ok(length) => decoder.filled(length),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 if let Err(error) = stream.readable().await {
                     break error.to_string();

@@ -5,6 +5,7 @@
 
 mod actions;
 mod boot;
+mod checksum;
 mod children;
 mod job;
 mod pool;

@@ -13,7 +13,6 @@ use microvm_protocol::mux::{Incoming, Mux};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::SERIAL_PORT_NAME;
 
-const READ_CHUNK: usize = 64 * 1024;
 /// Records are gathered up to about this many bytes for one write.
 const WRITE_CHUNK: usize = 64 * 1024;
 /// How long the kernel may take to show the port after PID 1 began.
@@ -59,21 +58,20 @@ impl Port {
 
     /// Waits for the host's OFFER and proves the key.
     pub fn shake_hands(mut self, key: &Key) -> Result<Link, String> {
-        let mut chunk = vec![0; READ_CHUNK];
         let (accept, session) = loop {
             if let Some(record) = self.decoder.next_record().map_err(|e| e.to_string())? {
                 break self.handshake.receive(record, key).map_err(|e| format!("handshake: {e}"))?;
             }
-            match self.file.read(&mut chunk).map_err(|e| format!("handshake: {e}"))? {
+            match self.file.read(self.decoder.space()).map_err(|e| format!("handshake: {e}"))? {
                 0 => return Err("handshake: the host closed the port".into()),
-                length => self.decoder.feed(chunk.get(..length).unwrap_or_default()),
+                length => self.decoder.filled(length),
             }
         };
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
         let reading = self.file.try_clone().map_err(|e| format!("dup: {e}"))?;
         let writing = Writing { file: self.file, bytes: Vec::new() };
         let shared = Shared { connection: Mutex::new(Connection::new(session)), writing: Mutex::new(writing) };
-        Ok(Link { sender: Sender(Arc::new(shared)), reading, decoder: self.decoder, chunk })
+        Ok(Link { sender: Sender(Arc::new(shared)), reading, decoder: self.decoder })
     }
 }
 
@@ -93,7 +91,6 @@ pub struct Link {
     sender: Sender,
     reading: File,
     decoder: Decoder,
-    chunk: Vec<u8>,
 }
 
 /// The sending end, for any thread.
@@ -193,9 +190,9 @@ impl Link {
                 }
                 continue;
             }
-            match self.reading.read(&mut self.chunk).map_err(|e| format!("port: {e}"))? {
+            match self.reading.read(self.decoder.space()).map_err(|e| format!("port: {e}"))? {
                 0 => return Ok(None),
-                length => self.decoder.feed(self.chunk.get(..length).unwrap_or_default()),
+                length => self.decoder.filled(length),
             }
         }
     }

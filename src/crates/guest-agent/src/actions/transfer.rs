@@ -6,7 +6,6 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crc32fast::Hasher;
 use microvm_protocol::frame::MAX_DATA;
 use microvm_protocol::message::{Code, Started, Transferred};
 use microvm_protocol::mux::STDOUT;
@@ -15,6 +14,7 @@ use serde_json::{json, Value};
 
 use super::files::{io_failure, Mode, DEFAULT_MODE};
 use super::{fail, read, Outcome};
+use crate::checksum::Crc32;
 use crate::job::{cancelled, Input, Job};
 
 #[derive(Deserialize)]
@@ -109,7 +109,7 @@ pub fn upload(params: Value, job: &Job) -> Outcome {
     };
     file.seek(SeekFrom::Start(params.offset.unwrap_or(0))).map_err(failed)?;
     job.started(&Started::File { size: params.offset.unwrap_or(0) })?;
-    let (mut bytes, mut checksum) = (0, Hasher::new());
+    let (mut bytes, mut checksum) = (0, Crc32::default());
     loop {
         match job.input() {
             Input::Bytes(piece) => {
@@ -127,7 +127,7 @@ pub fn upload(params: Value, job: &Job) -> Outcome {
         file.set_permissions(Permissions::from_mode(mode)).map_err(failed)?;
     }
     draft.map_or(Ok(()), |draft| draft.keep_as(path)).map_err(failed)?;
-    Ok(json!(Transferred { bytes, crc32: checksum.finalize() }))
+    Ok(json!(Transferred { bytes, crc32: checksum.value() }))
 }
 
 pub fn download(params: Value, job: &Job) -> Outcome {
@@ -143,7 +143,7 @@ pub fn download(params: Value, job: &Job) -> Outcome {
     }
     job.started(&Started::File { size: meta.len() })?;
     let mut buffer = vec![0; MAX_DATA];
-    let (mut bytes, mut checksum) = (0, Hasher::new());
+    let (mut bytes, mut checksum) = (0, Crc32::default());
     loop {
         let length = file.read(&mut buffer).map_err(failed)?;
         if length == 0 {
@@ -161,7 +161,7 @@ pub fn download(params: Value, job: &Job) -> Outcome {
         }
     }
     job.finish(STDOUT)?;
-    Ok(json!(Transferred { bytes, crc32: checksum.finalize() }))
+    Ok(json!(Transferred { bytes, crc32: checksum.value() }))
 }
 
 #[cfg(test)]
