@@ -73,6 +73,8 @@ where
     if EXITING.load(Ordering::Acquire) {
         return Err(PyRuntimeError::new_err("the interpreter is exiting"));
     }
+    // A caller that loops over waits that end at once would not come to look otherwise.
+    py.check_signals()?;
     wait_unchecked(py, on_interrupt, future)
 }
 
