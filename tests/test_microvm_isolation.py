@@ -302,10 +302,11 @@ class Images(VMTestCase):
 
     def test_kernel_path_is_the_one_that_boots(self) -> None:
         with tempfile.TemporaryDirectory() as name:
-            kernel = Path(name) / "own"
-            kernel.write_bytes((DATA / "vmlinux").read_bytes())
-            pid = self.running(kernel_path=str(kernel)).get_info()["pid"]
-            self.assertIn(str(kernel).encode(), Path("/proc/{}/cmdline".format(pid)).read_bytes())
+            kernel, image = Path(name) / "own", (DATA / "vmlinux").read_bytes()
+            self.assertIn(b"(build@microvm)", image)
+            kernel.write_bytes(image.replace(b"(build@microvm)", b"(tests@kernel1)"))
+            vm = self.running(kernel_path=str(kernel))
+            self.assertIn("tests@kernel1", self.result(vm, "exec", shell("cat /proc/version"))["stdout"])
 
     def test_kernel_that_panics_tells_stage_and_console(self) -> None:
         with tempfile.TemporaryDirectory() as name:

@@ -39,6 +39,12 @@ pub struct Reader {
 }
 
 impl Reader {
+    /// Whether nothing of the next document was read yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+
     /// The next document, `None` at a clean end. Cancellation-safe.
     ///
     /// # Errors

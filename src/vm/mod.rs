@@ -9,6 +9,7 @@ mod health;
 mod prepare;
 mod running;
 mod standby;
+mod streams;
 mod template;
 
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 use tokio::sync::watch;
 
-use crate::channel::Answer;
+use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::image::template::Store;
@@ -29,6 +30,7 @@ use crate::vmm::Binaries;
 pub use health::{Health, HealthStatus};
 use running::Running;
 pub use standby::Standby;
+pub use streams::Live;
 pub use template::prepare as prepare_template;
 
 /// What a VM is to be, as its maker wrote it.
@@ -251,6 +253,7 @@ impl MicroVm {
         let _operation = self.operation.lock().await;
         let running = self.running_in("pause", VmState::Running)?;
         running.control().pause().await.map_err(|error| error.of(self.id()))?;
+        running.agent().rest(true);
         self.become_state("pause", VmState::Paused)
     }
 
@@ -262,6 +265,7 @@ impl MicroVm {
         let _operation = self.operation.lock().await;
         let running = self.running_in("resume", VmState::Paused)?;
         running.control().resume().await.map_err(|error| error.of(self.id()))?;
+        running.agent().rest(false);
         self.become_state("resume", VmState::Running)?;
         let now = json!({"unix_time_ns": clock::unix_time_ns()});
         if let Err(error) = running.agent().request("set_clock", now, Duration::from_secs(5)).await {
@@ -299,19 +303,10 @@ impl MicroVm {
     /// [`Error::InvalidState`] unless RUNNING, [`Error::VmDied`], and the channel's.
     pub async fn command(&self, action: &str, params: Value, timeout: Option<Duration>) -> Result<Answer> {
         let running = self.running_in("send a command to", VmState::Running)?;
-        let deadline = timeout.unwrap_or_else(|| {
-            let asked = params.get("timeout").and_then(Value::as_f64).filter(|s| (0.0..=86_400.0).contains(s));
-            // The agent reports its own timeout; the margin lets that answer come through.
-            let asked = asked.map(|seconds| Duration::from_secs_f64(seconds) + Duration::from_secs(5));
-            asked.unwrap_or_default().max(self.settings.command_timeout)
-        });
+        let deadline = timeout.unwrap_or_else(|| patience(&params, self.settings.command_timeout));
         let answered = running.agent().request(action, params, deadline).await.map_err(|error| error.of(self.id()));
         match answered {
-            Err(Error::ChannelClosed { .. }) => {
-                // The channel closes because the VM died, a moment before that is known: say the cause.
-                let exit = tokio::time::timeout(Duration::from_secs(1), running.exited()).await;
-                exit.map_or(answered, |exit| Err(running.died(&exit)))
-            }
+            Err(error) => Err(explain(&running, error).await),
             answered => answered,
         }
     }
@@ -366,6 +361,15 @@ impl Drop for UnderWay {
     fn drop(&mut self) {
         self.0.starting(false);
     }
+}
+
+/// The channel closes because the VM died, a moment before that is known: says the cause.
+async fn explain(running: &Running, error: Error) -> Error {
+    if !matches!(error, Error::ChannelClosed { .. }) {
+        return error;
+    }
+    let exit = tokio::time::timeout(Duration::from_secs(1), running.exited()).await;
+    exit.map_or(error, |exit| running.died(&exit))
 }
 
 /// Ends a start whose future was dropped half-way: what it held is gone by then.

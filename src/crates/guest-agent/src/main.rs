@@ -5,8 +5,11 @@
 
 mod actions;
 mod boot;
+mod checksum;
 mod children;
 mod identity;
+mod job;
+mod pool;
 mod port;
 mod rehearsal;
 mod serve;

@@ -7,6 +7,7 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use microvm_protocol::connection::Connection;
 use microvm_protocol::handshake::{GuestHandshake, HostHandshake, HostStep};
 use microvm_protocol::identity::{Identity, Key};
 use microvm_protocol::record::Decoder;
@@ -49,16 +50,20 @@ fn settle_clock() {
     }
 }
 
+/// A whole handshake with itself, and one exchange after it.
 fn handshake(key: &Key) -> Result<(), ProtocolError> {
     let guest = GuestHandshake::new(false)?;
     let mut host = HostHandshake::new(key.clone());
     let HostStep::Send(offer) = host.receive(&record(&guest.hello()?)?, 0)? else { return Ok(()) };
-    let (accept, mut session) = guest.receive(&record(&offer)?, key, key)?.accept(b"{}")?;
-    let HostStep::Established(mut peer, _) = host.receive(&record(&accept)?, 0)? else { return Ok(()) };
-    let (kind, mut sealed) = (microvm_protocol::frame::Kind::Request, Vec::new());
-    peer.seal(kind, 0, b"{}", &mut sealed)?;
-    session.open(&record(&sealed)?)?;
-    session.seal(kind, 0, b"{}", &mut sealed)
+    let (accept, session) = guest.receive(&record(&offer)?, key, key)?.accept(b"{}")?;
+    let HostStep::Established(peer, _) = host.receive(&record(&accept)?, 0)? else { return Ok(()) };
+    let (mut host, mut guest) = (Connection::new(*peer), Connection::new(session));
+    let mut bytes = Vec::new();
+    let Ok(id) = host.exchanges.request(b"{}".to_vec()) else { return Ok(()) };
+    host.transmit(&mut bytes, usize::MAX)?;
+    guest.receive(&record(&bytes)?)?;
+    guest.exchanges.respond(id, b"{}".to_vec()).unwrap_or_default();
+    guest.transmit(&mut bytes, usize::MAX)
 }
 
 fn record(bytes: &[u8]) -> Result<Vec<u8>, ProtocolError> {

@@ -12,14 +12,10 @@
 //! generation chosen are the handshake's prologue, so whoever alters them breaks it. Both payloads are sealed; the first
 //! one under the VM's key alone, without forward secrecy.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
-use snow::params::{CipherChoice, DHChoice, HashChoice};
-use snow::resolvers::{CryptoResolver, DefaultResolver};
-use snow::types::{Cipher, Dh, Hash, Random};
 use snow::{Builder, HandshakeState};
 
 use crate::identity::Key;
+use crate::secrets::{Secret, Wiping};
 use crate::session::{Role, Session};
 use crate::{record, ProtocolError, GENERATION_MAX, GENERATION_MIN};
 
@@ -38,60 +34,16 @@ pub const MAX_ACCEPT_PAYLOAD: usize = MAX_HANDSHAKE - 64;
 fn noise(key: &Key, role: Role, prologue: &[u8], secret: Option<&Secret>) -> Result<HandshakeState, ProtocolError> {
     let cipher = |e: snow::Error| ProtocolError::Cipher { detail: e.to_string() };
     let params = PATTERN.parse().map_err(cipher)?;
-    let builder = match secret {
-        None => Builder::new(params),
-        Some(secret) => Builder::with_resolver(params, Box::new(Resolver(secret.clone()))),
-    };
-    let builder = builder.psk(0, &key.0).map_err(cipher)?.prologue(prologue).map_err(cipher)?;
+    let builder = Builder::with_resolver(params, Box::new(Wiping(secret.cloned())))
+        .psk(0, &key.0)
+        .map_err(cipher)?
+        .prologue(prologue)
+        .map_err(cipher)?;
     match role {
         Role::Host => builder.build_initiator(),
         Role::Guest => builder.build_responder(),
     }
     .map_err(cipher)
-}
-
-/// A guest's ephemeral secret, which comes with its identity: a guest has no entropy of its own that early, and its
-/// host, which made the key, too, is no party to hide it from. It is used once.
-#[derive(Clone, Default)]
-struct Secret(Arc<Mutex<Option<Key>>>);
-
-impl Secret {
-    fn slot(&self) -> std::sync::MutexGuard<'_, Option<Key>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Random for Secret {
-    fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), snow::Error> {
-        match self.slot().take() {
-            Some(key) if key.0.len() == dest.len() => {
-                dest.copy_from_slice(&key.0);
-                Ok(())
-            }
-            _ => Err(snow::Error::Rng),
-        }
-    }
-}
-
-/// The default algorithms, with [`Secret`] as the source of randomness.
-struct Resolver(Secret);
-
-impl CryptoResolver for Resolver {
-    fn resolve_rng(&self) -> Option<Box<dyn Random>> {
-        Some(Box::new(self.0.clone()))
-    }
-
-    fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn Dh>> {
-        DefaultResolver.resolve_dh(choice)
-    }
-
-    fn resolve_hash(&self, choice: &HashChoice) -> Option<Box<dyn Hash>> {
-        DefaultResolver.resolve_hash(choice)
-    }
-
-    fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn Cipher>> {
-        DefaultResolver.resolve_cipher(choice)
-    }
 }
 
 fn prologue(hello: &[u8], generation: u8) -> Vec<u8> {
@@ -109,6 +61,9 @@ fn refused(error: snow::Error) -> ProtocolError {
 pub struct HostHandshake {
     key: Key,
     noise: Option<HandshakeState>,
+    /// Always fresh, but for the test that freezes every byte.
+    #[cfg(test)]
+    pub(crate) ephemeral: Option<Secret>,
 }
 
 /// What a record led to.
@@ -123,7 +78,12 @@ pub enum HostStep {
 impl HostHandshake {
     #[must_use]
     pub fn new(key: Key) -> Self {
-        Self { key, noise: None }
+        Self {
+            key,
+            noise: None,
+            #[cfg(test)]
+            ephemeral: None,
+        }
     }
 
     /// Takes one record's body from the guest; `unix_time_ns` is now.
@@ -134,7 +94,11 @@ impl HostHandshake {
         match (self.noise.take(), body) {
             (None, [HELLO, rest @ ..]) => {
                 let generation = choose_generation(rest)?;
-                let mut noise = noise(&self.key, Role::Host, &prologue(rest, generation), None)?;
+                #[cfg(test)]
+                let ephemeral = self.ephemeral.as_ref();
+                #[cfg(not(test))]
+                let ephemeral = None;
+                let mut noise = noise(&self.key, Role::Host, &prologue(rest, generation), ephemeral)?;
                 let mut offer = vec![OFFER, generation];
                 let mut buffer = [0; MAX_HANDSHAKE];
                 let length = noise.write_message(&unix_time_ns.to_be_bytes(), &mut buffer).map_err(refused)?;
@@ -150,7 +114,7 @@ impl HostHandshake {
                     return Err(ProtocolError::Malformed { what: "ACCEPT" });
                 }
                 let length = noise.read_message(message, &mut buffer).map_err(refused)?;
-                let session = Session::new(noise.into_transport_mode().map_err(refused)?);
+                let session = Session::new(noise.into_transport_mode().map_err(refused)?, Role::Host);
                 Ok(HostStep::Established(Box::new(session), buffer[..length].to_vec()))
             }
             (None, [kind, ..]) => Err(ProtocolError::UnexpectedPrelude { kind: *kind, expected: "HELLO" }),
@@ -258,7 +222,7 @@ impl GuestHandshake {
         } else {
             self.noise = noise(key, Role::Guest, &prologue(&self.hello, generation), Some(&self.secret))?;
         }
-        *self.secret.slot() = Some(ephemeral.clone());
+        self.secret.set(ephemeral.clone());
         let mut buffer = [0; MAX_HANDSHAKE];
         let length = self.noise.read_message(message, &mut buffer).map_err(refused)?;
         let time = buffer[..length].try_into().map_err(|_| ProtocolError::Malformed { what: "OFFER: its time" })?;
@@ -289,6 +253,6 @@ impl Offered {
         accept.extend_from_slice(&buffer[..length]);
         let mut out = Vec::new();
         record::encode(&accept, &mut out)?;
-        Ok((out, Session::new(self.noise.into_transport_mode().map_err(refused)?)))
+        Ok((out, Session::new(self.noise.into_transport_mode().map_err(refused)?, Role::Guest)))
     }
 }
