@@ -112,14 +112,14 @@ class Streams(VMTestCase):
             next(stream)
         with self.assertRaises(CancelledError):
             stream.wait()
-        count = lambda: self.result(vm, "exec", shell("pgrep -f 'sleep 9876[5]' | wc -l"))["stdout"].strip()
+        count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
         self.assertTrue(eventually(lambda: count() == "0"), count())
 
     def test_stream_dropped_is_killed(self) -> None:
         vm = self.running()
         stream = vm.stream("sleep", ["98765"])
         del stream
-        count = lambda: self.result(vm, "exec", shell("pgrep -f 'sleep 9876[5]' | wc -l"))["stdout"].strip()
+        count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
         self.assertTrue(eventually(lambda: count() == "0"), count())
 
     def test_stream_timeout_kills_and_is_told(self) -> None:
@@ -347,7 +347,7 @@ class Outcomes(VMTestCase):
     def test_cancelled_command_dies_in_the_guest(self) -> None:
         vm = self.running()
         self.assertIsNone(vm.send_command("exec", shell("sleep 98765"), timeout=0.2))
-        count = lambda: self.result(vm, "exec", shell("pgrep -f 'sleep 9876[5]' | wc -l"))["stdout"].strip()
+        count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
         self.assertTrue(eventually(lambda: count() == "0"), count())
 
 
@@ -431,7 +431,7 @@ class Broker(VMTestCase):
         vm = self.running()
         client = self.client(vm)
         self.say(client, {"type": "command", "command": "exec", "params": shell("sleep 98765", timeout=60)})
-        count = lambda: self.result(vm, "exec", shell("pgrep -f 'sleep 9876[5]' | wc -l"))["stdout"].strip()
+        count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
         self.assertTrue(eventually(lambda: count() != "0"))
         client.close()
         self.assertTrue(eventually(lambda: count() == "0"), count())

@@ -230,7 +230,7 @@ class Guest(VMTestCase):
         vm = self.running()
         script = "setsid sleep 98765 & setsid setsid sleep 98765 & sleep 98765"
         self.assertEqual(self.failure(vm, "exec", shell(script, timeout=0.5)), "timeout")
-        found = self.result(vm, "exec", shell("sleep 0.2; pgrep -f 'sleep 9876[5]' | wc -l"))
+        found = self.result(vm, "exec", shell("sleep 0.2; ps -o args | grep -c 'sleep 9876[5]'"))
         self.assertEqual(found["stdout"].strip(), "0")
 
     def test_missing_program_is_said_so_every_time(self) -> None:

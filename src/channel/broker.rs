@@ -1,5 +1,6 @@
 //! One socket per VM, on which any number of clients of this user talk to its agent.
 
+use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use microvm_protocol::message::Response;
 use serde_json::{json, Map, Value};
 use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::unix::{ReadHalf, WriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{AbortHandle, JoinSet};
 
@@ -85,31 +87,36 @@ async fn serve(vm_id: VmId, mut stream: UnixStream, agent: Arc<Agent>, deadline:
     }
 }
 
-/// One question after the other, so that the answers come in their order. Whatever else a client sends meanwhile waits
-/// in its socket.
+/// One question after the other, so that the answers come in their order. Meanwhile up to one document's worth of further
+/// questions is read, so that a client may ask ahead without reading.
 async fn converse(
     vm_id: &VmId,
     stream: &mut UnixStream,
     agent: &Agent,
     deadline: Duration,
 ) -> std::result::Result<(), String> {
+    let text = |error: std::io::Error| error.to_string();
+    let (mut reading, mut writing) = stream.split();
     let mut reader = Reader::default();
     loop {
         if reader.is_empty() {
             // A client may be silent for as long as it likes, only not in the middle of a message.
-            stream.readable().await.map_err(|error| error.to_string())?;
+            reading.readable().await.map_err(text)?;
         }
-        let message = tokio::time::timeout(patience_for(MAX_DOCUMENT), reader.next(stream)).await;
+        let message = tokio::time::timeout(patience_for(MAX_DOCUMENT), reader.next(&mut reading)).await;
         let message = message.map_err(|_| "it stalled in the middle of a message".to_owned())?;
         let (answer, last) = match message {
             Ok(Some(message)) => {
-                let answer = tokio::select! {
-                    biased;
-                    answer = answer(vm_id, agent, message, deadline) => answer,
-                    // Dropping the question cancels it in the guest.
-                    () = hung_up(stream) => return Err("it hung up before its answer".into()),
+                let answered = async {
+                    tokio::select! {
+                        biased;
+                        answer = answer(vm_id, agent, message, deadline) => Some(answer),
+                        // Dropping the question cancels it in the guest.
+                        () = hung_up(&writing) => None,
+                    }
                 };
-                (answer, false)
+                let answer = while_reading(&mut reader, &mut reading, answered).await;
+                (answer.ok_or("it hung up before its answer")?, false)
             }
             Ok(None) => return Ok(()),
             Err(error @ FramingError::NotJson(_)) => (refusal("bad_message", &error.to_string()), false),
@@ -120,16 +127,31 @@ async fn converse(
             .or_else(|error| framing::encode(&refusal("message_too_large", &error.to_string())))
             .map_err(|error| error.to_string())?;
         drop(answer);
-        let written = tokio::time::timeout(patience_for(bytes.len()), stream.write_all(&bytes)).await;
-        written.map_err(|_| "it does not read its answers".to_owned())?.map_err(|error| error.to_string())?;
+        let written = tokio::time::timeout(patience_for(bytes.len()), writing.write_all(&bytes));
+        let written = while_reading(&mut reader, &mut reading, written).await;
+        written.map_err(|_| "it does not read its answers".to_owned())?.map_err(text)?;
         if last {
             return Ok(());
         }
     }
 }
 
+/// Does `work` and reads ahead meanwhile.
+async fn while_reading<T>(reader: &mut Reader, stream: &mut ReadHalf<'_>, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    let mut at_end = false;
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut work => return done,
+            // What went wrong with the stream shows when the next message is wanted.
+            more = reader.read_ahead(stream), if !at_end && !reader.is_full() => at_end = !matches!(more, Ok(true)),
+        }
+    }
+}
+
 /// Returns when the client has closed both directions; one that closed only its own still waits for its answer.
-async fn hung_up(stream: &UnixStream) {
+async fn hung_up(stream: &WriteHalf<'_>) {
     loop {
         tokio::time::sleep(LOOK).await;
         match stream.ready(Interest::WRITABLE).await {
