@@ -38,6 +38,7 @@ fn run() -> Result<(), String> {
     let blank = Blank::open()?;
     children::start().map_err(|error| format!("the reaper: {error}"))?;
     let mut port = port::open(outcome != Outcome::Ready)?;
+    serve::keep_freed_memory();
     let outcome = serde_json::to_vec(&outcome).map_err(|error| error.to_string())?;
     // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
     port.say_hello()?;

@@ -28,7 +28,6 @@ struct Server {
 
 /// Serves until the host closes the port.
 pub fn serve(mut link: Link, guest: Guest) -> Result<(), String> {
-    keep_freed_memory();
     let server = Arc::new(Server { guest, jobs: Mutex::default(), pool: Arc::default(), sender: link.sender() });
     while let Some(incoming) = link.receive()? {
         match incoming {
@@ -48,7 +47,7 @@ pub fn serve(mut link: Link, guest: Guest) -> Result<(), String> {
 
 /// The allocator gives the top of the heap back to the kernel whenever 128 KiB of it are free, so every long frame would
 /// fault its pages in again. Freeing one large block raises that threshold to twice its size (mallopt(3)).
-fn keep_freed_memory() {
+pub fn keep_freed_memory() {
     drop(std::hint::black_box(vec![0u8; 1 << 20]));
 }
 
