@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use microvm_protocol::identity::{Identity, Key, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
+use microvm_protocol::identity::{Identity, Key, KeyPair, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
 
 use super::{Settings, Spec};
 use crate::error::{Error, Result};
@@ -54,7 +54,7 @@ pub fn identity(vm_id: &VmId, limits: &ResourceLimits) -> Result<(Identity, Key)
     let key = Key(clock::random()?);
     let identity = Identity {
         key: key.clone(),
-        ephemeral: Key(clock::random()?),
+        ephemeral: KeyPair::of(Key(clock::random()?)),
         seed: Key(clock::random()?),
         machine_id: clock::random()?,
         boot_id: clock::random()?,
