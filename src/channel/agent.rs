@@ -13,7 +13,6 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
-use tokio::task::AbortHandle;
 
 use super::link::{Asker, Link};
 use super::mailbox::Mailbox;
@@ -30,13 +29,11 @@ pub type Answer = Response;
 /// A session with one agent, for any number of callers. Dropping it closes the transport.
 pub struct Agent {
     link: Arc<Link>,
-    tasks: [AbortHandle; 3],
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
         self.link.close("the VM was stopped");
-        self.tasks.iter().for_each(AbortHandle::abort);
     }
 }
 
@@ -73,8 +70,7 @@ impl Agent {
             log::warn!("{vm_id}: whoever is on the transport was refused: {reason}");
             Error::HandshakeFailed { vm_id: vm_id.clone(), reason }
         })?;
-        let (link, tasks) = Link::start(vm_id, stream, session, decoder);
-        Ok(Self { link, tasks })
+        Ok(Self { link: Link::start(vm_id, stream, session, decoder) })
     }
 
     /// Waits until the guest says that it is what it was told to be.

@@ -79,6 +79,8 @@ pub struct Link {
     heard: AtomicU64,
     strange: AtomicU64,
     resting: AtomicBool,
+    /// They hold the transport, too, and end with the session.
+    tasks: Mutex<Vec<AbortHandle>>,
     pub ready: watch::Sender<Outcome>,
     /// How often in a row the agent gave no sign of life.
     pub misses: watch::Sender<u32>,
@@ -86,7 +88,7 @@ pub struct Link {
 
 impl Link {
     /// Takes over an established session.
-    pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> (Arc<Self>, [AbortHandle; 3]) {
+    pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> Arc<Self> {
         let stream = Arc::new(stream);
         let state = State { connection: Connection::new(session), open: HashMap::new(), closed: None };
         let link = Arc::new(Self {
@@ -99,6 +101,7 @@ impl Link {
             heard: AtomicU64::new(0),
             strange: AtomicU64::new(0),
             resting: AtomicBool::new(false),
+            tasks: Mutex::default(),
             ready: watch::Sender::new(None),
             misses: watch::Sender::new(0),
         });
@@ -107,7 +110,20 @@ impl Link {
             tokio::spawn(write(link.clone(), stream)).abort_handle(),
             tokio::spawn(keep_alive(link.clone())).abort_handle(),
         ];
-        (link, tasks)
+        link.tasks().extend(tasks);
+        // The session may have ended before its tasks were noted.
+        if link.state().closed.is_some() {
+            link.end_tasks();
+        }
+        link
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, Vec<AbortHandle>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end_tasks(&self) {
+        self.tasks().drain(..).for_each(|task| task.abort());
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -133,8 +149,8 @@ impl Link {
         }
         self.places.close();
         self.streams.close();
-        // The last reference but those of the tasks, which end with their agent.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner).stream = None;
+        self.end_tasks();
     }
 
     pub fn closed_reason(&self) -> String {
