@@ -336,7 +336,9 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
             }
         }
         // Credit and the like.
-        link.flush();
+        if link.state().connection.exchanges.has_outgoing() {
+            link.flush();
+        }
         match stream.try_read(decoder.space()) {
             Ok(0) => break "the transport was closed".to_owned(),
             Ok(length) => decoder.filled(length),
