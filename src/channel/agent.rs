@@ -13,7 +13,6 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
-use tokio::task::AbortHandle;
 
 use super::link::{Asker, Link};
 use super::mailbox::Mailbox;
@@ -31,13 +30,11 @@ pub type Answer = Response;
 /// A session with one agent, for any number of callers. Dropping it closes the transport.
 pub struct Agent {
     link: Arc<Link>,
-    tasks: [AbortHandle; 3],
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
         self.link.close("the VM was stopped");
-        self.tasks.iter().for_each(AbortHandle::abort);
     }
 }
 
@@ -98,8 +95,7 @@ impl Agent {
             }
             Err(error) => return Err(Error::HandshakeFailed { vm_id, reason: format!("ACCEPT: {error}") }),
         }
-        let (link, tasks) = Link::start(vm_id, stream, session, decoder);
-        Ok(Self { link, tasks })
+        Ok(Self { link: Link::start(vm_id, stream, session, decoder) })
     }
 
     /// How often in a row the agent, with nothing else to say, gave no sign of life when asked for one.

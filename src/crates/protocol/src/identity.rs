@@ -89,7 +89,14 @@ impl Identity {
         let mut drive = Vec::with_capacity(DRIVE_BYTES);
         drive.extend_from_slice(MAGIC);
         drive.extend_from_slice(&[0; 4]);
-        for bytes in [&self.key.0[..], &self.ephemeral.secret.0, &self.ephemeral.public, &self.seed.0, &self.machine_id, &self.boot_id] {
+        for bytes in [
+            &self.key.0[..],
+            &self.ephemeral.secret.0,
+            &self.ephemeral.public,
+            &self.seed.0,
+            &self.machine_id,
+            &self.boot_id,
+        ] {
             drive.extend_from_slice(bytes);
         }
         for number in [self.max_file_handles, self.max_processes] {
