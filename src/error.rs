@@ -112,6 +112,7 @@ impl Error {
             Error::QuotaExceeded { what, needed, available, limit, .. } => {
                 json!({"what": what, "needed": needed, "available": available, "limit": limit})
             }
+            Error::NetworkUnavailable { reason, remedy, .. } => json!({"reason": reason, "remedy": remedy}),
             Error::InvalidState { operation, state, .. } => json!({"operation": operation, "state": state.as_str()}),
             _ => json!({}),
         }

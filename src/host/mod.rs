@@ -7,6 +7,7 @@ pub mod binary;
 pub mod clock;
 pub mod fork;
 pub mod kvm;
+pub mod net;
 pub mod privileges;
 pub mod process;
 pub mod procfs;

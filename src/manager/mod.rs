@@ -17,7 +17,7 @@ use crate::image::GuestImage;
 use crate::model::{
     Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, VmId, VmState,
 };
-use crate::vm::{MicroVm, Settings, Spec};
+use crate::vm::{network, MicroVm, Settings, Spec};
 use crate::vmm::Binaries;
 
 /// What `create` is asked for; absent parts come from the configuration.
@@ -72,6 +72,7 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         min_isolation: config.min_isolation,
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
         command_timeout: Duration::from_secs_f64(config.command_timeout_s),
+        network_range: config.network_range,
     }
 }
 
@@ -103,7 +104,11 @@ impl Manager {
     /// Removes what dead processes left and begins to clean up; nothing when it runs already.
     pub async fn start(self: &Arc<Self>) {
         let base = self.settings.base.clone();
-        match tokio::task::spawn_blocking(move || runtime_dir::sweep(&base)).await {
+        let swept = tokio::task::spawn_blocking(move || {
+            network::sweep();
+            runtime_dir::sweep(&base)
+        });
+        match swept.await {
             Ok(swept) if !swept.is_empty() => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),
             Ok(_) => {}
             Err(error) => log::warn!("the sweep of the runtime directory failed: {error}"),

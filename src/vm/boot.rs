@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use microvm_protocol::identity::{Identity, Key, CONFIG_SERIAL, DISK_SERIAL, ROOTFS_SERIAL};
 
+use super::network::{self, Connection};
 use super::running::Running;
 use super::{Settings, Spec};
 use crate::channel::{Agent, Broker};
@@ -32,6 +33,7 @@ struct Prepared {
     vmm: Box<dyn Vmm>,
     plan: LaunchPlan,
     key: Key,
+    connection: Option<Connection>,
 }
 
 /// Boots and waits for the agent, at most `start_timeout`.
@@ -39,10 +41,12 @@ pub async fn boot(spec: &Spec, settings: &Settings) -> Result<Running> {
     let begun = Instant::now();
     let (owned_spec, owned_settings) = (spec.clone(), settings.clone());
     let prepared = tokio::task::spawn_blocking(move || prepare(&owned_spec, &owned_settings)).await;
-    let Prepared { dir, vmm, plan, key } =
+    let Prepared { dir, vmm, plan, key, connection } =
         prepared.map_err(|error| Error::host("prepare", &spec.vm_id, error)).and_then(|prepared| prepared)?;
     let stage = Stage::new("launch");
     let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan)?;
+    // The tap is the VMM's from here on: it goes when the VMM does.
+    drop(plan);
     let vm_id = &spec.vm_id;
     let in_guest = async {
         at(&stage, "guest boot");
@@ -100,6 +104,7 @@ pub async fn boot(spec: &Spec, settings: &Settings) -> Result<Running> {
         control,
         jailed,
         tails,
+        connection: Mutex::new(connection),
         dir: Mutex::new(Some(dir)),
     })
 }
@@ -140,17 +145,18 @@ fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         image::check_rootfs(path)?;
     }
     settings.image.check()?;
-    if !spec.network.isolated_network {
-        return Err(Error::NetworkUnavailable {
-            vm_id: vm_id.clone(),
-            reason: "this release runs isolated VMs only".into(),
-            remedy: "use isolated_network=True".into(),
-        });
-    }
     let vmm = vmm::select(vm_id, spec.backend, settings.min_isolation, &settings.binaries)?;
     let dir = VmDir::create(&settings.base, vm_id)?;
     let path = |name: &str| dir.path().join(name);
     let key = Key(clock::random()?);
+    let (connection, nic, network) = match spec.network.isolated_network {
+        true => (None, None, None),
+        false => {
+            let limit = spec.limits.network_bandwidth_mbps;
+            let (connection, nic, guest) = network::connect(vm_id, &spec.network, settings.network_range, limit)?;
+            (Some(connection), Some(nic), Some(guest))
+        }
+    };
     let identity = Identity {
         key: key.clone(),
         seed: Key(clock::random()?),
@@ -162,7 +168,7 @@ fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         rootfs: spec.rootfs_path.is_some(),
         max_file_handles: spec.limits.max_file_handles,
         max_processes: spec.limits.max_processes,
-        network: None,
+        network,
     };
     image::write_config_drive(&identity, &path("config"))?;
     image::write_disk(&settings.image.disk_template, &path("disk"), spec.limits.disk_size_mb)?;
@@ -183,7 +189,8 @@ fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         kernel: absolute(spec.kernel_path.as_ref().unwrap_or(&settings.image.kernel))?,
         initramfs: settings.image.initramfs.clone(),
         drives,
+        nic,
         launcher: settings.image.launcher.clone(),
     };
-    Ok(Prepared { dir, vmm, plan, key })
+    Ok(Prepared { dir, vmm, plan, key, connection })
 }

@@ -6,6 +6,7 @@
 
 mod boot;
 mod health;
+pub mod network;
 mod running;
 
 use std::path::PathBuf;
@@ -19,7 +20,8 @@ use crate::channel::Answer;
 use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::image::GuestImage;
-use crate::model::{Backend, Grade, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::model::{Backend, Grade, Ipv4Net, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::net::Segment;
 use crate::vmm::Binaries;
 
 pub use health::{Health, HealthStatus};
@@ -47,6 +49,7 @@ pub struct Settings {
     pub min_isolation: Option<Grade>,
     pub start_timeout: Duration,
     pub command_timeout: Duration,
+    pub network_range: Ipv4Net,
 }
 
 /// What a VM got, beyond what was asked for.
@@ -57,6 +60,8 @@ pub struct Facts {
     pub grade: Option<Grade>,
     pub accelerator: Option<&'static str>,
     pub socket: PathBuf,
+    /// `None` while it is on no network.
+    pub segment: Option<Arc<Segment>>,
 }
 
 struct Cell {
@@ -213,7 +218,7 @@ impl MicroVm {
         let running = self.cell().running.clone();
         if let Some(running) = running {
             running.shut_down(ask_guest).await;
-            running.release();
+            running.release().await;
         }
         self.cell().running = None;
     }
@@ -318,8 +323,8 @@ impl MicroVm {
             error
         };
         log::error!("{error}");
-        running.release();
         running.reaped().await;
+        running.release().await;
         let mut cell = self.cell();
         if cell.running.as_ref().is_some_and(|current| Arc::ptr_eq(current, running)) {
             cell.running = None;

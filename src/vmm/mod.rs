@@ -10,6 +10,7 @@ mod qemu;
 
 use std::fmt::Debug;
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result, Tails};
+use crate::host::fork::{self, Concealed};
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade, VmId};
@@ -37,8 +39,25 @@ pub struct Drive {
     pub read_only: bool,
 }
 
+/// The one network device of a VM.
+#[derive(Debug)]
+pub struct Nic {
+    pub mac: String,
+    // Let go of before the descriptor is closed.
+    _concealed: Concealed,
+    /// The host's end of the wire, open; the VMM needs no right to open one.
+    pub tap: OwnedFd,
+}
+
+impl Nic {
+    #[must_use]
+    pub fn new(mac: String, tap: OwnedFd) -> Self {
+        Self { mac, _concealed: fork::conceal(&tap), tap }
+    }
+}
+
 /// Everything a backend must know to launch one VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct LaunchPlan {
     pub vm_id: VmId,
     pub vcpu_count: u64,
@@ -46,6 +65,8 @@ pub struct LaunchPlan {
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
     pub drives: Vec<Drive>,
+    /// `None`: the VM is on no network.
+    pub nic: Option<Nic>,
     pub launcher: PathBuf,
 }
 

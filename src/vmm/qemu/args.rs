@@ -2,9 +2,10 @@
 
 use crate::vmm::LaunchPlan;
 
-/// The descriptors that QEMU finds its sockets at.
+/// The descriptors that QEMU finds its sockets and its tap at.
 pub const AGENT_FD: i32 = 3;
 pub const QMP_FD: i32 = 4;
+pub const TAP_FD: i32 = 5;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
@@ -94,6 +95,12 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
         args.push("-device".into());
         args.push(format!("virtio-blk-device,drive={serial},serial={serial}"));
     }
+    if let Some(nic) = &plan.nic {
+        args.push("-netdev".into());
+        args.push(format!("tap,id=net,fd={TAP_FD}"));
+        args.push("-device".into());
+        args.push(format!("virtio-net-device,netdev=net,mac={}", nic.mac));
+    }
     args
 }
 
@@ -101,7 +108,7 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::model::VmId;
-    use crate::vmm::Drive;
+    use crate::vmm::{Drive, Nic};
 
     fn plan() -> LaunchPlan {
         let drive = |serial, path: &str, read_only| Drive { serial, path: path.into(), read_only };
@@ -116,6 +123,7 @@ mod tests {
                 drive("disk", "/run/x/tab-1/disk", false),
                 drive("rootfs", "/images/a,b.ext4", true),
             ],
+            nic: None,
             launcher: "/data/microvm-jail".into(),
         }
     }
@@ -138,5 +146,12 @@ mod tests {
     #[test]
     fn test_arguments_under_kvm_are_golden() {
         assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm));
+    }
+
+    #[test]
+    fn test_arguments_with_a_nic_are_golden() {
+        let tap = std::fs::File::open("/dev/null").unwrap().into();
+        let plan = LaunchPlan { nic: Some(Nic::new("52:54:00:12:34:56".into(), tap)), ..plan() };
+        assert_golden("qemu-nic.args", &arguments(&plan, Accelerator::Tcg));
     }
 }

@@ -17,7 +17,7 @@ use crate::host::tail::Tail;
 use crate::model::{Backend, Grade};
 use crate::vmm::{Binaries, LaunchPlan, Launched, LiveTails, Vmm};
 use api::Qmp;
-use args::{Accelerator, AGENT_FD, QMP_FD};
+use args::{Accelerator, AGENT_FD, QMP_FD, TAP_FD};
 
 /// QEMU on this host.
 #[derive(Debug, Clone)]
@@ -69,7 +69,11 @@ impl Vmm for Qemu {
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let (agent, agent_end) = pair()?;
         let (qmp, qmp_end) = pair()?;
-        let fds = [console_end, stderr_end, agent_end, qmp_end];
+        let mut fds = vec![console_end, stderr_end, agent_end, qmp_end];
+        if let Some(nic) = &plan.nic {
+            spec.fds.push(TAP_FD);
+            fds.push(nic.tap.try_clone().map_err(|error| Error::host("dup", "a VM's tap", error))?);
+        }
         let jailed = Jailed::launch(&plan.launcher, &spec, &fds)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
