@@ -26,11 +26,11 @@ pub fn sweep() {
 
 /// Whether somebody is, or is about to be, at the other end of the tap with this index.
 fn is_held(index: u32) -> bool {
-    links(&["dev", &format!("if{index}")]).iter().any(has_end)
+    links(&["dev", &format!("if{index}")]).iter().any(|link| has_end(link))
 }
 
 /// A tap that is up without its other end has been left; one that is down may be on its way up.
-fn has_end(link: &String) -> bool {
+fn has_end(link: &str) -> bool {
     !has_flag(link, "UP") || has_flag(link, "LOWER_UP")
 }
 
@@ -42,7 +42,7 @@ fn links(which: &[&str]) -> Vec<String> {
 /// Reads `table inet NAME`; gives the rules if none of their taps has a VMM.
 fn stale_rules(line: &str) -> Option<Rules> {
     let rules = Rules::of_table(line.strip_prefix("table inet ")?)?;
-    let held = links(&["group", &rules.group().to_string()]).iter().any(has_end);
+    let held = links(&["group", &rules.group().to_string()]).iter().any(|link| has_end(link));
     (!held).then_some(rules)
 }
 

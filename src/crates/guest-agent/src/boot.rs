@@ -10,7 +10,7 @@ use nix::sys::reboot::{reboot, RebootMode};
 use nix::sys::time::TimeSpec;
 use nix::time::{clock_settime, ClockId};
 
-use crate::random;
+use crate::{network, random};
 
 /// Where the VM's own disk is mounted.
 pub const DATA: &str = "/data";
@@ -76,7 +76,10 @@ pub fn set_up(identity: &Identity) -> Result<(), (&'static str, String)> {
     if identity.rootfs {
         enter_rootfs(identity.disk).map_err(stage("rootfs"))?;
     }
-    write_names(identity).map_err(stage("names"))
+    write_names(identity).map_err(stage("names"))?;
+    // After the root is what it will be: resolv.conf goes into it.
+    network::bring_up_loopback().map_err(stage("network"))?;
+    identity.network.as_ref().map_or(Ok(()), network::set_up).map_err(stage("network"))
 }
 
 fn mount_scratch() -> Result<(), String> {

@@ -6,8 +6,10 @@
 mod actions;
 mod boot;
 mod children;
+mod network;
 mod port;
 mod random;
+mod resolve;
 mod serve;
 
 use std::time::Duration;

@@ -26,13 +26,14 @@ pub enum Response {
 /// A failure with a code that callers may branch on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
+    #[serde(flatten)]
     pub code: Code,
     pub message: String,
 }
 
 /// The stable codes of the agent's failures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(tag = "code", content = "reason", rename_all = "snake_case")]
 pub enum Code {
     UnknownAction,
     BadParams,
@@ -44,11 +45,28 @@ pub enum Code {
     TooLarge,
     NoSpace,
     NetworkIsolated,
-    NetworkError,
+    NetworkError(Reason),
     ActionFailed,
     Cancelled,
     Busy,
     IoError,
+}
+
+/// Why a URL was not fetched; beside the code `network_error`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// The name has no address, or nobody could be asked.
+    Dns,
+    /// Nobody listens there.
+    Refused,
+    /// The network lets no packet pass to there.
+    Unreachable,
+    Timeout,
+    /// No secure connection: the certificate, or what both sides speak.
+    Tls,
+    /// What came back was not HTTP, or ended half-way.
+    Protocol,
 }
 
 /// What the agent says unasked.
@@ -59,4 +77,20 @@ pub enum Event {
     Ready,
     /// The guest cannot be what it was told to be.
     StartFailed { stage: String, message: String },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn test_failure_has_a_reason_where_its_code_has_one() {
+        let failure = |code| serde_json::to_value(Failure { code, message: "m".into() }).unwrap();
+        assert_eq!(failure(Code::BadParams), json!({"code": "bad_params", "message": "m"}));
+        let expected = json!({"code": "network_error", "reason": "dns", "message": "m"});
+        assert_eq!(failure(Code::NetworkError(Reason::Dns)), expected);
+        let back: Failure = serde_json::from_value(expected).unwrap();
+        assert_eq!(back.code, Code::NetworkError(Reason::Dns));
+    }
 }

@@ -2,6 +2,7 @@
 
 mod custom;
 mod execute;
+mod fetch;
 mod files;
 mod render;
 mod system;
@@ -94,7 +95,7 @@ impl Guest {
             "read_file" => files::read_file(params),
             "write_file" => files::write_file(params),
             "render_page" => render::render_page(params, self.identity.network.is_some()),
-            "process_request" => system::process_request(params, self.identity.network.is_some()),
+            "process_request" => fetch::process_request(params, self.identity.network.is_some()),
             "set_clock" => system::set_clock(params),
             "shutdown" => no_params(params).map(|()| json!({})),
             other => match custom::find(other) {
