@@ -18,8 +18,13 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// An ordinary user's PATH leaves these out.
 const SYSTEM_PATH: &str = "/usr/sbin:/sbin";
 /// What the tools say of something that is gone already.
-const GONE: [&str; 4] =
-    ["Cannot find device", "No such process", "No such file or directory", "Cannot assign requested address"];
+const GONE: [&str; 5] = [
+    "Cannot find device",
+    "No such device",
+    "No such process",
+    "No such file or directory",
+    "Cannot assign requested address",
+];
 
 /// A program that changes the network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
