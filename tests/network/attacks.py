@@ -40,8 +40,9 @@ class End(NamedTuple):
     address: str
     gateway: str
 
-    def link_local(self) -> str:
-        """The IPv6 address that the tap, or the guest's device, makes of its MAC."""
+    @property
+    def tap_link_local(self) -> str:
+        """The IPv6 address that the tap would make of its MAC."""
         return link_local(self.tap_mac)
 
     def frame(self, packet: bytes, kind: int = IPV4, to: str = "", sender: str = "") -> bytes:
@@ -151,8 +152,8 @@ ELSEWHERE: Dict[str, Attempt] = {
     "as somebody else, in fragments": lambda me, _, mark: fragments(me, SOMEWHERE, INTERNET, mark),
     "with IP options": record_route,
     "the host, by IPv6": lambda me, _, mark: [
-        me.frame(ipv6_echo(link_local(me.mac), me.link_local(), mark), IPV6),
-        me.frame(ipv6_udp(link_local(me.mac), me.link_local(), PORT, mark), IPV6),
+        me.frame(ipv6_echo(link_local(me.mac), me.tap_link_local, mark), IPV6),
+        me.frame(ipv6_udp(link_local(me.mac), me.tap_link_local, PORT, mark), IPV6),
     ],
     "every IPv6 neighbour": lambda me, _, mark: [
         me.frame(ipv6_udp(link_local(me.mac), "ff02::1", PORT, mark), IPV6, to="33:33:00:00:00:01")

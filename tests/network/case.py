@@ -20,6 +20,7 @@ class NetworkTestCase(VMTestCase):
     """A test with the internet at hand."""
 
     config: Dict[str, Any] = {"max_vcpus": 128, "max_memory_mb": 1 << 16}
+    maxDiff = None
     lab: Lab
 
     @classmethod

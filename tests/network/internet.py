@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import socket
+import socketserver
 import ssl
 import struct
 import subprocess
@@ -98,6 +99,10 @@ class Web(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.HTTPServer):
     allow_reuse_address = True
+
+    def server_bind(self) -> None:
+        # HTTPServer's own asks for the address's name, which nobody answers here.
+        socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         # A thread for each: ThreadingHTTPServer with what 3.8 knows.
@@ -221,7 +226,10 @@ def capture() -> None:
     wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
     wire.bind((WIRE, 0))
     while True:
-        frame, (_, _, kind, _, _) = wire.recvfrom(65535)
+        try:
+            frame, (_, _, kind, _, _) = wire.recvfrom(65535)
+        except OSError:
+            return  # The wire was taken down.
         if kind != socket.PACKET_OUTGOING:
             SEEN.note("frames", frame[:2048])
 
@@ -232,6 +240,7 @@ def run(*command: str) -> None:
 
 def set_up() -> None:
     run("ip", "link", "set", "lo", "up")
+    Path("/proc/sys/net/ipv6/conf/{}/disable_ipv6".format(WIRE)).write_text("1")
     run("ip", "address", "add", GATEWAY, "dev", WIRE)
     run("ip", "link", "set", WIRE, "up")
     for address in ADDRESSES:
@@ -246,11 +255,21 @@ def set_up() -> None:
     thread(capture)
 
 
+def send(by: str, address: str, port: int, payload: str) -> None:
+    """A datagram to an address that is said to be behind one of the host's."""
+    run("ip", "route", "replace", address + "/32", "via", by)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.sendto(bytes.fromhex(payload), (address, port))
+    run("ip", "route", "delete", address + "/32")
+
+
 def obey(order: Dict[str, Any]) -> Any:
     if order["do"] == "set up":
         return set_up()
     if order["do"] == "reset":
         return SEEN.reset()
+    if order["do"] == "send":
+        return send(order["to"], *order["datagram"])
     if order["do"] == "names":
         NAMES.update(order["names"])
         return None

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -53,6 +54,8 @@ class Lab:
         )
         assert self.process.stdout and self.process.stdout.readline() == "here\n"
         run("ip link add {} type veth peer name in0 netns {}".format(UPLINK, self.process.pid))
+        # No packets of the host's own accord on the wire.
+        Path("/proc/sys/net/ipv6/conf/{}/disable_ipv6".format(UPLINK)).write_text("1")
         run("ip address add {}/24 dev {}".format(HOST_ADDRESS, UPLINK))
         run("ip address add {}/32 dev lo".format(HOST_OTHER_ADDRESS))
         run("ip link set lo up")
@@ -79,12 +82,13 @@ class Lab:
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout
+        # Before its other end vanishes with the namespace.
+        run("ip link delete {}".format(UPLINK))
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
         run("umount /etc/resolv.conf")
         self.folder.cleanup()
-        run("ip link delete {}".format(UPLINK))
         run("ip address delete {}/32 dev lo".format(HOST_OTHER_ADDRESS))
 
 
@@ -169,6 +173,14 @@ class Recording(unittest.TextTestResult):
     """Keeps every outcome by the test's id."""
 
     outcomes: Dict[str, List[str]] = {}
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        super().startTest(test)
+        self.begun = time.monotonic()
+
+    def stopTest(self, test: unittest.TestCase) -> None:
+        super().stopTest(test)
+        self.stream.writeln("    {:.1f} s".format(time.monotonic() - self.begun))
 
     def addSuccess(self, test: unittest.TestCase) -> None:
         super().addSuccess(test)
