@@ -10,12 +10,18 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict
 
-from thirstys_waterfall.security.microvm_isolation import IsolationType, VMState
+from thirstys_waterfall.security.microvm_isolation import (
+    CommunicationChannel,
+    IsolationType,
+    MicroVMIsolationManager,
+    VMState,
+    doctor,
+)
 
 from .network import lab
 from .network.case import NetworkTestCase, connected, taps
 from .network.lab import HOST_ADDRESS, UPLINK, run, state
-from .support import IMPORT, eventually, limits, make_rootfs, run_python, shell
+from .support import IMPORT, ROOT, eventually, limits, make_rootfs, run_python
 
 DESCRIPTION: Dict[str, Any] = {
     "tap_device": "tap0",
@@ -232,18 +238,22 @@ class Ends(NetworkTestCase):
         self.manager.destroy_all_vms()
         self.assertEqual(state(), before)
 
+    def test_start_that_is_cancelled_leaves_nothing(self) -> None:
+        before = state()
+        vm_id = self.create(network_config=connected())
+        thread = threading.Thread(target=self.manager.start_vm, args=(vm_id,))
+        thread.start()
+        self.assertTrue(eventually(lambda: "twm0" in taps()))
+        self.assertTrue(self.manager.destroy_vm(vm_id))
+        thread.join()
+        self.assertTrue(eventually(lambda: state() == before), "{}\n{}".format(before, state()))
+
     def test_start_that_fails_leaves_nothing(self) -> None:
         before = state()
-        with tempfile.NamedTemporaryFile() as kernel:
-            # A kernel by its headers, without a single instruction: the VMM starts, and the guest never does.
-            kernel.write(b"")
-            vm_id = self.create(network_config=connected())
-            thread = threading.Thread(target=self.manager.start_vm, args=(vm_id,))
-            thread.start()
-            self.assertTrue(eventually(lambda: "twm0" in taps()))
-            self.assertTrue(self.manager.destroy_vm(vm_id))
-            thread.join()
-        self.assertTrue(eventually(lambda: state() == before), "{}\n{}".format(before, state()))
+        manager = MicroVMIsolationManager({"start_timeout_s": 0.3, "default_memory_mb": 128})
+        self.assertFalse(manager.start_vm(manager.create_vm("plugin", network_config=connected())))
+        self.assertEqual(manager.last_error.code, "start_timeout")
+        self.assertEqual(state(), before)
 
     def test_vmm_that_dies_takes_its_network_along(self) -> None:
         before = state()
@@ -283,14 +293,41 @@ class Ends(NetworkTestCase):
 
 
 class Examples(NetworkTestCase):
-    def test_advanced_example_runs_on_the_network(self) -> None:
+    def test_network_example_shows_what_is_allowed_and_what_is_not(self) -> None:
+        command = [sys.executable, str(ROOT / "examples" / "network.py"), "http://web.test/"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("hello from 198.51.100.1", done.stdout)
+        self.assertIn("'reason': 'dns'", done.stdout)
+
+    def test_advanced_example_without_its_placeholders_runs_on_the_network(self) -> None:
         vm_id = self.manager.create_vm(
-            isolation_type=IsolationType.EXTENSION, resource_limits=limits(), network_config=connected(**DESCRIPTION)
+            isolation_type=IsolationType.EXTENSION,
+            resource_limits=limits(network_bandwidth_mbps=100, max_file_handles=1024, max_processes=128),
+            network_config=connected(**DESCRIPTION),
         )
         self.assertTrue(self.manager.start_vm(vm_id), self.manager.last_error)
         answer = self.manager.send_command_to_vm(vm_id, "process_request", {"url": "http://web.test/"})
         self.assertEqual(answer["result"]["status"], 200)
-        self.assertEqual(self.manager.send_command_to_vm(vm_id, "exec", shell("ping -c 1 8.8.8.8"))["result"]["exit_code"], 0)
+
+    def test_channel_of_the_description_gets_its_page(self) -> None:
+        vm = self.connected()
+        with CommunicationChannel(vm.vm_id) as channel:
+            channel.send_message(
+                {"type": "command", "action": "process_request", "data": {"url": "http://web.test/"}}
+            )
+            response = channel.receive_message(timeout=10.0)
+        self.assertEqual(response["result"]["status"], 200)
+
+    def test_doctor_says_whether_vms_can_be_connected(self) -> None:
+        self.assertEqual(doctor()["network"]["uplinks"], [UPLINK])
+        self.assertTrue(doctor()["network"]["connected_vms"])
+        self.lab.forwarding(False)
+        self.addCleanup(self.lab.forwarding, True)
+        report = doctor()
+        self.assertFalse(report["network"]["connected_vms"])
+        self.assertIn("sysctl", report["network"]["remedy"])
+        self.assertTrue([problem for problem in report["problems"] if "VMs cannot be connected" in problem["what"]])
 
 
 if __name__ == "__main__":

@@ -208,6 +208,16 @@ class Policy(Watched):
         settle()
         self.assertEqual([seen for seen in self.eyes.seen if seen.interface == me.tap], [])
 
+    def test_port_that_the_host_leads_elsewhere_is_not_reached(self) -> None:
+        # As a container engine publishes a port: the packet is forwarded, and yet it was for the host.
+        run("nft add table ip published")
+        self.addCleanup(run, "nft delete table ip published")
+        run("nft add chain ip published ports { type nat hook prerouting priority dstnat ; }")
+        run("nft add rule ip published ports tcp dport 8081 dnat to 198.51.100.1:80")
+        vm = self.connected()
+        self.assertEqual(self.reason(vm, "http://{}:8081/".format(HOST_ADDRESS), timeout=2), "timeout")
+        self.assertEqual(self.get(vm, "http://198.51.100.2:8081/")["status"], 200)
+
     def test_guest_that_opens_many_connections_is_held_at_its_limit(self) -> None:
         vm = self.connected()
         hand, me = self.hand(vm), self.end(vm)

@@ -90,6 +90,9 @@ impl Rules {
   set guests {{
     type iface_index . ether_addr . ipv4_addr
   }}
+  set gateways {{
+    type iface_index . ipv4_addr
+  }}
   set addresses {{
     type ipv4_addr
   }}
@@ -116,6 +119,7 @@ impl Rules {
     ip hdrlength != 5 drop
     ip frag-off & 0x3fff != 0 drop
     ip daddr @never drop
+    iif . ip daddr != @gateways fib daddr type != unicast drop
   }}
   chain question {{
     type nat hook prerouting priority dstnat; policy accept;
@@ -124,6 +128,7 @@ impl Rules {
   chain host {{
     type filter hook input priority -1; policy accept;
     iifgroup != {group} accept
+    ct state invalid,related drop
     iif vmap @to_host
     drop
   }}
@@ -133,6 +138,7 @@ impl Rules {
     iifgroup {group} oifgroup {group} drop
     oifgroup {group} ct state established,related accept
     oifgroup {group} drop
+    ct state invalid,related drop
     iif vmap @beyond
     drop
   }}
@@ -183,18 +189,18 @@ table arp {table} {{
         }
         let mut to_host = vec![
             format!("ip daddr != {gateway} drop"),
-            "ct state established,related accept".into(),
-            format!("ct count over {MAX_HOST_FLOWS} drop"),
+            format!("ct state new ct count over {MAX_HOST_FLOWS} drop"),
             "icmp type echo-request accept".into(),
         ];
         if let Some(port) = relay_port {
-            let question = format!("ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 redirect to :{port}");
+            let question =
+                format!("ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {gateway}:{port}");
             blocks.push(block("chain", &format!("resolving_{n}"), &[question]));
             to_host.push(format!("meta l4proto {{ tcp, udp }} th dport {port} accept"));
         }
         to_host.push("drop".into());
         blocks.push(block("chain", &format!("to_host_{n}"), &to_host));
-        let mut beyond = vec!["ct state established,related accept".into(), format!("ct count over {MAX_FLOWS} drop")];
+        let mut beyond = vec!["ct state established accept".into(), format!("ct count over {MAX_FLOWS} drop")];
         beyond.extend(allowed(segment));
         blocks.push(block("chain", &format!("beyond_{n}"), &beyond));
         let elements = self.elements(segment, relay_port.is_some());
@@ -221,6 +227,7 @@ table arp {table} {{
         let mut elements = vec![
             format!("inet {table} guests {{ {n} . {mac} . {address} }}"),
             format!("arp {table} guests {{ {n} . {mac} . {mac} . {address} . {gateway} }}"),
+            format!("inet {table} gateways {{ {n} . {gateway} }}"),
             format!("inet {table} addresses {{ {address} }}"),
             format!("inet {table} to_host {{ {n} : goto to_host_{n} }}"),
             format!("inet {table} beyond {{ {n} : goto beyond_{n} }}"),

@@ -11,6 +11,7 @@ from .frames import (
     BROADCAST,
     IPV4,
     IPV6,
+    RST,
     VLAN,
     Inbox,
     echo,
@@ -19,7 +20,7 @@ from .frames import (
     ipv6_echo,
     ipv6_udp,
     mac,
-    tcp_syn,
+    tcp,
     udp,
 )
 from .lab import HOST_ADDRESS, HOST_OTHER_ADDRESS
@@ -63,7 +64,7 @@ def to(address: str, port: int = PORT) -> Attempt:
     """A datagram, a connection and an echo to one address."""
     return lambda me, _, mark: [
         me.frame(udp(me.address, address, port, mark)),
-        me.frame(tcp_syn(me.address, address, port, mark)),
+        me.frame(tcp(me.address, address, port, mark)),
         me.frame(echo(me.address, address, mark)),
     ]
 
@@ -127,7 +128,7 @@ ELSEWHERE: Dict[str, Attempt] = {
     "the host's loopback": to("127.0.0.1"),
     "a service on the gateway": lambda me, _, mark: [
         me.frame(udp(me.address, me.gateway, PORT, mark)),
-        me.frame(tcp_syn(me.address, me.gateway, PORT, mark)),
+        me.frame(tcp(me.address, me.gateway, PORT, mark)),
     ],
     "the metadata service": to("169.254.169.254", 80),
     "metadata services that lie elsewhere": lambda me, you, mark: to("100.100.100.200", 80)(me, you, mark)
@@ -151,6 +152,12 @@ ELSEWHERE: Dict[str, Attempt] = {
     "in fragments": lambda me, _, mark: fragments(me, me.address, INTERNET, mark),
     "as somebody else, in fragments": lambda me, _, mark: fragments(me, SOMEWHERE, INTERNET, mark),
     "with IP options": record_route,
+    # What belongs to no connection is not translated: it would leave with the VM's own address.
+    "an answer that nobody asked for": lambda me, _, mark: [
+        me.frame(echo(me.address, INTERNET, mark, kind=0)),
+        me.frame(tcp(me.address, INTERNET, PORT, mark, flags=RST)),
+        me.frame(tcp(me.address, INTERNET, PORT, mark, flags=0)),
+    ],
     "the host, by IPv6": lambda me, _, mark: [
         me.frame(ipv6_echo(link_local(me.mac), me.tap_link_local, mark), IPV6),
         me.frame(ipv6_udp(link_local(me.mac), me.tap_link_local, PORT, mark), IPV6),
@@ -185,6 +192,7 @@ WORKS_ON_A_BARE_WIRE = [
     "in fragments",
     "as somebody else, in fragments",
     "with IP options",
+    "an answer that nobody asked for",
     "the host, by IPv6",
     "every IPv6 neighbour",
 ]

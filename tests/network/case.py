@@ -1,7 +1,6 @@
 """What the tests inside the lab share."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -80,5 +79,8 @@ def taps() -> List[str]:
     return [line.split()[0].rstrip(":") for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
 
 
-def after(seconds: float) -> float:
-    return time.monotonic() + seconds
+def sent_by(interface: str) -> int:
+    """Bytes that the host sent by an interface."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    fields = next(line.split(":")[1] for line in lines if line.split(":")[0].strip() == interface)
+    return int(fields.split()[8])

@@ -11,6 +11,7 @@ from typing import List, NamedTuple, Tuple
 
 IPV4, ARP, IPV6, VLAN = 0x0800, 0x0806, 0x86DD, 0x8100
 BROADCAST = "ff:ff:ff:ff:ff:ff"
+SYN, RST = 2, 4
 SYS_PIDFD_OPEN, SYS_PIDFD_GETFD = 434, 438
 
 
@@ -41,8 +42,8 @@ def udp(sender: str, to: str, port: int, payload: bytes, **ip: int) -> bytes:
     return ipv4(sender, to, 17, struct.pack("!HHHH", 40000, port, 8 + len(payload), 0) + payload, **ip)  # type: ignore[arg-type]
 
 
-def tcp_syn(sender: str, to: str, port: int, payload: bytes) -> bytes:
-    head = struct.pack("!HHIIBBHHH", 40000, port, 1, 0, 0x50, 2, 1024, 0, 0)
+def tcp(sender: str, to: str, port: int, payload: bytes, flags: int = SYN) -> bytes:
+    head = struct.pack("!HHIIBBHHH", 40000, port, 1, 0, 0x50, flags, 1024, 0, 0)
     pseudo = socket.inet_aton(sender) + socket.inet_aton(to) + struct.pack("!BBH", 0, 6, len(head) + len(payload))
     return ipv4(sender, to, 6, head[:16] + struct.pack("!H", checksum(pseudo + head + payload)) + head[18:] + payload)
 

@@ -101,7 +101,10 @@ pub fn connect(
     bandwidth_mbps: u64,
 ) -> Result<(Connection, Nic, GuestNetwork)> {
     let refused = |Refusal { reason, remedy }| Error::NetworkUnavailable { vm_id: vm_id.clone(), reason, remedy };
-    check(config).map_err(refused)?;
+    if config.ipv6 {
+        return Err(refused(Refusal::new("this release gives VMs no IPv6", "leave out ipv6=True")));
+    }
+    ready().map_err(refused)?;
     for _ in 0..TRIES {
         match try_connect(config, range, bandwidth_mbps) {
             Ok(connected) => return Ok(connected),
@@ -114,11 +117,11 @@ pub fn connect(
     Err(refused(Refusal::new(format!("every address tried in {range} was taken by someone else"), remedy)))
 }
 
-/// What can be known before anything is made.
-fn check(config: &NetworkConfig) -> std::result::Result<(), Refusal> {
-    if config.ipv6 {
-        return Err(Refusal::new("this release gives VMs no IPv6", "leave out ipv6=True"));
-    }
+/// Whether this process and this host can connect a VM, as far as that is known before anything is made.
+///
+/// # Errors
+/// What is missing, and what to do.
+pub fn ready() -> std::result::Result<(), Refusal> {
     if !privileges::probe().net_admin {
         return Err(Refusal::denied("a tap and its rules"));
     }
