@@ -164,6 +164,16 @@ class Taps(NetworkTestCase):
         self.assertEqual(Path("/proc/sys/net/ipv4/conf/mine/forwarding").read_text(), "0\n")
         self.assertEqual(Path("/proc/sys/net/ipv6/conf/mine/disable_ipv6").read_text(), "0\n")
 
+    def test_tap_that_had_the_gateways_address_keeps_it(self) -> None:
+        run("ip tuntap add dev mine mode tap")
+        self.addCleanup(run, "ip link delete mine")
+        run("ip address add 192.168.100.1/32 dev mine")
+        before = state()
+        vm = self.connected({"tap_device": "mine", "ip_address": "192.168.100.10"})
+        self.assertEqual(self.get(vm, "http://web.test/")["status"], 200)
+        self.manager.destroy_vm(vm.vm_id)
+        self.assertEqual(state(), before)
+
     def test_name_of_something_else_is_refused(self) -> None:
         before = state()
         self.refused("no tap", tap_device=UPLINK)

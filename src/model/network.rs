@@ -79,16 +79,10 @@ impl NetworkConfig {
     /// # Errors
     /// [`Error::InvalidValue`] naming the first field that is malformed or does not fit the others.
     pub fn check(&self) -> Result<()> {
-        if let Some(tap) = &self.tap_device {
-            // IFNAMSIZ is 16 with the final NUL.
-            let fits = (1..=15).contains(&tap.len()) && tap != "." && tap != "..";
-            if !fits || !tap.chars().all(|c| c.is_ascii_graphic() && c != '/' && c != ':') {
-                return Err(invalid(
-                    "tap_device",
-                    tap,
-                    "an interface name of 1 to 15 characters without '/', ':' or spaces",
-                ));
-            }
+        if let Some(tap) = self.tap_device.as_deref().filter(|tap| !is_interface_name(tap)) {
+            let allowed =
+                "1 to 15 letters, digits, '.', '_' and '-', with a letter first; not \"all\", \"default\" or \"if\" and a number";
+            return Err(invalid("tap_device", tap, allowed));
         }
         if let Some(mac) = &self.mac_address {
             check_mac(mac)?;
@@ -113,6 +107,16 @@ impl NetworkConfig {
         }
         self.egress_rules().map(drop)
     }
+}
+
+/// Whether a tap may be called so: IFNAMSIZ is 16 with the final NUL, the tools that are told of it read some characters
+/// as their own, and take a number, or `if` with a number, for an index; the kernel's settings of `all` interfaces and
+/// the `default` ones lie beside those of each.
+fn is_interface_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let by_index = name.strip_prefix("if").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
+    let taken = by_index || ["all", "default"].contains(&name);
+    name.len() <= 15 && name.starts_with(|c: char| c.is_ascii_alphabetic()) && name.chars().all(plain) && !taken
 }
 
 /// Whether a machine on a network may have `address`.
@@ -157,9 +161,13 @@ mod tests {
     #[test]
     fn test_check_malformed_fields_are_named() {
         type Change = fn(&mut NetworkConfig);
-        let cases: [(&str, Change); 13] = [
+        let cases: [(&str, Change); 17] = [
             ("tap_device", |c| c.tap_device = Some("a-name-that-is-too-long".into())),
             ("tap_device", |c| c.tap_device = Some("a/b".into())),
+            ("tap_device", |c| c.tap_device = Some("a#b".into())),
+            ("tap_device", |c| c.tap_device = Some("all".into())),
+            ("tap_device", |c| c.tap_device = Some("7".into())),
+            ("tap_device", |c| c.tap_device = Some("if7".into())),
             ("ip_address", |c| c.ip_address = Some("300.1.1.1".into())),
             ("ip_address", |c| c.ip_address = Some("10.0.0.1/33".into())),
             ("ip_address", |c| c.ip_address = Some("127.0.0.1".into())),

@@ -6,7 +6,7 @@
 //! ```
 //! A tap's own queue shapes only what leaves by it; what arrives is sent through a second queue, the shaper's.
 
-use super::Segment;
+use super::segment::{Before, Segment};
 
 /// The pattern by which the kernel names a tap that nobody named.
 pub const GENERATED_TAP: &str = "twm%d";
@@ -85,28 +85,31 @@ impl Segment {
     /// After the rules are in force. That the route is new is what tells that nobody else has the address.
     #[must_use]
     pub fn ip_up(&self) -> String {
-        let (tap, shaper) = (&self.tap.name, self.tap.shaper());
+        let (tap, shaper, mac) = (&self.tap.name, self.tap.shaper(), &self.mac);
         let (address, gateway) = (self.addresses.address, self.addresses.gateway);
         // `scope link`: no packet to anywhere else is given this source address.
+        let own = match self.before {
+            Some(Before { gateway: true, .. }) => String::new(),
+            _ => format!("address add {gateway}/32 dev {tap} scope link\n"),
+        };
         format!(
             "link set dev {shaper} up\n\
              link set dev {tap} up\n\
-             address replace {gateway}/32 dev {tap} scope link\n\
-             neighbour replace {address} lladdr {mac} dev {tap} nud permanent\n\
-             route add {address}/32 dev {tap} scope link src {gateway}\n",
-            mac = self.mac
+             {own}neighbour replace {address} lladdr {mac} dev {tap} nud permanent\n\
+             route add {address}/32 dev {tap} scope link src {gateway}\n"
         )
     }
 
     /// Stops all traffic; to be run before the rules go. `ifN` means the interface with index N, whatever it is called:
     /// the tap may be gone by now, and its name another's.
     #[must_use]
-    pub fn ip_down(&self, keep_tap: bool) -> String {
+    pub fn ip_down(&self) -> String {
         let (n, gateway) = (self.tap.index, self.addresses.gateway);
-        match keep_tap {
-            false => format!("link delete dev if{n}\n"),
-            // With the link goes all but the address: the route and the neighbour, too.
-            true => format!("link set dev if{n} down\naddress delete {gateway}/32 dev if{n}\n"),
+        match self.before {
+            None => format!("link delete dev if{n}\n"),
+            // With the link go the route and the neighbour, but not the address.
+            Some(Before { gateway: true, .. }) => format!("link set dev if{n} down\n"),
+            Some(_) => format!("link set dev if{n} down\naddress delete {gateway}/32 dev if{n}\n"),
         }
     }
 
@@ -114,17 +117,20 @@ impl Segment {
     #[must_use]
     pub fn tc_down(&self) -> String {
         let n = self.tap.index;
-        format!("qdisc delete dev if{n} ingress\nqdisc delete dev if{n} root\n")
+        match self.before {
+            None => String::new(),
+            Some(_) => format!("qdisc delete dev if{n} ingress\nqdisc delete dev if{n} root\n"),
+        }
     }
 
     /// The last step: that the shaper is there tells that there may be more to remove.
     #[must_use]
-    pub fn ip_end(&self, keep_tap: bool, was_up: bool) -> String {
+    pub fn ip_end(&self) -> String {
         let n = self.tap.index;
-        let back = match (keep_tap, was_up) {
-            (false, _) => String::new(),
-            (true, false) => format!("link set dev if{n} group 0\n"),
-            (true, true) => format!("link set dev if{n} group 0 up\n"),
+        let back = match self.before {
+            None => String::new(),
+            Some(Before { up: false, .. }) => format!("link set dev if{n} group 0\n"),
+            Some(Before { up: true, .. }) => format!("link set dev if{n} group 0 up\n"),
         };
         format!("{back}link delete dev {}\n", self.tap.shaper())
     }
@@ -139,18 +145,21 @@ mod tests {
     #[test]
     fn test_batches_are_golden() {
         let segment = example(None);
+        let there = Segment { before: Some(Before { up: true, gateway: false }), ..segment.clone() };
+        let with_gateway = Segment { before: Some(Before { up: false, gateway: true }), ..segment.clone() };
         let settings: String = segment.settings().iter().map(|(path, value)| format!("{path} = {value}\n")).collect();
-        let parts = [
+        let mut parts = vec![
             ("ip_begin", segment.ip_begin(1234)),
             ("settings", settings),
             ("tc", segment.tc()),
             ("ip_up", segment.ip_up()),
-            ("ip_down, a tap of ours", segment.ip_down(false)),
-            ("ip_down, a tap that was there", segment.ip_down(true)),
-            ("tc_down", segment.tc_down()),
-            ("ip_end, a tap of ours", segment.ip_end(false, false)),
-            ("ip_end, a tap that was there and up", segment.ip_end(true, true)),
+            ("ip_up, the tap had the gateway's address", with_gateway.ip_up()),
         ];
+        for (title, segment) in
+            [("was made", &segment), ("was there and up", &there), ("had the gateway", &with_gateway)]
+        {
+            parts.push((title, segment.ip_down() + &segment.tc_down() + &segment.ip_end()));
+        }
         let text: String = parts.iter().map(|(title, text)| format!("# {title}\n{text}\n")).collect();
         assert_golden("net-segment.batches", &text);
     }

@@ -15,7 +15,7 @@ pub use dns::{Question, Relayed, Verdict};
 pub use links::{Interface, GENERATED_TAP, SHAPER_PREFIX};
 pub use mac::generate as generate_mac;
 pub use rules::{Pinned, Rules};
-pub use segment::{Resolution, Segment, Upstream};
+pub use segment::{Before, Resolution, Segment, Upstream};
 
 /// Compares with a file of `tests/golden`, so that a change shows as lines. `MICROVM_BLESS=1` writes it anew.
 #[cfg(test)]

@@ -13,10 +13,20 @@ use super::{Addresses, Interface};
 use crate::error::Result;
 use crate::model::{EgressRule, EgressTarget, NetworkConfig};
 
+/// What a tap was like that was there before: what it goes back to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Before {
+    pub up: bool,
+    /// It had the gateway's address, with a prefix of 32.
+    pub gateway: bool,
+}
+
 /// Everything that is decided about one segment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
     pub tap: Interface,
+    /// `None`: the tap was made for this, and vanishes by itself.
+    pub before: Option<Before>,
     /// Lower case.
     pub mac: String,
     pub addresses: Addresses,
@@ -71,13 +81,14 @@ impl Segment {
     pub fn new(
         config: &NetworkConfig,
         tap: Interface,
+        before: Option<Before>,
         mac: String,
         addresses: Addresses,
         resolution: Resolution,
         bandwidth_mbps: u64,
     ) -> Result<Self> {
         let mac = mac.to_ascii_lowercase();
-        Ok(Self { tap, mac, addresses, resolution, egress: config.egress_rules()?, bandwidth_mbps })
+        Ok(Self { tap, before, mac, addresses, resolution, egress: config.egress_rules()?, bandwidth_mbps })
     }
 
     /// The servers that the guest's `resolv.conf` names.
@@ -111,7 +122,7 @@ pub mod tests {
         let addresses = Addresses { address: Ipv4Addr::new(192, 168, 100, 10), prefix: 24, gateway };
         let tap = Interface { name: "tap0".into(), index: 7 };
         let resolution = Resolution::of(&config, gateway, |_| false);
-        Segment::new(&config, tap, "52:54:00:12:34:AB".into(), addresses, resolution, 100).unwrap()
+        Segment::new(&config, tap, None, "52:54:00:12:34:AB".into(), addresses, resolution, 100).unwrap()
     }
 
     fn resolution(servers: &[&str], egress: Option<Vec<String>>) -> Resolution {

@@ -124,6 +124,8 @@ class Inside:
         self.results: Optional[Dict[str, List[str]]] = None
 
     def result(self, name: str) -> List[str]:
+        if self.results is None and why_not():
+            self.results = {"": ["skipped", str(why_not())]}
         if self.results is None:
             with tempfile.NamedTemporaryFile("r") as file:
                 command = ["unshare", "--net", "--mount", sys.executable, "-m", "tests.network.lab", self.module, file.name]
@@ -159,14 +161,8 @@ def load(module: str, tests: unittest.TestSuite) -> unittest.TestSuite:
     """What a module's ``load_tests`` answers: the tests themselves inside, stand-ins outside."""
     if os.environ.get(INSIDE):
         return tests
-    inside, reason = Inside(module), why_not()
-    suite = unittest.TestSuite()
-    for test in flatten(tests):
-        stand_in = StandIn(test.id(), inside)
-        if reason:
-            setattr(stand_in, "report", lambda: stand_in.skipTest(str(reason)))
-        suite.addTest(stand_in)
-    return suite
+    inside = Inside(module)
+    return unittest.TestSuite(StandIn(test.id(), inside) for test in flatten(tests))
 
 
 class Recording(unittest.TextTestResult):

@@ -79,6 +79,9 @@ impl Tool {
 
     /// Does all lines of `batch` that can be done, and logs why others could not, unless what they are about is gone.
     pub fn run_all(self, batch: &str) {
+        if batch.is_empty() {
+            return;
+        }
         let Err(refusal) = self.start(&self.batch_arguments(true), batch) else { return };
         let told = |line: &&str| !line.starts_with("Command failed") && !GONE.iter().any(|gone| line.contains(gone));
         for line in refusal.reason.lines().filter(told) {

@@ -7,7 +7,7 @@
 mod relay;
 mod sweep;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
 use crate::host::{clock, privileges};
 use crate::model::{Ipv4Net, NetworkConfig, VmId};
-use crate::net::{self, Interface, Resolution, Rules, Segment};
+use crate::net::{self, Before, Interface, Resolution, Rules, Segment};
 use crate::vmm::Nic;
 use relay::Relay;
 
@@ -146,7 +146,7 @@ fn try_connect(
 ) -> std::result::Result<(Connection, Nic, GuestNetwork), Failed> {
     let Home { rules, table, next_block } = home()?;
     let Tap { fd, name, index, existed } = Tap::open(config.tap_device.as_deref().unwrap_or(net::GENERATED_TAP))?;
-    let was_up = existed && was_up(&name)?;
+    let up = existed && was_up(&name)?;
     let mac = match &config.mac_address {
         Some(mac) => mac.clone(),
         None => net::generate_mac(clock::random()?),
@@ -164,10 +164,14 @@ fn try_connect(
     if let Some(reason) = net::conflict(&addresses, &taken) {
         return Err(Refusal::new(reason, "choose an ip_address and a gateway that this host has not").into());
     }
+    let had_gateway = |(other, host, net): &(String, Ipv4Addr, Ipv4Net)| {
+        *other == name && *host == addresses.gateway && net.prefix() == 32
+    };
+    let before = existed.then(|| Before { up, gateway: hosts.iter().any(had_gateway) });
     let is_host = |address| hosts.iter().any(|(_, host, _)| *host == address);
     let resolution = Resolution::of(config, addresses.gateway, is_host);
-    let segment =
-        Arc::new(Segment::new(config, Interface { name, index }, mac, addresses, resolution, bandwidth_mbps)?);
+    let tap = Interface { name, index };
+    let segment = Arc::new(Segment::new(config, tap, before, mac, addresses, resolution, bandwidth_mbps)?);
     let listening = match &segment.resolution {
         Resolution::Direct(_) => None,
         Resolution::Relayed(upstream) => Some((host::listen_on(&segment.tap.name)?, upstream.clone())),
@@ -175,7 +179,7 @@ fn try_connect(
     let port = listening.as_ref().map(|(listening, _)| listening.port);
 
     let mut undo = Undo::default();
-    undo.push(Step::Batch(Tool::Ip, segment.ip_end(existed, was_up)));
+    undo.push(Step::Batch(Tool::Ip, segment.ip_end()));
     Tool::Ip.run(&segment.ip_begin(rules.group()))?;
     for (path, value) in segment.settings() {
         if let Some(before) = host::setting(&path).filter(|_| existed) {
@@ -183,13 +187,11 @@ fn try_connect(
         }
         host::set_setting(&path, value)?;
     }
-    if existed {
-        undo.push(Step::Batch(Tool::Tc, segment.tc_down()));
-    }
+    undo.push(Step::Batch(Tool::Tc, segment.tc_down()));
     Tool::Tc.run(&segment.tc())?;
     let part = table.add(rules.add(&segment, port), rules.remove(&segment, port.is_some()))?;
     undo.push(Step::Rules(part));
-    undo.push(Step::Batch(Tool::Ip, segment.ip_down(existed)));
+    undo.push(Step::Batch(Tool::Ip, segment.ip_down()));
     Tool::Ip.run(&segment.ip_up()).map_err(|refusal| match refusal.reason.contains(TAKEN) {
         true => Failed::Taken(Refusal::new(
             format!("this host has a route to {} already", segment.addresses.address),

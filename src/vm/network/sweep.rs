@@ -4,6 +4,7 @@
 
 use super::has_flag;
 use crate::host::net::{self as host, Tool};
+use crate::host::privileges;
 use crate::net::{Rules, SHAPER_PREFIX};
 
 /// Removes what belongs to nobody; blocking. What cannot be removed is logged.
@@ -16,7 +17,8 @@ pub fn sweep() {
     };
     let shapers = interfaces.iter().filter(|(_, name)| tap_of(name).is_some_and(|tap| !is_held(tap)));
     let shapers: Vec<String> = shapers.map(|(_, name)| format!("link delete dev {name}\n")).collect();
-    if shapers.is_empty() {
+    // Whoever may not make a segment has left none, and can remove none.
+    if shapers.is_empty() || !privileges::probe().net_admin {
         return;
     }
     match Tool::Nft.ask(&["list", "tables"]) {
