@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -220,6 +221,38 @@ class Taps(NetworkTestCase):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         self.assertIn("False network_unavailable", done.stdout, done.stderr)
         self.assertIn("--cap-add NET_ADMIN", done.stdout)
+
+
+    def test_ordinary_user_with_the_capability_is_connected(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            os.chown(name, 65534, 65534)
+            # The device is usually everybody's; a node of our own, seen by this test alone, is.
+            device = Path(name) / "tun"
+            os.mknod(str(device), 0o666 | stat.S_IFCHR, os.makedev(10, 200))
+            os.chmod(str(device), 0o666)
+            run("mount --bind {} /dev/net/tun".format(device))
+            self.addCleanup(run, "umount /dev/net/tun")
+            code = (
+                "from {} import *\n"
+                "config = {{'default_memory_mb': 128, 'raise_on_error': True, 'runtime_dir': '{}/run'}}\n"
+                "with MicroVMIsolationManager(config) as manager:\n"
+                "    vm_id = manager.create_vm('plugin', network_config=VMNetworkConfig(isolated_network=False))\n"
+                "    manager.start_vm(vm_id)\n"
+                "    print(manager.send_command_to_vm(vm_id, 'process_request', {{'url': 'http://web.test/'}}))\n"
+            ).format(IMPORT, name)
+            powers = "+net_admin,+net_raw"
+            user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+            user += ["--inh-caps=" + powers, "--ambient-caps=" + powers]
+            before = state()
+            probe = subprocess.run(user + [sys.executable, "-c", "import {}".format(IMPORT)], stderr=subprocess.PIPE)
+            if probe.returncode:
+                self.skipTest("an ordinary user cannot run this interpreter")
+            done = subprocess.run(
+                user + [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
+            )
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("hello from 198.51.100.1", done.stdout)
+            self.assertEqual(state(), before)
 
 
 class SmallRange(NetworkTestCase):

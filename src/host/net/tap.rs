@@ -31,7 +31,10 @@ impl Tap {
         let existed = facts::index_of(name).is_some();
         let device = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE);
         let device = device.map_err(|error| match error.kind() {
-            ErrorKind::PermissionDenied => Refusal::denied(DEVICE),
+            ErrorKind::PermissionDenied => Refusal::new(
+                format!("{DEVICE} may not be opened by this user"),
+                "let every user open it, as is usual (chmod 666; what may be done with it is asked later), or run as root",
+            ),
             _ => Refusal::new(
                 format!("{DEVICE}: {error}"),
                 "load the driver (modprobe tun); in a container pass --device /dev/net/tun",
