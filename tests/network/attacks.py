@@ -116,6 +116,11 @@ BETWEEN: Dict[str, Attempt] = {
     "another VM, with a VLAN's tag": lambda me, you, mark: [
         me.frame(struct.pack("!HH", 1, IPV4) + udp(me.address, you.address, PORT, mark), VLAN)
     ],
+    "all VMs, by multicast and broadcast": lambda me, you, mark: [
+        me.frame(udp(me.address, "224.0.0.1", PORT, mark), to="01:00:5e:00:00:01"),
+        me.frame(udp(me.address, "255.255.255.255", PORT, mark), to=BROADCAST),
+        me.frame(udp(me.address, you.address, PORT, mark), to=BROADCAST),
+    ],
     "another VM, in a tunnel": lambda me, you, mark: [
         me.frame(ipv4(me.address, me.gateway, 4, udp(me.address, you.address, PORT, mark)))
     ],
@@ -179,6 +184,7 @@ WORKS_ON_A_BARE_WIRE = [
     "another VM, in fragments",
     "as another VM, in fragments",
     "another VM, in a frame of 9000 bytes",
+    "all VMs, by multicast and broadcast",
     "the host",
     "the host's other address",
     "a service on the gateway",

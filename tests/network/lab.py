@@ -35,7 +35,7 @@ def make_certificates(folder: Path) -> str:
     run(key.format("req -x509 -days 3", folder, "authority", folder, "authority.pem", "authority.test"))
     run(key.format("req", folder, "web", folder, "web.csr", "web.test"))
     (folder / "names").write_text("subjectAltName=DNS:web.test\nbasicConstraints=CA:FALSE\n")
-    sign = "openssl x509 -req -days 3 -in {0}/web.csr -CA {0}/authority.pem -CAkey {0}/authority.key -CAcreateserial"
+    sign = "openssl x509 -req -days 3 -in {0}/web.csr -CA {0}/authority.pem -CAkey {0}/authority.key -CAserial {0}/serial -CAcreateserial"
     run(sign.format(folder) + " -extfile {0}/names -out {0}/web.crt".format(folder))
     (folder / "web.pem").write_text((folder / "web.key").read_text() + (folder / "web.crt").read_text())
     return (folder / "authority.pem").read_text()
