@@ -58,8 +58,8 @@ guest: setup
 	    rm -rf $(BUILD)/kernel; \
 	    echo "$$key" >$(BUILD)/vmlinux.key; \
 	fi
-	RUSTFLAGS='$(STATIC_FLAGS) $(AGENT_CIPHERS)' $(CARGO) build -p microvm-agent --profile static --target $(HOST)
-	src/guest/build-initramfs.sh $(TARGET_DIR)/$(HOST)/static/microvm-agent $(BUILD)/initramfs.cpio
+	RUSTFLAGS='$(STATIC_FLAGS) $(AGENT_CIPHERS)' $(CARGO) build -p microvm-agent --profile agent --target $(HOST)
+	src/guest/build-initramfs.sh $(TARGET_DIR)/$(HOST)/agent/microvm-agent $(BUILD)/initramfs.cpio
 	src/guest/build-disk.sh $(BUILD)/disk.ext4
 	@for file in vmlinux initramfs.cpio disk.ext4; do \
 	    cmp -s $(BUILD)/$$file $(DATA)/$$file || cp --sparse=always $(BUILD)/$$file $(DATA)/$$file; done

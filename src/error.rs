@@ -48,10 +48,14 @@ pub enum Error {
     StartTimeout { vm_id: VmId, stage: &'static str, limit_s: f64, tails: Box<Tails> },
     #[error("{vm_id}: the VMM's process ended unexpectedly ({how})")]
     VmDied { vm_id: VmId, how: String, tails: Box<Tails> },
-    #[error("{vm_id}: the channel to the agent is closed: {reason}")]
-    ChannelClosed { vm_id: String, reason: String },
-    #[error("{vm_id}: no answer to {what} within {limit_s} s; the outcome in the guest is unknown")]
-    ChannelTimeout { vm_id: String, what: String, limit_s: f64 },
+    #[error("{vm_id}: the channel to the agent is closed: {reason}{}", outcome(*sent))]
+    ChannelClosed { vm_id: String, reason: String, sent: bool },
+    #[error("{vm_id}: {what} was not done within {limit_s} s{}", outcome(*sent))]
+    ChannelTimeout { vm_id: String, what: String, limit_s: f64, sent: bool },
+    #[error("{vm_id}: {what}: {message}")]
+    Guest { vm_id: String, what: String, code: &'static str, message: String },
+    #[error("{vm_id}: {path:?} did not arrive as it was sent: CRC-32 {here:08x} here, {there:08x} in the guest")]
+    ChecksumMismatch { vm_id: String, path: String, here: u32, there: u32 },
     #[error("{vm_id}: the guest and this host could not agree on a session: {reason}")]
     HandshakeFailed { vm_id: VmId, reason: String },
     #[error("{vm_id}: {what} of {size} bytes is over the limit of {limit} bytes; send it in pieces")]
@@ -64,6 +68,14 @@ pub enum Error {
     ForkedProcess { what: &'static str, made_in: u32, used_in: u32 },
     #[error("{vm_id}: {operation} was cancelled")]
     Cancelled { vm_id: VmId, operation: &'static str },
+}
+
+/// What a caller may make of a command that got no answer.
+fn outcome(sent: bool) -> &'static str {
+    match sent {
+        true => "; it was sent, and the outcome in the guest is unknown",
+        false => "; nothing of it reached the guest, so it can be tried again",
+    }
 }
 
 impl Error {
@@ -87,6 +99,8 @@ impl Error {
             Error::VmDied { .. } => "vm_died",
             Error::ChannelClosed { .. } => "channel_closed",
             Error::ChannelTimeout { .. } => "channel_timeout",
+            Error::Guest { code, .. } => code,
+            Error::ChecksumMismatch { .. } => "checksum_mismatch",
             Error::HandshakeFailed { .. } => "handshake_failed",
             Error::MessageTooLarge { .. } => "message_too_large",
             Error::Vmm { .. } => "vmm_error",
@@ -113,9 +127,28 @@ impl Error {
                 json!({"what": what, "needed": needed, "available": available, "limit": limit})
             }
             Error::NetworkUnavailable { reason, remedy, .. } => json!({"reason": reason, "remedy": remedy}),
+            Error::ChannelClosed { sent, .. } | Error::ChannelTimeout { sent, .. } => json!({"sent": sent}),
+            Error::MessageTooLarge { .. } => json!({"sent": false}),
             Error::InvalidState { operation, state, .. } => json!({"operation": operation, "state": state.as_str()}),
             _ => json!({}),
         }
+    }
+
+    /// The same, of another VM: one of the pool is known by its first name to what was made for it.
+    #[must_use]
+    pub fn of(mut self, name: &VmId) -> Self {
+        match &mut self {
+            Error::StartFailed { vm_id, .. }
+            | Error::StartTimeout { vm_id, .. }
+            | Error::VmDied { vm_id, .. }
+            | Error::HandshakeFailed { vm_id, .. }
+            | Error::Vmm { vm_id, .. } => vm_id.clone_from(name),
+            Error::ChannelClosed { vm_id, .. }
+            | Error::ChannelTimeout { vm_id, .. }
+            | Error::MessageTooLarge { vm_id, .. } => *vm_id = name.to_string(),
+            _ => {}
+        }
+        self
     }
 
     pub(crate) fn host(

@@ -231,7 +231,7 @@ class Guest(VMTestCase):
         vm = self.running()
         script = "setsid sleep 98765 & setsid setsid sleep 98765 & sleep 98765"
         self.assertEqual(self.failure(vm, "exec", shell(script, timeout=0.5)), "timeout")
-        found = self.result(vm, "exec", shell("sleep 0.2; pgrep -f 'sleep 9876[5]' | wc -l"))
+        found = self.result(vm, "exec", shell("sleep 0.2; ps -o args | grep -c 'sleep 9876[5]'"))
         self.assertEqual(found["stdout"].strip(), "0")
 
     def test_missing_program_is_said_so_every_time(self) -> None:
@@ -303,10 +303,11 @@ class Images(VMTestCase):
 
     def test_kernel_path_is_the_one_that_boots(self) -> None:
         with tempfile.TemporaryDirectory() as name:
-            kernel = Path(name) / "own"
-            kernel.write_bytes((DATA / "vmlinux").read_bytes())
-            pid = self.running(kernel_path=str(kernel)).get_info()["pid"]
-            self.assertIn(str(kernel).encode(), Path("/proc/{}/cmdline".format(pid)).read_bytes())
+            kernel, image = Path(name) / "own", (DATA / "vmlinux").read_bytes()
+            self.assertIn(b"(build@microvm)", image)
+            kernel.write_bytes(image.replace(b"(build@microvm)", b"(tests@kernel1)"))
+            vm = self.running(kernel_path=str(kernel))
+            self.assertIn("tests@kernel1", self.result(vm, "exec", shell("cat /proc/version"))["stdout"])
 
     def test_kernel_that_panics_tells_stage_and_console(self) -> None:
         with tempfile.TemporaryDirectory() as name:

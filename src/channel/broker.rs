@@ -1,22 +1,29 @@
 //! One socket per VM, on which any number of clients of this user talk to its agent.
 
+use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use microvm_protocol::message::Response;
 use serde_json::{json, Map, Value};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::unix::{ReadHalf, WriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::agent::Agent;
-use super::framing::{self, FramingError, Reader};
+use super::agent::{patience, Agent};
+use super::framing::{self, FramingError, Reader, MAX_DOCUMENT};
 use crate::error::{Error, Result};
 use crate::model::VmId;
 
 /// Clients served at once; more wait to be accepted.
 const MAX_CLIENTS: usize = 256;
+/// How long a client may stall in the middle of a message, either way, and the pace that it must keep otherwise.
+const STALL: Duration = Duration::from_secs(10);
+const SLOWEST_BYTES_PER_S: usize = 256 * 1024;
+/// How often to look whether a client that waits for an answer is still there.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Serves until dropped; its clients then read end-of-file.
 #[derive(Debug)]
@@ -69,34 +76,99 @@ async fn accept(vm_id: VmId, socket: PathBuf, listener: UnixListener, agent: Arc
     }
 }
 
+/// How long a client may take over so many bytes. One that stalls is cut off: what is held for it is given back.
+fn patience_for(bytes: usize) -> Duration {
+    STALL + Duration::from_secs((bytes / SLOWEST_BYTES_PER_S) as u64)
+}
+
 async fn serve(vm_id: VmId, mut stream: UnixStream, agent: Arc<Agent>, deadline: Duration) {
+    if let Err(reason) = converse(&vm_id, &mut stream, &agent, deadline).await {
+        log::debug!("{vm_id}: a client went away: {reason}");
+    }
+}
+
+/// One question after the other, so that the answers come in their order. Meanwhile up to one document's worth of further
+/// questions is read, so that a client may ask ahead without reading.
+async fn converse(
+    vm_id: &VmId,
+    stream: &mut UnixStream,
+    agent: &Agent,
+    deadline: Duration,
+) -> std::result::Result<(), String> {
+    let text = |error: std::io::Error| error.to_string();
+    let (mut reading, mut writing) = stream.split();
     let mut reader = Reader::default();
     loop {
-        let (answer, last) = match reader.next(&mut stream).await {
-            Ok(Some(message)) => (answer(&agent, message, deadline).await, false),
-            Ok(None) => return,
+        if reader.is_empty() {
+            // A client may be silent for as long as it likes, only not in the middle of a message.
+            reading.readable().await.map_err(text)?;
+        }
+        let message = tokio::time::timeout(patience_for(MAX_DOCUMENT), reader.next(&mut reading)).await;
+        let message = message.map_err(|_| "it stalled in the middle of a message".to_owned())?;
+        let (answer, last) = match message {
+            Ok(Some(message)) => {
+                let answered = async {
+                    tokio::select! {
+                        biased;
+                        answer = answer(vm_id, agent, message, deadline) => Some(answer),
+                        // Dropping the question cancels it in the guest.
+                        () = hung_up(&writing) => None,
+                    }
+                };
+                let answer = while_reading(&mut reader, &mut reading, answered).await;
+                (answer.ok_or("it hung up before its answer")?, false)
+            }
+            Ok(None) => return Ok(()),
             Err(error @ FramingError::NotJson(_)) => (refusal("bad_message", &error.to_string()), false),
             Err(error @ FramingError::TooLong(_)) => (refusal("message_too_large", &error.to_string()), true),
-            Err(FramingError::Io(error)) => {
-                log::debug!("{vm_id}: a client went away: {error}");
-                return;
-            }
+            Err(FramingError::Io(error)) => return Err(error.to_string()),
         };
         let bytes = framing::encode(&answer)
-            .or_else(|error| framing::encode(&refusal("message_too_large", &error.to_string())));
-        let Ok(bytes) = bytes else { return };
-        if let Err(error) = stream.write_all(&bytes).await {
-            log::debug!("{vm_id}: a client went away: {error}");
-            return;
-        }
+            .or_else(|error| framing::encode(&refusal("message_too_large", &error.to_string())))
+            .map_err(|error| error.to_string())?;
+        drop(answer);
+        let written = tokio::time::timeout(patience_for(bytes.len()), writing.write_all(&bytes));
+        let written = while_reading(&mut reader, &mut reading, written).await;
+        written.map_err(|_| "it does not read its answers".to_owned())?.map_err(text)?;
         if last {
-            return;
+            return Ok(());
+        }
+    }
+}
+
+/// Does `work` and reads ahead meanwhile.
+async fn while_reading<T>(reader: &mut Reader, stream: &mut ReadHalf<'_>, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    let mut at_end = false;
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut work => return done,
+            // What went wrong with the stream shows when the next message is wanted.
+            more = reader.read_ahead(stream), if !at_end && !reader.is_full() => at_end = !matches!(more, Ok(true)),
+        }
+    }
+}
+
+/// Returns when the client has closed both directions; one that closed only its own still waits for its answer.
+async fn hung_up(stream: &WriteHalf<'_>) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        match stream.ready(Interest::WRITABLE).await {
+            Ok(ready) if !ready.is_write_closed() => {}
+            _ => return,
         }
     }
 }
 
 fn refusal(code: &str, message: &str) -> Value {
     json!({"type": "response", "status": "error", "error": {"code": code, "message": message}})
+}
+
+fn failed(error: &Error) -> Value {
+    let mut answer = refusal(error.code(), &error.to_string());
+    answer["error"]["details"] = error.details();
+    answer
 }
 
 /// A client's message as the agent's action and parameters.
@@ -118,15 +190,16 @@ fn parse(message: &Map<String, Value>) -> std::result::Result<(String, Value), S
     Ok((name.to_owned(), params))
 }
 
-async fn answer(agent: &Agent, message: Value, deadline: Duration) -> Value {
+async fn answer(vm_id: &VmId, agent: &Agent, message: Value, deadline: Duration) -> Value {
     let Value::Object(message) = message else { return refusal("bad_message", "a message must be a JSON object") };
     let mut answer = match parse(&message) {
         Err(reason) => refusal("bad_message", &reason),
-        Ok((action, params)) => match agent.request(&action, params, deadline).await {
+        Ok((action, params)) => match ask(agent, &action, params, deadline).await {
             Ok(Response::Ok { .. }) if message.get("type") == Some(&json!("ping")) => json!({"type": "pong"}),
             Ok(Response::Ok { result }) => json!({"type": "response", "status": "ok", "result": result}),
             Ok(Response::Error { error }) => json!({"type": "response", "status": "error", "error": error}),
-            Err(error) => refusal(error.code(), &error.to_string()),
+            // One of the pool is known by its first name further down.
+            Err(error) => failed(&error.of(vm_id)),
         },
     };
     // Clients that number their messages get the number back.
@@ -134,6 +207,11 @@ async fn answer(agent: &Agent, message: Value, deadline: Duration) -> Value {
         answer.insert("id".into(), id.clone());
     }
     answer
+}
+
+async fn ask(agent: &Agent, action: &str, params: Value, deadline: Duration) -> Result<Response> {
+    let patience = patience(&params, deadline);
+    agent.request(action, params, patience).await
 }
 
 #[cfg(test)]

@@ -33,12 +33,14 @@ impl Client {
         &self.socket
     }
 
-    fn closed(&self, reason: impl std::fmt::Display) -> Error {
-        Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: reason.to_string() }
+    /// `sent`: whether a message of ours may have reached the agent. One that the broker did not get whole did not.
+    fn closed(&self, reason: impl std::fmt::Display, sent: bool) -> Error {
+        Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: reason.to_string(), sent }
     }
 
-    fn timeout(&self, what: &str, deadline: Duration) -> Error {
-        Error::ChannelTimeout { vm_id: self.vm_id.to_string(), what: what.into(), limit_s: deadline.as_secs_f64() }
+    fn timeout(&self, what: &str, deadline: Duration, sent: bool) -> Error {
+        let (vm_id, limit_s) = (self.vm_id.to_string(), deadline.as_secs_f64());
+        Error::ChannelTimeout { vm_id, what: what.into(), limit_s, sent }
     }
 
     /// Connects to the broker, dropping an older connection.
@@ -47,8 +49,11 @@ impl Client {
     /// [`Error::ChannelClosed`] when nobody listens, [`Error::ChannelTimeout`].
     pub async fn connect(&self, deadline: Duration) -> Result<()> {
         let connected = tokio::time::timeout(deadline, UnixStream::connect(&self.socket)).await;
-        let stream = connected.map_err(|_| self.timeout("connect", deadline))?.map_err(|error| {
-            self.closed(format!("{}: {error}; is the VM running, and this process of its user?", self.socket.display()))
+        let stream = connected.map_err(|_| self.timeout("connect", deadline, false))?.map_err(|error| {
+            self.closed(
+                format!("{}: {error}; is the VM running, and this process of its user?", self.socket.display()),
+                false,
+            )
         })?;
         let (reading, writing) = stream.into_split();
         *self.writing.lock().await = Some(writing);
@@ -68,15 +73,15 @@ impl Client {
                 size,
                 limit: MAX_DOCUMENT,
             },
-            other => self.closed(other),
+            other => self.closed(other, false),
         })?;
         let mut slot = self.writing.lock().await;
         // Taken out while it is in use: giving up half-way leaves no torn message for the next one to follow.
-        let mut writing = slot.take().ok_or_else(|| self.closed("not connected"))?;
+        let mut writing = slot.take().ok_or_else(|| self.closed("not connected", false))?;
         tokio::time::timeout(deadline, writing.write_all(&bytes))
             .await
-            .map_err(|_| self.timeout("send", deadline))?
-            .map_err(|error| self.closed(error))?;
+            .map_err(|_| self.timeout("send", deadline, false))?
+            .map_err(|error| self.closed(error, false))?;
         *slot = Some(writing);
         Ok(())
     }
@@ -88,17 +93,17 @@ impl Client {
     pub async fn receive(&self, deadline: Duration) -> Result<Value> {
         let wait = async {
             let mut slot = self.reading.lock().await;
-            let (stream, reader) = slot.as_mut().ok_or_else(|| self.closed("not connected"))?;
+            let (stream, reader) = slot.as_mut().ok_or_else(|| self.closed("not connected", false))?;
             match reader.next(stream).await {
                 Ok(Some(document)) => Ok(document),
                 Ok(None) => {
                     *slot = None;
-                    Err(self.closed("the VM was stopped"))
+                    Err(self.closed("the VM was stopped", true))
                 }
-                Err(error) => Err(self.closed(error)),
+                Err(error) => Err(self.closed(error, true)),
             }
         };
-        tokio::time::timeout(deadline, wait).await.map_err(|_| self.timeout("receive", deadline))?
+        tokio::time::timeout(deadline, wait).await.map_err(|_| self.timeout("receive", deadline, true))?
     }
 
     /// Closes the connection; a receive that waits elsewhere ends with it.

@@ -36,28 +36,56 @@ pub fn encode(document: &Value) -> Result<Vec<u8>, FramingError> {
 #[derive(Debug, Default)]
 pub struct Reader {
     buffer: Vec<u8>,
+    /// Where the next document begins; what is before it was taken.
+    start: usize,
 }
 
 impl Reader {
+    /// Whether nothing of the next document was read yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.buffer.len() == self.start
+    }
+
+    /// Whether a whole document's worth of bytes waits to be taken.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.buffer.len() - self.start >= MAX_DOCUMENT
+    }
+
+    /// Reads on without taking anything; false at the end. Cancellation-safe.
+    ///
+    /// # Errors
+    /// The stream's.
+    pub async fn read_ahead<S: AsyncRead + Unpin>(&mut self, stream: &mut S) -> std::io::Result<bool> {
+        // Seldom enough that many short documents do not cost a move each.
+        if self.start > self.buffer.len() / 2 {
+            self.buffer.drain(..self.start);
+            self.start = 0;
+        }
+        Ok(stream.read_buf(&mut self.buffer).await? > 0)
+    }
+
     /// The next document, `None` at a clean end. Cancellation-safe.
     ///
     /// # Errors
     /// [`FramingError::NotJson`] leaves the stream usable; the others do not.
     pub async fn next<S: AsyncRead + Unpin>(&mut self, stream: &mut S) -> Result<Option<Value>, FramingError> {
         loop {
-            if let Some(header) = self.buffer.first_chunk::<4>() {
+            let waiting = &self.buffer[self.start..];
+            if let Some(header) = waiting.first_chunk::<4>() {
                 let length = u32::from_be_bytes(*header) as usize;
                 if length > MAX_DOCUMENT {
                     return Err(FramingError::TooLong(length));
                 }
-                if let Some(body) = self.buffer.get(4..4 + length) {
+                if let Some(body) = waiting.get(4..4 + length) {
                     let document = serde_json::from_slice(body).map_err(FramingError::NotJson);
-                    self.buffer.drain(..4 + length);
+                    self.start += 4 + length;
                     return document.map(Some);
                 }
             }
-            if stream.read_buf(&mut self.buffer).await? == 0 {
-                return match self.buffer.is_empty() {
+            if !self.read_ahead(stream).await? {
+                return match self.is_empty() {
                     true => Ok(None),
                     false => Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
                 };

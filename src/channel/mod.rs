@@ -2,15 +2,28 @@
 //!
 //! ```text
 //! CommunicationChannel --- Unix socket ---> broker --+
-//!        client.rs          framing.rs     broker.rs |--> agent.rs --- sealed records ---> the agent in the guest
-//!                           send_command ------------+
+//!        client.rs          framing.rs     broker.rs |--> agent.rs --> link.rs --- sealed records ---> the guest
+//!                           send_command ------------+        |
+//!                           stream, upload, download ---------+
+//!                           process.rs, transfer.rs   stream.rs, mailbox.rs
 //! ```
+//! Architecture invariant: asynchronous through and through; who blocks does so elsewhere (`py/gate.rs`). What a guest
+//! sends is hostile: nothing here holds more of it than the windows and limits in `microvm_protocol::mux` allow.
 
 mod agent;
 mod broker;
 mod client;
 mod framing;
+mod link;
+mod mailbox;
+mod process;
+mod stream;
+mod transfer;
 
-pub use agent::{Agent, Answer};
+pub use agent::{patience, Agent, Answer};
 pub use broker::Broker;
 pub use client::Client;
+pub use mailbox::Piece;
+pub use process::{Exit, Process};
+pub use stream::{Next, Stream};
+pub use transfer::{Download, Fetched, Upload};

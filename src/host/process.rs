@@ -3,7 +3,7 @@
 //! The socket is the leash: when this side closes, for whatever reason, the launcher's supervisor kills all it holds.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -63,7 +63,7 @@ impl Jailed {
     ///
     /// # Errors
     /// [`Error::Host`] when the launcher does not start.
-    pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[OwnedFd]) -> Result<Self> {
+    pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[BorrowedFd<'_>]) -> Result<Self> {
         let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|e| failed("socketpair", &e))?;
@@ -105,6 +105,11 @@ impl Jailed {
     /// Waits until the program has ended; never returns before.
     pub async fn exited(&self) -> Exit {
         wait_exit(self.exit.clone()).await
+    }
+
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.exit.borrow().is_none()
     }
 
     /// A receiver for the exit, for tasks that outlive the borrow.

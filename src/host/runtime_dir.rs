@@ -9,20 +9,22 @@
 //! ```
 //! A directory whose lock nobody holds belonged to a process that died; whoever finds it removes it.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 
 use super::fork::{self, Concealed};
+use super::{lock, private_dir};
 use crate::error::{Error, Result};
 use crate::model::VmId;
 
 /// sockaddr_un holds 107 bytes and a NUL.
 const MAX_SOCKET_PATH: usize = 107;
 const SOCKET: &str = "sock";
+const LOCK: &str = "lock";
 
 /// The base directory that every process of this user works out alike: no environment variable has a say.
 #[must_use]
@@ -59,7 +61,7 @@ impl VmDir {
     /// [`Error::VmIdTaken`] when a living process holds it, [`Error::Host`] when the base is not ours or not writable,
     /// [`Error::InvalidValue`] when a socket's path would not fit in it.
     pub fn create(base: &Path, vm_id: &VmId) -> Result<Self> {
-        ensure_private(base)?;
+        private_dir::ensure(base, "runtime_dir")?;
         let path = base.join(vm_id.as_str());
         let socket = socket_path(base, vm_id);
         if socket.as_os_str().len() > MAX_SOCKET_PATH {
@@ -74,12 +76,13 @@ impl VmDir {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(Error::host("mkdir", path.display(), error)),
         }
-        let lock = lock(&path).map_err(|error| Error::host("lock", path.join("lock").display(), error))?;
+        let lock = lock::try_exclusive(&path.join(LOCK))
+            .map_err(|error| Error::host("lock", path.join(LOCK).display(), error))?;
         let Some(lock) = lock else {
             return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "another process of this user".into() });
         };
         // Remains of a dead owner, if any: everything but the lock that we now hold.
-        for entry in fs::read_dir(&path).into_iter().flatten().flatten().filter(|entry| entry.file_name() != "lock") {
+        for entry in fs::read_dir(&path).into_iter().flatten().flatten().filter(|entry| entry.file_name() != LOCK) {
             let stale = entry.path();
             let removed = if stale.is_dir() { fs::remove_dir_all(&stale) } else { fs::remove_file(&stale) };
             removed.map_err(|error| Error::host("remove", stale.display(), error))?;
@@ -95,6 +98,22 @@ impl VmDir {
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.path.join(SOCKET)
+    }
+
+    /// Becomes the directory of another VM; what is in it comes along, open files included.
+    ///
+    /// # Errors
+    /// As [`VmDir::create`]'s; nothing has changed then.
+    pub fn rename(&mut self, base: &Path, vm_id: &VmId) -> Result<()> {
+        let new = Self::create(base, vm_id)?;
+        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten().filter(|entry| entry.file_name() != LOCK)
+        {
+            let (from, to) = (entry.path(), new.path.join(entry.file_name()));
+            fs::rename(&from, &to).map_err(|error| Error::host("rename", from.display(), error))?;
+        }
+        // The old directory goes, with what is left of it: its lock.
+        *self = new;
+        Ok(())
     }
 
     fn remove(&mut self) -> std::io::Result<()> {
@@ -121,7 +140,7 @@ pub fn sweep(base: &Path) -> Vec<String> {
     let mut swept = Vec::new();
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         let path = entry.path();
-        match lock(&path) {
+        match lock::try_exclusive(&path.join(LOCK)) {
             Ok(Some(_held)) => match fs::remove_dir_all(&path) {
                 Ok(()) => swept.push(entry.file_name().to_string_lossy().into_owned()),
                 Err(error) => log::warn!("{}: stale, but could not be removed: {error}", path.display()),
@@ -131,43 +150,6 @@ pub fn sweep(base: &Path) -> Vec<String> {
         }
     }
     swept
-}
-
-fn lock(dir: &Path) -> std::io::Result<Option<Flock<File>>> {
-    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join("lock"))?;
-    let held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(held) => held,
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => return Ok(None),
-        Err((_, errno)) => return Err(errno.into()),
-    };
-    // The owner may have removed the directory between our open and our lock: then this file has no name any more.
-    let same =
-        dir.join("lock").metadata().is_ok_and(|named| held.metadata().is_ok_and(|ours| ours.ino() == named.ino()));
-    if same {
-        Ok(Some(held))
-    } else {
-        Err(std::io::Error::from(ErrorKind::NotFound))
-    }
-}
-
-/// Makes sure that `base` exists, is a directory of this user's, and is closed to all others.
-fn ensure_private(base: &Path) -> Result<()> {
-    let failed = |operation, reason: String| Error::host(operation, base.display(), reason);
-    match DirBuilder::new().recursive(true).mode(0o700).create(base) {
-        Ok(()) => {}
-        Err(error) => return Err(failed("mkdir", error.to_string())),
-    }
-    let meta = fs::symlink_metadata(base).map_err(|error| failed("stat", error.to_string()))?;
-    let uid = nix::unistd::geteuid().as_raw();
-    if !meta.is_dir() || meta.uid() != uid {
-        let reason = format!("it must be a directory owned by uid {uid}; remove it or set config[\"runtime_dir\"]");
-        return Err(failed("runtime directory check", reason));
-    }
-    if meta.mode() & 0o077 != 0 {
-        let reason = format!("its mode is {:o}, it must be closed to others: chmod 700", meta.mode() & 0o777);
-        return Err(failed("runtime directory check", reason));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -189,6 +171,18 @@ mod tests {
         assert_eq!(VmDir::create(&base, &id).unwrap_err().code(), "vm_id_taken");
         drop(first);
         assert!(!base.join("a").exists());
+        fs::remove_dir(&base).unwrap();
+    }
+
+    #[test]
+    fn test_rename_takes_the_files_along() {
+        let base = base("rename");
+        let mut dir = VmDir::create(&base, &VmId::parse("old").unwrap()).unwrap();
+        fs::write(dir.path().join("disk"), b"x").unwrap();
+        dir.rename(&base, &VmId::parse("new").unwrap()).unwrap();
+        assert_eq!((base.join("old").exists(), fs::read(base.join("new/disk")).unwrap()), (false, b"x".to_vec()));
+        assert_eq!(VmDir::create(&base, &VmId::parse("new").unwrap()).unwrap_err().code(), "vm_id_taken");
+        drop(dir);
         fs::remove_dir(&base).unwrap();
     }
 

@@ -2,19 +2,24 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use microvm_protocol::identity::{Identity, DRIVE_BYTES};
 
 use crate::error::{Error, Result};
+use crate::host::memfd;
 
 /// The unit in which the template is copied; what is zero in it stays a hole.
 const CHUNK: usize = 64 * 1024;
 
+fn create_file(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
 fn create(path: &Path) -> Result<File> {
-    let options = OpenOptions::new().write(true).create_new(true).mode(0o600).to_owned();
-    options.open(path).map_err(|error| Error::host("create", path.display(), error))
+    create_file(path).map_err(|error| Error::host("create", path.display(), error))
 }
 
 /// Makes a sparse disk of `size_mb` MiB that begins with the template's file system; the agent grows that.
@@ -40,6 +45,30 @@ pub fn write_disk(template: &Path, path: &Path, size_mb: u64) -> Result<()> {
     }
 }
 
+/// Makes a disk that begins as the template's does.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn copy_disk(template: &OwnedFd, path: &Path) -> Result<()> {
+    let failed = |error: std::io::Error| Error::host("copy a disk to", path.display(), error);
+    let copy = || {
+        let source = File::from(template.try_clone()?);
+        let length = source.metadata()?.len();
+        let disk = create_file(path)?;
+        disk.set_len(length)?;
+        let mut chunk = vec![0; CHUNK];
+        for extent in memfd::data_extents(&source, length)? {
+            for at in extent.clone().step_by(CHUNK) {
+                let wanted = usize::try_from(extent.end - at).unwrap_or(CHUNK).min(CHUNK);
+                source.read_exact_at(&mut chunk[..wanted], at)?;
+                disk.write_all_at(&chunk[..wanted], at)?;
+            }
+        }
+        Ok(())
+    };
+    copy().map_err(failed)
+}
+
 /// Writes who the guest is, for the VMM alone to read.
 ///
 /// # Errors
@@ -51,14 +80,27 @@ pub fn write_config_drive(identity: &Identity, path: &Path) -> Result<()> {
     written.map_err(|error| Error::host("write", path.display(), error))
 }
 
+/// Writes another identity over that of a guest which has not read it yet; the VMM has the drive open.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn rewrite_config_drive(identity: &Identity, path: &Path) -> Result<()> {
+    let mut bytes = identity.to_drive().map_err(|error| Error::host("write", path.display(), error))?;
+    let written = overwrite(path, &bytes);
+    bytes.fill(0);
+    written.map_err(|error| Error::host("write", path.display(), error))
+}
+
+fn overwrite(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    OpenOptions::new().write(true).open(path)?.write_all_at(bytes, 0)
+}
+
 /// Overwrites the config drive with zeros, in place: the VMM still has it open.
 ///
 /// # Errors
 /// [`Error::Host`].
 pub fn wipe_config_drive(path: &Path) -> Result<()> {
-    let file = OpenOptions::new().write(true).open(path);
-    let wiped = file.and_then(|file| file.write_all_at(&[0; DRIVE_BYTES], 0));
-    wiped.map_err(|error| Error::host("wipe", path.display(), error))
+    overwrite(path, &[0; DRIVE_BYTES]).map_err(|error| Error::host("wipe", path.display(), error))
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
-//! What a VM boots from: kernel, initramfs, disks, the config drive.
+//! What a VM boots from: kernel, initramfs, disks, the config drive, templates.
 
 mod checks;
 mod data;
 mod drives;
+pub mod template;
 
 pub use checks::{check_kernel, check_rootfs};
 pub use data::GuestImage;
-pub use drives::{wipe_config_drive, write_config_drive, write_disk};
+pub use drives::{copy_disk, rewrite_config_drive, wipe_config_drive, write_config_drive, write_disk};

@@ -1,7 +1,9 @@
-//! All VMs of one owner: registry, quota, cleanup.
+//! All VMs of one owner: registry, quota, cleanup, pool.
 //!
 //! Architecture invariant: `registry` is held for a few instructions at a time, never across an await; what takes
 //! time happens on a VM of its own, so one slow VM never blocks another.
+
+mod pool;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,13 +14,17 @@ use tokio::runtime::Handle;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::error::{Error, Result};
-use crate::host::{clock, runtime_dir};
+use crate::host::{clock, private_dir, runtime_dir};
+use crate::image::template::{Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, VmId, VmState,
+    Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, VmId, VmState,
 };
-use crate::vm::{network, MicroVm, Settings, Spec};
+use crate::vm::{self, network, MicroVm, Settings, Spec};
 use crate::vmm::Binaries;
+use pool::Pool;
+
+pub use pool::ShelfUse;
 
 /// What `create` is asked for; absent parts come from the configuration.
 #[derive(Debug, Clone)]
@@ -40,6 +46,10 @@ pub struct ResourceUsage {
     pub available: QuotaUse,
     pub by_type: BTreeMap<&'static str, usize>,
     pub by_state: BTreeMap<&'static str, usize>,
+    /// Apart from the VMs above, and yielding to them.
+    pub pool: Vec<ShelfUse>,
+    /// How many templates are kept, and their bytes on disk.
+    pub templates: (usize, u64),
 }
 
 struct Registry {
@@ -53,21 +63,29 @@ pub struct Manager {
     config: ManagerConfig,
     settings: Arc<Settings>,
     registry: Mutex<Registry>,
-    janitor: Mutex<Option<AbortHandle>>,
+    pool: Arc<Pool>,
+    /// What runs while the manager is started.
+    tasks: Mutex<Vec<AbortHandle>>,
 }
 
 impl Drop for Manager {
     fn drop(&mut self) {
-        self.stop_janitor();
+        self.stop_tasks();
     }
 }
 
 /// The settings that a configuration means.
 #[must_use]
 pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
+    let cache = config.cache_dir.as_ref().map_or_else(private_dir::default_cache, PathBuf::from);
+    let limits = StoreLimits {
+        max_bytes: config.cache_max_mb << 20,
+        max_age: Duration::from_secs(config.cache_max_age_days * 86_400),
+    };
     Settings {
         base: config.runtime_dir.as_ref().map_or_else(runtime_dir::default_base, PathBuf::from),
         image,
+        templates: config.templates.then(|| Arc::new(Store::new(&cache, limits))),
         binaries: Binaries::from(config),
         min_isolation: config.min_isolation,
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
@@ -80,12 +98,9 @@ impl Manager {
     #[must_use]
     pub fn new(config: ManagerConfig, image: GuestImage) -> Arc<Self> {
         let registry = Registry { vms: Vec::new(), quota: Quota::new(config.max_vcpus, config.max_memory_mb) };
-        Arc::new(Self {
-            settings: Arc::new(settings(&config, image)),
-            config,
-            registry: Mutex::new(registry),
-            janitor: Mutex::new(None),
-        })
+        let settings = Arc::new(settings(&config, image));
+        let pool = Pool::new(&config.pool, config.default_backend, settings.clone());
+        Arc::new(Self { settings, config, registry: Mutex::new(registry), pool, tasks: Mutex::default() })
     }
 
     #[must_use]
@@ -97,45 +112,75 @@ impl Manager {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn janitor(&self) -> MutexGuard<'_, Option<AbortHandle>> {
-        self.janitor.lock().unwrap_or_else(PoisonError::into_inner)
+    fn tasks(&self) -> MutexGuard<'_, Vec<AbortHandle>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes what dead processes left and begins to clean up; nothing when it runs already.
+    /// Removes what dead processes left, begins to clean up, to make the templates that are to be prepared and to fill
+    /// the pool; nothing when it runs already.
     pub async fn start(self: &Arc<Self>) {
-        let base = self.settings.base.clone();
-        let swept = tokio::task::spawn_blocking(move || {
+        let (base, templates) = (self.settings.base.clone(), self.settings.templates.clone());
+        let sweep = move || {
+            if let Some(templates) = templates {
+                templates.clean_up();
+            }
             network::sweep();
             runtime_dir::sweep(&base)
-        });
-        match swept.await {
+        };
+        match tokio::task::spawn_blocking(sweep).await {
             Ok(swept) if !swept.is_empty() => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),
             Ok(_) => {}
             Err(error) => log::warn!("the sweep of the runtime directory failed: {error}"),
         }
-        let mut janitor = self.janitor();
-        if janitor.is_none() {
+        let mut tasks = self.tasks();
+        if tasks.is_empty() {
             let interval = Duration::from_secs_f64(self.config.cleanup_interval_s);
-            let task = Handle::current().spawn(clean_up(Arc::downgrade(self), interval));
-            *janitor = Some(task.abort_handle());
+            let (runtime, weak) = (Handle::current(), Arc::downgrade(self));
+            tasks.push(runtime.spawn(clean_up(weak.clone(), interval)).abort_handle());
+            if !self.config.prepare.is_empty() {
+                tasks.push(runtime.spawn(prepare_all(weak.clone())).abort_handle());
+            }
+            if !self.config.pool.is_empty() {
+                let left = move || weak.upgrade().map(|manager| manager.registry().quota.available());
+                tasks.push(runtime.spawn(self.pool.clone().keep_filled(left)).abort_handle());
+            }
         }
+    }
+
+    /// Makes the template of a shape, unless it is there; its VMs then start as clones.
+    ///
+    /// # Errors
+    /// As a start's; [`Error::Host`] when there can be none.
+    pub async fn prepare(&self, shape: &Shape) -> Result<()> {
+        let vm_id = VmId::parse(&format!("prepare-{}", clock::hex(&clock::random::<6>()?)))?;
+        let spec = Spec {
+            vm_id,
+            backend: self.config.default_backend,
+            isolation_type: IsolationType::BrowserTab,
+            limits: shape.limits.clone(),
+            network: NetworkConfig::default(),
+            kernel_path: shape.kernel_path.clone(),
+            rootfs_path: shape.rootfs_path.clone(),
+        };
+        vm::prepare_template(&spec, &self.settings).await
     }
 
     /// Destroys every VM and stops cleaning up; nothing when it is stopped already.
     pub async fn stop(&self) {
-        self.stop_janitor();
+        self.stop_tasks();
         self.destroy_all().await;
     }
 
-    fn stop_janitor(&self) {
-        if let Some(janitor) = self.janitor().take() {
-            janitor.abort();
+    fn stop_tasks(&self) {
+        for task in self.tasks().drain(..) {
+            task.abort();
         }
+        self.pool.drain();
     }
 
     #[must_use]
     pub fn is_cleaning_up(&self) -> bool {
-        self.janitor().is_some()
+        !self.tasks().is_empty()
     }
 
     /// Reserves quota and a name; starts no process.
@@ -160,10 +205,14 @@ impl Manager {
             kernel_path: request.kernel_path,
             rootfs_path: request.rootfs_path,
         };
-        let vm = MicroVm::new(spec, self.settings.clone());
-        let mut registry = self.registry();
-        registry.quota.reserve(&vm_id, &limits)?;
-        registry.vms.push(vm.clone());
+        let vm = MicroVm::new(spec, self.settings.clone(), Some(self.pool.clone()));
+        let left = {
+            let mut registry = self.registry();
+            registry.quota.reserve(&vm_id, &limits)?;
+            registry.vms.push(vm.clone());
+            registry.quota.available()
+        };
+        self.pool.shrink_to(left);
         Ok(vm)
     }
 
@@ -229,12 +278,25 @@ impl Manager {
             let registry = self.registry();
             (registry.vms.clone(), registry.quota.allocated(), registry.quota.available())
         };
-        let mut usage = ResourceUsage { total_vms: vms.len(), allocated, available, ..ResourceUsage::default() };
+        let templates = self.settings.templates.as_ref().map_or((0, 0), |store| store.usage());
+        let pool = self.pool.usage();
+        let mut usage =
+            ResourceUsage { total_vms: vms.len(), allocated, available, pool, templates, ..ResourceUsage::default() };
         for vm in vms {
             *usage.by_type.entry(vm.spec().isolation_type.as_str()).or_default() += 1;
             *usage.by_state.entry(vm.state().as_str()).or_default() += 1;
         }
         usage
+    }
+}
+
+async fn prepare_all(manager: Weak<Manager>) {
+    let shapes = manager.upgrade().map_or_else(Vec::new, |manager| manager.config.prepare.clone());
+    for shape in shapes {
+        let Some(manager) = manager.upgrade() else { return };
+        if let Err(error) = manager.prepare(&shape).await {
+            log::warn!("a template could not be prepared: {error}");
+        }
     }
 }
 

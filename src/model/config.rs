@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use serde_json::{Map, Value};
 
-use super::{Backend, Grade, Ipv4Net, ResourceLimits};
+use super::{shapes, Backend, Grade, Ipv4Net, PoolSpec, ResourceLimits, Shape};
 use crate::error::{Error, Result};
 
 /// Private (RFC 1918), and not what the usual neighbours take: container engines, libvirt, Kubernetes, home routers.
@@ -21,6 +21,12 @@ pub const CONFIG_KEYS: &[&str] = &[
     "raise_on_error",
     "min_isolation",
     "runtime_dir",
+    "pool",
+    "prepare",
+    "templates",
+    "cache_dir",
+    "cache_max_mb",
+    "cache_max_age_days",
     "start_timeout_s",
     "command_timeout_s",
     "cleanup_interval_s",
@@ -40,6 +46,14 @@ pub struct ManagerConfig {
     pub raise_on_error: bool,
     pub min_isolation: Option<Grade>,
     pub runtime_dir: Option<String>,
+    pub pool: Vec<PoolSpec>,
+    /// Shapes whose templates are made when the manager starts.
+    pub prepare: Vec<Shape>,
+    /// Whether VMs are clones of templates.
+    pub templates: bool,
+    pub cache_dir: Option<String>,
+    pub cache_max_mb: u64,
+    pub cache_max_age_days: u64,
     pub start_timeout_s: f64,
     pub command_timeout_s: f64,
     pub cleanup_interval_s: f64,
@@ -60,6 +74,12 @@ impl Default for ManagerConfig {
             raise_on_error: false,
             min_isolation: None,
             runtime_dir: None,
+            pool: Vec::new(),
+            prepare: Vec::new(),
+            templates: true,
+            cache_dir: None,
+            cache_max_mb: 4096,
+            cache_max_age_days: 30,
             start_timeout_s: 30.0,
             command_timeout_s: 30.0,
             cleanup_interval_s: 5.0,
@@ -92,9 +112,7 @@ impl ManagerConfig {
                         None => None,
                     }
                 }
-                "raise_on_error" => {
-                    out.raise_on_error = value.as_bool().ok_or_else(|| wrong_type(key, value, "True or False"))?;
-                }
+                "raise_on_error" => out.raise_on_error = flag(key, value)?,
                 "min_isolation" => {
                     out.min_isolation = match optional_text(key, value)? {
                         Some(name) => Some(Grade::parse(&name)?),
@@ -102,6 +120,12 @@ impl ManagerConfig {
                     }
                 }
                 "runtime_dir" => out.runtime_dir = optional_text(key, value)?,
+                // Their own defaults are other keys of this configuration: read below.
+                "pool" | "prepare" => {}
+                "templates" => out.templates = flag(key, value)?,
+                "cache_dir" => out.cache_dir = optional_text(key, value)?,
+                "cache_max_mb" => out.cache_max_mb = whole(key, value, 0, 1 << 32)?,
+                "cache_max_age_days" => out.cache_max_age_days = whole(key, value, 0, 36_500)?,
                 "start_timeout_s" => out.start_timeout_s = seconds(key, value)?,
                 "command_timeout_s" => out.command_timeout_s = seconds(key, value)?,
                 "cleanup_interval_s" => out.cleanup_interval_s = seconds(key, value)?,
@@ -118,6 +142,13 @@ impl ManagerConfig {
                 }
             }
         }
+        let entries = |key: &str| config.get(key).map_or(Ok(Vec::new()), |value| shapes::entries(key, value));
+        for (name, entry) in entries("pool")? {
+            out.pool.push(shapes::pool(&name, &entry, &out.default_limits)?);
+        }
+        for (name, entry) in entries("prepare")? {
+            out.prepare.push(shapes::shape(&name, &entry, &out.default_limits)?);
+        }
         Ok(out)
     }
 
@@ -132,26 +163,37 @@ impl ManagerConfig {
     }
 }
 
-fn wrong_type(key: &str, value: &Value, allowed: &str) -> Error {
-    Error::InvalidType { field: format!("config[{key:?}]"), value: value.to_string(), allowed: allowed.into() }
+/// `config["key"]`, or as it is when it is a part of something already.
+fn field(key: &str) -> String {
+    if key.starts_with("config[") {
+        key.to_owned()
+    } else {
+        format!("config[{key:?}]")
+    }
+}
+
+pub(super) fn wrong_type(key: &str, value: &Value, allowed: &str) -> Error {
+    Error::InvalidType { field: field(key), value: value.to_string(), allowed: allowed.into() }
 }
 
 fn rename<T>(key: &str, result: Result<T>) -> Result<T> {
     result.map_err(|error| match error {
-        Error::InvalidValue { value, allowed, .. } => {
-            Error::InvalidValue { field: format!("config[{key:?}]"), value, allowed }
-        }
+        Error::InvalidValue { value, allowed, .. } => Error::InvalidValue { field: field(key), value, allowed },
         other => other,
     })
 }
 
-fn whole(key: &str, value: &Value, low: u64, high: u64) -> Result<u64> {
+fn flag(key: &str, value: &Value) -> Result<bool> {
+    value.as_bool().ok_or_else(|| wrong_type(key, value, "True or False"))
+}
+
+pub(super) fn whole(key: &str, value: &Value, low: u64, high: u64) -> Result<u64> {
     let allowed = format!("a whole number from {low} to {high}");
     if !value.is_i64() && !value.is_u64() {
         return Err(wrong_type(key, value, &allowed));
     }
     value.as_u64().filter(|n| (low..=high).contains(n)).ok_or_else(|| Error::InvalidValue {
-        field: format!("config[{key:?}]"),
+        field: field(key),
         value: value.to_string(),
         allowed,
     })
@@ -163,7 +205,7 @@ fn seconds(key: &str, value: &Value) -> Result<f64> {
     if number > 0.0 && number <= 86_400.0 {
         return Ok(number);
     }
-    Err(Error::InvalidValue { field: format!("config[{key:?}]"), value: value.to_string(), allowed: allowed.into() })
+    Err(Error::InvalidValue { field: field(key), value: value.to_string(), allowed: allowed.into() })
 }
 
 /// A network of addresses that nobody has on the Internet (RFC 1918, RFC 6598, RFC 2544), large enough for one VM.
@@ -183,13 +225,13 @@ fn private_range(key: &str, value: &Value) -> Result<Ipv4Net> {
         net.prefix() <= 30 && wider.into_iter().any(|wide| wide.prefix() <= net.prefix() && wide.contains(net.first()))
     };
     Ipv4Net::parse(text).filter(inside).ok_or_else(|| Error::InvalidValue {
-        field: format!("config[{key:?}]"),
+        field: field(key),
         value: format!("{text:?}"),
         allowed: allowed.into(),
     })
 }
 
-fn optional_text(key: &str, value: &Value) -> Result<Option<String>> {
+pub(super) fn optional_text(key: &str, value: &Value) -> Result<Option<String>> {
     match value {
         Value::Null => Ok(None),
         Value::String(text) => Ok(Some(text.clone())),

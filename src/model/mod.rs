@@ -9,7 +9,9 @@ mod ipv4;
 mod kinds;
 mod limits;
 mod network;
+mod pool;
 mod quota;
+mod shapes;
 mod state;
 
 pub use config::{ManagerConfig, CONFIG_KEYS};
@@ -19,5 +21,6 @@ pub use ipv4::Ipv4Net;
 pub use kinds::{Backend, Grade, IsolationType};
 pub use limits::ResourceLimits;
 pub use network::{NetworkConfig, DEFAULT_PREFIX};
+pub use pool::{Form, PoolSpec, Shape};
 pub use quota::{Quota, QuotaUse};
 pub use state::VmState;

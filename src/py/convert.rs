@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
+use pyo3::types::{PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 use serde_json::{json, Map, Number, Value};
 
 use super::errors;
@@ -93,13 +93,17 @@ fn optional_text(field: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<Strin
     }
 }
 
-/// A path from a string or an `os.PathLike`.
+/// A path from a string or an `os.PathLike`; `None` from `None`.
 pub fn optional_path(field: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<PathBuf>> {
-    let Some(value) = value.filter(|value| !value.is_none()) else { return Ok(None) };
+    value.filter(|value| !value.is_none()).map(|value| path(field, value)).transpose()
+}
+
+/// A path from a string or an `os.PathLike`.
+pub fn path(field: &str, value: &Bound<'_, PyAny>) -> PyResult<PathBuf> {
     let path: PathBuf = value.extract().map_err(|_| wrong_type(field, value, "a path: a string or an os.PathLike"))?;
     let text = path.to_str().filter(|text| !text.is_empty() && !text.contains('\0'));
     match text {
-        Some(_) => Ok(Some(path)),
+        Some(_) => Ok(path),
         None => Err(invalid(value.py(), field, shown(value), "a path that is not empty, in UTF-8, without NUL")),
     }
 }
@@ -121,6 +125,39 @@ fn whole(field: &str, value: &Bound<'_, PyAny>) -> PyResult<u64> {
         return Err(wrong_type(field, value, "an int"));
     }
     value.extract().map_err(|_| invalid(value.py(), field, shown(value), "a whole number above 0"))
+}
+
+/// A whole number from `low` to `high`.
+pub fn whole_in(field: &str, value: &Bound<'_, PyAny>, low: u64, high: u64) -> PyResult<u64> {
+    let allowed = format!("a whole number from {low} to {high}");
+    if value.is_instance_of::<PyBool>() || !value.is_instance_of::<PyInt>() {
+        return Err(wrong_type(field, value, &allowed));
+    }
+    let number = value.extract().ok().filter(|number| (low..=high).contains(number));
+    number.ok_or_else(|| invalid(value.py(), field, shown(value), &allowed))
+}
+
+/// The bytes of a `bytes`, `bytearray` or contiguous `memoryview`.
+pub fn bytes(field: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    if let Ok(bytes) = value.cast::<PyBytes>() {
+        return Ok(bytes.as_bytes().to_vec());
+    }
+    let memoryview = value.py().import("builtins")?.getattr("memoryview")?;
+    if value.is_instance_of::<PyByteArray>() || value.is_instance(&memoryview)? {
+        return Ok(value.py().get_type::<PyBytes>().call1((value,))?.cast::<PyBytes>()?.as_bytes().to_vec());
+    }
+    Err(wrong_type(field, value, "bytes, bytearray or memoryview"))
+}
+
+/// A callable; `None` from `None`.
+pub fn optional_callable<'a, 'py>(
+    field: &str,
+    value: Option<&'a Bound<'py, PyAny>>,
+) -> PyResult<Option<&'a Bound<'py, PyAny>>> {
+    match value.filter(|value| !value.is_none()) {
+        Some(value) if !value.is_callable() => Err(wrong_type(field, value, "callable")),
+        value => Ok(value),
+    }
 }
 
 /// Limits from the six fields in their order.
@@ -235,6 +272,11 @@ pub fn object(field: &str, value: &Bound<'_, PyAny>) -> PyResult<Map<String, Val
         Value::Object(map) => Ok(map),
         _ => Err(wrong_type(field, value, "a dict")),
     }
+}
+
+/// JSON from Python's plain data.
+pub fn json(field: &str, value: &Bound<'_, PyAny>) -> PyResult<Value> {
+    to_json(field, value, 0)
 }
 
 /// JSON from Python's plain data; enum members stand for their values, paths for their text.

@@ -1,10 +1,12 @@
 //! The gate through which every blocking call goes: the interpreter is released, and Ctrl-C is seen within 50 ms.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -62,7 +64,7 @@ fn check_process(py: Python<'_>, what: &'static str, made_in: u32) -> PyResult<(
     }
 }
 
-/// Runs `future` on the runtime and waits for it without holding the interpreter.
+/// Waits for `future` without holding the interpreter.
 pub fn wait<F>(py: Python<'_>, on_interrupt: OnInterrupt, future: F) -> PyResult<F::Output>
 where
     F: Future + Send + 'static,
@@ -71,36 +73,76 @@ where
     if EXITING.load(Ordering::Acquire) {
         return Err(PyRuntimeError::new_err("the interpreter is exiting"));
     }
+    // A caller that loops over waits that end at once would not come to look otherwise.
+    py.check_signals()?;
     wait_unchecked(py, on_interrupt, future)
 }
 
+/// Lets `future` go on by itself.
+pub fn spawn(py: Python<'_>, future: impl Future<Output = ()> + Send + 'static) -> PyResult<()> {
+    runtime(py)?.spawn(future);
+    Ok(())
+}
+
+/// Wakes the thread that polls a future.
+struct Unpark {
+    thread: Thread,
+    woken: AtomicBool,
+}
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.woken.store(true, Ordering::Release);
+        self.thread.unpark();
+    }
+}
+
+/// Polls `future` on this thread: what can be done at once is done here, and whoever completes it wakes this thread
+/// directly. The runtime only drives timers and sockets.
 fn wait_unchecked<F>(py: Python<'_>, on_interrupt: OnInterrupt, future: F) -> PyResult<F::Output>
 where
     F: Future + Send + 'static,
     F::Output: Send + 'static,
 {
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let task = runtime(py)?.spawn(async move {
-        // The caller may have been interrupted: then nobody wants the result.
-        drop(sender.send(future.await));
-    });
-    let receiver = Mutex::new(receiver);
+    let runtime = runtime(py)?;
+    let mut future = Box::pin(future);
     loop {
-        let got = py.detach(|| receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(SLICE));
-        match got {
-            Ok(output) => return Ok(output),
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(PyRuntimeError::new_err("an internal task failed; its panic message is on stderr"))
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                if let Err(interrupt) = py.check_signals() {
-                    if on_interrupt == OnInterrupt::Abandon {
-                        task.abort();
-                    }
-                    return Err(interrupt);
-                }
-            }
+        let polled = py.detach(|| poll_for(runtime, future.as_mut(), SLICE));
+        if let Some(output) = polled {
+            return Ok(output);
         }
+        if let Err(interrupt) = py.check_signals() {
+            py.detach(|| {
+                let _context = runtime.enter();
+                match on_interrupt {
+                    OnInterrupt::Abandon => drop(future),
+                    OnInterrupt::Finish => drop(runtime.spawn(future)),
+                }
+            });
+            return Err(interrupt);
+        }
+    }
+}
+
+/// Polls until the future is ready, at most for `slice`.
+fn poll_for<F: Future>(runtime: &Runtime, mut future: Pin<&mut F>, slice: Duration) -> Option<F::Output> {
+    let _context = runtime.enter();
+    let unpark = Arc::new(Unpark { thread: std::thread::current(), woken: AtomicBool::new(true) });
+    let waker = Waker::from(unpark.clone());
+    let mut context = Context::from_waker(&waker);
+    let end = Instant::now() + slice;
+    loop {
+        if unpark.woken.swap(false, Ordering::AcqRel) {
+            if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
+                return Some(output);
+            }
+            continue;
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return None;
+        }
+        std::thread::park_timeout(left);
     }
 }
 

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use serde_json::{json, Value};
+use pyo3::types::PyDict;
+use serde_json::{json, Map, Value};
 
 use super::gate::{self, OnInterrupt, Owned};
-use super::{convert, errors, logging};
+use super::stream::ProcessStream;
+use super::{convert, errors, logging, transfer};
 use crate::manager;
 use crate::model::{Backend, ManagerConfig, NetworkConfig};
 use crate::net::Segment;
@@ -64,6 +66,12 @@ fn network_info(network: &NetworkConfig, segment: Option<&Segment>) -> Value {
     info
 }
 
+fn start_json(origin: &str, stages: &[(&'static str, Duration)]) -> Value {
+    let stages: Map<String, Value> =
+        stages.iter().map(|(stage, length)| ((*stage).to_owned(), json!(length.as_secs_f64()))).collect();
+    json!({"origin": origin, "stages_seconds": stages})
+}
+
 /// Everything there is to know about a VM, as plain data.
 pub async fn info(vm: Arc<MicroVm>) -> Value {
     let health = vm.health().await;
@@ -78,6 +86,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "isolation_type": spec.isolation_type.as_str(),
         "isolation_grade": facts.grade.map(|grade| grade.as_str()),
         "accelerator": facts.accelerator,
+        "start": facts.origin.map(|origin| start_json(origin, &facts.stages)),
         "state": vm.state().as_str(),
         "pid": facts.pid,
         "socket_path": facts.socket,
@@ -106,6 +115,15 @@ impl MicroVMInstance {
 
     pub fn vm(&self) -> &Arc<MicroVm> {
         self.vm.peek()
+    }
+
+    /// What the newer methods do with a failure: they raise it. It is kept, too.
+    fn raise<T>(&self, py: Python<'_>, result: crate::error::Result<T>) -> PyResult<T> {
+        result.map_err(|error| {
+            let raised = errors::raise(py, &error);
+            self.vm().set_last_error(error);
+            raised
+        })
     }
 
     /// Runs a change of state; `False` with the reason kept when it is not to be.
@@ -149,7 +167,7 @@ impl MicroVMInstance {
         };
         logging::start(py)?;
         let settings = manager::settings(&ManagerConfig::default(), convert::guest_image(py)?);
-        Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings)), false))
+        Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings), None), false))
     }
 
     /// Boots the VM and waits for its agent; `False` with `last_error` when it does not come up.
@@ -200,6 +218,92 @@ impl MicroVMInstance {
         };
         let answer = serde_json::to_value(answer).unwrap_or(Value::Null);
         convert::from_json(py, &answer).map(Some)
+    }
+
+    /// Runs a program live; see `ProcessStream`. Raises when it does not start.
+    #[pyo3(signature = (program, args=None, env=None, cwd=None, stdin=None, pty=false, uid=None, timeout=None, rows=None, columns=None, on_output=None))]
+    #[expect(clippy::too_many_arguments, reason = "the public signature")]
+    fn stream(
+        &self,
+        py: Python<'_>,
+        program: &Bound<'_, PyAny>,
+        args: Option<&Bound<'_, PyAny>>,
+        env: Option<&Bound<'_, PyAny>>,
+        cwd: Option<&Bound<'_, PyAny>>,
+        stdin: Option<&Bound<'_, PyAny>>,
+        pty: bool,
+        uid: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        rows: Option<&Bound<'_, PyAny>>,
+        columns: Option<&Bound<'_, PyAny>>,
+        on_output: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<ProcessStream> {
+        let vm = self.vm.get(py)?;
+        let mut params = Map::new();
+        params.insert("program".into(), convert::text("program", program)?.into());
+        params.insert("pty".into(), pty.into());
+        for (field, value) in [("args", args), ("env", env)] {
+            if let Some(value) = value {
+                params.insert(field.into(), convert::json(field, value)?);
+            }
+        }
+        if let Some(cwd) = cwd {
+            params.insert("cwd".into(), convert::text("cwd", cwd)?.into());
+        }
+        for (field, value, most) in
+            [("uid", uid, u64::from(u32::MAX)), ("rows", rows, 65_535), ("columns", columns, 65_535)]
+        {
+            if let Some(value) = value {
+                params.insert(field.into(), convert::whole_in(field, value, 0, most)?.into());
+            }
+        }
+        if let Some(timeout) = timeout {
+            params.insert("timeout".into(), convert::seconds("timeout", timeout)?.as_secs_f64().into());
+        }
+        let stdin = stdin.map(|stdin| convert::bytes("stdin", stdin)).transpose()?;
+        let on_output = convert::optional_callable("on_output", on_output)?.map(|call| call.clone().unbind());
+        let starting = vm.clone();
+        let started =
+            gate::wait(py, OnInterrupt::Abandon, async move { starting.stream(Value::Object(params)).await })?;
+        let stream = ProcessStream::new(self.raise(py, started)?, on_output);
+        if let Some(stdin) = stdin {
+            stream.give(py, stdin)?;
+        }
+        Ok(stream)
+    }
+
+    /// Writes a file of the guest from a path or an object with `read`. Raises when it fails.
+    #[pyo3(signature = (source, guest_path, offset=None, mode=None, progress=None))]
+    fn upload<'py>(
+        &self,
+        py: Python<'py>,
+        source: &Bound<'py, PyAny>,
+        guest_path: &Bound<'py, PyAny>,
+        offset: Option<&Bound<'py, PyAny>>,
+        mode: Option<&Bound<'py, PyAny>>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let guest_path = convert::text("guest_path", guest_path)?;
+        let offset = offset.map(|offset| convert::whole_in("offset", offset, 0, 1 << 62)).transpose()?;
+        let mode = mode.map(|mode| convert::whole_in("mode", mode, 0, 0o7777)).transpose()?.map(|mode| mode as u32);
+        let progress = convert::optional_callable("progress", progress)?;
+        transfer::upload(self.vm.get(py)?, source, guest_path, offset, mode, progress)
+    }
+
+    /// Reads a file of the guest into a path or an object with `write`. Raises when it fails.
+    #[pyo3(signature = (guest_path, destination, offset=None, progress=None))]
+    fn download<'py>(
+        &self,
+        py: Python<'py>,
+        guest_path: &Bound<'py, PyAny>,
+        destination: &Bound<'py, PyAny>,
+        offset: Option<&Bound<'py, PyAny>>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let guest_path = convert::text("guest_path", guest_path)?;
+        let offset = offset.map(|offset| convert::whole_in("offset", offset, 0, 1 << 62)).transpose()?;
+        let progress = convert::optional_callable("progress", progress)?;
+        transfer::download(self.vm.get(py)?, guest_path, destination, offset, progress)
     }
 
     fn get_health_metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {

@@ -13,8 +13,8 @@ use super::gate::{self, OnInterrupt, Owned};
 use super::instance::{self, MicroVMInstance};
 use super::{convert, errors, logging};
 use crate::error::Error;
-use crate::manager::{CreateRequest, Manager};
-use crate::model::ManagerConfig;
+use crate::manager::{CreateRequest, Manager, ShelfUse};
+use crate::model::{ManagerConfig, PoolSpec, Shape};
 use crate::vm::{HealthStatus, MicroVm};
 
 /// Creates, finds and destroys microVMs within one quota.
@@ -270,8 +270,30 @@ impl MicroVMIsolationManager {
             "memory_available_mb": usage.available.memory_mb,
             "vms_by_type": usage.by_type,
             "vms_by_state": usage.by_state,
+            "pool": usage.pool.iter().map(shelf_json).collect::<Vec<_>>(),
+            "templates": {"count": usage.templates.0, "disk_bytes": usage.templates.1},
         });
         convert::from_json(py, &report)
+    }
+
+    /// Makes the template of VMs of this kind ahead of time, so that the first one, too, starts as a clone.
+    #[pyo3(signature = (resource_limits=None, kernel_path=None, rootfs_path=None))]
+    fn prepare(
+        &self,
+        py: Python<'_>,
+        resource_limits: Option<&Bound<'_, PyAny>>,
+        kernel_path: Option<&Bound<'_, PyAny>>,
+        rootfs_path: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<bool> {
+        let manager = self.manager.get(py)?.clone();
+        let limits = resource_limits.filter(|limits| !limits.is_none()).map(convert::limits).transpose()?;
+        let shape = Shape {
+            limits: limits.unwrap_or_else(|| manager.config().default_limits.clone()),
+            kernel_path: convert::optional_path("kernel_path", kernel_path)?,
+            rootfs_path: convert::optional_path("rootfs_path", rootfs_path)?,
+        };
+        let prepared = gate::wait(py, OnInterrupt::Abandon, async move { manager.prepare(&shape).await })?;
+        Ok(self.settle(py, prepared)?.is_some())
     }
 
     fn get_health_status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
@@ -323,6 +345,18 @@ impl MicroVMIsolationManager {
     fn _cleanup_active(&self) -> bool {
         self.manager.peek().is_cleaning_up()
     }
+}
+
+fn shelf_json(shelf: &ShelfUse) -> Value {
+    let PoolSpec { shape, size, form } = &shelf.spec;
+    json!({
+        "form": form.as_str(),
+        "wanted": size,
+        "ready": shelf.ready,
+        "resource_limits": convert::limits_json(&shape.limits),
+        "kernel_path": shape.kernel_path,
+        "rootfs_path": shape.rootfs_path,
+    })
 }
 
 impl MicroVMIsolationManager {

@@ -11,6 +11,8 @@ mod gate;
 mod instance;
 mod logging;
 mod manager;
+mod stream;
+mod transfer;
 
 use pyo3::prelude::*;
 
@@ -56,6 +58,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<manager::MicroVMIsolationManager>()?;
     module.add_class::<instance::MicroVMInstance>()?;
     module.add_class::<channel::CommunicationChannel>()?;
+    module.add_class::<stream::ProcessStream>()?;
     module.add_function(wrap_pyfunction!(check_resource_limits, module)?)?;
     module.add_function(wrap_pyfunction!(check_network_config, module)?)?;
     module.add_function(wrap_pyfunction!(check_vm_id, module)?)?;

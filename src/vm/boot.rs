@@ -1,123 +1,117 @@
 //! From a spec to a running VM. Whatever is made on the way is undone when a step fails or the future is dropped.
+//!
+//! A VM is a clone of its shape's template, which is made first when there is none; where that does not work out it
+//! boots, with a warning.
 
+use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use microvm_protocol::identity::{Identity, Key, CONFIG_SERIAL, DISK_SERIAL, ROOTFS_SERIAL};
+use microvm_protocol::identity::{Key, CONFIG_SERIAL};
+use tokio::net::UnixStream;
 
-use super::network::{self, Connection};
+use super::network::Connection;
+use super::prepare::{self, prepare, Prepared};
 use super::running::Running;
-use super::{Settings, Spec};
-use crate::channel::{Agent, Broker};
+use super::standby::Standby;
+use super::{template, Settings, Spec};
+use crate::channel::Agent;
 use crate::error::{Error, Result, Tails};
-use crate::host::clock;
+use crate::host::memfd;
+use crate::host::process::Jailed;
 use crate::host::procfs::Usage;
 use crate::host::runtime_dir::VmDir;
 use crate::image;
-use crate::vmm::{self, Drive, LaunchPlan, Launched, Vmm};
+use crate::image::template::Template;
+use crate::model::{ResourceLimits, VmId};
+use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Vmm};
 
-/// The stage a start is at, for the error that it may end with.
-type Stage = Mutex<&'static str>;
-
-fn at(stage: &Stage, name: &'static str) {
-    *stage.lock().unwrap_or_else(PoisonError::into_inner) = name;
+/// How far a start has come, and how long each stage took.
+#[derive(Debug)]
+pub struct Progress {
+    begun: Instant,
+    stages: Mutex<Vec<(&'static str, Instant)>>,
 }
 
-fn name(stage: &Stage) -> &'static str {
-    *stage.lock().unwrap_or_else(PoisonError::into_inner)
+impl Progress {
+    pub fn begin(stage: &'static str) -> Self {
+        Self::since(Instant::now(), stage)
+    }
+
+    /// A start that has gone on since `begun` and is at another beginning now.
+    pub fn since(begun: Instant, stage: &'static str) -> Self {
+        Self { begun, stages: Mutex::new(vec![(stage, Instant::now())]) }
+    }
+
+    pub fn at(&self, stage: &'static str) {
+        self.stages.lock().unwrap_or_else(PoisonError::into_inner).push((stage, Instant::now()));
+    }
+
+    pub fn stage(&self) -> &'static str {
+        self.stages.lock().unwrap_or_else(PoisonError::into_inner).last().map_or("", |(stage, _)| stage)
+    }
+
+    /// The stages up to now and their lengths.
+    pub fn lengths(&self) -> Vec<(&'static str, Duration)> {
+        let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        let ends = stages.iter().skip(1).map(|(_, end)| *end).chain([Instant::now()]);
+        stages.iter().zip(ends).map(|((stage, begun), end)| (*stage, end - *begun)).collect()
+    }
 }
 
-/// What is on disk before the VMM starts.
-struct Prepared {
-    dir: VmDir,
-    vmm: Box<dyn Vmm>,
-    plan: LaunchPlan,
-    key: Key,
-    connection: Option<Connection>,
+/// A VMM that was launched and is watched until it is of use, or not.
+pub struct Attempt<'a> {
+    pub vm_id: &'a VmId,
+    pub progress: &'a Progress,
+    pub jailed: &'a Jailed,
+    pub tails: &'a LiveTails,
+    /// How long the whole start may take.
+    pub limit: Duration,
 }
 
-/// Boots and waits for the agent, at most `start_timeout`.
-pub async fn boot(spec: &Spec, settings: &Settings) -> Result<Running> {
-    let begun = Instant::now();
-    let (owned_spec, owned_settings) = (spec.clone(), settings.clone());
-    let prepared = tokio::task::spawn_blocking(move || prepare(&owned_spec, &owned_settings)).await;
-    let Prepared { dir, vmm, plan, key, connection } =
-        prepared.map_err(|error| Error::host("prepare", &spec.vm_id, error)).and_then(|prepared| prepared)?;
-    let stage = Stage::new("launch");
-    let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan)?;
-    // The tap is the VMM's from here on: it goes when the VMM does.
-    drop(plan);
-    let vm_id = &spec.vm_id;
-    let in_guest = async {
-        at(&stage, "guest boot");
-        let agent = Agent::connect(vm_id.clone(), transport, key, || at(&stage, "handshake")).await?;
-        at(&stage, "guest setup");
-        agent.ready().await.map_err(|(guest_stage, message)| Error::StartFailed {
-            vm_id: vm_id.clone(),
-            stage: "guest setup",
-            reason: format!("{guest_stage}: {message}"),
-            tails: Box::default(),
-        })?;
-        Ok(agent)
-    };
-    let left = settings.start_timeout.saturating_sub(begun.elapsed());
-    let outcome = tokio::select! {
-        biased;
-        agent = in_guest => agent,
-        exit = jailed.exited() => Err(Error::StartFailed {
-            vm_id: vm_id.clone(),
-            stage: name(&stage),
-            reason: format!("the VMM ended ({exit})"),
-            tails: Box::default(),
-        }),
-        () = tokio::time::sleep(left) => Err(Error::StartTimeout {
-            vm_id: vm_id.clone(),
-            stage: name(&stage),
-            limit_s: settings.start_timeout.as_secs_f64(),
-            tails: Box::default(),
-        }),
-    };
-    let agent = match outcome {
-        Ok(agent) => Arc::new(agent),
-        Err(error) => {
-            let error = explain(error, &stage, &jailed).await;
-            // The pipes are drained once no process holds their other ends.
-            jailed.kill();
-            jailed.reaped().await;
-            tails.console.drained().await;
-            tails.vmm_stderr.drained().await;
-            return Err(with_tails(error, tails.read()));
+impl Attempt<'_> {
+    /// Waits for `work`, for the VMM's end or for the deadline, whichever is first. A VMM that failed is gone when this
+    /// returns, and the error says what it said.
+    pub async fn race<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let left = self.limit.saturating_sub(self.progress.begun.elapsed());
+        let outcome = tokio::select! {
+            biased;
+            done = work => done,
+            exit = self.jailed.exited() => Err(self.failed(format!("the VMM ended ({exit})"))),
+            () = tokio::time::sleep(left) => Err(Error::StartTimeout {
+                vm_id: self.vm_id.clone(),
+                stage: self.progress.stage(),
+                limit_s: self.limit.as_secs_f64(),
+                tails: Box::default(),
+            }),
+        };
+        match outcome {
+            Ok(done) => Ok(done),
+            Err(error) => {
+                let error = self.explain(error).await;
+                self.jailed.kill();
+                self.jailed.reaped().await;
+                // The pipes are drained once no process holds their other ends.
+                self.tails.console.drained().await;
+                self.tails.vmm_stderr.drained().await;
+                Err(with_tails(error, self.tails.read()))
+            }
         }
-    };
-    at(&stage, "broker");
-    image::wipe_config_drive(&dir.path().join("config"))?;
-    let broker = Broker::serve(vm_id.clone(), &dir.socket(), agent.clone(), settings.command_timeout)?;
-    Ok(Running {
-        vm_id: vm_id.clone(),
-        backend: vmm.backend(),
-        grade: vmm.grade(),
-        accelerator: vmm.accelerator(),
-        since: Instant::now(),
-        cpu_sample: Mutex::new((begun, Usage::default())),
-        broker: Mutex::new(Some(broker)),
-        agent,
-        control,
-        jailed,
-        tails,
-        connection: Mutex::new(connection),
-        dir: Mutex::new(Some(dir)),
-    })
-}
+    }
 
-/// A transport that closed means a VMM that ended: say how.
-async fn explain(error: Error, stage: &Stage, jailed: &crate::host::process::Jailed) -> Error {
-    let Error::HandshakeFailed { vm_id, reason } = error else { return error };
-    let soon = std::time::Duration::from_millis(500);
-    let reason = match tokio::time::timeout(soon, jailed.exited()).await {
-        Ok(exit) => format!("the VMM ended ({exit})"),
-        Err(_) => reason,
-    };
-    Error::StartFailed { vm_id, stage: name(stage), reason, tails: Box::default() }
+    fn failed(&self, reason: String) -> Error {
+        Error::StartFailed { vm_id: self.vm_id.clone(), stage: self.progress.stage(), reason, tails: Box::default() }
+    }
+
+    /// A transport that closed means a VMM that ended: say how.
+    async fn explain(&self, error: Error) -> Error {
+        let (Error::HandshakeFailed { reason, .. } | Error::Vmm { reason, .. }) = error else { return error };
+        let soon = Duration::from_millis(500);
+        match tokio::time::timeout(soon, self.jailed.exited()).await {
+            Ok(exit) => self.failed(format!("the VMM ended ({exit})")),
+            Err(_) => self.failed(reason),
+        }
+    }
 }
 
 fn with_tails(error: Error, said: Tails) -> Error {
@@ -135,62 +129,194 @@ fn with_tails(error: Error, said: Tails) -> Error {
     }
 }
 
-/// Everything that can be refused or made before a process runs. Blocking.
-fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
-    let vm_id = &spec.vm_id;
-    if let Some(path) = &spec.kernel_path {
-        image::check_kernel(path)?;
-    }
-    if let Some(path) = &spec.rootfs_path {
-        image::check_rootfs(path)?;
-    }
-    settings.image.check()?;
-    let vmm = vmm::select(vm_id, spec.backend, settings.min_isolation, &settings.binaries)?;
-    let dir = VmDir::create(&settings.base, vm_id)?;
-    let path = |name: &str| dir.path().join(name);
-    let key = Key(clock::random()?);
-    let (connection, nic, network) = match spec.network.isolated_network {
-        true => (None, None, None),
-        false => {
-            let limit = spec.limits.network_bandwidth_mbps;
-            let (connection, nic, guest) = network::connect(vm_id, &spec.network, settings.network_range, limit)?;
-            (Some(connection), Some(nic), Some(guest))
+/// Starts a VM and waits for its agent, at most `start_timeout`.
+pub async fn boot(spec: &Spec, settings: &Settings, standby: Option<Standby>) -> Result<Running> {
+    let begun = Instant::now();
+    if let Some(standby) = standby {
+        match standby.become_vm(spec, settings).await {
+            Ok(running) => return Ok(running),
+            Err(error) => log::warn!("{}: a VM of the pool could not be used: {error}", spec.vm_id),
         }
-    };
-    let identity = Identity {
-        key: key.clone(),
-        seed: Key(clock::random()?),
-        vm_id: vm_id.to_string(),
-        hostname: vm_id.hostname(),
-        machine_id: clock::hex(&clock::random::<16>()?),
-        unix_time_ns: clock::unix_time_ns(),
-        disk: true,
-        rootfs: spec.rootfs_path.is_some(),
-        max_file_handles: spec.limits.max_file_handles,
-        max_processes: spec.limits.max_processes,
-        network,
-    };
-    image::write_config_drive(&identity, &path("config"))?;
-    image::write_disk(&settings.image.disk_template, &path("disk"), spec.limits.disk_size_mb)?;
-    let mut drives = vec![
-        Drive { serial: CONFIG_SERIAL, path: path("config"), read_only: true },
-        Drive { serial: DISK_SERIAL, path: path("disk"), read_only: false },
-    ];
-    let absolute = |path: &std::path::Path| {
-        std::path::absolute(path).map_err(|error| Error::host("absolute path", path.display(), error))
-    };
-    if let Some(rootfs) = &spec.rootfs_path {
-        drives.push(Drive { serial: ROOTFS_SERIAL, path: absolute(rootfs)?, read_only: true });
     }
-    let plan = LaunchPlan {
-        vm_id: vm_id.clone(),
-        vcpu_count: spec.limits.vcpu_count,
-        memory_mib: spec.limits.memory_mb,
-        kernel: absolute(spec.kernel_path.as_ref().unwrap_or(&settings.image.kernel))?,
-        initramfs: settings.image.initramfs.clone(),
-        drives,
-        nic,
-        launcher: settings.image.launcher.clone(),
+    let progress = Progress::since(begun, "prepare");
+    let prepared = prepare(spec, settings).await?;
+    progress.at("template");
+    let template = template::find_or_make(&prepared, settings, &progress).await?;
+    let failed = match run(prepared, settings, progress, template.clone()).await {
+        Err(error @ Error::StartFailed { .. }) if template.is_some() => error,
+        outcome => return outcome,
     };
-    Ok(Prepared { dir, vmm, plan, key, connection })
+    log::warn!("{failed}; its template is discarded, the VM boots instead");
+    if let Some(template) = template {
+        template::discard(settings, &template).await;
+    }
+    let progress = Progress::since(begun, "prepare");
+    run(prepare(spec, settings).await?, settings, progress, None).await
+}
+
+async fn run(
+    prepared: Prepared,
+    settings: &Settings,
+    progress: Progress,
+    template: Option<Arc<Template>>,
+) -> Result<Running> {
+    let mut launching = Launching::launch(prepared, settings, progress, template).await?;
+    launching.load(true).await?;
+    let running = launching.bring_up().await?;
+    running.open_broker(settings)?;
+    Ok(running)
+}
+
+/// A VMM that was launched and to whose guest nobody has spoken yet.
+pub struct Launching {
+    dir: VmDir,
+    vmm: Box<dyn Vmm>,
+    plan: LaunchPlan,
+    limits: ResourceLimits,
+    key: Key,
+    jailed: Jailed,
+    transport: UnixStream,
+    control: Box<dyn Control>,
+    tails: LiveTails,
+    connection: Option<Connection>,
+    template: Option<Arc<Template>>,
+    progress: Progress,
+    /// How long the whole start may take.
+    limit: Duration,
+}
+
+impl Launching {
+    /// Launches what is prepared, as a clone or from its kernel.
+    pub async fn launch(
+        prepared: Prepared,
+        settings: &Settings,
+        progress: Progress,
+        template: Option<Arc<Template>>,
+    ) -> Result<Self> {
+        progress.at("drives");
+        let (prepared, key) = prepared.write_drives(settings, template.clone()).await?;
+        let Prepared { dir, vmm, mut plan, limits, network } = prepared;
+        progress.at("launch");
+        let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
+        let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan, &origin)?;
+        // The tap is the VMM's from here on: it goes when the VMM does.
+        plan.nic = None;
+        let connection = network.map(|network| network.connection);
+        let limit = settings.start_timeout;
+        Ok(Self {
+            dir,
+            vmm,
+            plan,
+            limits,
+            key,
+            jailed,
+            transport,
+            control,
+            tails,
+            connection,
+            template,
+            progress,
+            limit,
+        })
+    }
+
+    fn attempt(&self) -> Attempt<'_> {
+        let Self { plan, progress, jailed, tails, limit, .. } = self;
+        Attempt { vm_id: &plan.vm_id, progress, jailed, tails, limit: *limit }
+    }
+
+    /// Waits until the VMM can be told to restore.
+    pub async fn connect(&self) -> Result<()> {
+        self.attempt().race(self.control.connect()).await
+    }
+
+    /// Restores a clone; nothing to do for a VM that boots.
+    pub async fn load(&mut self, run: bool) -> Result<()> {
+        let Some(template) = &self.template else { return Ok(()) };
+        self.progress.at("restore");
+        let restored = async {
+            let state = memfd::reopen(&template.state).map_err(|e| Error::host("open", "a template's state", e))?;
+            self.control.load(state, run).await
+        };
+        self.attempt().race(restored).await
+    }
+
+    pub fn is_alive(&self) -> bool {
+        self.jailed.is_alive()
+    }
+
+    /// Lets a clone run that was loaded only.
+    pub async fn resume(&self) -> Result<()> {
+        self.progress.at("resume");
+        self.attempt().race(self.control.resume()).await
+    }
+
+    /// Makes what stands by the VM of `spec`, whose guest has not yet looked who it is.
+    pub async fn rename(mut self, spec: &Spec, settings: &Settings) -> Result<Self> {
+        let begun = Instant::now();
+        let (vm_id, base) = (spec.vm_id.clone(), settings.base.clone());
+        let renaming = tokio::task::spawn_blocking(move || {
+            self.dir.rename(&base, &vm_id)?;
+            let (identity, key) = prepare::identity(&vm_id, &self.limits, None)?;
+            image::rewrite_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
+            self.plan.vm_id = vm_id;
+            self.key = key;
+            self.progress = Progress::since(begun, "take");
+            Ok(self)
+        });
+        renaming.await.map_err(|error| Error::host("rename", &spec.vm_id, error))?
+    }
+
+    /// Waits for the agent and shakes hands with it.
+    pub async fn bring_up(self) -> Result<Running> {
+        // The connection first: it is let go of last.
+        let Self {
+            connection,
+            dir,
+            vmm,
+            plan,
+            key,
+            jailed,
+            mut transport,
+            control,
+            tails,
+            template,
+            progress,
+            limit,
+            ..
+        } = self;
+        let vm_id = &plan.vm_id;
+        let attempt = Attempt { vm_id, progress: &progress, jailed: &jailed, tails: &tails, limit };
+        let in_guest = async {
+            let hello = match &template {
+                None => {
+                    progress.at("guest boot");
+                    Agent::hello(vm_id, &mut transport).await?
+                }
+                Some(template) => template.manifest.hello.clone(),
+            };
+            progress.at("handshake");
+            Agent::connect(vm_id.clone(), transport, key, &hello).await
+        };
+        let agent = Arc::new(attempt.race(in_guest).await?);
+        progress.at("done");
+        image::wipe_config_drive(&dir.path().join(CONFIG_SERIAL))?;
+        Ok(Running {
+            vm_id: vm_id.clone(),
+            backend: vmm.backend(),
+            grade: vmm.grade(),
+            accelerator: vmm.accelerator(),
+            origin: if template.is_some() { "clone" } else { "boot" },
+            stages: progress.lengths(),
+            since: Instant::now(),
+            cpu_sample: Mutex::new((progress.begun, Usage::default())),
+            broker: Mutex::new(None),
+            agent,
+            control,
+            jailed,
+            tails,
+            connection: Mutex::new(connection),
+            dir: Mutex::new(Some(dir)),
+        })
+    }
 }

@@ -7,7 +7,11 @@
 mod boot;
 mod health;
 pub mod network;
+mod prepare;
 mod running;
+mod standby;
+mod streams;
+mod template;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,9 +20,10 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 use tokio::sync::watch;
 
-use crate::channel::Answer;
+use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
 use crate::host::{clock, process};
+use crate::image::template::Store;
 use crate::image::GuestImage;
 use crate::model::{Backend, Grade, Ipv4Net, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
 use crate::net::Segment;
@@ -26,6 +31,9 @@ use crate::vmm::Binaries;
 
 pub use health::{Health, HealthStatus};
 use running::Running;
+pub use standby::Standby;
+pub use streams::Live;
+pub use template::prepare as prepare_template;
 
 /// What a VM is to be, as its maker wrote it.
 #[derive(Debug, Clone)]
@@ -45,6 +53,8 @@ pub struct Spec {
 pub struct Settings {
     pub base: PathBuf,
     pub image: GuestImage,
+    /// `None`: every VM boots.
+    pub templates: Option<Arc<Store>>,
     pub binaries: Binaries,
     pub min_isolation: Option<Grade>,
     pub start_timeout: Duration,
@@ -59,9 +69,21 @@ pub struct Facts {
     pub backend: Option<Backend>,
     pub grade: Option<Grade>,
     pub accelerator: Option<&'static str>,
+    /// `boot`, `clone` or `pool`.
+    pub origin: Option<&'static str>,
+    /// The stages of its start and how long each took.
+    pub stages: Vec<(&'static str, Duration)>,
     pub socket: PathBuf,
     /// `None` while it is on no network.
     pub segment: Option<Arc<Segment>>,
+}
+
+/// Where starts may find a VM that stands by.
+pub trait Supply: Send + Sync {
+    /// One that can become the VM of `spec`.
+    fn take(&self, spec: &Spec) -> Option<Standby>;
+    /// A start has begun, or ended: what is made ahead waits for those that someone waits for.
+    fn starting(&self, begins: bool);
 }
 
 struct Cell {
@@ -76,6 +98,7 @@ struct Cell {
 pub struct MicroVm {
     spec: Spec,
     settings: Arc<Settings>,
+    supply: Option<Arc<dyn Supply>>,
     operation: tokio::sync::Mutex<()>,
     cell: Mutex<Cell>,
     destroying: watch::Sender<bool>,
@@ -83,11 +106,12 @@ pub struct MicroVm {
 
 impl MicroVm {
     #[must_use]
-    pub fn new(spec: Spec, settings: Arc<Settings>) -> Arc<Self> {
+    pub fn new(spec: Spec, settings: Arc<Settings>, supply: Option<Arc<dyn Supply>>) -> Arc<Self> {
         let cell = Cell { state: VmState::Created, running: None, last_error: None, died: None };
         Arc::new(Self {
             spec,
             settings,
+            supply,
             operation: tokio::sync::Mutex::new(()),
             cell: Mutex::new(cell),
             destroying: watch::Sender::new(false),
@@ -171,11 +195,14 @@ impl MicroVm {
         let abandoned = Abandoned(self);
         let mut destroying = self.destroying.subscribe();
         let begun = Instant::now();
+        let under_way = self.supply.as_ref().map(UnderWay::new);
+        let standby = self.supply.as_ref().and_then(|supply| supply.take(&self.spec));
         let booted = tokio::select! {
-            booted = boot::boot(&self.spec, &self.settings) => booted,
+            booted = boot::boot(&self.spec, &self.settings, standby) => booted,
             _ = destroying.wait_for(|destroying| *destroying) => Err(self.cancelled("start")),
         };
         std::mem::forget(abandoned);
+        drop(under_way);
         let running = booted.inspect_err(|error| self.fail(error))?;
         let running = Arc::new(running);
         {
@@ -230,7 +257,8 @@ impl MicroVm {
     pub async fn pause(&self) -> Result<()> {
         let _operation = self.operation.lock().await;
         let running = self.running_in("pause", VmState::Running)?;
-        running.control().pause().await?;
+        running.control().pause().await.map_err(|error| error.of(self.id()))?;
+        running.agent().rest(true);
         self.become_state("pause", VmState::Paused)
     }
 
@@ -241,7 +269,8 @@ impl MicroVm {
     pub async fn resume(&self) -> Result<()> {
         let _operation = self.operation.lock().await;
         let running = self.running_in("resume", VmState::Paused)?;
-        running.control().resume().await?;
+        running.control().resume().await.map_err(|error| error.of(self.id()))?;
+        running.agent().rest(false);
         self.become_state("resume", VmState::Running)?;
         let now = json!({"unix_time_ns": clock::unix_time_ns()});
         if let Err(error) = running.agent().request("set_clock", now, Duration::from_secs(5)).await {
@@ -279,19 +308,10 @@ impl MicroVm {
     /// [`Error::InvalidState`] unless RUNNING, [`Error::VmDied`], and the channel's.
     pub async fn command(&self, action: &str, params: Value, timeout: Option<Duration>) -> Result<Answer> {
         let running = self.running_in("send a command to", VmState::Running)?;
-        let deadline = timeout.unwrap_or_else(|| {
-            let asked = params.get("timeout").and_then(Value::as_f64).filter(|s| (0.0..=86_400.0).contains(s));
-            // The agent reports its own timeout; the margin lets that answer come through.
-            let asked = asked.map(|seconds| Duration::from_secs_f64(seconds) + Duration::from_secs(5));
-            asked.unwrap_or_default().max(self.settings.command_timeout)
-        });
-        let answered = running.agent().request(action, params, deadline).await;
+        let deadline = timeout.unwrap_or_else(|| patience(&params, self.settings.command_timeout));
+        let answered = running.agent().request(action, params, deadline).await.map_err(|error| error.of(self.id()));
         match answered {
-            Err(Error::ChannelClosed { .. }) => {
-                // The channel closes because the VM died, a moment before that is known: say the cause.
-                let exit = tokio::time::timeout(Duration::from_secs(1), running.exited()).await;
-                exit.map_or(answered, |exit| Err(running.died(&exit)))
-            }
+            Err(error) => Err(explain(&running, error).await),
             answered => answered,
         }
     }
@@ -330,6 +350,31 @@ impl MicroVm {
             cell.running = None;
         }
     }
+}
+
+/// A start that someone waits for.
+struct UnderWay(Arc<dyn Supply>);
+
+impl UnderWay {
+    fn new(supply: &Arc<dyn Supply>) -> Self {
+        supply.starting(true);
+        Self(supply.clone())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.starting(false);
+    }
+}
+
+/// The channel closes because the VM died, a moment before that is known: says the cause.
+async fn explain(running: &Running, error: Error) -> Error {
+    if !matches!(error, Error::ChannelClosed { .. }) {
+        return error;
+    }
+    let exit = tokio::time::timeout(Duration::from_secs(1), running.exited()).await;
+    exit.map_or(error, |exit| running.died(&exit))
 }
 
 /// Ends a start whose future was dropped half-way: what it held is gone by then.

@@ -7,9 +7,9 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::network::Connection;
-use super::Facts;
+use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
-use crate::error::{Error, Tails};
+use crate::error::{Error, Result, Tails};
 use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
@@ -30,6 +30,9 @@ pub struct Running {
     pub(super) backend: Backend,
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
+    /// `boot`, `clone` or `pool`.
+    pub(super) origin: &'static str,
+    pub(super) stages: Vec<(&'static str, Duration)>,
     pub(super) since: Instant,
     pub(super) cpu_sample: Mutex<(Instant, Usage)>,
     pub(super) broker: Mutex<Option<Broker>>,
@@ -54,6 +57,31 @@ impl Running {
         self.jailed.pid()
     }
 
+    pub fn is_alive(&self) -> bool {
+        self.jailed.is_alive()
+    }
+
+    /// Gives clients of this user a socket to talk to the agent.
+    pub fn open_broker(&self, settings: &Settings) -> Result<()> {
+        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(dir) = dir.as_ref() else { return Ok(()) };
+        let broker = Broker::serve(self.vm_id.clone(), &dir.socket(), self.agent.clone(), settings.command_timeout)?;
+        *self.broker.lock().unwrap_or_else(PoisonError::into_inner) = Some(broker);
+        Ok(())
+    }
+
+    /// Takes another name, and with it another directory.
+    pub async fn rename(&mut self, spec: &Spec, settings: &Settings) -> Result<()> {
+        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (vm_id, base) = (spec.vm_id.clone(), settings.base.clone());
+        let renaming =
+            tokio::task::spawn_blocking(move || dir.map(|mut dir| dir.rename(&base, &vm_id).map(|()| dir)).transpose());
+        let dir = renaming.await.map_err(|error| Error::host("rename", &spec.vm_id, error))??;
+        *self.dir.lock().unwrap_or_else(PoisonError::into_inner) = dir;
+        self.vm_id = spec.vm_id.clone();
+        Ok(())
+    }
+
     pub fn exit_receiver(&self) -> watch::Receiver<Option<Exit>> {
         self.jailed.exit_receiver()
     }
@@ -68,6 +96,8 @@ impl Running {
             backend: Some(self.backend),
             grade: Some(self.grade),
             accelerator: Some(self.accelerator),
+            origin: Some(self.origin),
+            stages: self.stages.clone(),
             segment: self.connection().as_ref().map(|connection| connection.segment().clone()),
             ..Facts::default()
         }

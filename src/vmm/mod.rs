@@ -11,8 +11,9 @@ mod qemu;
 use std::fmt::Debug;
 use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::UnixStream;
@@ -37,27 +38,41 @@ pub struct Drive {
     pub serial: &'static str,
     pub path: PathBuf,
     pub read_only: bool,
+    /// In bytes.
+    pub size: u64,
 }
 
 /// The one network device of a VM.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Nic {
     pub mac: String,
+    /// `None`: nothing is plugged in, as in a template.
+    pub tap: Option<Arc<TapEnd>>,
+}
+
+/// The host's end of a VM's wire, open: the VMM needs no right to open one.
+#[derive(Debug)]
+pub struct TapEnd {
     // Let go of before the descriptor is closed.
     _concealed: Concealed,
-    /// The host's end of the wire, open; the VMM needs no right to open one.
-    pub tap: OwnedFd,
+    pub fd: OwnedFd,
 }
 
 impl Nic {
     #[must_use]
     pub fn new(mac: String, tap: OwnedFd) -> Self {
-        Self { mac, _concealed: fork::conceal(&tap), tap }
+        Self { mac, tap: Some(Arc::new(TapEnd { _concealed: fork::conceal(&tap), fd: tap })) }
+    }
+
+    /// The device of all VMs that have one, without what is one VM's own.
+    #[must_use]
+    pub fn unplugged() -> Self {
+        Self { mac: "02:00:00:00:00:00".into(), tap: None }
     }
 }
 
 /// Everything a backend must know to launch one VM.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct LaunchPlan {
     pub vm_id: VmId,
     pub vcpu_count: u64,
@@ -84,6 +99,17 @@ impl LiveTails {
     }
 }
 
+/// How a VMM comes to run a guest.
+#[derive(Debug, Clone)]
+pub enum Origin {
+    /// The kernel boots.
+    Boot,
+    /// The kernel boots with its memory in this file, and [`Control::save`] makes a template of it.
+    Record { ram: PathBuf },
+    /// A clone of a template, whose memory it maps copy-on-write; it waits for [`Control::load`].
+    Clone { ram: Arc<OwnedFd> },
+}
+
 /// A VMM process and the ways to talk to it.
 pub struct Launched {
     pub jailed: Jailed,
@@ -101,10 +127,16 @@ pub struct DiskIo {
 
 /// The control API of one running VMM; each call has [`CONTROL_DEADLINE`].
 pub trait Control: Send + Sync {
+    /// Waits until the VMM listens: it has opened all its files then.
+    fn connect(&self) -> BoxFuture<'_, Result<()>>;
     /// Stops the vCPUs.
     fn pause(&self) -> BoxFuture<'_, Result<()>>;
     /// Lets the vCPUs go on.
     fn resume(&self) -> BoxFuture<'_, Result<()>>;
+    /// Saves the device state of a VMM launched with [`Origin::Record`], which is of no use any more afterwards.
+    fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>>;
+    /// Restores a VMM launched with [`Origin::Clone`] from what `save` wrote and, if asked to, lets it run.
+    fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>>;
     /// Ends the VMM without asking the guest.
     fn quit(&self) -> BoxFuture<'_, Result<()>>;
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>>;
@@ -117,11 +149,14 @@ pub trait Vmm: Send + Sync + Debug {
     fn grade(&self) -> Grade;
     /// The accelerator's name as the VMM calls it.
     fn accelerator(&self) -> &'static str;
+    fn binary(&self) -> &Path;
+    /// The machine that `plan` describes, without the names of its files: what a template of it depends on.
+    fn machine(&self, plan: &LaunchPlan) -> Vec<String>;
     /// Launches the VMM; call on the runtime. Dropping what it returns kills the VMM.
     ///
     /// # Errors
     /// [`Error::Host`].
-    fn launch(&self, plan: &LaunchPlan) -> Result<Launched>;
+    fn launch(&self, plan: &LaunchPlan, origin: &Origin) -> Result<Launched>;
 }
 
 /// The backend asked for, or the best one that this host can run.

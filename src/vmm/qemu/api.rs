@@ -1,13 +1,20 @@
 //! QMP, over the socket that QEMU was born with (QEMU Machine Protocol specification).
 
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use serde_json::{json, Value};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
 use crate::error::{Error, Result};
 use crate::model::VmId;
 use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
+
+/// The name under which QEMU keeps the descriptor of a template's device state.
+const STATE: &str = "s";
 
 /// One QMP connection; commands go one after the other.
 #[derive(Debug)]
@@ -31,59 +38,152 @@ impl Qmp {
         Self { vm_id, line: Mutex::new(line) }
     }
 
-    async fn execute(&self, command: &'static str) -> Result<Value> {
-        let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation: command, reason };
+    /// Runs `work` on the negotiated line, at most [`CONTROL_DEADLINE`].
+    async fn on_line<T>(
+        &self,
+        operation: &'static str,
+        work: impl AsyncFnOnce(&mut Line) -> std::result::Result<T, String>,
+    ) -> Result<T> {
+        let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation, reason };
         let exchange = async {
             let mut line = self.line.lock().await;
             if !line.negotiated {
-                line.command("qmp_capabilities").await?;
+                line.command("qmp_capabilities", Value::Null).await?;
                 line.negotiated = true;
             }
-            line.command(command).await
+            work(&mut line).await
         };
         match tokio::time::timeout(CONTROL_DEADLINE, exchange).await {
             Ok(answer) => answer.map_err(failed),
             Err(_) => Err(failed(format!("QMP did not answer within {} s", CONTROL_DEADLINE.as_secs()))),
         }
     }
+
+    async fn execute(&self, command: &'static str) -> Result<Value> {
+        self.on_line(command, async |line| line.command(command, Value::Null).await).await
+    }
 }
 
 impl Line {
-    async fn command(&mut self, command: &str) -> std::result::Result<Value, String> {
+    async fn command(&mut self, command: &str, arguments: Value) -> std::result::Result<Value, String> {
+        let id = self.send(command, arguments, None).await?;
+        self.answer(id).await
+    }
+
+    /// Sends a command without waiting for its answer. QEMU 7.2 reads its monitor byte by byte, so it is kept short.
+    async fn send(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<&OwnedFd>,
+    ) -> std::result::Result<u64, String> {
         self.next_id += 1;
-        let id = self.next_id;
-        let mut request = json!({"execute": command, "id": id}).to_string();
-        request.push('\n');
-        self.stream.get_mut().write_all(request.as_bytes()).await.map_err(|e| format!("QMP: {e}"))?;
+        let mut request = json!({"execute": command, "id": self.next_id});
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        let text = request.to_string() + "\n";
+        let stream = self.stream.get_mut();
+        let sent = match fd {
+            None => stream.write_all(text.as_bytes()).await,
+            Some(fd) => {
+                let first = stream.async_io(Interest::WRITABLE, || send_with(stream, text.as_bytes(), fd)).await;
+                match first {
+                    Ok(length) => stream.write_all(text.as_bytes().get(length..).unwrap_or_default()).await,
+                    Err(error) => Err(error),
+                }
+            }
+        };
+        sent.map_err(|e| format!("QMP: {e}"))?;
+        Ok(self.next_id)
+    }
+
+    async fn answer(&mut self, id: u64) -> std::result::Result<Value, String> {
+        // The greeting, events and late answers have another id or none.
+        let answer = self.line_with(|line| line.get("id").and_then(Value::as_u64) == Some(id)).await?;
+        match (answer.get("return"), answer.get("error")) {
+            (Some(value), _) => Ok(value.clone()),
+            (None, Some(error)) => {
+                Err(error.get("desc").and_then(Value::as_str).unwrap_or("unknown QMP error").to_owned())
+            }
+            (None, None) => Err(format!("QMP: neither return nor error in {answer}")),
+        }
+    }
+
+    /// Waits for the end of a migration, in either direction.
+    async fn migrated(&mut self) -> std::result::Result<(), String> {
+        let status = |line: &Value| match (line["event"].as_str(), line["data"]["status"].as_str()) {
+            (Some("MIGRATION"), Some(status @ ("completed" | "failed"))) => Some(status == "completed"),
+            _ => None,
+        };
+        let end = self.line_with(|line| status(line).is_some()).await?;
+        match status(&end) {
+            Some(true) => Ok(()),
+            _ => Err("the device state was not transferred; the VMM's stderr says why".into()),
+        }
+    }
+
+    async fn line_with(&mut self, wanted: impl Fn(&Value) -> bool) -> std::result::Result<Value, String> {
         loop {
             let read = self.stream.read_until(b'\n', &mut self.partial).await.map_err(|e| format!("QMP: {e}"))?;
             if read == 0 {
                 return Err("QMP: the VMM closed the connection".into());
             }
-            let answer: Value = serde_json::from_slice(&self.partial).map_err(|e| format!("QMP: {e}"))?;
+            let line: Value = serde_json::from_slice(&self.partial).map_err(|e| format!("QMP: {e}"))?;
             self.partial.clear();
-            // The greeting, events and late answers have another id or none.
-            if answer.get("id").and_then(Value::as_u64) != Some(id) {
-                continue;
+            if wanted(&line) {
+                return Ok(line);
             }
-            return match (answer.get("return"), answer.get("error")) {
-                (Some(value), _) => Ok(value.clone()),
-                (None, Some(error)) => {
-                    Err(error.get("desc").and_then(Value::as_str).unwrap_or("unknown QMP error").to_owned())
-                }
-                (None, None) => Err(format!("QMP: neither return nor error in {answer}")),
-            };
         }
+    }
+
+    /// Memory in a shared file stays where it is; only the devices' state travels.
+    async fn prepare_transfer(&mut self, state: &OwnedFd) -> std::result::Result<(), String> {
+        let capabilities = ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
+        self.command("migrate-set-capabilities", json!({"capabilities": capabilities})).await?;
+        let id = self.send("getfd", json!({"fdname": STATE}), Some(state)).await?;
+        self.answer(id).await.map(drop)
     }
 }
 
+fn send_with(stream: &UnixStream, bytes: &[u8], fd: &OwnedFd) -> io::Result<usize> {
+    let rights = [fd.as_raw_fd()];
+    let slices = [IoSlice::new(bytes)];
+    let message = [ControlMessage::ScmRights(&rights)];
+    Ok(sendmsg::<()>(stream.as_raw_fd(), &slices, &message, MsgFlags::MSG_NOSIGNAL, None)?)
+}
+
 impl Control for Qmp {
+    fn connect(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.on_line("connect", async |_| Ok(())))
+    }
+
     fn pause(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { self.execute("stop").await.map(drop) })
     }
 
     fn resume(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { self.execute("cont").await.map(drop) })
+    }
+
+    fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.on_line("save", async move |line| {
+            line.prepare_transfer(&state).await?;
+            line.command("migrate", json!({"uri": format!("fd:{STATE}")})).await?;
+            line.migrated().await
+        }))
+    }
+
+    fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.on_line("load", async move |line| {
+            line.prepare_transfer(&state).await?;
+            line.command("migrate-incoming", json!({"uri": format!("fd:{STATE}")})).await?;
+            line.migrated().await?;
+            if run {
+                line.command("cont", Value::Null).await?;
+            }
+            Ok(())
+        }))
     }
 
     fn quit(&self) -> BoxFuture<'_, Result<()>> {

@@ -1,11 +1,12 @@
 //! A launch plan as QEMU's arguments. Pure.
 
-use crate::vmm::LaunchPlan;
+use crate::vmm::{LaunchPlan, Nic, Origin};
 
-/// The descriptors that QEMU finds its sockets and its tap at.
+/// The descriptors that QEMU finds its sockets, a template's memory and its tap at.
 pub const AGENT_FD: i32 = 3;
 pub const QMP_FD: i32 = 4;
-pub const TAP_FD: i32 = 5;
+pub const RAM_FD: i32 = 5;
+pub const TAP_FD: i32 = 6;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
@@ -25,18 +26,34 @@ impl Accelerator {
 /// `tsc=reliable` spares the guest the watch over a clock that an emulator keeps; a reboot by triple fault ends QEMU.
 const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable";
 
-/// Under TCG every further vCPU would measure its delay loop for 0.3 s, and often fail to. Nothing but emulated devices
-/// waits on such delays, so a value for a TSC of 2.6 GHz (at HZ=100) serves any host. The test for a broken timer
-/// interrupt takes 40 ms; KVM guests leave it out by themselves.
-const TCG_CMDLINE: &str = " lpj=26000000 no_timer_check";
+/// Under TCG the guest is told the frequency of its TSC, which is the host's: it finds no clock there to measure it by,
+/// and would count ticks. The test for a broken timer interrupt takes 40 ms; KVM guests leave it out by themselves.
+fn tcg_cmdline(tsc_khz: Option<u64>) -> String {
+    match tsc_khz {
+        Some(khz) => format!(" no_timer_check tsc_early_khz={khz}"),
+        // Every vCPU would measure its delay loop for 0.3 s, and often fail to. Nothing but emulated devices waits on
+        // such delays, so a value for 2.6 GHz (at HZ=100) serves any host.
+        None => " no_timer_check lpj=26000000".into(),
+    }
+}
 
 /// QemuOpts take a comma as the end of a value; two stand for one.
 fn escape(path: &std::path::Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
+/// Guest memory in a file: shared while a template is recorded in it, private (copy-on-write) in a clone.
+fn memory(plan: &LaunchPlan, origin: &Origin) -> Option<String> {
+    let (path, share) = match origin {
+        Origin::Boot => return None,
+        Origin::Record { ram } => (escape(ram), "on"),
+        Origin::Clone { .. } => (format!("/proc/self/fd/{RAM_FD}"), "off"),
+    };
+    Some(format!("memory-backend-file,id=ram,size={}M,mem-path={path},share={share}", plan.memory_mib))
+}
+
 /// QEMU's arguments after `argv[0]`.
-pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
+pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin, tsc_khz: Option<u64>) -> Vec<String> {
     // With acpi=on, or without pit and pic, boots under TCG hang while the guest calibrates its timers.
     let timers = match accelerator {
         Accelerator::Tcg => "acpi=off,pit=on,pic=on,rtc=on",
@@ -47,9 +64,11 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
         Accelerator::Tcg => "tcg,tb-size=32",
         Accelerator::Kvm => "kvm",
     };
+    let memory = memory(plan, origin);
+    let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
     let mut args: Vec<String> = [
         "-M",
-        &format!("microvm,{timers},isa-serial=on,x-option-roms=off,auto-kernel-cmdline=on"),
+        &format!("microvm,{timers},isa-serial=on,x-option-roms=off,auto-kernel-cmdline=on{backend}"),
         "-accel",
         accel,
         "-cpu",
@@ -63,12 +82,6 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
         "-display",
         "none",
         "-no-reboot",
-        "-kernel",
-        &plan.kernel.display().to_string(),
-        "-initrd",
-        &plan.initramfs.display().to_string(),
-        "-append",
-        &format!("{CMDLINE}{}", if accelerator == Accelerator::Tcg { TCG_CMDLINE } else { "" }),
         "-chardev",
         "stdio,id=console,signal=off",
         "-serial",
@@ -86,6 +99,18 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
     ]
     .map(str::to_owned)
     .into();
+    if let Some(memory) = memory {
+        args.extend(["-object".into(), memory]);
+    }
+    if matches!(origin, Origin::Clone { .. }) {
+        // The kernel is in the memory already; reading the files would take time and 25 MiB of each clone's own.
+        args.extend(["-S", "-incoming", "defer"].map(str::to_owned));
+    } else {
+        let more = if accelerator == Accelerator::Tcg { tcg_cmdline(tsc_khz) } else { String::new() };
+        let cmdline = format!("{CMDLINE}{more}");
+        let (kernel, initramfs) = (plan.kernel.display().to_string(), plan.initramfs.display().to_string());
+        args.extend(["-kernel".into(), kernel, "-initrd".into(), initramfs, "-append".into(), cmdline]);
+    }
     for drive in &plan.drives {
         let (serial, read_only) = (drive.serial, if drive.read_only { "on" } else { "off" });
         // Without werror=report a full host disk would stop the VM instead of failing the guest's write.
@@ -95,11 +120,13 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
         args.push("-device".into());
         args.push(format!("virtio-blk-device,drive={serial},serial={serial}"));
     }
-    if let Some(nic) = &plan.nic {
-        args.push("-netdev".into());
-        args.push(format!("tap,id=net,fd={TAP_FD}"));
-        args.push("-device".into());
-        args.push(format!("virtio-net-device,netdev=net,mac={}", nic.mac));
+    if let Some(Nic { mac, tap }) = &plan.nic {
+        let wire = match tap {
+            Some(_) => format!("tap,id=net,fd={TAP_FD}"),
+            // A hub without another port.
+            None => "hubport,id=net,hubid=0".into(),
+        };
+        args.extend(["-netdev".into(), wire, "-device".into(), format!("virtio-net-device,netdev=net,mac={mac}")]);
     }
     args
 }
@@ -108,10 +135,10 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::model::VmId;
-    use crate::vmm::{Drive, Nic};
+    use crate::vmm::Drive;
 
     fn plan() -> LaunchPlan {
-        let drive = |serial, path: &str, read_only| Drive { serial, path: path.into(), read_only };
+        let drive = |serial, path: &str, read_only| Drive { serial, path: path.into(), read_only, size: 0 };
         LaunchPlan {
             vm_id: VmId::parse("tab-1").unwrap(),
             vcpu_count: 2,
@@ -140,18 +167,38 @@ mod tests {
 
     #[test]
     fn test_arguments_under_tcg_are_golden() {
-        assert_golden("qemu-tcg.args", &arguments(&plan(), Accelerator::Tcg));
+        assert_golden("qemu-tcg.args", &arguments(&plan(), Accelerator::Tcg, &Origin::Boot, Some(2_595_120)));
+    }
+
+    #[test]
+    fn test_arguments_of_a_recording_are_golden() {
+        let origin = Origin::Record { ram: "/cache/a,b/ram".into() };
+        assert_golden("qemu-tcg-record.args", &arguments(&plan(), Accelerator::Tcg, &origin, None));
+    }
+
+    #[test]
+    fn test_arguments_of_a_clone_are_golden() {
+        let ram = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        let origin = Origin::Clone { ram };
+        assert_golden("qemu-tcg-clone.args", &arguments(&plan(), Accelerator::Tcg, &origin, None));
     }
 
     #[test]
     fn test_arguments_under_kvm_are_golden() {
-        assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm));
+        assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm, &Origin::Boot, Some(2_595_120)));
     }
 
     #[test]
     fn test_arguments_with_a_nic_are_golden() {
         let tap = std::fs::File::open("/dev/null").unwrap().into();
         let plan = LaunchPlan { nic: Some(Nic::new("52:54:00:12:34:56".into(), tap)), ..plan() };
-        assert_golden("qemu-nic.args", &arguments(&plan, Accelerator::Tcg));
+        assert_golden("qemu-nic.args", &arguments(&plan, Accelerator::Tcg, &Origin::Boot, None));
+    }
+
+    #[test]
+    fn test_arguments_of_a_recording_name_no_tap() {
+        let plan = LaunchPlan { nic: Some(Nic::unplugged()), ..plan() };
+        let args = arguments(&plan, Accelerator::Tcg, &Origin::Record { ram: "/ram".into() }, None);
+        assert!(args.contains(&"hubport,id=net,hubid=0".into()) && !args.iter().any(|arg| arg.contains("tap,")));
     }
 }

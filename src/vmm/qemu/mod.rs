@@ -3,21 +3,21 @@
 mod api;
 mod args;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use microvm_jail::LaunchSpec;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result};
-use crate::host::kvm;
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
+use crate::host::{kvm, tsc};
 use crate::model::{Backend, Grade};
-use crate::vmm::{Binaries, LaunchPlan, Launched, LiveTails, Vmm};
+use crate::vmm::{Binaries, Drive, LaunchPlan, Launched, LiveTails, Nic, Origin, Vmm};
 use api::Qmp;
-use args::{Accelerator, AGENT_FD, QMP_FD, TAP_FD};
+use args::{Accelerator, AGENT_FD, QMP_FD, RAM_FD, TAP_FD};
 
 /// QEMU on this host.
 #[derive(Debug, Clone)]
@@ -30,9 +30,21 @@ impl Qemu {
     /// # Errors
     /// [`Error::BackendUnavailable`].
     pub fn find(binaries: &Binaries) -> Result<Self> {
+        tsc::begin();
         let binary = binaries.locate(Backend::Qemu)?;
         let accelerator = if kvm::probe().usable { Accelerator::Kvm } else { Accelerator::Tcg };
         Ok(Self { binary, accelerator })
+    }
+}
+
+impl Qemu {
+    fn tsc_khz(&self) -> Option<u64> {
+        // KVM has a clock of its own for its guests.
+        if self.accelerator == Accelerator::Tcg {
+            tsc::frequency_khz()
+        } else {
+            None
+        }
     }
 }
 
@@ -60,19 +72,37 @@ impl Vmm for Qemu {
         self.accelerator.as_str()
     }
 
-    fn launch(&self, plan: &LaunchPlan) -> Result<Launched> {
+    fn binary(&self) -> &Path {
+        &self.binary
+    }
+
+    fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
+        let nameless = |drive: &Drive| Drive { path: PathBuf::new(), ..drive.clone() };
+        let drives = plan.drives.iter().map(nameless).collect();
+        // Two measurements of one counter differ a little, two counters of one CPU model a lot.
+        let coarse = self.tsc_khz().map(|khz| khz / 5_000 * 5_000);
+        let nic = plan.nic.as_ref().map(|_| Nic::unplugged());
+        let nameless = LaunchPlan { kernel: PathBuf::new(), initramfs: PathBuf::new(), drives, nic, ..plan.clone() };
+        args::arguments(&nameless, self.accelerator, &Origin::Boot, coarse)
+    }
+
+    fn launch(&self, plan: &LaunchPlan, origin: &Origin) -> Result<Launched> {
         let mut argv = vec![self.binary.display().to_string()];
-        argv.extend(args::arguments(plan, self.accelerator));
+        argv.extend(args::arguments(plan, self.accelerator, origin, self.tsc_khz()));
         let mut spec = LaunchSpec::new(argv);
         spec.fds = vec![1, 2, AGENT_FD, QMP_FD];
         let (console, console_end) = Tail::pipe()?;
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let (agent, agent_end) = pair()?;
         let (qmp, qmp_end) = pair()?;
-        let mut fds = vec![console_end, stderr_end, agent_end, qmp_end];
-        if let Some(nic) = &plan.nic {
+        let mut fds = vec![console_end.as_fd(), stderr_end.as_fd(), agent_end.as_fd(), qmp_end.as_fd()];
+        if let Origin::Clone { ram } = origin {
+            spec.fds.push(RAM_FD);
+            fds.push(ram.as_fd());
+        }
+        if let Some(tap) = plan.nic.as_ref().and_then(|nic| nic.tap.as_ref()) {
             spec.fds.push(TAP_FD);
-            fds.push(nic.tap.try_clone().map_err(|error| Error::host("dup", "a VM's tap", error))?);
+            fds.push(tap.fd.as_fd());
         }
         let jailed = Jailed::launch(&plan.launcher, &spec, &fds)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));

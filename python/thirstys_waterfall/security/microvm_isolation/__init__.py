@@ -31,7 +31,7 @@ from ._errors import (
     VmNotFoundError,
 )
 from ._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
-from ._native import CommunicationChannel, MicroVMInstance, MicroVMIsolationManager, doctor
+from ._native import CommunicationChannel, MicroVMInstance, MicroVMIsolationManager, ProcessStream, doctor
 
 __all__ = [
     "BackendUnavailableError",
@@ -51,6 +51,7 @@ __all__ = [
     "MicroVMInstance",
     "MicroVMIsolationManager",
     "NetworkUnavailableError",
+    "ProcessStream",
     "QuotaExceededError",
     "StartError",
     "VMBackend",

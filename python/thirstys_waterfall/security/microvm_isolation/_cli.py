@@ -1,21 +1,27 @@
-"""The command line: ``doctor`` says what this host can run, and what to do about what is missing."""
+"""The command line: ``doctor`` says what this host can run and what is missing, ``bench`` what a VM costs."""
 
 import argparse
 import json
 from typing import Any, Dict, List, Optional, Sequence
 
-from . import _native
+from . import _bench, _native
 
 PROGRAM = "python -m thirstys_waterfall.security.microvm_isolation"
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run one command and return its exit code: 0 when at least QEMU can run a VM here, 1 when not, 2 for bad usage."""
+    """Run one command and return its exit code.
+
+    ``doctor``: 0 when at least QEMU can run a VM here, 1 when not. ``bench``: 0 when all could be measured. Bad usage: 2.
+    """
     parser = argparse.ArgumentParser(prog=PROGRAM, description="MicroVM isolation for browser components")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="say what this host can run and what is missing")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    _bench.configure(commands.add_parser("bench", help="measure VMs beside the bare VMM"))
     options = parser.parse_args(arguments)
+    if options.command == "bench":
+        return _bench.run(options)
     if options.command != "doctor":
         parser.print_help()
         return 2

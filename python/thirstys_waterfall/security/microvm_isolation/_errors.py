@@ -74,7 +74,9 @@ class VmDiedError(MicroVMError):
 class ChannelError(MicroVMError):
     """The channel to the guest failed.
 
-    Codes: ``channel_closed``, ``channel_timeout``, ``handshake_failed``, ``message_too_large``.
+    Codes: ``channel_closed``, ``channel_timeout``, ``handshake_failed``, ``message_too_large``, ``checksum_mismatch``.
+    ``details["sent"]`` of the first two, and of ``message_too_large``, tells what may have happened: false, nothing
+    reached the guest and the command can safely be sent again; true, it was sent and its outcome is unknown.
     """
 
 
@@ -114,6 +116,7 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "channel_timeout": ChannelError,
     "handshake_failed": ChannelError,
     "message_too_large": ChannelError,
+    "checksum_mismatch": ChannelError,
     "vmm_error": HostError,
     "host_error": HostError,
     "forked_process": ForkedProcessError,

@@ -1,8 +1,9 @@
 import logging
+import os
 from types import TracebackType
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple, Type, Union
 
-from typing_extensions import Self, disjoint_base
+from typing_extensions import Literal, Self, TypedDict, disjoint_base, final, type_check_only
 
 from ._enums import IsolationType, VMBackend, VMState
 from ._errors import MicroVMError
@@ -12,6 +13,7 @@ __all__ = [
     "CommunicationChannel",
     "MicroVMInstance",
     "MicroVMIsolationManager",
+    "ProcessStream",
     "check_network_config",
     "check_resource_limits",
     "check_vm_id",
@@ -20,6 +22,23 @@ __all__ = [
     "next_log_records",
     "shutdown",
 ]
+
+_Bytes = Union[bytes, bytearray, memoryview]
+_Path = Union[str, "os.PathLike[str]"]
+_Channel = Literal["stdout", "stderr"]
+
+@type_check_only
+class _Reads(Protocol):
+    def read(self, size: int, /) -> _Bytes: ...
+
+@type_check_only
+class _Writes(Protocol):
+    def write(self, data: bytes, /) -> Any: ...
+
+@type_check_only
+class _Transferred(TypedDict):
+    bytes: int
+    crc32: int
 
 @disjoint_base
 class MicroVMIsolationManager:
@@ -76,6 +95,12 @@ class MicroVMIsolationManager:
         params: Optional[Mapping[str, Any]] = None,
         timeout: Optional[float] = None,
     ) -> Optional[Dict[str, Any]]: ...
+    def prepare(
+        self,
+        resource_limits: Optional[VMResourceLimits] = None,
+        kernel_path: Optional[str] = None,
+        rootfs_path: Optional[str] = None,
+    ) -> bool: ...
     def get_resource_usage(self) -> Dict[str, Any]: ...
     def get_health_status(self) -> Dict[str, Any]: ...
 
@@ -118,7 +143,58 @@ class MicroVMInstance:
     def send_command(
         self, command: str, params: Optional[Mapping[str, Any]] = None, timeout: Optional[float] = None
     ) -> Optional[Dict[str, Any]]: ...
+    def stream(
+        self,
+        program: str,
+        args: Optional[Sequence[str]] = None,
+        env: Optional[Mapping[str, str]] = None,
+        cwd: Optional[str] = None,
+        stdin: Optional[_Bytes] = None,
+        pty: bool = False,
+        uid: Optional[int] = None,
+        timeout: Optional[float] = None,
+        rows: Optional[int] = None,
+        columns: Optional[int] = None,
+        on_output: Optional[Callable[[_Channel, bytes], Any]] = None,
+    ) -> ProcessStream: ...
+    def upload(
+        self,
+        source: Union[_Path, _Reads],
+        guest_path: str,
+        offset: Optional[int] = None,
+        mode: Optional[int] = None,
+        progress: Optional[Callable[[int, Optional[int]], Any]] = None,
+    ) -> _Transferred: ...
+    def download(
+        self,
+        guest_path: str,
+        destination: Union[_Path, _Writes],
+        offset: Optional[int] = None,
+        progress: Optional[Callable[[int, Optional[int]], Any]] = None,
+    ) -> _Transferred: ...
     def get_info(self) -> Dict[str, Any]: ...
+
+@final
+class ProcessStream:
+    @property
+    def exit_code(self) -> Optional[int]: ...
+    @property
+    def pid(self) -> int: ...
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Tuple[_Channel, bytes]: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc_value: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> bool: ...
+    def write(self, data: _Bytes) -> bool: ...
+    def close_stdin(self) -> None: ...
+    def signal(self, number: int) -> None: ...
+    def resize(self, rows: int, columns: int) -> None: ...
+    def wait(self, timeout: Optional[float] = None) -> Optional[int]: ...
+    def kill(self) -> None: ...
 
 @disjoint_base
 class CommunicationChannel:

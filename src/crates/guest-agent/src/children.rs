@@ -3,17 +3,19 @@
 //! Spawning holds the table's lock until the child is noted in it, so the reaper can't meet a child it does not know.
 //! Processes are killed by their control group: a pid might have gone to another process, and a group has no way out.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::process::{Child, Command};
+use std::process::{self, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
+use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
+
+use crate::job::Bell;
 
 /// How a child ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,22 +24,36 @@ pub enum Ended {
     Signal(i32),
 }
 
-static TABLE: Mutex<Option<HashMap<i32, Option<Ended>>>> = Mutex::new(None);
-static CHANGED: Condvar = Condvar::new();
+/// A child that someone waits for.
+struct Child {
+    ended: Option<Ended>,
+    bell: Arc<Bell>,
+}
 
-fn table() -> MutexGuard<'static, Option<HashMap<i32, Option<Ended>>>> {
+/// The children that someone waits for, and how many were ever spawned.
+struct Table {
+    children: BTreeMap<i32, Child>,
+    spawned: u64,
+}
+
+static TABLE: Mutex<Table> = Mutex::new(Table { children: BTreeMap::new(), spawned: 0 });
+/// There is a child to wait for.
+static SPAWNED: Condvar = Condvar::new();
+
+fn table() -> MutexGuard<'static, Table> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Starts the reaper.
 pub fn start() -> io::Result<()> {
     std::thread::Builder::new().name("reaper".into()).spawn(|| loop {
+        let seen = table().spawned;
         match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) {
-            Ok(seen) => seen.pid().into_iter().for_each(reap),
+            Ok(ended) => ended.pid().into_iter().for_each(reap),
+            // No children. Orphans have parents that were spawned, so nothing happens before the next spawn.
             Err(Errno::ECHILD) => {
-                // No children: the next ones come by `spawn`.
-                let guard = table();
-                drop(CHANGED.wait_timeout(guard, Duration::from_millis(100)).unwrap_or_else(PoisonError::into_inner));
+                let idle = SPAWNED.wait_while(table(), |table| table.spawned == seen);
+                drop(idle.unwrap_or_else(PoisonError::into_inner));
             }
             Err(_) => {}
         }
@@ -54,11 +70,10 @@ fn reap(pid: Pid) {
         Ok(WaitStatus::Signaled(_, signal, _)) => Ended::Signal(signal as i32),
         _ => return,
     };
-    if let Some(slot) = guard.get_or_insert_default().get_mut(&pid.as_raw()) {
-        *slot = Some(ended);
+    if let Some(child) = guard.children.get_mut(&pid.as_raw()) {
+        child.ended = Some(ended);
+        child.bell.ring();
     }
-    drop(guard);
-    CHANGED.notify_all();
 }
 
 /// A control group for one request's processes, so that all of them can be ended, whatever they made of themselves.
@@ -104,40 +119,53 @@ pub struct Spawned {
     group: Group,
 }
 
-/// Spawns `command`, which must make the child join `group`.
-pub fn spawn(command: &mut Command, group: Group) -> io::Result<(Child, Spawned)> {
+/// Spawns `command`, which must make the child join `group`, and rings `bell` when the child has ended.
+pub fn spawn(command: &mut Command, group: Group, bell: &Arc<Bell>) -> io::Result<(process::Child, Spawned)> {
     let mut table = table();
     let child = command.spawn()?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
-    table.get_or_insert_default().insert(pid, None);
+    table.children.insert(pid, Child { ended: None, bell: bell.clone() });
+    table.spawned += 1;
     drop(table);
-    CHANGED.notify_all();
+    SPAWNED.notify_all();
     Ok((child, Spawned { pid, group }))
 }
 
 impl Spawned {
-    /// Waits until the child has ended, at most until `deadline`.
-    pub fn wait_until(&self, deadline: Instant) -> Option<Ended> {
-        let mut guard = table();
-        loop {
-            if let Some(ended) = guard.as_ref().and_then(|table| table.get(&self.pid)).copied().flatten() {
-                return Some(ended);
-            }
-            let left = deadline.checked_duration_since(Instant::now())?;
-            guard = CHANGED.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// How the child ended, once it has.
+    pub fn ended(&self) -> Option<Ended> {
+        table().children.get(&self.pid).and_then(|child| child.ended)
     }
 
     /// Kills the child and all its descendants.
     pub fn kill(&self) {
         self.group.kill();
     }
+
+    /// Sends a signal to the child's process group; SIGKILL goes to all its descendants.
+    pub fn signal(&self, signal: i32) {
+        if signal == libc::SIGKILL {
+            return self.kill();
+        }
+        let Ok(signal) = Signal::try_from(signal) else { return };
+        // Under the table's lock a child that was not reaped is not reaped now: the pid is its own.
+        let table = table();
+        let alive = table.children.get(&self.pid).is_some_and(|child| child.ended.is_none());
+        if alive {
+            // ESRCH: it has ended, and the reaper waits for the lock.
+            if let Err(error) = killpg(Pid::from_raw(self.pid), signal) {
+                eprintln!("microvm-agent: {signal} to {}: {error}", self.pid);
+            }
+        }
+    }
 }
 
 impl Drop for Spawned {
     fn drop(&mut self) {
-        if let Some(table) = table().as_mut() {
-            table.remove(&self.pid);
-        }
+        table().children.remove(&self.pid);
     }
 }

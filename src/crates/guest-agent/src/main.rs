@@ -5,16 +5,21 @@
 
 mod actions;
 mod boot;
+mod checksum;
 mod children;
+mod identity;
+mod job;
 mod network;
+mod pool;
 mod port;
-mod random;
+mod rehearsal;
 mod resolve;
 mod serve;
 
 use std::time::Duration;
 
-use microvm_protocol::message::Event;
+use identity::{Blank, HostTime};
+use microvm_protocol::message::Outcome;
 
 fn main() {
     let outcome = run();
@@ -28,17 +33,23 @@ fn main() {
 
 fn run() -> Result<(), String> {
     boot::mount_kernel_filesystems()?;
-    // HELLO before anything else: it is the host's readiness event, and the host works while we do.
-    let mut port = port::open()?;
-    port.say_hello()?;
-    let identity = boot::read_identity()?;
-    boot::become_identity(&identity)?;
-    children::start().map_err(|error| format!("the reaper: {error}"))?;
-    let link = port.shake_hands(&identity.key)?;
-    let event = match boot::set_up(&identity) {
-        Ok(()) => Event::Ready,
-        Err((stage, message)) => Event::StartFailed { stage: stage.into(), message },
+    let outcome = match boot::set_up() {
+        Ok(()) => Outcome::Ready,
+        Err((stage, message)) => Outcome::Failed { stage: stage.into(), message: message.chars().take(1000).collect() },
     };
-    link.send_event(&event)?;
-    serve::serve(link, actions::Guest::new(identity))
+    let blank = Blank::open()?;
+    children::start().map_err(|error| format!("the reaper: {error}"))?;
+    let mut port = port::open(outcome != Outcome::Ready)?;
+    serve::keep_freed_memory();
+    let encode = |outcome: &Outcome| serde_json::to_vec(outcome).map_err(|error| error.to_string());
+    let (is_ready, mut outcome) = (outcome == Outcome::Ready, encode(&outcome)?);
+    // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
+    port.say_hello()?;
+    let (offer, arrived) = port.wait_for_offer(|| rehearsal::rehearse(&blank))?;
+    let identity = blank.read_identity()?;
+    if let Some(Err(message)) = identity.network.as_ref().filter(|_| is_ready).map(network::set_up) {
+        outcome = encode(&Outcome::Failed { stage: "network".into(), message })?;
+    }
+    let (link, unix_time_ns) = port.shake_hands(&offer, &identity, &outcome)?;
+    serve::serve(link, actions::Guest::new(blank.become_one(identity, HostTime { unix_time_ns, arrived })))
 }

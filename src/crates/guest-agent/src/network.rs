@@ -10,23 +10,22 @@ use nix::sys::socket::{socket, AddressFamily, SockFlag, SockType};
 
 const LOOPBACK: &str = "lo";
 
-/// Programs expect the loopback, whether there is a network or not.
-pub fn bring_up_loopback() -> Result<(), String> {
-    Interface::open(LOOPBACK)?.up()
+/// What is the same in every guest: the loopback, which programs expect, network or not; and a device without IPv6,
+/// which the host would not let pass.
+pub fn prepare() -> Result<(), String> {
+    Interface::open(LOOPBACK)?.up()?;
+    if let Some(device) = find() {
+        let path = format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6");
+        fs::write(&path, "1").map_err(|e| format!("{path}: {e}"))?;
+    }
+    Ok(())
 }
 
-/// Configures the device and says whom to ask for names.
+/// Configures the device and says whom to ask for names: a connected guest does so before it accepts its session.
 pub fn set_up(network: &GuestNetwork) -> Result<(), String> {
     let (address, prefix) = parse_address(&network.address)?;
     let mac = parse_mac(&network.mac_address)?;
-    // The host lets no IPv6 pass: programs should not try it first. A kernel without it has no such file.
-    for scope in ["all", "default"] {
-        let path = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
-        if fs::metadata(&path).is_ok() {
-            fs::write(&path, "1").map_err(|e| format!("{path}: {e}"))?;
-        }
-    }
-    let interface = Interface::open(&find()?)?;
+    let interface = Interface::open(&find().ok_or("there is no network device")?)?;
     interface.set_mac(mac)?;
     interface.set_address(address, prefix)?;
     interface.up()?;
@@ -48,10 +47,10 @@ fn write_resolv_conf(text: &str) -> Result<(), String> {
 }
 
 /// The name of the virtio network device.
-fn find() -> Result<String, String> {
-    let entries = fs::read_dir("/sys/class/net").map_err(|e| format!("/sys/class/net: {e}"))?;
+fn find() -> Option<String> {
+    let entries = fs::read_dir("/sys/class/net").ok()?;
     let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-    names.into_iter().find(|name| name != LOOPBACK).ok_or_else(|| "there is no network device".into())
+    names.into_iter().find(|name| name != LOOPBACK)
 }
 
 fn parse_address(text: &str) -> Result<(Ipv4Addr, u8), String> {

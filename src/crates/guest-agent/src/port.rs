@@ -2,18 +2,19 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use microvm_protocol::frame::Kind;
-use microvm_protocol::handshake::GuestHandshake;
-use microvm_protocol::identity::Key;
-use microvm_protocol::message::Event;
+use microvm_protocol::connection::Connection;
+use microvm_protocol::handshake::{Ask, GuestHandshake};
+use microvm_protocol::identity::Identity;
+use microvm_protocol::message::Started;
+use microvm_protocol::mux::{Incoming, Mux};
 use microvm_protocol::record::Decoder;
-use microvm_protocol::session::{Message, Session};
-use microvm_protocol::SERIAL_PORT_NAME;
+use microvm_protocol::{ProtocolError, SERIAL_PORT_NAME};
 
-const READ_CHUNK: usize = 64 * 1024;
+/// Records are gathered up to about this many bytes for one write.
+const WRITE_CHUNK: usize = 64 * 1024;
 /// How long the kernel may take to show the port after PID 1 began.
 const PORT_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -25,13 +26,14 @@ pub struct Port {
 }
 
 /// Finds the virtio-serial port by its name.
-pub fn open() -> Result<Port, String> {
+pub fn open(set_up_failed: bool) -> Result<Port, String> {
+    let handshake = GuestHandshake::new(set_up_failed).map_err(|e| e.to_string())?;
     let begun = Instant::now();
     loop {
         if let Some(name) = find() {
             let path = format!("/dev/{name}");
             let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"))?;
-            return Ok(Port { file, decoder: Decoder::default(), handshake: GuestHandshake::default() });
+            return Ok(Port { file, decoder: Decoder::default(), handshake });
         }
         if begun.elapsed() > PORT_DEADLINE {
             return Err(format!("no virtio port is named {SERIAL_PORT_NAME}"));
@@ -55,36 +57,58 @@ impl Port {
         self.file.write_all(&hello).map_err(|e| format!("HELLO: {e}"))
     }
 
-    /// Waits for the host's OFFER and proves the key.
-    pub fn shake_hands(mut self, key: &Key) -> Result<Link, String> {
-        let mut chunk = vec![0; READ_CHUNK];
-        let (accept, session) = loop {
-            if let Some(record) = self.decoder.next_record().map_err(|e| e.to_string())? {
-                break self.handshake.receive(record, key).map_err(|e| format!("handshake: {e}"))?;
+    /// Waits for the host's OFFER; a guest without an identity stands here for as long as its template is kept. `rehearse`
+    /// runs before it is frozen.
+    pub fn wait_for_offer(&mut self, rehearse: impl Fn()) -> Result<(Vec<u8>, Instant), String> {
+        loop {
+            match self.decoder.next_record().map_err(|e| e.to_string())? {
+                Some(record) => match Ask::decode(record) {
+                    None => return Ok((record.to_vec(), Instant::now())),
+                    Some(ask) => {
+                        if ask == Ask::Freeze {
+                            rehearse();
+                        }
+                        self.say_hello()?;
+                    }
+                },
+                None => match self.file.read(self.decoder.space()).map_err(|e| format!("handshake: {e}"))? {
+                    0 => return Err("handshake: the host closed the port".into()),
+                    length => self.decoder.filled(length),
+                },
             }
-            match self.file.read(&mut chunk).map_err(|e| format!("handshake: {e}"))? {
-                0 => return Err("handshake: the host closed the port".into()),
-                length => self.decoder.feed(chunk.get(..length).unwrap_or_default()),
-            }
-        };
+        }
+    }
+
+    /// Has the host prove the key, and then proves it; `outcome` says how the guest is.
+    pub fn shake_hands(mut self, offer: &[u8], identity: &Identity, outcome: &[u8]) -> Result<(Link, u64), String> {
+        let failed = |e: ProtocolError| format!("handshake: {e}");
+        let offered = self.handshake.receive(offer, &identity.key, &identity.ephemeral).map_err(failed)?;
+        let time = offered.unix_time_ns;
+        let (accept, session) = offered.accept(outcome).map_err(failed)?;
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
         let reading = self.file.try_clone().map_err(|e| format!("dup: {e}"))?;
-        let shared = Shared { session: Mutex::new(session), writing: Mutex::new(self.file) };
-        Ok(Link { shared: Arc::new(shared), reading, decoder: self.decoder, chunk })
+        let writing = Writing { file: self.file, bytes: Vec::new() };
+        let shared = Shared { connection: Mutex::new(Connection::new(session)), writing: Mutex::new(writing) };
+        Ok((Link { sender: Sender(Arc::new(shared)), reading, decoder: self.decoder }, time))
     }
 }
 
 struct Shared {
-    session: Mutex<Session>,
-    writing: Mutex<File>,
+    connection: Mutex<Connection>,
+    /// Taken before `connection`, and held while records are written.
+    writing: Mutex<Writing>,
+}
+
+struct Writing {
+    file: File,
+    bytes: Vec<u8>,
 }
 
 /// The receiving end of the session.
 pub struct Link {
-    shared: Arc<Shared>,
+    sender: Sender,
     reading: File,
     decoder: Decoder,
-    chunk: Vec<u8>,
 }
 
 /// The sending end, for any thread.
@@ -92,41 +116,96 @@ pub struct Link {
 pub struct Sender(Arc<Shared>);
 
 impl Sender {
-    pub fn send(&self, kind: Kind, id: u32, body: &[u8]) -> Result<(), String> {
-        // Sealed and written under one lock: the records must leave in the order of their nonces.
-        let mut file = self.0.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut bytes = Vec::new();
-        {
-            let mut session = self.0.session.lock().unwrap_or_else(PoisonError::into_inner);
-            session.seal(kind, id, body, &mut bytes).map_err(|e| e.to_string())?;
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        self.0.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something to the exchanges and sends what comes of it.
+    fn with<T>(&self, act: impl FnOnce(&mut Mux) -> T) -> Result<T, String> {
+        let done = act(&mut self.connection().exchanges);
+        self.flush()?;
+        Ok(done)
+    }
+
+    /// Writes what waits. Whoever finds another thread writing leaves it to that one, which looks again before it goes.
+    fn flush(&self) -> Result<(), String> {
+        while self.connection().exchanges.has_outgoing() {
+            match self.0.writing.try_lock() {
+                Ok(mut writing) => self.write(&mut writing)?,
+                Err(TryLockError::Poisoned(poisoned)) => self.write(&mut poisoned.into_inner())?,
+                Err(TryLockError::WouldBlock) => return Ok(()),
+            }
         }
-        file.write_all(&bytes).map_err(|e| e.to_string())
+        Ok(())
+    }
+
+    fn write(&self, writing: &mut Writing) -> Result<(), String> {
+        loop {
+            writing.bytes.clear();
+            self.connection().transmit(&mut writing.bytes, WRITE_CHUNK).map_err(|e| e.to_string())?;
+            if writing.bytes.is_empty() {
+                return Ok(());
+            }
+            writing.file.write_all(&writing.bytes).map_err(|e| format!("port: {e}"))?;
+        }
+    }
+
+    /// Returns when everything is written, by whomever.
+    pub fn drain(&self) -> Result<(), String> {
+        self.write(&mut self.0.writing.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub fn respond(&self, id: u32, body: Vec<u8>) -> Result<(), String> {
+        self.with(|exchanges| exchanges.respond(id, body))?.map_err(|e| format!("answer {id}: {e}"))
+    }
+
+    pub fn started(&self, id: u32, started: &Started) -> Result<(), String> {
+        let body = serde_json::to_vec(started).map_err(|e| e.to_string())?;
+        // Gone: the host cancelled it meanwhile, which its thread is about to hear.
+        self.with(|exchanges| exchanges.started(id, body)).map(drop)
+    }
+
+    /// How many bytes a channel would take now.
+    pub fn room(&self, id: u32, channel: u8) -> usize {
+        self.connection().exchanges.room(id, channel)
+    }
+
+    /// Sends as many bytes as the host has given credit for; `None` when the exchange is over.
+    pub fn send(&self, id: u32, channel: u8, bytes: &[u8]) -> Result<Option<usize>, String> {
+        Ok(self.with(|exchanges| exchanges.send(id, channel, bytes))?.ok())
+    }
+
+    /// Ends a channel.
+    pub fn finish(&self, id: u32, channel: u8) -> Result<(), String> {
+        self.with(|exchanges| exchanges.finish(id, channel)).map(drop)
+    }
+
+    /// Lets the host send as many bytes more.
+    pub fn consumed(&self, id: u32, channel: u8, bytes: usize) -> Result<(), String> {
+        self.with(|exchanges| exchanges.consumed(id, channel, bytes))
     }
 }
 
 impl Link {
     pub fn sender(&self) -> Sender {
-        Sender(self.shared.clone())
+        self.sender.clone()
     }
 
-    pub fn send_event(&self, event: &Event) -> Result<(), String> {
-        let body = serde_json::to_vec(event).map_err(|e| e.to_string())?;
-        self.sender().send(Kind::Event, 0, &body)
-    }
-
-    /// The next message; `None` when the host closed the port.
-    pub fn receive(&mut self) -> Result<Option<Message>, String> {
+    /// What the host says next; `None` when it closed the port.
+    pub fn receive(&mut self) -> Result<Option<Incoming>, String> {
         loop {
             if let Some(record) = self.decoder.next_record().map_err(|e| e.to_string())? {
-                let mut session = self.shared.session.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(message) = session.open(record).map_err(|e| e.to_string())? {
-                    return Ok(Some(message));
+                let incoming = self.sender.connection().receive(record).map_err(|e| e.to_string())?;
+                match incoming {
+                    Some(incoming) => return Ok(Some(incoming)),
+                    // A PING, perhaps.
+                    None => self.sender.flush()?,
                 }
                 continue;
             }
-            match self.reading.read(&mut self.chunk).map_err(|e| format!("port: {e}"))? {
+            match self.reading.read(self.decoder.space()).map_err(|e| format!("port: {e}"))? {
                 0 => return Ok(None),
-                length => self.decoder.feed(self.chunk.get(..length).unwrap_or_default()),
+                length => self.decoder.filled(length),
             }
         }
     }

@@ -2,11 +2,15 @@
 //!
 //! ```text
 //!  0         8               12
-//!  +---------+---------------+------+-------+
-//!  | magic   | length u32 BE | JSON | zeros |      a whole number of 512-byte sectors
-//!  +---------+---------------+------+-------+
+//!  +---------+---------------+--------+-------+
+//!  | magic   | length u32 BE | fields | zeros |      one block of 4096 bytes
+//!  +---------+---------------+--------+-------+
+//!  fields: key [32] | ephemeral secret [32] | seed [32] | machine id [16] | boot id [16] | max file handles u64 BE
+//!          | max processes u64 BE | vm id: length u8, UTF-8 | host name: length u8, UTF-8 | network: length u16 BE, JSON; 0: none
 //! ```
-//! The host writes it before the VMM starts and wipes it once the session stands.
+//! Not JSON as a whole: it is read at every start, by code that an emulated CPU then runs for the first time. A guest
+//! ignores what follows the fields it knows, so that a frozen one understands a newer host. The host writes the drive
+//! before the guest asks for it and wipes it once the session stands.
 
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
@@ -15,15 +19,15 @@ use crate::ProtocolError;
 
 const MAGIC: &[u8; 8] = b"TWMVCFG1";
 const HEADER: usize = 12;
-/// The size of the drive, in bytes; the identity fits with room to spare.
-pub const DRIVE_BYTES: usize = 16 * 1024;
+/// The size of the drive, in bytes: one page, which a guest reads past its caches.
+pub const DRIVE_BYTES: usize = 4096;
 /// The serial numbers by which the agent finds its drives (`/sys/block/*/serial`; at most 20 bytes).
 pub const CONFIG_SERIAL: &str = "config";
 pub const DISK_SERIAL: &str = "disk";
 pub const ROOTFS_SERIAL: &str = "rootfs";
 
 /// A pre-shared key of one VM; zeroed when dropped, never printed.
-#[derive(Clone, Serialize, Deserialize, Zeroize, ZeroizeOnDrop, PartialEq, Eq)]
+#[derive(Clone, Zeroize, ZeroizeOnDrop, PartialEq, Eq)]
 pub struct Key(pub [u8; 32]);
 
 impl std::fmt::Debug for Key {
@@ -33,22 +37,20 @@ impl std::fmt::Debug for Key {
 }
 
 /// What a guest is told before it does anything else.
-#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     pub key: Key,
+    /// The guest's half of the handshake's Diffie-Hellman.
+    pub ephemeral: Key,
     /// Fresh entropy from the host, credited to the guest's pool, then a reseed is forced.
     pub seed: Key,
-    pub vm_id: String,
-    pub hostname: String,
-    /// 32 lower-case hexadecimal digits, as in machine-id(5).
-    pub machine_id: String,
-    /// The host's wall clock when the drive was written, Unix nanoseconds.
-    pub unix_time_ns: u64,
-    pub disk: bool,
-    pub rootfs: bool,
+    /// machine-id(5) and `/proc/sys/kernel/random/boot_id`, which a clone must not share with its template.
+    pub machine_id: [u8; 16],
+    pub boot_id: [u8; 16],
     pub max_file_handles: u64,
     pub max_processes: u64,
+    pub vm_id: String,
+    pub hostname: String,
     pub network: Option<GuestNetwork>,
 }
 
@@ -69,15 +71,34 @@ impl Identity {
     /// # Errors
     /// [`ProtocolError::Malformed`] when the identity does not fit the drive.
     pub fn to_drive(&self) -> Result<Vec<u8>, ProtocolError> {
-        let mut json = serde_json::to_vec(self).map_err(|_| ProtocolError::Malformed { what: "identity" })?;
-        if HEADER + json.len() > DRIVE_BYTES {
-            return Err(ProtocolError::Malformed { what: "identity: larger than the config drive" });
-        }
+        let too_long = |_| ProtocolError::Malformed { what: "identity: a field is too long" };
         let mut drive = Vec::with_capacity(DRIVE_BYTES);
         drive.extend_from_slice(MAGIC);
-        drive.extend_from_slice(&(json.len() as u32).to_be_bytes());
-        drive.extend_from_slice(&json);
-        json.zeroize();
+        drive.extend_from_slice(&[0; 4]);
+        for bytes in [&self.key.0[..], &self.ephemeral.0, &self.seed.0, &self.machine_id, &self.boot_id] {
+            drive.extend_from_slice(bytes);
+        }
+        for number in [self.max_file_handles, self.max_processes] {
+            drive.extend_from_slice(&number.to_be_bytes());
+        }
+        for text in [&self.vm_id, &self.hostname] {
+            drive.push(u8::try_from(text.len()).map_err(too_long)?);
+            drive.extend_from_slice(text.as_bytes());
+        }
+        let network = match &self.network {
+            None => Vec::new(),
+            Some(network) => {
+                serde_json::to_vec(network).map_err(|_| ProtocolError::Malformed { what: "identity: network" })?
+            }
+        };
+        drive.extend_from_slice(&u16::try_from(network.len()).map_err(too_long)?.to_be_bytes());
+        drive.extend_from_slice(&network);
+        if drive.len() > DRIVE_BYTES {
+            drive.zeroize();
+            return Err(ProtocolError::Malformed { what: "identity: larger than the config drive" });
+        }
+        let length = u32::try_from(drive.len() - HEADER).map_err(too_long)?;
+        drive[8..HEADER].copy_from_slice(&length.to_be_bytes());
         drive.resize(DRIVE_BYTES, 0);
         Ok(drive)
     }
@@ -91,35 +112,98 @@ impl Identity {
             return Err(malformed("config drive: wrong magic"));
         }
         let length = u32::from_be_bytes([header[8], header[9], header[10], header[11]]) as usize;
-        let json = rest.get(..length).ok_or(malformed("config drive: length beyond its end"))?;
-        serde_json::from_slice(json).map_err(|_| malformed("config drive: not an identity"))
+        let mut fields = Fields(rest.get(..length).ok_or(malformed("config drive: length beyond its end"))?);
+        Ok(Self {
+            key: Key(fields.array()?),
+            ephemeral: Key(fields.array()?),
+            seed: Key(fields.array()?),
+            machine_id: fields.array()?,
+            boot_id: fields.array()?,
+            max_file_handles: u64::from_be_bytes(fields.array()?),
+            max_processes: u64::from_be_bytes(fields.array()?),
+            vm_id: fields.text()?,
+            hostname: fields.text()?,
+            network: fields.network()?,
+        })
+    }
+}
+
+/// What is left of the fields.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    const CUT: ProtocolError = ProtocolError::Malformed { what: "config drive: its fields end too early" };
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], ProtocolError> {
+        let (array, rest) = self.0.split_first_chunk::<N>().ok_or(Self::CUT)?;
+        self.0 = rest;
+        Ok(*array)
+    }
+
+    fn bytes(&mut self, length: usize) -> Result<&'a [u8], ProtocolError> {
+        let (bytes, rest) = self.0.split_at_checked(length).ok_or(Self::CUT)?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+
+    fn text(&mut self) -> Result<String, ProtocolError> {
+        let [length] = self.array()?;
+        let bytes = self.bytes(usize::from(length))?;
+        let text = std::str::from_utf8(bytes);
+        text.map(str::to_owned).map_err(|_| ProtocolError::Malformed { what: "config drive: a name is not UTF-8" })
+    }
+
+    fn network(&mut self) -> Result<Option<GuestNetwork>, ProtocolError> {
+        let length = usize::from(u16::from_be_bytes(self.array()?));
+        let json = self.bytes(length)?;
+        if json.is_empty() {
+            return Ok(None);
+        }
+        let network = serde_json::from_slice(json);
+        network.map(Some).map_err(|_| ProtocolError::Malformed { what: "config drive: its network" })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn identity() -> Identity {
         Identity {
             key: Key([7; 32]),
+            ephemeral: Key([8; 32]),
             seed: Key([9; 32]),
-            vm_id: "tab-1".into(),
-            hostname: "tab-1".into(),
-            machine_id: "0123456789abcdef0123456789abcdef".into(),
-            unix_time_ns: 1,
-            disk: true,
-            rootfs: false,
+            machine_id: [1; 16],
+            boot_id: [2; 16],
             max_file_handles: 1024,
             max_processes: 128,
+            vm_id: "tab-1".into(),
+            hostname: "tab-1".into(),
             network: None,
         }
     }
 
     #[test]
     fn test_drive_round_trip_is_identity() {
-        let drive = identity().to_drive().unwrap();
-        assert_eq!(drive.len(), DRIVE_BYTES);
+        let network = GuestNetwork {
+            mac_address: "52:54:00:12:34:56".into(),
+            address: "192.168.100.10/24".into(),
+            gateway: Some("192.168.100.1".into()),
+            dns_servers: vec!["8.8.8.8".into()],
+        };
+        for network in [None, Some(network)] {
+            let identity = Identity { network, ..identity() };
+            let drive = identity.to_drive().unwrap();
+            assert_eq!(drive.len(), DRIVE_BYTES);
+            assert_eq!(Identity::from_drive(&drive).unwrap(), identity);
+        }
+    }
+
+    #[test]
+    fn test_drive_with_fields_of_a_newer_host_is_understood() {
+        let mut drive = identity().to_drive().unwrap();
+        drive[11] += 20;
         assert_eq!(Identity::from_drive(&drive).unwrap(), identity());
     }
 
@@ -132,5 +216,13 @@ mod tests {
     #[test]
     fn test_key_debug_shows_no_byte() {
         assert_eq!(format!("{:?}", Key([7; 32])), "Key(..)");
+    }
+
+    proptest! {
+        #[test]
+        fn test_drive_any_bytes_never_panic(length in 0u32..200, bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let drive = [&MAGIC[..], &length.to_be_bytes(), &bytes].concat();
+            prop_assert!(Identity::from_drive(&drive).is_ok() || Identity::from_drive(&drive).is_err());
+        }
     }
 }

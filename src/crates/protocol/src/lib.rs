@@ -9,16 +9,36 @@
 //!   record     | length u16 BE | body |                                     record.rs
 //!     prelude  | kind u8 | ... |            plaintext, before the session   handshake.rs
 //!     frame    | kind u8 | flags u8 | id u32 BE | payload |   sealed        frame.rs, session.rs
-//!       message  one JSON document in one or more frames                    message.rs
+//!       exchange   a request, its response, the streams between them        mux/
+//!         JSON     what requests, responses and events say                  message.rs
 //! config drive | magic | length u32 BE | JSON | zeros |                     identity.rs
 //! ```
+//! A whole conversation, from the guest's first byte:
+//!
+//! ```text
+//! guest -> host   HELLO    the generations it speaks
+//! host  -> guest  OFFER    the generation chosen, and proof of the VM's key
+//! guest -> host   ACCEPT   proof of the VM's key; from here on everything is sealed
+//! guest -> host   EVENT    {"event":"ready"}
+//! host  -> guest  REQUEST  1 {"action":"ping","params":null}
+//! guest -> host   RESPONSE 1 {"status":"ok","result":"pong"}
+//! ```
+//! [`connection::Connection`] is the session and its exchanges together: what both sides hold.
+//!
+//! A **generation** is everything above, down to the byte. Generation 1 is frozen by `golden/` and the tests that read
+//! it: an agent in an old template goes on talking to a new host. What changes the bytes is a new generation.
 #![forbid(unsafe_code)]
 
+pub mod connection;
 pub mod frame;
+#[cfg(test)]
+mod golden;
 pub mod handshake;
 pub mod identity;
 pub mod message;
+pub mod mux;
 pub mod record;
+mod secrets;
 pub mod session;
 
 /// The oldest generation of the wire format that this build speaks.
@@ -50,8 +70,12 @@ pub enum ProtocolError {
     UnknownFrame { kind: u8 },
     #[error("message of more than {limit} bytes")]
     MessageTooLarge { limit: usize },
-    #[error("more than {limit} unfinished messages at once")]
-    TooManyPartial { limit: usize },
+    #[error("more than {limit} exchanges at once")]
+    TooManyExchanges { limit: usize },
+    #[error("exchange {id}, channel {channel}: more bytes or credit than the window holds")]
+    CreditExceeded { id: u32, channel: u8 },
+    #[error("the peer broke a rule: {rule}")]
+    RuleBroken { rule: &'static str },
     #[error("the cipher failed: {detail}")]
     Cipher { detail: String },
 }

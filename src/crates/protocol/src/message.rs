@@ -13,6 +13,46 @@ pub struct Request {
     pub action: String,
     #[serde(default)]
     pub params: Value,
+    /// The host holds the exchange's channels: [`STREAM`], [`UPLOAD`] and [`DOWNLOAD`] need that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stream: bool,
+}
+
+/// The action that runs a program with its descriptors on the exchange's channels.
+pub const STREAM: &str = "stream";
+/// The action that writes what comes on channel 0 to a file.
+pub const UPLOAD: &str = "upload";
+/// The action that sends a file on channel 1.
+pub const DOWNLOAD: &str = "download";
+
+/// The payload of STARTED.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "started", rename_all = "snake_case")]
+pub enum Started {
+    Program {
+        pid: u32,
+    },
+    /// Its size when it was opened.
+    File {
+        size: u64,
+    },
+}
+
+/// The payload of CONTROL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "control", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Control {
+    /// Sends a signal to the program's process group.
+    Signal { signal: i32 },
+    /// Tells the program's terminal its size.
+    Resize { rows: u16, columns: u16 },
+}
+
+/// The checksum of a file's bytes: CRC-32 as zlib has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transferred {
+    pub bytes: u64,
+    pub crc32: u32,
 }
 
 /// The agent's answer.
@@ -69,20 +109,95 @@ pub enum Reason {
     Protocol,
 }
 
-/// What the agent says unasked.
+impl Code {
+    /// As it stands in JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Code::UnknownAction => "unknown_action",
+            Code::BadParams => "bad_params",
+            Code::ProgramNotFound => "program_not_found",
+            Code::PermissionDenied => "permission_denied",
+            Code::Timeout => "timeout",
+            Code::Killed => "killed",
+            Code::FileNotFound => "file_not_found",
+            Code::TooLarge => "too_large",
+            Code::NoSpace => "no_space",
+            Code::NetworkIsolated => "network_isolated",
+            Code::NetworkError(_) => "network_error",
+            Code::ActionFailed => "action_failed",
+            Code::Cancelled => "cancelled",
+            Code::Busy => "busy",
+            Code::IoError => "io_error",
+        }
+    }
+}
+
+/// Values in a document beyond which it is refused unread: each costs many times its bytes once it is parsed.
+pub const MAX_VALUES: usize = 1 << 20;
+
+/// Whether a document of a hostile peer holds no more than about [`MAX_VALUES`] values; it need not be valid.
+#[must_use]
+pub fn is_modest(json: &[u8]) -> bool {
+    if json.len() <= MAX_VALUES {
+        return true;
+    }
+    let (mut values, mut in_string, mut escaped) = (1usize, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' if !in_string => values += 1,
+            _ => {}
+        }
+    }
+    values <= MAX_VALUES
+}
+
+/// What an ACCEPT says, sealed: whether the guest is what it was told to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum Event {
+#[serde(tag = "guest", rename_all = "snake_case")]
+pub enum Outcome {
     /// Disks are mounted, the network is up: requests may come. The last stage of a start.
     Ready,
-    /// The guest cannot be what it was told to be.
-    StartFailed { stage: String, message: String },
+    Failed {
+        stage: String,
+        message: String,
+    },
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn test_request_says_stream_only_when_it_is_one() {
+        let request = |stream| Request { action: "ping".into(), params: Value::Null, stream };
+        assert_eq!(serde_json::to_value(request(false)).unwrap(), json!({"action": "ping", "params": null}));
+        assert_eq!(serde_json::to_value(request(true)).unwrap()["stream"], true);
+    }
+
+    #[test]
+    fn test_code_as_str_is_its_json() {
+        for code in [Code::UnknownAction, Code::ProgramNotFound, Code::NoSpace, Code::Busy, Code::IoError] {
+            assert_eq!(serde_json::to_value(code).unwrap()["code"], code.as_str());
+        }
+    }
+
+    #[test]
+    fn test_is_modest_counts_values_and_not_what_strings_hold() {
+        let text = format!("{{\"data\":\"{}\"}}", "a,[{\\\",".repeat(MAX_VALUES / 2));
+        assert!(serde_json::from_str::<Value>(&text).is_ok() && is_modest(text.as_bytes()));
+        assert!(!is_modest(format!("[{}0]", "[],".repeat(MAX_VALUES)).as_bytes()));
+    }
+
+    #[test]
+    fn test_control_unknown_is_refused() {
+        assert!(serde_json::from_value::<Control>(json!({"control": "explode"})).is_err());
+        assert!(serde_json::from_value::<Control>(json!({"control": "signal", "signal": 2, "x": 1})).is_err());
+    }
 
     #[test]
     fn test_failure_has_a_reason_where_its_code_has_one() {

@@ -12,6 +12,8 @@ use crate::ProtocolError;
 
 /// The longest body of a record; also the longest Noise message.
 pub const MAX_BODY: usize = 65_535;
+/// How many bytes a reader may take at once, at least.
+pub const READ_AT_ONCE: usize = 64 * 1024;
 const HEADER: usize = 2;
 
 /// Appends `body` as a record to `out`.
@@ -30,23 +32,47 @@ pub fn encode(body: &[u8], out: &mut Vec<u8>) -> Result<(), ProtocolError> {
 }
 
 /// Cuts a byte stream into records.
+///
+/// Read into [`Decoder::space`], say how much by [`Decoder::filled`], then take records until there is none; so it holds
+/// no more than one unfinished record and what was read at once.
 #[derive(Debug, Default)]
 pub struct Decoder {
+    /// What is between `start` and `end` was read and not taken.
     buffer: Vec<u8>,
-    consumed: usize,
+    start: usize,
+    end: usize,
 }
 
 impl Decoder {
-    /// Takes bytes as they came; any split is fine.
+    /// Where the next bytes are to be read to; [`READ_AT_ONCE`] bytes or more.
+    pub fn space(&mut self) -> &mut [u8] {
+        self.make_room(READ_AT_ONCE);
+        &mut self.buffer[self.end..]
+    }
+
+    /// Says that so many bytes of the space were filled.
+    pub fn filled(&mut self, bytes: usize) {
+        self.end = (self.end + bytes).min(self.buffer.len());
+    }
+
+    /// Takes bytes that are somewhere else.
     pub fn feed(&mut self, bytes: &[u8]) {
-        if self.consumed == self.buffer.len() {
-            self.buffer.clear();
-            self.consumed = 0;
-        } else if self.consumed > MAX_BODY {
-            self.buffer.drain(..self.consumed);
-            self.consumed = 0;
+        self.make_room(bytes.len());
+        self.buffer[self.end..self.end + bytes.len()].copy_from_slice(bytes);
+        self.end += bytes.len();
+    }
+
+    fn make_room(&mut self, bytes: usize) {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
         }
-        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() - self.end < bytes && self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        if self.buffer.len() - self.end < bytes {
+            self.buffer.resize(self.end + bytes, 0);
+        }
     }
 
     /// The next complete record's body, or `None` until more bytes come.
@@ -54,7 +80,7 @@ impl Decoder {
     /// # Errors
     /// [`ProtocolError::EmptyRecord`].
     pub fn next_record(&mut self) -> Result<Option<&[u8]>, ProtocolError> {
-        let pending = &self.buffer[self.consumed..];
+        let pending = &self.buffer[self.start..self.end];
         let Some(header) = pending.first_chunk::<HEADER>() else { return Ok(None) };
         let length = usize::from(u16::from_be_bytes(*header));
         if length == 0 {
@@ -63,9 +89,9 @@ impl Decoder {
         if pending.len() < HEADER + length {
             return Ok(None);
         }
-        let start = self.consumed + HEADER;
-        self.consumed = start + length;
-        Ok(Some(&self.buffer[start..start + length]))
+        let body = self.start + HEADER;
+        self.start = body + length;
+        Ok(Some(&self.buffer[body..self.start]))
     }
 }
 
@@ -93,6 +119,28 @@ mod tests {
                 }
             }
             prop_assert_eq!(got, bodies);
+        }
+
+        #[test]
+        fn test_decoder_that_is_read_into_holds_one_record_and_one_read(
+            sizes in prop::collection::vec(1usize..MAX_BODY, 1..12),
+            step in 1usize..READ_AT_ONCE,
+        ) {
+            let mut stream = Vec::new();
+            for (number, size) in sizes.iter().enumerate() {
+                encode(&vec![number as u8; *size], &mut stream).unwrap();
+            }
+            let (mut decoder, mut got) = (Decoder::default(), Vec::new());
+            for piece in stream.chunks(step) {
+                decoder.space()[..piece.len()].copy_from_slice(piece);
+                decoder.filled(piece.len());
+                while let Some(record) = decoder.next_record().unwrap() {
+                    prop_assert!(record.iter().all(|byte| usize::from(*byte) == got.len()));
+                    got.push(record.len());
+                }
+                prop_assert!(decoder.buffer.len() <= HEADER + MAX_BODY + READ_AT_ONCE);
+            }
+            prop_assert_eq!(got, sizes);
         }
 
         #[test]

@@ -10,9 +10,10 @@ use microvm_protocol::identity::Identity;
 use microvm_protocol::message::{Code, Failure};
 use serde_json::Value;
 
-use super::execute::{self, Program};
-use super::{fail, Job, Outcome};
+use super::program::{Collected, Program, ROOT};
+use super::{fail, Outcome};
 use crate::children::Ended;
+use crate::job::Job;
 
 const DIRECTORIES: [&str; 2] = ["/etc/microvm/actions.d", "/data/actions.d"];
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -49,17 +50,18 @@ pub fn run(path: &Path, params: &Value, identity: &Identity, job: &Job) -> Outco
         args: &[],
         env: &BTreeMap::new(),
         cwd: "/",
-        stdin,
-        timeout: TIMEOUT,
-        uid: 0,
-        max_output: MAX_OUTPUT,
+        timeout: Some(TIMEOUT),
+        uid: ROOT,
+        terminal: None,
     };
-    let done = execute::run(program, identity, job)?;
-    let stderr = String::from_utf8_lossy(&done.stderr.bytes);
+    let mut said = Collected::new(stdin, MAX_OUTPUT);
+    let ended = program.start(identity, job, !said.stdin.is_empty())?.drive(&mut said)?;
+    let [stdout, stderr] = said.streams;
+    let stderr = String::from_utf8_lossy(&stderr.bytes);
     let said: Vec<&str> = stderr.lines().rev().take(5).collect();
     let said = said.into_iter().rev().collect::<Vec<_>>().join("\n");
-    match done.ended {
-        Ended::Code(0) => serde_json::from_slice(&done.stdout.bytes)
+    match ended {
+        Ended::Code(0) => serde_json::from_slice(&stdout.bytes)
             .or_else(|error| fail(Code::ActionFailed, format!("{shown} did not answer with JSON: {error}"))),
         Ended::Code(code) => fail(Code::ActionFailed, format!("{shown} ended with exit code {code}: {said}")),
         Ended::Signal(signal) => fail(Code::Killed, format!("{shown} was killed by signal {signal}: {said}")),

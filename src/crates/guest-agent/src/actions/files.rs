@@ -14,7 +14,7 @@ use super::{fail, read, Outcome};
 
 const DEFAULT_READ: u64 = 1 << 20;
 const MAX_READ: u64 = 8 << 20;
-const DEFAULT_MODE: u32 = 0o644;
+pub const DEFAULT_MODE: u32 = 0o644;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,12 +42,28 @@ struct WriteParams {
 /// Octal text, as chmod(1) takes it, or the number itself.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Mode {
+pub enum Mode {
     Number(u32),
     Octal(String),
 }
 
-fn io_failure(path: &str, error: &io::Error) -> Failure {
+impl Mode {
+    pub fn bits(&self) -> Result<u32, Failure> {
+        let bad = |message: String| Failure { code: Code::BadParams, message };
+        let bits = match self {
+            Mode::Number(bits) => *bits,
+            Mode::Octal(text) => {
+                u32::from_str_radix(text, 8).map_err(|_| bad(format!("mode: {text:?} is not octal, as in \"0644\"")))?
+            }
+        };
+        if bits > 0o7777 {
+            return Err(bad("mode: at most 0o7777".into()));
+        }
+        Ok(bits)
+    }
+}
+
+pub fn io_failure(path: &str, error: &io::Error) -> Failure {
     let code = match error.kind() {
         ErrorKind::NotFound => Code::FileNotFound,
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Code::PermissionDenied,
@@ -96,16 +112,7 @@ pub fn write_file(params: Value) -> Outcome {
         (None, Some(text)) => BASE64_STANDARD.decode(text).map_err(|error| bad(format!("data_base64: {error}")))?,
         _ => return fail(Code::BadParams, "data: give either data or data_base64"),
     };
-    let mode = match params.mode {
-        None => None,
-        Some(Mode::Number(mode)) => Some(mode),
-        Some(Mode::Octal(text)) => Some(
-            u32::from_str_radix(&text, 8).map_err(|_| bad(format!("mode: {text:?} is not octal, as in \"0644\"")))?,
-        ),
-    };
-    if mode.is_some_and(|mode| mode > 0o7777) {
-        return fail(Code::BadParams, "mode: at most 0o7777");
-    }
+    let mode = params.mode.as_ref().map(Mode::bits).transpose()?;
     if params.append && params.offset.is_some() {
         return fail(Code::BadParams, "append: it excludes offset");
     }

@@ -4,18 +4,18 @@ mod custom;
 mod execute;
 mod fetch;
 mod files;
+mod program;
 mod render;
+mod stream;
 mod system;
+mod transfer;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
-use microvm_protocol::identity::Identity;
-use microvm_protocol::message::{Code, Failure};
+use microvm_protocol::message::{Code, Failure, Request, Response, DOWNLOAD, STREAM, UPLOAD};
 use serde::de::DeserializeOwned;
 use serde_json::{json, Map, Value};
 
-use crate::children::Spawned;
+use crate::identity::Own;
+use crate::job::Job;
 
 pub type Outcome = Result<Value, Failure>;
 
@@ -34,6 +34,8 @@ const BUILT_IN: [&str; 11] = [
     "write_file",
 ];
 
+const PARSER_STACK_BYTES: usize = 16 << 20;
+
 pub fn fail<T>(code: Code, message: impl Into<String>) -> Result<T, Failure> {
     Err(Failure { code, message: message.into() })
 }
@@ -48,58 +50,54 @@ pub fn read<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
     })
 }
 
-/// One request that runs; cancelling it kills the program that it waits for.
-#[derive(Default)]
-pub struct Job {
-    cancelled: AtomicBool,
-    program: Mutex<Option<Arc<Spawned>>>,
-}
-
-impl Job {
-    pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Release);
-        if let Some(program) = self.program.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
-            program.kill();
-        }
-    }
-
-    pub fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Acquire)
-    }
-
-    fn runs(&self, program: &Arc<Spawned>) {
-        *self.program.lock().unwrap_or_else(PoisonError::into_inner) = Some(program.clone());
-        // A cancel that came before the program was noted.
-        if self.is_cancelled() {
-            program.kill();
-        }
-    }
-}
-
 /// The guest as the actions see it.
 pub struct Guest {
-    identity: Identity,
+    own: Own,
 }
 
 impl Guest {
-    pub fn new(identity: Identity) -> Self {
-        Self { identity }
+    pub fn new(own: Own) -> Self {
+        Self { own }
     }
 
-    pub fn perform(&self, action: &str, params: Value, job: &Job) -> Outcome {
+    /// The answer to a request that is done faster than it is handed to another thread.
+    pub fn at_once(&self, request: &Request) -> Option<Response> {
+        let quick = request.action == "ping" && request.params.is_null() && !request.stream;
+        quick.then(|| Response::Ok { result: json!("pong") })
+    }
+
+    pub fn perform(&self, request: Request, job: &Job) -> Outcome {
+        let Request { action, params, stream } = request;
+        if action != "shutdown" {
+            self.own.settle().map_err(|message| Failure { code: Code::IoError, message })?;
+        }
+        match action.as_str() {
+            STREAM | UPLOAD | DOWNLOAD if !stream => {
+                fail(Code::BadParams, format!("{action} needs a stream of the host: use the method of that name"))
+            }
+            STREAM => stream::stream(params, &self.own.identity, job),
+            UPLOAD => transfer::upload(params, job),
+            DOWNLOAD => transfer::download(params, job),
+            action => self.act(action, params, job),
+        }
+    }
+
+    fn act(&self, action: &str, params: Value, job: &Job) -> Outcome {
+        let identity = &self.own.identity;
         match action {
             "ping" => no_params(params).map(|()| json!("pong")),
             "list_actions" => no_params(params).map(|()| json!({"actions": self.actions()})),
-            "system_info" => no_params(params).and_then(|()| system::info(&self.identity)),
+            "system_info" => no_params(params).and_then(|()| system::info(&self.own)),
             "execute" | "exec" => self.execute(params, job),
             "read_file" => files::read_file(params),
             "write_file" => files::write_file(params),
-            "render_page" => render::render_page(params, self.identity.network.is_some()),
-            "process_request" => fetch::process_request(params, self.identity.network.is_some()),
+            "render_page" => on_big_stack(|| render::render_page(params, identity.network.is_some())),
+            "process_request" => fetch::process_request(params, identity.network.is_some()),
             "set_clock" => system::set_clock(params),
+            "adopt" => system::adopt(params, &self.own),
             "shutdown" => no_params(params).map(|()| json!({})),
             other => match custom::find(other) {
-                Some(path) => custom::run(&path, &params, &self.identity, job),
+                Some(path) => custom::run(&path, &params, identity, job),
                 None => {
                     let known = self.actions().join(", ");
                     let shown: String = other.chars().take(80).collect();
@@ -120,14 +118,24 @@ impl Guest {
     /// `execute` with an `action` and no `program` means that action: the form of the legacy callers.
     fn execute(&self, params: Value, job: &Job) -> Outcome {
         match redirect(params) {
-            Redirect::To(action, params) if action != "execute" && action != "exec" => {
-                self.perform(&action, params, job)
-            }
+            Redirect::To(action, params) if action != "execute" && action != "exec" => self.act(&action, params, job),
             Redirect::To(action, _) => fail(Code::BadParams, format!("action: {action:?} needs a program")),
             Redirect::Bad(message) => fail(Code::BadParams, message),
-            Redirect::None(params) => execute::execute(params, &self.identity, job),
+            Redirect::None(params) => execute::execute(params, &self.own.identity, job),
         }
     }
+}
+
+/// Runs a parser of hostile documents, which may recurse; the memory is touched only when it does.
+fn on_big_stack(parse: impl FnOnce() -> Outcome + Send) -> Outcome {
+    std::thread::scope(|scope| {
+        let spawned = std::thread::Builder::new().stack_size(PARSER_STACK_BYTES).spawn_scoped(scope, parse);
+        match spawned.map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => fail(Code::ActionFailed, "the parser failed; the guest's console says where"),
+            Err(error) => fail(Code::Busy, format!("no thread: {error}")),
+        }
+    })
 }
 
 fn no_params(params: Value) -> Result<(), Failure> {

@@ -2,13 +2,13 @@
 
 use std::fs;
 
-use microvm_protocol::identity::Identity;
 use microvm_protocol::message::{Code, Failure};
 use serde::Deserialize;
 use serde_json::{json, Value};
 
 use super::{read, Outcome};
-use crate::boot::{self, DATA};
+use crate::boot::DATA;
+use crate::identity::{self, Names, Own};
 
 fn proc(path: &str) -> String {
     fs::read_to_string(format!("/proc/{path}")).unwrap_or_default()
@@ -20,20 +20,21 @@ fn field(text: &str, name: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
-pub fn info(identity: &Identity) -> Outcome {
+pub fn info(own: &Own) -> Outcome {
+    let (identity, names) = (&own.identity, own.names());
     let memory = proc("meminfo");
     let uptime = proc("uptime").split_whitespace().next().and_then(|text| text.parse::<f64>().ok());
     let load: Vec<f64> = proc("loadavg").split_whitespace().take(3).filter_map(|text| text.parse().ok()).collect();
-    let disk = nix::sys::statvfs::statvfs(DATA).ok().filter(|_| identity.disk);
+    let disk = nix::sys::statvfs::statvfs(DATA).ok();
     let mib = |blocks: u64, size: u64| (blocks * size) >> 20;
     let is_pid = |name: &std::ffi::OsStr| name.to_string_lossy().bytes().all(|byte| byte.is_ascii_digit());
     let processes =
         fs::read_dir("/proc").map_or(0, |entries| entries.flatten().filter(|e| is_pid(&e.file_name())).count());
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     Ok(json!({
-        "vm_id": identity.vm_id,
-        "hostname": identity.hostname,
-        "machine_id": identity.machine_id,
+        "vm_id": names.vm_id,
+        "hostname": names.hostname,
+        "machine_id": identity::hex(&identity.machine_id),
         "kernel": proc("sys/kernel/osrelease").trim(),
         "agent_version": env!("CARGO_PKG_VERSION"),
         "uptime_seconds": uptime,
@@ -57,6 +58,20 @@ pub fn set_clock(params: Value) -> Outcome {
         unix_time_ns: u64,
     }
     let params: Params = read(params)?;
-    boot::set_clock(params.unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
+    identity::set_clock(params.unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
+    Ok(json!({}))
+}
+
+/// What a manager tells a VM of its pool that is taken; it is not among the listed actions.
+pub fn adopt(params: Value, own: &Own) -> Outcome {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Params {
+        vm_id: String,
+        hostname: String,
+        unix_time_ns: u64,
+    }
+    let Params { vm_id, hostname, unix_time_ns } = read(params)?;
+    own.adopt(Names { vm_id, hostname }, unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
     Ok(json!({}))
 }

@@ -1,0 +1,241 @@
+"""``bench``: what a VM costs, always beside the bare VMM doing the same in the same run, in turns.
+
+With the jail and the encryption that a user gets by default. ``start`` means that ``start()`` returned; ``answered``
+that the first command was answered, counted from before ``start()``.
+"""
+
+import argparse
+import shutil
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+from .. import MicroVMInstance, MicroVMIsolationManager, VMResourceLimits
+from .bare import Machine, Running, memory_mib
+from .report import Report
+
+PARTS = ("cold", "clone", "command", "many")
+THREADS = 8
+DISK_MB = 64
+DATA = Path(__file__).resolve().parent.parent / "_data"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n", type=int, default=20, help="samples of each figure (default: 20)")
+    parser.add_argument("--memory-mb", type=int, default=128, help="guest memory in MiB (default: 128)")
+    parser.add_argument("--at-once", type=int, nargs="*", default=[1, 10, 50, 100], metavar="N", help="VMs started together")
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part; may be given again")
+    parser.add_argument("--json", metavar="FILE", help="write the figures and all samples as JSON")
+    parser.add_argument("--svg", metavar="FILE", help="draw the times as a chart")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print; 0 when everything could be measured."""
+    parts = options.only or PARTS
+    with tempfile.TemporaryDirectory(prefix="microvm-bench-") as name:
+        bench = Bench(Path(name), options.n, options.memory_mb)
+        if "cold" in parts:
+            bench.cold()
+        if "clone" in parts:
+            bench.clone()
+        if "command" in parts:
+            bench.command()
+        if "many" in parts:
+            for count in options.at_once:
+                bench.many(count)
+    print(bench.report.table())
+    bench.report.write(options.json, options.svg)
+    return 0
+
+
+class Bench:
+    """One run: managers with a cache of their own, and the folder of the bare VMMs."""
+
+    def __init__(self, folder: Path, n: int, memory_mb: int) -> None:
+        self.folder, self.n = folder, n
+        self.limits = VMResourceLimits(memory_mb=memory_mb, disk_size_mb=DISK_MB)
+        self.config: Dict[str, Any] = {
+            "max_vcpus": 1024, "max_memory_mb": 1 << 20, "raise_on_error": True, "cache_dir": str(folder / "cache"),
+        }
+        (folder / "cache").mkdir(mode=0o700)
+        with self.manager() as manager:
+            # It makes the template, too: what is measured below finds it.
+            vm = self.vm(manager)
+            vm.start()
+            info = vm.get_info()
+            self.cloned = Machine(info["pid"])
+        (self.template,) = [path for path in (folder / "cache" / "templates").iterdir() if path.is_dir()]
+        settings = {"guest_memory_mib": memory_mb, "disk_mib": DISK_MB, "vcpus": 1}
+        self.report = Report(info["accelerator"], settings)
+
+    @contextmanager
+    def manager(self, **config: Any) -> Iterator[MicroVMIsolationManager]:
+        with MicroVMIsolationManager(dict(self.config, **config)) as manager:
+            yield manager
+
+    def vm(self, manager: MicroVMIsolationManager) -> MicroVMInstance:
+        vm = manager.get_vm(manager.create_vm("plugin", self.limits) or "")
+        assert vm is not None
+        return vm
+
+    def drives(self, name: str) -> Dict[str, Path]:
+        """A config drive that says nothing and a copy of the template's disk."""
+        folder = self.folder / "bare-{}".format(name)
+        folder.mkdir(exist_ok=True)
+        (folder / "config").write_bytes(bytes(4096))
+        copy_sparse(self.template / "disk", folder / "disk")
+        return {"config": folder / "config", "disk": folder / "disk"}
+
+    def times(self, manager: MicroVMIsolationManager) -> Tuple[float, float, float]:
+        """Milliseconds of start(), of start() and the first answer, and of destroy_vm()."""
+        vm = self.vm(manager)
+        begun = time.perf_counter()
+        vm.start()
+        started = time.perf_counter()
+        vm.send_command("ping")
+        answered = time.perf_counter()
+        manager.destroy_vm(vm.vm_id)
+        ended = time.perf_counter()
+        return 1e3 * (started - begun), 1e3 * (answered - begun), 1e3 * (ended - answered)
+
+    def cold(self) -> None:
+        with self.manager(templates=False) as manager:
+            vm = self.vm(manager)
+            vm.start()
+            booted = Machine(vm.get_info()["pid"])
+            manager.destroy_vm(vm.vm_id)
+
+            def bare() -> float:
+                drives = self.drives("boot")
+                files = {"-kernel": str(DATA / "vmlinux"), "-initrd": str(DATA / "initramfs.cpio")}
+                running = booted.launch(drives, None, files)
+                try:
+                    return 1e3 * running.first_byte()
+                finally:
+                    running.end()
+
+            bares, ours = self.in_turns(bare, lambda: self.times(manager))
+        self.report.add("bare boot: first byte", "ms", bares)
+        self.report.add("boot: start", "ms", [start for start, _, _ in ours], "bare boot: first byte")
+        self.report.add("boot: answered", "ms", [answered for _, answered, _ in ours], "bare boot: first byte")
+
+    def bare_clone(self, name: str) -> Tuple[Running, float]:
+        running = self.cloned.launch(self.drives(name), self.template / "ram", {})
+        running.restore(self.template / "state")
+        running.echo()
+        return running, 1e3 * (time.perf_counter() - running.begun)
+
+    def clone(self) -> None:
+        def bare() -> float:
+            running, answered = self.bare_clone("clone")
+            running.end()
+            return answered
+
+        with self.manager() as manager:
+            bares, ours = self.in_turns(bare, lambda: self.times(manager))
+        self.report.add("bare clone: answered", "ms", bares)
+        self.report.add("clone: start", "ms", [start for start, _, _ in ours], "bare clone: answered")
+        self.report.add("clone: answered", "ms", [answered for _, answered, _ in ours], "bare clone: answered")
+        self.report.add("clone: destroy_vm", "ms", [ended for _, _, ended in ours])
+
+    def command(self) -> None:
+        running, _ = self.bare_clone("echo")
+        with self.manager() as manager:
+            vm = self.vm(manager)
+            vm.start()
+
+            def ping() -> float:
+                begun = time.perf_counter()
+                vm.send_command("ping")
+                return time.perf_counter() - begun
+
+            bares, ours = self.in_turns(running.echo, ping, 50 * self.n)
+            idle, bare_idle = memory_mib(vm.get_info()["pid"]), running.memory_mib()
+        running.end()
+        self.report.add("bare echo", "us", [1e6 * s for s in bares])
+        self.report.add("command: round trip", "us", [1e6 * s for s in ours], "bare echo")
+        for index, kind in enumerate(("PSS", "RSS")):
+            self.report.add("bare clone: {}".format(kind), "MiB", [bare_idle[index]])
+            self.report.add("clone: {}".format(kind), "MiB", [idle[index]], "bare clone: {}".format(kind))
+
+    def many(self, count: int) -> None:
+        """Wall time of ``count`` VMs started from 8 threads, each to its first answer; memory and teardown."""
+        bares: List[Optional[Running]] = [None] * count
+
+        def bare(index: int) -> None:
+            bares[index] = self.bare_clone("many-{}".format(index))[0]
+
+        bare_wall = together(count, bare)
+        bare_pss = [running.memory_mib()[0] for running in bares if running is not None]
+        for running in bares:
+            assert running is not None
+            running.end()
+            shutil.rmtree(str(self.folder / "bare-many-{}".format(bares.index(running))))
+        with self.manager() as manager:
+
+            def ours(_: int) -> None:
+                vm = self.vm(manager)
+                vm.start()
+                vm.send_command("ping")
+
+            wall = together(count, ours)
+            pids = [info["pid"] for info in manager.get_all_vms_info().values()]
+            pss = [memory_mib(pid)[0] for pid in pids]
+            begun = time.perf_counter()
+            manager.destroy_all_vms()
+            teardown = time.perf_counter() - begun
+        bare_name = "bare {} at once: all answered".format(count)
+        self.report.add(bare_name, "ms", [1e3 * bare_wall])
+        self.report.add("{} at once: all answered".format(count), "ms", [1e3 * wall], bare_name)
+        self.report.add("{} at once: destroy_all_vms".format(count), "ms", [1e3 * teardown])
+        self.report.add("bare {} at once: PSS each".format(count), "MiB", bare_pss)
+        self.report.add("{} at once: PSS each".format(count), "MiB", pss, "bare {} at once: PSS each".format(count))
+
+    def in_turns(self, bare: Callable[[], float], ours: Callable[[], Any], n: Optional[int] = None) -> Tuple[List[float], List[Any]]:
+        """Both by turns, after one of each for the caches."""
+        bare(), ours()
+        pairs = [(bare(), ours()) for _ in range(n or self.n)]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def copy_sparse(source: Path, target: Path) -> None:
+    """Copy a file and keep its holes."""
+    page = 4096
+    with source.open("rb") as original, target.open("wb") as copy:
+        copy.truncate(source.stat().st_size)
+        for at, chunk in enumerate(iter(lambda: original.read(page), b"")):
+            if chunk.strip(b"\0"):
+                copy.seek(at * page)
+                copy.write(chunk)
+
+
+def together(count: int, work: Callable[[int], None]) -> float:
+    """Seconds that 8 threads take for ``count`` pieces of work."""
+    left = list(range(count))
+    failures: List[BaseException] = []
+
+    def loop() -> None:
+        while True:
+            try:
+                index = left.pop()
+            except IndexError:
+                return
+            try:
+                work(index)
+            except BaseException as failure:
+                failures.append(failure)
+                return
+
+    threads = [threading.Thread(target=loop) for _ in range(THREADS)]
+    begun = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - begun
+    if failures:
+        raise failures[0]
+    return wall

@@ -1,0 +1,133 @@
+"""QEMU as anyone would run it by hand: the machine of one of our VMs, without jail, encryption or manager.
+
+The arguments are those of a VM that runs, so that both sides run the same machine; only the names of files and the
+numbers of descriptors are this module's own.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+# A record of the agent's prelude: length 1, kind 4. The agent answers it with its HELLO, in plain text.
+AGAIN = b"\x00\x01\x04"
+DEADLINE_S = 60.0
+
+
+class Machine:
+    """The arguments of a VM of ours."""
+
+    def __init__(self, pid: int) -> None:
+        self.arguments = Path("/proc/{}/cmdline".format(pid)).read_bytes().decode().split("\0")[:-1]
+
+    def launch(self, drives: Dict[str, Path], ram: Optional[Path], more: Dict[str, str]) -> "Running":
+        """Start QEMU with drives by their ids; ``more`` maps an option to the value it gets instead of its own."""
+        ours, theirs = zip(*(socket.socketpair() for _ in range(2)))
+        agent, qmp = (end.fileno() for end in theirs)
+        arguments: List[str] = []
+        option = ""
+        for argument in self.arguments:
+            if option in more:
+                argument = more[option]
+            elif option == "-chardev":
+                argument = re.sub(r"id=agent,fd=\d+", "id=agent,fd={}".format(agent), argument)
+                argument = re.sub(r"id=qmp,fd=\d+", "id=qmp,fd={}".format(qmp), argument)
+            elif option == "-drive":
+                name = re.search(r"id=(\w+)", argument)
+                assert name is not None, argument
+                argument = re.sub(r"file=.*", "file={}".format(drives[name.group(1)]), argument)
+            elif option == "-object" and ram is not None:
+                argument = re.sub(r"mem-path=[^,]*", "mem-path={}".format(ram), argument)
+            option = argument if argument.startswith("-") else ""
+            arguments.append(argument)
+        begun = time.perf_counter()
+        process = subprocess.Popen(
+            arguments, pass_fds=(agent, qmp), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        for end in theirs:
+            end.close()
+        return Running(process, ours[0], ours[1], begun)
+
+
+class Running:
+    """A QEMU of this module's."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", agent: socket.socket, qmp: socket.socket, begun: float) -> None:
+        self.process, self.agent, self.begun = process, agent, begun
+        self.agent.settimeout(DEADLINE_S)
+        qmp.settimeout(DEADLINE_S)
+        self._qmp = qmp
+        self._lines = qmp.makefile("r")
+
+    def first_byte(self) -> float:
+        """Seconds from the spawn to the agent's first byte."""
+        assert self.agent.recv(1), "QEMU ended"
+        return time.perf_counter() - self.begun
+
+    def restore(self, state: Path) -> None:
+        """Load a template's device state and run."""
+        self._command("qmp_capabilities")
+        capabilities = [{"capability": name, "state": True} for name in ("events", "x-ignore-shared")]
+        self._command("migrate-set-capabilities", {"capabilities": capabilities})
+        fd = os.open(str(state), os.O_RDONLY)
+        try:
+            self._send({"execute": "getfd", "arguments": {"fdname": "s"}}, fd)
+        finally:
+            os.close(fd)
+        self._answer()
+        self._command("migrate-incoming", {"uri": "fd:s"})
+        while True:
+            line = self._line()
+            if line.get("event") == "MIGRATION" and line["data"]["status"] in ("completed", "failed"):
+                assert line["data"]["status"] == "completed", line
+                break
+        self._command("cont")
+
+    def echo(self) -> float:
+        """Seconds for one question and its answer over the bare transport."""
+        begun = time.perf_counter()
+        self.agent.sendall(AGAIN)
+        assert self.agent.recv(4096), "QEMU ended"
+        return time.perf_counter() - begun
+
+    def memory_mib(self) -> Tuple[float, float]:
+        return memory_mib(self.process.pid)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.agent.close()
+        self._lines.close()
+        self._qmp.close()
+
+    def _command(self, name: str, arguments: Optional[Dict[str, Any]] = None) -> None:
+        self._send({"execute": name, "arguments": arguments or {}})
+        self._answer()
+
+    def _send(self, command: Dict[str, Any], fd: Optional[int] = None) -> None:
+        text = json.dumps(command).encode()
+        rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, "little"))]
+        self._qmp.sendmsg([text], rights)
+
+    def _line(self) -> Dict[str, Any]:
+        line = self._lines.readline()
+        assert line, "QEMU ended"
+        return dict(json.loads(line))
+
+    def _answer(self) -> None:
+        line: Dict[str, Any] = {}
+        while "return" not in line:
+            line = self._line()
+            assert "error" not in line, line
+
+
+def memory_mib(pid: int) -> Tuple[float, float]:
+    """PSS and RSS of a process, in MiB."""
+    text = Path("/proc/{}/smaps_rollup".format(pid)).read_text()
+    pss, rss = (re.search(r"^{}:\s+(\d+)".format(name), text, re.M) for name in ("Pss", "Rss"))
+    assert pss is not None and rss is not None
+    return int(pss.group(1)) / 1024, int(rss.group(1)) / 1024

@@ -1,0 +1,357 @@
+//! The session with one agent, and the tasks that serve it.
+//!
+//! Latency: whoever has something to send seals and writes it on its own thread, without a hop, unless somebody else is
+//! writing already; then that one writes it, too. Only when the transport is full does the writer's task take over. The
+//! reader's task wakes the asker directly.
+//!
+//! Locks: `writer` before `state`, both held for a few instructions or one `write(2)` that does not block; never across
+//! an await or a log call.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
+
+use microvm_protocol::connection::Connection;
+use microvm_protocol::mux::{Cancelled, Incoming, Mux, MAX_EXCHANGES};
+use microvm_protocol::record::Decoder;
+use microvm_protocol::session::Session;
+use tokio::net::UnixStream;
+use tokio::sync::{oneshot, watch, Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::task::AbortHandle;
+
+use super::mailbox::Mailbox;
+use crate::error::{Error, Result};
+use crate::model::VmId;
+
+/// Records are gathered up to about this many bytes for one write.
+const WRITE_CHUNK: usize = 64 * 1024;
+/// Writes that one caller does for others before it leaves the rest to the writer's task.
+const ROUNDS: usize = 4;
+/// Streams at once; the other exchanges are kept for commands.
+const MAX_STREAMS: usize = MAX_EXCHANGES / 2;
+/// How often the session is looked at; an idle agent is asked for a sign of life every second time.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Events that are logged: a hostile guest fills no log.
+const STRANGE_EVENTS: u64 = 8;
+
+/// Who waits for an exchange.
+pub enum Asker {
+    Once(oneshot::Sender<Vec<u8>>),
+    Stream(Arc<Mailbox>),
+    /// The one who did gave up.
+    Nobody,
+}
+
+struct Open {
+    asker: Asker,
+    /// Given back when the exchange is over, which may be long after its asker gave up.
+    _place: OwnedSemaphorePermit,
+}
+
+struct State {
+    connection: Connection,
+    open: HashMap<u32, Open>,
+    /// Why no answer will come any more.
+    closed: Option<String>,
+}
+
+/// Everything about the transport's writing end.
+struct Writer {
+    /// `None` once the session is closed.
+    stream: Option<Arc<UnixStream>>,
+    bytes: Vec<u8>,
+    written: usize,
+}
+
+pub struct Link {
+    pub vm_id: VmId,
+    state: Mutex<State>,
+    writer: Mutex<Writer>,
+    blocked: Notify,
+    places: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
+    /// Records that came.
+    heard: AtomicU64,
+    strange: AtomicU64,
+    resting: AtomicBool,
+    /// How often in a row the agent gave no sign of life.
+    pub misses: watch::Sender<u32>,
+}
+
+impl Link {
+    /// Takes over an established session.
+    pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> (Arc<Self>, [AbortHandle; 3]) {
+        let stream = Arc::new(stream);
+        let state = State { connection: Connection::new(session), open: HashMap::new(), closed: None };
+        let link = Arc::new(Self {
+            vm_id,
+            state: Mutex::new(state),
+            writer: Mutex::new(Writer { stream: Some(stream.clone()), bytes: Vec::new(), written: 0 }),
+            blocked: Notify::new(),
+            places: Arc::new(Semaphore::new(MAX_EXCHANGES)),
+            streams: Arc::new(Semaphore::new(MAX_STREAMS)),
+            heard: AtomicU64::new(0),
+            strange: AtomicU64::new(0),
+            resting: AtomicBool::new(false),
+            misses: watch::Sender::new(0),
+        });
+        let tasks = [
+            tokio::spawn(read(link.clone(), stream.clone(), decoder)).abort_handle(),
+            tokio::spawn(write(link.clone(), stream)).abort_handle(),
+            tokio::spawn(keep_alive(link.clone())).abort_handle(),
+        ];
+        (link, tasks)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the session; whoever waits is woken.
+    pub fn close(&self, reason: &str) {
+        let askers = {
+            let mut state = self.state();
+            state.closed.get_or_insert_with(|| reason.to_owned());
+            std::mem::take(&mut state.open)
+        };
+        for open in askers.into_values() {
+            if let Asker::Stream(mailbox) = open.asker {
+                mailbox.close();
+            }
+        }
+        self.places.close();
+        self.streams.close();
+        // The last reference but those of the tasks, which end with their agent.
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner).stream = None;
+    }
+
+    pub fn closed_reason(&self) -> String {
+        self.state().closed.clone().unwrap_or_else(|| "the session ended".into())
+    }
+
+    pub fn closed(&self, sent: bool) -> Error {
+        Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: self.closed_reason(), sent }
+    }
+
+    /// While the vCPUs stand still, silence says nothing.
+    pub fn rest(&self, resting: bool) {
+        self.resting.store(resting, Ordering::Release);
+    }
+
+    /// A place for an exchange; waits while all are taken.
+    pub async fn place(&self) -> Result<OwnedSemaphorePermit> {
+        self.places.clone().acquire_owned().await.map_err(|_| self.closed(false))
+    }
+
+    /// A place for a stream.
+    pub async fn stream_place(&self) -> Result<OwnedSemaphorePermit> {
+        self.streams.clone().acquire_owned().await.map_err(|_| self.closed(false))
+    }
+
+    /// Begins an exchange and sends what can be sent at once.
+    pub fn ask(&self, body: Vec<u8>, asker: Asker, place: OwnedSemaphorePermit) -> Result<u32> {
+        let id = {
+            let mut state = self.state();
+            if let Some(reason) = state.closed.clone() {
+                return Err(Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason, sent: false });
+            }
+            let refused =
+                |error| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: format!("{error}"), sent: false };
+            let id = state.connection.exchanges.request(body).map_err(refused)?;
+            state.open.insert(id, Open { asker, _place: place });
+            id
+        };
+        self.flush();
+        Ok(id)
+    }
+
+    /// Gives an exchange up; returns whether the guest may have begun it.
+    pub fn give_up(&self, id: u32) -> bool {
+        let sent = {
+            let mut state = self.state();
+            let sent = state.connection.exchanges.cancel(id) != Ok(Cancelled::NeverSent);
+            if let Some(open) = state.open.get_mut(&id).filter(|_| sent) {
+                open.asker = Asker::Nobody;
+            } else {
+                state.open.remove(&id);
+            }
+            sent
+        };
+        self.flush();
+        sent
+    }
+
+    /// Does something to the exchanges and sends what comes of it.
+    pub fn with<T>(&self, act: impl FnOnce(&mut Mux) -> T) -> T {
+        let done = act(&mut self.state().connection.exchanges);
+        self.flush();
+        done
+    }
+
+    /// Writes what waits, as far as the transport takes it. Never blocks.
+    fn flush(&self) {
+        for _ in 0..ROUNDS {
+            let mut writer = match self.writer.try_lock() {
+                Ok(writer) => writer,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                // The other one looks again before it goes.
+                Err(TryLockError::WouldBlock) => return,
+            };
+            let Some(stream) = writer.stream.clone() else { return };
+            if let Err(reason) = self.write_some(&mut writer, &stream) {
+                drop(writer);
+                return self.close(&reason);
+            }
+            let is_stuck = writer.written < writer.bytes.len();
+            drop(writer);
+            if is_stuck {
+                break;
+            }
+            if !self.state().connection.exchanges.has_outgoing() {
+                return;
+            }
+        }
+        self.blocked.notify_one();
+    }
+
+    fn write_some(&self, writer: &mut Writer, stream: &UnixStream) -> std::result::Result<(), String> {
+        if writer.written == writer.bytes.len() {
+            (writer.written, _) = (0, writer.bytes.clear());
+            let sealed = self.state().connection.transmit(&mut writer.bytes, WRITE_CHUNK);
+            sealed.map_err(|error| error.to_string())?;
+        }
+        while writer.written < writer.bytes.len() {
+            match stream.try_write(&writer.bytes[writer.written..]) {
+                Ok(length) => writer.written += length,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(format!("the transport failed: {error}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes one record. The error is the end of the session.
+    fn take(&self, record: &[u8]) -> std::result::Result<(), String> {
+        self.heard.fetch_add(1, Ordering::Relaxed);
+        let mut state = self.state();
+        let Some(incoming) = state.connection.receive(record).map_err(|error| error.to_string())? else {
+            return Ok(());
+        };
+        let mailbox = |state: &State, id: u32| match state.open.get(&id) {
+            Some(Open { asker: Asker::Stream(mailbox), .. }) => Some(mailbox.clone()),
+            _ => None,
+        };
+        match incoming {
+            Incoming::Response { id, body } => {
+                let Some(open) = state.open.remove(&id) else { return Ok(()) };
+                drop(state);
+                match open.asker {
+                    // Gave up this very moment: then the answer is dropped.
+                    Asker::Once(asker) => drop(asker.send(body)),
+                    Asker::Stream(mailbox) => mailbox.respond(body),
+                    Asker::Nobody => {}
+                }
+            }
+            // A command that streams is heard by nobody, and gets no more credit.
+            Incoming::Data { id, channel, bytes, .. } => {
+                if let Some(mailbox) = mailbox(&state, id) {
+                    drop(state);
+                    mailbox.push(channel, bytes);
+                }
+            }
+            Incoming::Started { id, body } => {
+                if let Some(mailbox) = mailbox(&state, id) {
+                    mailbox.start(body);
+                }
+            }
+            Incoming::Credit { id, .. } => {
+                if let Some(mailbox) = mailbox(&state, id) {
+                    mailbox.credit();
+                }
+            }
+            Incoming::Event { body } => {
+                drop(state);
+                self.take_event(&body);
+            }
+            Incoming::Pong => {}
+            Incoming::Request { .. } | Incoming::Cancel { .. } | Incoming::Control { .. } => {
+                return Err("the agent sent what only a host may send".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Today's agents say nothing unasked; what another one says is of no consequence.
+    fn take_event(&self, body: &[u8]) {
+        if self.strange.fetch_add(1, Ordering::Relaxed) < STRANGE_EVENTS {
+            let said: String = String::from_utf8_lossy(body).chars().take(200).collect();
+            log::debug!("{}: the agent said {said:?}", self.vm_id);
+        }
+    }
+}
+
+async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
+    let reason = 'session: loop {
+        loop {
+            match decoder.next_record() {
+                Ok(Some(record)) => {
+                    if let Err(reason) = link.take(record) {
+                        break 'session reason;
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => break 'session error.to_string(),
+            }
+        }
+        // Credit and the like.
+        link.flush();
+        match stream.try_read(decoder.space()) {
+            Ok(0) => break "the transport was closed".to_owned(),
+            Ok(length) => decoder.filled(length),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                if let Err(error) = stream.readable().await {
+                    break error.to_string();
+                }
+            }
+            Err(error) => break error.to_string(),
+        }
+        // A guest that never stops talking must not keep a worker to itself.
+        tokio::task::coop::consume_budget().await;
+    };
+    if link.state().closed.is_none() {
+        log::debug!("{}: the session ended: {reason}", link.vm_id);
+    }
+    link.close(&reason);
+}
+
+async fn write(link: Arc<Link>, stream: Arc<UnixStream>) {
+    loop {
+        link.blocked.notified().await;
+        if let Err(error) = stream.writable().await {
+            return link.close(&error.to_string());
+        }
+        link.flush();
+    }
+}
+
+async fn keep_alive(link: Arc<Link>) {
+    let mut before = 0;
+    let mut token = 0u32;
+    loop {
+        tokio::time::sleep(KEEP_ALIVE).await;
+        let heard = link.heard.load(Ordering::Relaxed);
+        let quiet = std::mem::replace(&mut before, heard) == heard;
+        if !quiet || link.resting.load(Ordering::Acquire) {
+            link.misses.send_if_modified(|misses| std::mem::take(misses) > 0);
+            continue;
+        }
+        token = token.wrapping_add(1);
+        let asked = link.with(|exchanges| exchanges.ping(token));
+        if !asked {
+            // The last one was not answered yet.
+            link.misses.send_modify(|misses| *misses = misses.saturating_add(1));
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! What the guest streamed and nobody has taken yet.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+/// Small pieces of one channel are joined up to this size.
+const PIECE: usize = 64 * 1024;
+/// Pieces kept apart; beyond that even those of other channels between them do not keep two of one channel apart. So a
+/// guest that sends its window byte by byte costs a window, and not a hundred times as much.
+const MAX_PIECES: usize = 256;
+
+/// Bytes of one channel, in the order in which they came.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Piece {
+    pub channel: u8,
+    pub bytes: Vec<u8>,
+}
+
+#[derive(Default)]
+struct Mail {
+    pieces: VecDeque<Piece>,
+    started: Option<Vec<u8>>,
+    response: Option<Vec<u8>>,
+    closed: bool,
+}
+
+/// The next thing in a mailbox.
+pub enum Taken {
+    Piece(Piece),
+    /// Everything was taken, and the exchange is over.
+    Response(Vec<u8>),
+    /// The session ended before the exchange did.
+    Closed,
+}
+
+#[derive(Default)]
+pub struct Mailbox {
+    mail: Mutex<Mail>,
+    changed: Notify,
+    credited: Notify,
+}
+
+impl Mailbox {
+    fn mail(&self) -> MutexGuard<'_, Mail> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn push(&self, channel: u8, bytes: Vec<u8>) {
+        if bytes.is_empty() {
+            return;
+        }
+        let mut mail = self.mail();
+        let many = mail.pieces.len() >= MAX_PIECES;
+        let joined = mail.pieces.iter_mut().rev().take(if many { MAX_PIECES } else { 1 });
+        let joined = joined.into_iter().find(|piece| piece.channel == channel);
+        match joined.filter(|piece| many || piece.bytes.len() + bytes.len() <= PIECE) {
+            Some(piece) => piece.bytes.extend_from_slice(&bytes),
+            None => mail.pieces.push_back(Piece { channel, bytes }),
+        }
+        drop(mail);
+        self.changed.notify_waiters();
+    }
+
+    pub fn start(&self, body: Vec<u8>) {
+        self.mail().started = Some(body);
+        self.changed.notify_waiters();
+    }
+
+    pub fn respond(&self, body: Vec<u8>) {
+        self.mail().response = Some(body);
+        self.wake();
+    }
+
+    pub fn close(&self) {
+        self.mail().closed = true;
+        self.wake();
+    }
+
+    pub fn credit(&self) {
+        self.credited.notify_waiters();
+    }
+
+    fn wake(&self) {
+        self.changed.notify_waiters();
+        self.credited.notify_waiters();
+    }
+
+    /// Waits for credit, or for the end. `take` is asked first, and again after each change.
+    pub async fn until_credited<T>(&self, mut take: impl FnMut() -> Option<T>) -> T {
+        loop {
+            let credited = self.credited.notified();
+            tokio::pin!(credited);
+            credited.as_mut().enable();
+            if let Some(taken) = take() {
+                return taken;
+            }
+            credited.await;
+        }
+    }
+
+    async fn until<T>(&self, take: impl Fn(&mut Mail) -> Option<T>) -> T {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if let Some(taken) = take(&mut self.mail()) {
+                return taken;
+            }
+            changed.await;
+        }
+    }
+
+    /// The payload of STARTED; `None` when the exchange ended without.
+    pub async fn started(&self) -> Option<Vec<u8>> {
+        self.until(|mail| match mail.started.take() {
+            Some(body) => Some(Some(body)),
+            None if mail.response.is_some() || mail.closed => Some(None),
+            None => None,
+        })
+        .await
+    }
+
+    /// The next piece; the response, again and again, once there is none left.
+    pub async fn take(&self) -> Taken {
+        self.until(|mail| match (mail.pieces.pop_front(), &mail.response) {
+            (Some(piece), _) => Some(Taken::Piece(piece)),
+            (None, Some(response)) => Some(Taken::Response(response.clone())),
+            (None, None) if mail.closed => Some(Taken::Closed),
+            (None, None) => None,
+        })
+        .await
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.mail().closed
+    }
+
+    pub fn is_over(&self) -> bool {
+        let mail = self.mail();
+        mail.closed || mail.response.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_push_byte_by_byte_on_two_channels_stays_small() {
+        let mailbox = Mailbox::default();
+        for byte in 0..100_000u32 {
+            mailbox.push(1 + (byte % 2) as u8, vec![byte as u8]);
+        }
+        let mail = mailbox.mail();
+        assert!(mail.pieces.len() <= MAX_PIECES);
+        assert_eq!(mail.pieces.iter().map(|piece| piece.bytes.len()).sum::<usize>(), 100_000);
+    }
+
+    #[tokio::test]
+    async fn test_take_keeps_order_joins_small_pieces_and_ends_with_the_response() {
+        let mailbox = Mailbox::default();
+        for (channel, bytes) in [(1, "a"), (1, "b"), (2, "c"), (1, "d")] {
+            mailbox.push(channel, bytes.into());
+        }
+        mailbox.respond(b"end".to_vec());
+        let mut heard = Vec::new();
+        while let Taken::Piece(piece) = mailbox.take().await {
+            heard.push((piece.channel, String::from_utf8(piece.bytes).unwrap()));
+        }
+        assert_eq!(heard, [(1, "ab".into()), (2, "c".into()), (1, "d".into())]);
+        assert!(matches!(mailbox.take().await, Taken::Response(body) if body == b"end"));
+    }
+}

@@ -1,0 +1,129 @@
+//! A program that runs in the guest, live.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use microvm_protocol::message::{Control, Started};
+use microvm_protocol::mux::STDIN;
+use serde::Deserialize;
+use tokio::sync::watch;
+
+use super::mailbox::Piece;
+use super::stream::{Next, Stream};
+use crate::error::{Error, Result};
+
+/// How a program ended.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+pub struct Exit {
+    pub exit_code: Option<i32>,
+    pub signal: Option<i32>,
+    pub duration_seconds: f64,
+}
+
+/// A running program. Dropping it kills the program and all its descendants.
+pub struct Process {
+    vm_id: String,
+    /// `None` once it was killed.
+    stream: Mutex<Option<Arc<Stream>>>,
+    pid: u32,
+    ended: watch::Sender<Option<Result<Exit>>>,
+}
+
+impl Process {
+    /// # Errors
+    /// [`Error::Guest`] when the program could not be started.
+    pub async fn start(stream: Stream) -> Result<Self> {
+        let pid = match stream.started().await? {
+            Started::Program { pid } => pid,
+            Started::File { .. } => 0,
+        };
+        let vm_id = stream.vm_id();
+        Ok(Self { vm_id, stream: Mutex::new(Some(stream.into())), pid, ended: watch::Sender::new(None) })
+    }
+
+    #[must_use]
+    pub fn vm_id(&self) -> &str {
+        &self.vm_id
+    }
+
+    /// Its process id in the guest.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// How it ended, once all of its output was taken.
+    #[must_use]
+    pub fn ended(&self) -> Option<Result<Exit>> {
+        self.ended.borrow().clone()
+    }
+
+    fn stream(&self) -> Option<Arc<Stream>> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes how it ended; what was noted first holds.
+    fn end(&self, how: Result<Exit>) -> Result<Exit> {
+        self.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            ended.get_or_insert(how);
+            first
+        });
+        self.ended().unwrap_or_else(|| Err(self.killed()))
+    }
+
+    fn killed(&self) -> Error {
+        let (vm_id, what) = (self.vm_id.clone(), "stream".to_owned());
+        Error::Guest { vm_id, what, code: "cancelled", message: "the program was killed by this side".into() }
+    }
+
+    /// The next output; `None` at its end. Cancellation-safe.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] when it was killed by its timeout, [`Error::ChannelClosed`].
+    pub async fn next(&self) -> Result<Option<Piece>> {
+        let ended = match self.stream() {
+            None => self.end(Err(self.killed())),
+            Some(stream) => match stream.next().await {
+                Ok(Next::Piece(piece)) => return Ok(Some(piece)),
+                Ok(Next::End(exit)) => self.end(Ok(exit)),
+                Err(error) => self.end(Err(error)),
+            },
+        };
+        ended.map(|_| None)
+    }
+
+    /// Writes to its input, as fast as it reads. Returns false when it reads no more.
+    ///
+    /// # Errors
+    /// [`Error::ChannelClosed`].
+    pub async fn write(&self, bytes: &[u8]) -> Result<bool> {
+        match self.stream() {
+            Some(stream) => stream.send(STDIN, bytes).await,
+            None => Ok(false),
+        }
+    }
+
+    pub fn close_stdin(&self) {
+        if let Some(stream) = self.stream() {
+            stream.finish(STDIN);
+        }
+    }
+
+    /// Sends a signal or a window's size; nothing when the program has ended.
+    ///
+    /// # Errors
+    /// As for [`Stream::control`].
+    pub fn control(&self, control: &Control) -> Result<()> {
+        self.stream().map_or(Ok(()), |stream| stream.control(control))
+    }
+
+    /// Kills the program and all its descendants; output that was not taken is dropped. Nothing when it has ended.
+    pub fn kill(&self) {
+        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(stream) = stream.filter(|_| self.ended().is_none()) {
+            drop(self.end(Err(self.killed())));
+            // Whoever waits for output is woken, and finds how it ended.
+            stream.cancel();
+        }
+    }
+}

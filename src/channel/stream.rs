@@ -1,0 +1,170 @@
+//! An exchange whose channels are open: what programs, uploads and downloads are made of.
+
+use std::sync::Arc;
+
+use microvm_protocol::message::{Control, Response, Started};
+use microvm_protocol::mux::Refused;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::agent::decode;
+use super::link::Link;
+use super::mailbox::{Mailbox, Piece, Taken};
+use crate::error::{Error, Result};
+
+/// Bytes both ways until the guest ends it. Dropping it cancels it; its program is then killed.
+///
+/// Whoever does not take what comes holds one window of it; the guest waits. All methods may be used from several tasks
+/// at once.
+pub struct Stream {
+    link: Arc<Link>,
+    id: u32,
+    mailbox: Arc<Mailbox>,
+    what: String,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+impl Stream {
+    pub(super) fn new(
+        link: Arc<Link>,
+        id: u32,
+        mailbox: Arc<Mailbox>,
+        what: String,
+        _place: OwnedSemaphorePermit,
+    ) -> Self {
+        Self { link, id, mailbox, what, _place }
+    }
+
+    #[must_use]
+    pub fn vm_id(&self) -> String {
+        self.link.vm_id.to_string()
+    }
+
+    /// Waits until the guest has begun.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] when it could not, [`Error::ChannelClosed`].
+    pub async fn started(&self) -> Result<Started> {
+        let Some(body) = self.mailbox.started().await else {
+            return match self.mailbox.take().await {
+                Taken::Response(body) => {
+                    Err(self.ended::<Value>(&body).err().unwrap_or_else(|| self.nonsense("it never began")))
+                }
+                _ => Err(self.link.closed(self.was_sent())),
+            };
+        };
+        serde_json::from_slice(&body).map_err(|error| self.nonsense(&error.to_string()))
+    }
+
+    fn was_sent(&self) -> bool {
+        self.link.with(|exchanges| exchanges.is_sent(self.id)).unwrap_or(true)
+    }
+
+    fn nonsense(&self, reason: &str) -> Error {
+        Error::ChannelClosed {
+            vm_id: self.vm_id(),
+            reason: format!("{}: the agent's answer: {reason}", self.what),
+            sent: true,
+        }
+    }
+
+    /// The result in the guest's response.
+    fn ended<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T> {
+        match decode(&self.link.vm_id, body)? {
+            Response::Ok { result } => {
+                serde_json::from_value(result).map_err(|error| self.nonsense(&error.to_string()))
+            }
+            Response::Error { error } => Err(Error::Guest {
+                vm_id: self.vm_id(),
+                what: self.what.clone(),
+                code: error.code.as_str(),
+                message: error.message,
+            }),
+        }
+    }
+
+    /// The next bytes, or the end with its result. Cancellation-safe.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] when it ended in failure, [`Error::ChannelClosed`].
+    pub async fn next<T: DeserializeOwned>(&self) -> Result<Next<T>> {
+        match self.mailbox.take().await {
+            Taken::Piece(piece) => {
+                self.link.with(|exchanges| exchanges.consumed(self.id, piece.channel, piece.bytes.len()));
+                Ok(Next::Piece(piece))
+            }
+            Taken::Response(body) => self.ended(&body).map(Next::End),
+            Taken::Closed => Err(self.link.closed(true)),
+        }
+    }
+
+    /// Sends bytes on a channel, as fast as the guest takes them. Returns false when it takes no more.
+    ///
+    /// # Errors
+    /// [`Error::ChannelClosed`].
+    pub async fn send(&self, channel: u8, mut bytes: &[u8]) -> Result<bool> {
+        while !bytes.is_empty() {
+            if self.mailbox.is_closed() {
+                return Err(self.link.closed(true));
+            }
+            let sent = self.mailbox.until_credited(|| {
+                // An exchange that is over has no room, and never will.
+                match self.link.with(|exchanges| exchanges.send(self.id, channel, bytes)) {
+                    Ok(0) if !self.mailbox.is_over() => None,
+                    Ok(0) | Err(_) => Some(None),
+                    Ok(taken) => Some(Some(taken)),
+                }
+            });
+            match sent.await {
+                Some(taken) => bytes = &bytes[taken..],
+                None if !self.mailbox.is_closed() => return Ok(false),
+                None => {}
+            }
+        }
+        Ok(true)
+    }
+
+    /// Ends a channel; the guest reads end-of-file after what was sent.
+    pub fn finish(&self, channel: u8) {
+        // Gone: it has ended already.
+        self.link.with(|exchanges| exchanges.finish(self.id, channel).ok());
+    }
+
+    /// Tells the guest something about its program; nothing when that has ended.
+    ///
+    /// # Errors
+    /// [`Error::ChannelTimeout`] when too much waits to be told already.
+    pub fn control(&self, control: &Control) -> Result<()> {
+        let body = serde_json::to_vec(control).map_err(|error| self.nonsense(&error.to_string()))?;
+        match self.link.with(|exchanges| exchanges.control(self.id, body)) {
+            Ok(()) | Err(Refused::Gone) => Ok(()),
+            Err(refused) => Err(Error::ChannelTimeout {
+                vm_id: self.vm_id(),
+                what: format!("{}: {refused}; it", self.what),
+                limit_s: 0.0,
+                sent: false,
+            }),
+        }
+    }
+
+    /// Ends it in the guest: its program is killed, its draft removed.
+    pub fn cancel(&self) {
+        if !self.mailbox.is_over() {
+            self.link.give_up(self.id);
+            self.mailbox.close();
+        }
+    }
+}
+
+/// What came next on a stream.
+pub enum Next<T> {
+    Piece(Piece),
+    End(T),
+}

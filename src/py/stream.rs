@@ -1,0 +1,178 @@
+//! The handle of a program that runs in a VM.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use microvm_protocol::message::Control;
+use microvm_protocol::mux::STDERR;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyString};
+use pyo3::PyTraverseError;
+use pyo3::PyVisit;
+
+use super::gate::{self, OnInterrupt, Owned};
+use super::{convert, errors};
+use crate::channel::{Piece, Process};
+use crate::error::Error;
+use crate::vm::Live;
+
+type Output<'py> = (Bound<'py, PyString>, Bound<'py, PyBytes>);
+
+/// A running program: an iterator of `("stdout" | "stderr", bytes)`. Leaving its `with` block kills it.
+#[pyclass(frozen, module = "thirstys_waterfall.security.microvm_isolation")]
+pub struct ProcessStream {
+    process: Owned<Live<Process>>,
+    on_output: Mutex<Option<Py<PyAny>>>,
+}
+
+impl ProcessStream {
+    pub fn new(process: Live<Process>, on_output: Option<Py<PyAny>>) -> Self {
+        Self { process: Owned::new("ProcessStream", Arc::new(process)), on_output: Mutex::new(on_output) }
+    }
+
+    fn on_output(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.on_output.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|call| call.clone_ref(py))
+    }
+
+    /// The next output, or its end (`Some(None)`); `None` when neither came until `deadline`.
+    fn take(&self, py: Python<'_>, deadline: Option<Instant>) -> PyResult<Option<Option<Piece>>> {
+        let process = self.process.get(py)?.clone();
+        let taken = gate::wait(py, OnInterrupt::Abandon, async move {
+            match deadline {
+                None => process.next().await.map(Some),
+                Some(deadline) => match tokio::time::timeout_at(deadline.into(), process.next()).await {
+                    Ok(next) => next.map(Some),
+                    Err(_) => Ok(None),
+                },
+            }
+        })?;
+        taken.map_err(|error| errors::raise(py, &error))
+    }
+
+    /// Writes and closes the program's input, at whatever pace it reads, while others take its output.
+    pub fn give(&self, py: Python<'_>, bytes: Vec<u8>) -> PyResult<()> {
+        let process = self.process.get(py)?.clone();
+        gate::spawn(py, async move {
+            if let Err(error) = process.write(&bytes).await {
+                log::debug!("a program's input: {error}");
+            }
+            process.inner.close_stdin();
+        })
+    }
+
+    fn control(&self, py: Python<'_>, control: &Control) -> PyResult<()> {
+        self.process.get(py)?.inner.control(control).map_err(|error| errors::raise(py, &error))
+    }
+}
+
+fn output<'py>(py: Python<'py>, piece: &Piece) -> Output<'py> {
+    let name = if piece.channel == STDERR { pyo3::intern!(py, "stderr") } else { pyo3::intern!(py, "stdout") };
+    (name.clone(), PyBytes::new(py, &piece.bytes))
+}
+
+#[pymethods]
+impl ProcessStream {
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Output<'py>>> {
+        Ok(self.take(py, None)?.flatten().map(|piece| output(py, &piece)))
+    }
+
+    /// Writes to the program's input, as fast as it reads; `False` when it reads no more.
+    fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let bytes = convert::bytes("data", data)?;
+        let process = self.process.get(py)?.clone();
+        let written = gate::wait(py, OnInterrupt::Abandon, async move { process.write(&bytes).await })?;
+        written.map_err(|error| errors::raise(py, &error))
+    }
+
+    /// Ends the program's input.
+    fn close_stdin(&self, py: Python<'_>) -> PyResult<()> {
+        self.process.get(py)?.inner.close_stdin();
+        Ok(())
+    }
+
+    /// Sends a signal to the program's process group; SIGKILL ends all its descendants.
+    fn signal(&self, py: Python<'_>, number: &Bound<'_, PyAny>) -> PyResult<()> {
+        let signal = convert::whole_in("number", number, 1, 64)?;
+        self.control(py, &Control::Signal { signal: signal as i32 })
+    }
+
+    /// Tells the program's terminal its size.
+    fn resize(&self, py: Python<'_>, rows: &Bound<'_, PyAny>, columns: &Bound<'_, PyAny>) -> PyResult<()> {
+        let rows = convert::whole_in("rows", rows, 1, 65_535)? as u16;
+        let columns = convert::whole_in("columns", columns, 1, 65_535)? as u16;
+        self.control(py, &Control::Resize { rows, columns })
+    }
+
+    /// Waits for the program's end and gives its exit code. Output that was not taken goes to `on_output`, or is dropped.
+    #[pyo3(signature = (timeout=None))]
+    fn wait(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<Option<i32>> {
+        let timeout: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let on_output = self.on_output(py);
+        loop {
+            match (self.take(py, deadline)?, &on_output) {
+                (Some(Some(piece)), Some(call)) => drop(call.call1(py, output(py, &piece))?),
+                (Some(Some(_)), None) => {}
+                (Some(None), _) => return Ok(self.exit_code()),
+                (None, _) => {
+                    let (vm_id, what) = (self.process.peek().inner.vm_id().to_owned(), "the program".to_owned());
+                    let limit_s = timeout.unwrap_or_default().as_secs_f64();
+                    return Err(errors::raise(py, &Error::ChannelTimeout { vm_id, what, limit_s, sent: true }));
+                }
+            }
+        }
+    }
+
+    /// Kills the program and all its descendants.
+    fn kill(&self, py: Python<'_>) -> PyResult<()> {
+        self.process.get(py)?.inner.kill();
+        Ok(())
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (exc_type, exc_value, traceback))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        exc_type: &Bound<'_, PyAny>,
+        exc_value: &Bound<'_, PyAny>,
+        traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        let (_, _, _) = (exc_type, exc_value, traceback);
+        self.kill(py)?;
+        Ok(false)
+    }
+
+    /// The exit code, the negative number of the signal that ended the program, or `None` while its output was not taken
+    /// to the end.
+    #[getter]
+    fn exit_code(&self) -> Option<i32> {
+        let exit = self.process.peek().inner.ended()?.ok()?;
+        exit.exit_code.or_else(|| exit.signal.map(|signal| -signal))
+    }
+
+    /// The program's process id in the guest.
+    #[getter]
+    fn pid(&self) -> u32 {
+        self.process.peek().inner.pid()
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match self.on_output.try_lock() {
+            Ok(on_output) => on_output.as_ref().map_or(Ok(()), |call| visit.call(call)),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn __clear__(&self) {
+        let call = self.on_output.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(call);
+    }
+}

@@ -1,0 +1,121 @@
+//! VMs that stand by: a start that was made ahead, up to some stage, for a VM that nobody has asked for yet.
+//!
+//! Each is a clone with an identity of its own, as any other; the VM that it becomes gives it its name.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{json, Value};
+
+use super::boot::{Launching, Progress};
+use super::prepare::prepare;
+use super::running::Running;
+use super::{template, Settings, Spec};
+use crate::error::{Error, Result};
+use crate::host::clock;
+use crate::model::Form;
+
+/// How long a woken guest may take to answer.
+const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A VM without a user.
+pub enum Standby {
+    /// The VMM runs, and waits for a template's state.
+    Blank(Launching),
+    /// The template's state is loaded, and its vCPUs stand still.
+    Restored(Launching),
+    /// The guest has an identity and a session; its vCPUs stand still.
+    Ready(Running),
+}
+
+impl Standby {
+    /// Makes one for VMs like `spec`, whose name it has until it is taken.
+    ///
+    /// # Errors
+    /// As a start's; [`Error::Host`] when there is no template that it could be a clone of.
+    pub async fn make(spec: &Spec, settings: &Settings, form: Form) -> Result<Self> {
+        let progress = Progress::begin("prepare");
+        let prepared = prepare(spec, settings).await?;
+        let template = template::find_or_make(&prepared, settings, &progress).await?;
+        let template = template.ok_or_else(|| Error::host("make", "a VM of the pool", "there is no template"))?;
+        let mut launching = Launching::launch(prepared, settings, progress, Some(template)).await?;
+        if form == Form::Blank {
+            launching.connect().await?;
+            return Ok(Standby::Blank(launching));
+        }
+        launching.load(form == Form::Ready).await?;
+        if form == Form::Restored {
+            return Ok(Standby::Restored(launching));
+        }
+        let running = launching.bring_up().await?;
+        // What is done here for the first time need not be when it is taken.
+        running.adopt(spec).await?;
+        running.agent().request("ping", Value::Null, ADOPT_DEADLINE).await?;
+        running.control().pause().await?;
+        Ok(Standby::Ready(running))
+    }
+
+    pub fn is_alive(&self) -> bool {
+        match self {
+            Standby::Blank(launching) | Standby::Restored(launching) => launching.is_alive(),
+            Standby::Ready(running) => running.is_alive(),
+        }
+    }
+
+    /// Makes it the VM of `spec`, ready for commands.
+    ///
+    /// # Errors
+    /// As a start's; it is gone then.
+    pub async fn become_vm(self, spec: &Spec, settings: &Settings) -> Result<Running> {
+        let begun = Instant::now();
+        let mut running = match self {
+            Standby::Blank(mut launching) => {
+                // Before the renaming: QEMU opens its drives once more, by their names.
+                launching.load(false).await?;
+                launching.take(spec, settings).await?
+            }
+            Standby::Restored(launching) => launching.take(spec, settings).await?,
+            Standby::Ready(mut running) => {
+                let progress = Progress::since(begun, "take");
+                running.rename(spec, settings).await?;
+                progress.at("resume");
+                running.control().resume().await?;
+                progress.at("adopt");
+                running.adopt(spec).await?;
+                running.stages = progress.lengths();
+                running
+            }
+        };
+        running.origin = "pool";
+        running.since = Instant::now();
+        running.open_broker(settings)?;
+        Ok(running)
+    }
+}
+
+impl Launching {
+    /// Gives a loaded clone its name, and lets it run.
+    async fn take(self, spec: &Spec, settings: &Settings) -> Result<Running> {
+        let launching = self.rename(spec, settings).await?;
+        launching.resume().await?;
+        launching.bring_up().await
+    }
+}
+
+impl Running {
+    /// Tells the guest which VM it is, and the time.
+    async fn adopt(&self, spec: &Spec) -> Result<()> {
+        let vm_id = &spec.vm_id;
+        let params =
+            json!({"vm_id": vm_id.as_str(), "hostname": vm_id.hostname(), "unix_time_ns": clock::unix_time_ns()});
+        let answer = self.agent().request("adopt", params, ADOPT_DEADLINE).await?;
+        match answer {
+            crate::channel::Answer::Ok { .. } => Ok(()),
+            crate::channel::Answer::Error { error } => Err(Error::StartFailed {
+                vm_id: vm_id.clone(),
+                stage: "adopt",
+                reason: error.message,
+                tails: Box::new(self.tails.read()),
+            }),
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Templates of VMs: which one fits, and how it is made.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use microvm_protocol::handshake::{has_failed, Ask};
+use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
+use tokio::io::AsyncWriteExt;
+
+use super::boot::{Attempt, Progress};
+use super::prepare::{self, Prepared};
+use super::{Settings, Spec};
+use crate::channel::Agent;
+use crate::error::{Error, Result};
+use crate::host::kvm;
+use crate::image::template::{Fit, FitDrive, Store, Template, DISK, RAM, STATE};
+use crate::image::{self, GuestImage};
+use crate::vmm::{Drive, LaunchPlan, Launched, Nic, Origin};
+
+/// HELLOs asked for before the guest is frozen: it rehearses before each.
+const REHEARSALS: usize = 3;
+/// Time for the kernel to do what it has put off.
+const BETWEEN: Duration = Duration::from_millis(20);
+
+/// The template for a prepared VM, made now if need be; `None`: it has to boot.
+///
+/// # Errors
+/// [`Error::StartTimeout`]: a kernel that does not come up as a template would not do so as a VM.
+pub async fn find_or_make(
+    prepared: &Prepared,
+    settings: &Settings,
+    progress: &Progress,
+) -> Result<Option<Arc<Template>>> {
+    let Some(store) = &settings.templates else { return Ok(None) };
+    let found = async {
+        let fit = fit(store, prepared).await?;
+        store.find_or_make(&fit, |dir| async move { record(prepared, settings, progress, &dir).await }).await
+    };
+    match tokio::time::timeout(settings.start_timeout, found).await {
+        Ok(Ok(template)) => Ok(Some(template)),
+        Ok(Err(error @ Error::StartTimeout { .. })) => Err(error),
+        Ok(Err(error)) => {
+            log::warn!("{}: there is no template, the VM boots: {error}", prepared.plan.vm_id);
+            Ok(None)
+        }
+        Err(_) => {
+            log::warn!("{}: the template was not ready in time, the VM boots", prepared.plan.vm_id);
+            Ok(None)
+        }
+    }
+}
+
+/// Makes the template of VMs like `spec`, unless it is there.
+///
+/// # Errors
+/// As a start's; [`Error::Host`] when templates are switched off or cannot be kept.
+pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<()> {
+    let progress = Progress::begin("prepare");
+    let prepared = prepare::prepare(spec, settings).await?;
+    let template = find_or_make(&prepared, settings, &progress).await?;
+    let missing = || Error::host("prepare", "a template", "there can be none; see the log for the reason");
+    template.map(drop).ok_or_else(missing)
+}
+
+pub async fn discard(settings: &Settings, template: &Template) {
+    if let Some(store) = &settings.templates {
+        store.discard(&template.manifest.fit).await;
+    }
+}
+
+/// What a template of this VM depends on.
+async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
+    let (store, vmm, plan) = (store.clone(), &prepared.vmm, prepared.plan.clone());
+    let binary = vmm.binary().to_owned();
+    let (backend, accelerator, machine) = (vmm.backend(), vmm.accelerator(), vmm.machine(&plan));
+    let looking = tokio::task::spawn_blocking(move || {
+        let digest =
+            |path: &Path| store.digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
+        // A guest has the image mounted when it is frozen; its other drives are made for each clone.
+        let drive = |drive: &Drive| {
+            let image = if drive.serial == ROOTFS_SERIAL { Some(digest(&drive.path)?) } else { None };
+            Ok(FitDrive { serial: drive.serial.to_owned(), size: drive.size, image })
+        };
+        Ok(Fit {
+            backend: backend.as_str().into(),
+            vmm: digest(&binary)?,
+            accelerator: accelerator.into(),
+            cpu: kvm::cpu().0,
+            machine,
+            kernel: digest(&plan.kernel)?,
+            initramfs: digest(&plan.initramfs)?,
+            drives: plan.drives.iter().map(drive).collect::<Result<_>>()?,
+        })
+    });
+    looking.await.map_err(|error| Error::host("look at", "what a template depends on", error))?
+}
+
+/// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
+async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
+    let plan = blank(&prepared.plan, &settings.image, dir)?;
+    let vm_id = &plan.vm_id;
+    let origin = Origin::Record { ram: dir.join(RAM) };
+    let Launched { jailed, agent: mut transport, control, tails } = prepared.vmm.launch(&plan, &origin)?;
+    let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
+    let state = File::create_new(dir.join(STATE)).map_err(|error| Error::host("create", dir.display(), error))?;
+    let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;
+    let frozen = async {
+        let mut hello = Agent::hello(vm_id, &mut transport).await?;
+        if has_failed(&hello) {
+            // A boot of the VM itself will say what.
+            return Err(Error::host("freeze", vm_id, "the guest could not be set up"));
+        }
+        for _ in 0..REHEARSALS {
+            tokio::time::sleep(BETWEEN).await;
+            transport.write_all(&freeze).await.map_err(|error| Error::host("write", "the agent's port", error))?;
+            hello = Agent::hello(vm_id, &mut transport).await?;
+        }
+        tokio::time::sleep(BETWEEN).await;
+        control.save(state.into()).await?;
+        Ok(hello)
+    };
+    let hello = attempt.race(frozen).await?;
+    jailed.kill();
+    jailed.reaped().await;
+    let config = dir.join(CONFIG_SERIAL);
+    std::fs::remove_file(&config).map_err(|error| Error::host("remove", config.display(), error))?;
+    Ok(hello)
+}
+
+/// The plan with files in `dir`: memory, a disk as every VM's begins, and a config drive that says nothing.
+fn blank(plan: &LaunchPlan, image: &GuestImage, dir: &Path) -> Result<LaunchPlan> {
+    let sparse = |path: &Path, size: u64| {
+        let made = File::create_new(path).and_then(|file| file.set_len(size));
+        made.map_err(|error| Error::host("create", path.display(), error))
+    };
+    sparse(&dir.join(RAM), plan.memory_mib << 20)?;
+    sparse(&dir.join(CONFIG_SERIAL), DRIVE_BYTES as u64)?;
+    let own = |drive: &Drive| match drive.serial {
+        ROOTFS_SERIAL => Ok(drive.clone()),
+        DISK_SERIAL => {
+            let path = dir.join(DISK);
+            image::write_disk(&image.disk_template, &path, drive.size >> 20)?;
+            Ok(Drive { path, ..drive.clone() })
+        }
+        serial => Ok(Drive { path: dir.join(serial), ..drive.clone() }),
+    };
+    Ok(LaunchPlan {
+        drives: plan.drives.iter().map(own).collect::<Result<_>>()?,
+        nic: plan.nic.as_ref().map(|_| Nic::unplugged()),
+        ..plan.clone()
+    })
+}

@@ -1,0 +1,487 @@
+"""Streams, files and the broker on real VMs."""
+
+import io
+import json
+import os
+import queue
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import zlib
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from thirstys_waterfall.security.microvm_isolation import (
+    CancelledError,
+    ChannelError,
+    CommandError,
+    CommunicationChannel,
+    InvalidStateError,
+    MicroVMError,
+    VMState,
+)
+
+from .support import ROOT, VMTestCase, eventually, limits, shell
+
+SH = "/bin/sh"
+
+
+def said(stream: Any) -> Tuple[bytes, bytes]:
+    """Everything that a program says, by channel."""
+    heard: Dict[str, bytes] = {"stdout": b"", "stderr": b""}
+    for channel, data in stream:
+        heard[channel] += data
+    return heard["stdout"], heard["stderr"]
+
+
+def rss_mib() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+
+class Streams(VMTestCase):
+    def test_stream_output_input_and_exit_code_are_the_programs(self) -> None:
+        vm = self.running()
+        script = "echo to $A $(pwd); echo err >&2; cat; exit 3"
+        with vm.stream(SH, ["-c", script], env={"A": "b"}, cwd="/tmp", stdin=b"\0in\xff") as stream:
+            self.assertIsNone(stream.exit_code)
+            self.assertEqual(said(stream), (b"to b /tmp\n\0in\xff", b"err\n"))
+            self.assertEqual(stream.exit_code, 3)
+        self.assertEqual(vm.stream("id", ["-u"], uid=1000, on_output=None).wait(), 0)
+
+    def test_stream_output_comes_while_the_program_runs(self) -> None:
+        stream = self.running().stream("cat")
+        for text in (b"one", b"two"):
+            self.assertTrue(stream.write(text))
+            self.assertEqual(next(stream), ("stdout", text))
+        stream.close_stdin()
+        self.assertEqual((list(stream), stream.exit_code), ([], 0))
+        self.assertFalse(stream.write(b"nobody reads"))
+
+    def test_stream_that_does_not_start_raises_at_once(self) -> None:
+        vm = self.running()
+        for program, options, code in [
+            ("no-such-program", {}, "program_not_found"),
+            ("/etc/passwd", {}, "permission_denied"),
+            ("ls", {"cwd": "/none"}, "bad_params"),
+            ("ls", {"rows": 10}, "bad_params"),
+            ("ls", {"env": {"A=": ""}}, "bad_params"),
+        ]:
+            with self.subTest(program, **options), self.assertRaises(CommandError) as caught:
+                vm.stream(program, **options)
+            self.assertEqual((caught.exception.code, vm.last_error.code), (code, code))
+
+    def test_stream_signal_reaches_the_program_and_its_end_is_told(self) -> None:
+        vm = self.running()
+        stream = vm.stream(SH, ["-c", "trap 'echo caught; exit 9' TERM; echo ready; while :; do sleep 0.05; done"])
+        self.assertEqual(next(stream), ("stdout", b"ready\n"))
+        stream.signal(signal.SIGTERM)
+        self.assertIn(b"caught\n", said(stream)[0])
+        self.assertEqual(stream.exit_code, 9)
+        stream = vm.stream("sleep", ["1000"])
+        stream.signal(signal.SIGKILL)
+        self.assertEqual((stream.wait(10), stream.exit_code), (-9, -9))
+
+    def test_stream_on_a_terminal_has_its_size_and_ends_by_control_d(self) -> None:
+        vm = self.running()
+        stream = vm.stream(SH, ["-c", "tty; stty size; read x; stty size; cat"], pty=True, rows=10, columns=20)
+        heard = next(stream)[1]
+        while b"10 20" not in heard:
+            heard += next(stream)[1]
+        self.assertIn(b"/dev/pts/", heard)
+        stream.resize(33, 44)
+        stream.write(b"\n")
+        stream.close_stdin()
+        self.assertIn(b"33 44", said(stream)[0])
+        self.assertEqual(stream.exit_code, 0)
+
+    def test_stream_terminal_is_the_controlling_one_of_a_plain_user(self) -> None:
+        stream = self.running().stream(SH, ["-c", "echo x >/dev/tty; sleep 1000"], pty=True, uid=1000)
+        self.assertEqual(next(stream), ("stdout", b"x\r\n"))
+        stream.write(b"\x03")
+        self.assertEqual(stream.wait(10), -signal.SIGINT)
+
+    def test_stream_left_is_killed_with_all_its_descendants(self) -> None:
+        vm = self.running()
+        with vm.stream(SH, ["-c", "setsid sleep 98765 & sleep 98765 & echo up; sleep 98765"]) as stream:
+            next(stream)
+        with self.assertRaises(CancelledError):
+            stream.wait()
+        count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
+        self.assertTrue(eventually(lambda: count() == "0"), count())
+
+    def test_stream_dropped_is_killed(self) -> None:
+        vm = self.running()
+        stream = vm.stream("sleep", ["98765"])
+        del stream
+        count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
+        self.assertTrue(eventually(lambda: count() == "0"), count())
+
+    def test_stream_timeout_kills_and_is_told(self) -> None:
+        stream = self.running().stream("sleep", ["1000"], timeout=0.3)
+        with self.assertRaises(CommandError) as caught:
+            list(stream)
+        self.assertEqual(caught.exception.code, "timeout")
+
+    def test_stream_wait_gives_up_and_can_be_tried_again(self) -> None:
+        stream = self.running().stream("cat")
+        with self.assertRaises(ChannelError) as caught:
+            stream.wait(timeout=0.1)
+        self.assertEqual(caught.exception.code, "channel_timeout")
+        stream.close_stdin()
+        self.assertEqual(stream.wait(timeout=10), 0)
+
+    def test_stream_callback_hears_everything_on_the_waiting_thread(self) -> None:
+        heard: List[Tuple[str, bytes, int]] = []
+        on_output = lambda channel, data: heard.append((channel, data, threading.get_ident()))
+        self.assertEqual(self.running().stream("echo", ["x"], on_output=on_output).wait(), 0)
+        self.assertEqual(heard, [("stdout", b"x\n", threading.get_ident())])
+
+    def test_stream_callback_that_raises_ends_the_wait(self) -> None:
+        stream = self.running().stream("yes", on_output=lambda *_: 1 // 0)
+        with self.assertRaises(ZeroDivisionError):
+            stream.wait()
+        stream.kill()
+
+    def test_stream_slow_reader_stops_the_program_and_nobody_else(self) -> None:
+        vm = self.running()
+        stream = vm.stream("yes")
+        next(stream)
+        ticks = lambda: self.result(vm, "exec", shell("cut -d' ' -f14 /proc/{}/stat".format(stream.pid)))["stdout"]
+        # It fills one window and a pipe, and then stands still.
+        self.assertTrue(eventually(lambda: ticks() == ticks() and ticks() == ticks()))
+        self.assertEqual(self.result(vm, "ping"), "pong")
+        self.assertTrue(all(len(next(stream)[1]) > 0 for _ in range(100)))
+        stream.kill()
+
+    def test_stream_of_many_bytes_arrives_whole_within_constant_memory(self) -> None:
+        mib = int(os.environ.get("MICROVM_STREAM_MIB", "128"))
+        vm = self.running()
+        self.assertEqual(vm.stream("true").wait(), 0)
+        before, most, total, checksum = rss_mib(), 0, 0, 0
+        stream = vm.stream("dd", ["if=/dev/zero", "bs=64k", "count={}".format(mib * 16)])
+        for channel, data in stream:
+            if channel == "stdout":
+                total += len(data)
+                checksum |= data.count(0) ^ len(data)
+                most = max(most, rss_mib())
+        self.assertEqual((total, checksum, stream.exit_code), (mib << 20, 0, 0))
+        self.assertLessEqual(most - before, 32)
+
+    def test_streams_beside_each_other_keep_apart(self) -> None:
+        vm = self.running()
+        streams = [vm.stream(SH, ["-c", "for i in $(seq 2000); do echo {}; done".format(n)]) for n in range(12)]
+        heard: "queue.Queue[Tuple[int, bytes]]" = queue.Queue()
+        threads = [threading.Thread(target=lambda n=n, s=s: heard.put((n, said(s)[0]))) for n, s in enumerate(streams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for number, output in (heard.get_nowait() for _ in streams):
+            self.assertEqual(output, b"%d\n" % number * 2000)
+
+    def test_stream_is_told_what_became_of_its_vm(self) -> None:
+        vm = self.running()
+        stream = vm.stream("cat")
+        os.kill(vm.get_info()["pid"], signal.SIGKILL)
+        with self.assertRaises(MicroVMError) as caught:
+            next(stream)
+        self.assertEqual(caught.exception.code, "vm_died")
+        self.assertTrue(eventually(lambda: vm.get_state() is VMState.ERROR))
+        with self.assertRaises(InvalidStateError):
+            vm.stream("true")
+
+    def test_stream_of_a_paused_vm_waits_and_loses_nothing(self) -> None:
+        vm = self.running()
+        stream = vm.stream("cat")
+        self.assertTrue(vm.pause())
+        self.assertTrue(stream.write(b"while it slept"))
+        with self.assertRaises(ChannelError):
+            stream.wait(timeout=0.3)
+        self.assertTrue(vm.resume())
+        self.assertEqual(next(stream), ("stdout", b"while it slept"))
+
+    def test_wrong_arguments_are_named(self) -> None:
+        vm = self.running()
+        stream = vm.stream("cat")
+        for call, error, word in [
+            (lambda: vm.stream(3), TypeError, "program"),
+            (lambda: vm.stream("x", args=[b"x"]), TypeError, "args"),
+            (lambda: vm.stream("x", stdin="text"), TypeError, "stdin"),
+            (lambda: vm.stream("x", on_output=3), TypeError, "on_output"),
+            (lambda: vm.stream("x", uid=-1), ValueError, "uid"),
+            (lambda: stream.write("text"), TypeError, "data"),
+            (lambda: stream.signal(0), ValueError, "number"),
+            (lambda: stream.resize(0, 1), ValueError, "rows"),
+            (lambda: vm.upload(3, "/x"), TypeError, "source"),
+            (lambda: vm.upload(io.StringIO("text"), "/tmp/x"), TypeError, "read"),
+            (lambda: vm.upload(__file__, "/x", mode=0o10000), ValueError, "mode"),
+            (lambda: vm.download("/x", __file__, offset=-1), ValueError, "offset"),
+        ]:
+            with self.subTest(word), self.assertRaisesRegex(error, word):
+                call()
+
+
+class Files(VMTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.vm = self.running(resource_limits=limits(disk_size_mb=256))
+
+    def source(self, size: int) -> Path:
+        path = self.folder / "source"
+        path.write_bytes((os.urandom(1 << 16) * (size // (1 << 16) + 1))[:size])
+        return path
+
+    def test_file_of_any_size_makes_the_round_trip(self) -> None:
+        for size in (0, 1, 65_511, 65_512, 65_513, 40 << 20):
+            with self.subTest(size=size):
+                source, back = self.source(size), self.folder / "back"
+                expected = {"bytes": size, "crc32": zlib.crc32(source.read_bytes())}
+                self.assertEqual(self.vm.upload(source, "/data/f"), expected)
+                self.assertEqual(self.vm.download("/data/f", back), expected)
+                self.assertEqual(back.read_bytes(), source.read_bytes())
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["back", "source"])
+        self.assertEqual(self.result(self.vm, "exec", shell("ls -A /data"))["stdout"].split(), ["f", "lost+found"])
+
+    def test_file_objects_serve_as_well_and_progress_is_told(self) -> None:
+        data, told = os.urandom(700_000), []
+        self.vm.upload(io.BytesIO(data), "/data/f", mode=0o640, progress=lambda *far: told.append(far))
+        self.assertEqual(told[-1], (700_000, None))
+        sink = io.BytesIO()
+        self.vm.download("/data/f", sink, progress=lambda *far: told.append(far))
+        self.assertEqual((sink.getvalue(), told[-1]), (data, (700_000, 700_000)))
+        self.assertEqual(self.result(self.vm, "exec", shell("stat -c %a /data/f"))["stdout"], "640\n")
+
+    def test_transfer_is_resumed_where_it_stopped(self) -> None:
+        data = os.urandom(1_000_000)
+        source, back = self.folder / "source", self.folder / "back"
+        source.write_bytes(data)
+        self.vm.upload(io.BytesIO(data[:400_000]), "/data/f", offset=0)
+        rest = self.vm.upload(source, "/data/f", offset=400_000)
+        self.assertEqual(rest, {"bytes": 600_000, "crc32": zlib.crc32(data[400_000:])})
+        back.write_bytes(data[:123_456])
+        rest = self.vm.download("/data/f", back, offset=123_456)
+        self.assertEqual((rest["bytes"], back.read_bytes()), (1_000_000 - 123_456, data))
+        with self.assertRaises(CommandError) as caught:
+            self.vm.upload(source, "/data/f", offset=2_000_000)
+        self.assertEqual(caught.exception.code, "bad_params")
+
+    def test_interrupted_upload_leaves_the_old_file_and_nothing_else(self) -> None:
+        self.vm.upload(io.BytesIO(b"old"), "/data/f")
+
+        def stop(done: int, total: Any) -> None:
+            raise RuntimeError("enough")
+
+        with self.assertRaisesRegex(RuntimeError, "enough"):
+            self.vm.upload(self.source(4 << 20), "/data/f", progress=stop)
+        left = lambda: self.result(self.vm, "exec", shell("cat /data/f; ls -A /data"))["stdout"]
+        self.assertTrue(eventually(lambda: left() == "oldf\nlost+found\n"), left())
+        with self.assertRaisesRegex(RuntimeError, "enough"):
+            self.vm.download("/data/f", self.folder / "back", progress=stop)
+        self.assertFalse((self.folder / "back").exists())
+
+    def test_interrupted_upload_in_place_keeps_what_arrived(self) -> None:
+        def stop(done: int, total: Any) -> None:
+            if done >= 1 << 20:
+                raise RuntimeError("enough")
+
+        source = self.source(4 << 20)
+        with self.assertRaisesRegex(RuntimeError, "enough"):
+            self.vm.upload(source, "/data/f", offset=0, progress=stop)
+        size = lambda: self.result(self.vm, "read_file", {"path": "/data/f", "max_bytes": 0})["size"]
+        # A moment for what was on its way.
+        time.sleep(0.5)
+        arrived = size()
+        self.assertLessEqual(arrived, 2 << 20)
+        self.vm.upload(source, "/data/f", offset=arrived)
+        self.assertEqual(self.vm.download("/data/f", io.BytesIO())["crc32"], zlib.crc32(source.read_bytes()))
+
+    def test_failures_have_the_guests_codes_and_leave_nothing(self) -> None:
+        source = self.source(300 << 20)
+        for call, code in [
+            (lambda: self.vm.upload(source, "/data/f"), "no_space"),
+            (lambda: self.vm.upload(source, "/data"), "io_error"),
+            (lambda: self.vm.upload(source, "/none/f"), "file_not_found"),
+            (lambda: self.vm.download("/none", self.folder / "back"), "file_not_found"),
+            (lambda: self.vm.download("/data", self.folder / "back"), "io_error"),
+            (lambda: self.vm.download("/proc/version", self.folder), "host_error"),
+            (lambda: self.vm.upload(self.folder / "none", "/data/f"), "host_error"),
+        ]:
+            with self.subTest(code), self.assertRaises(MicroVMError) as caught:
+                call()
+            self.assertEqual(caught.exception.code, code)
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["source"])
+        ls = lambda: self.result(self.vm, "exec", shell("ls -A /data"))["stdout"].split()
+        self.assertTrue(eventually(lambda: ls() == ["lost+found"]), ls())
+
+    def test_transfers_take_constant_memory(self) -> None:
+        source = self.source(128 << 20)
+        self.vm.upload(io.BytesIO(b"x"), "/data/f")
+        before, most = rss_mib(), [0]
+
+        def watch(done: int, total: Any) -> None:
+            most[0] = max(most[0], rss_mib())
+
+        self.vm.upload(source, "/data/f", progress=watch)
+        self.vm.download("/data/f", self.folder / "back", progress=watch)
+        self.assertLessEqual(most[0] - before, 16)
+
+
+class Outcomes(VMTestCase):
+    def test_command_that_times_out_says_whether_it_was_sent(self) -> None:
+        vm = self.running()
+        self.assertIsNone(vm.send_command("exec", shell("sleep 5"), timeout=0.2))
+        self.assertEqual((vm.last_error.code, vm.last_error.details), ("channel_timeout", {"sent": True}))
+        self.assertIn("unknown", str(vm.last_error))
+        self.assertIsNone(vm.send_command("write_file", {"path": "/tmp/x", "data": "x" * (17 << 20)}))
+        self.assertEqual(vm.last_error.details, {"sent": False})
+
+    def test_cancelled_command_dies_in_the_guest(self) -> None:
+        vm = self.running()
+        self.assertIsNone(vm.send_command("exec", shell("sleep 98765"), timeout=0.2))
+        count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
+        self.assertTrue(eventually(lambda: count() == "0"), count())
+
+
+class Broker(VMTestCase):
+    config = {"command_timeout_s": 4.0}
+
+    def client(self, vm: Any) -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        self.addCleanup(client.close)
+        client.settimeout(20)
+        client.connect(vm.get_info()["socket_path"])
+        return client
+
+    @staticmethod
+    def say(client: socket.socket, message: Any) -> None:
+        body = json.dumps(message).encode()
+        client.sendall(struct.pack(">I", len(body)) + body)
+
+    @staticmethod
+    def hear(client: socket.socket) -> Any:
+        def exactly(length: int) -> bytes:
+            body = b""
+            while len(body) < length:
+                piece = client.recv(length - len(body))
+                if not piece:
+                    raise EOFError("the broker closed the connection")
+                body += piece
+            return body
+
+        (length,) = struct.unpack(">I", exactly(4))
+        return json.loads(exactly(length))
+
+    def test_plain_client_with_socket_and_json_pings_and_commands(self) -> None:
+        client = self.client(self.running())
+        self.say(client, {"type": "ping"})
+        self.assertEqual(self.hear(client), {"type": "pong"})
+        self.say(client, {"type": "command", "action": "exec", "data": {"program": "echo", "args": ["x"]}})
+        self.assertEqual(self.hear(client)["result"]["stdout"], "x\n")
+        self.say(client, {"type": "command", "command": "stream", "params": {"program": "ls"}})
+        self.assertEqual(self.hear(client)["error"]["code"], "bad_params")
+
+    def test_client_that_closed_its_own_direction_gets_its_answers(self) -> None:
+        client = self.client(self.running())
+        for number in range(3):
+            self.say(client, {"type": "ping", "id": number})
+        client.shutdown(socket.SHUT_WR)
+        self.assertEqual([self.hear(client)["id"] for _ in range(3)], [0, 1, 2])
+        self.assertEqual(client.recv(1), b"")
+
+    def test_paused_vm_keeps_messages_until_it_resumes_or_they_time_out(self) -> None:
+        vm = self.running()
+        client, patient = self.client(vm), self.client(vm)
+        self.assertTrue(vm.pause())
+        append = {"path": "/tmp/log", "data": "x", "append": True}
+        self.say(client, {"type": "command", "command": "write_file", "params": append})
+        time.sleep(1)
+        self.say(patient, {"type": "ping", "id": 1})
+        error = self.hear(client)["error"]
+        self.assertEqual((error["code"], error["details"]), ("channel_timeout", {"sent": True}))
+        self.assertTrue(vm.resume())
+        self.assertEqual(self.hear(patient), {"type": "pong", "id": 1})
+        self.say(client, {"type": "command", "command": "write_file", "params": append})
+        self.assertEqual(self.hear(client)["status"], "ok")
+        # Once or twice: the one that timed out may have been cancelled before the guest came to it.
+        self.assertIn(self.result(vm, "read_file", {"path": "/tmp/log"})["data"], ("x", "xx"))
+
+    def test_client_that_does_not_read_hurts_nobody(self) -> None:
+        vm = self.running()
+        self.result(vm, "write_file", {"path": "/tmp/big", "data": "x" * (4 << 20)})
+        deaf = [self.client(vm) for _ in range(4)]
+        for client in deaf:
+            for _ in range(3):
+                self.say(client, {"type": "command", "command": "read_file", "params": {"path": "/tmp/big", "max_bytes": 4 << 20}})
+        other = self.client(vm)
+        for _ in range(50):
+            self.say(other, {"type": "ping"})
+            self.assertEqual(self.hear(other), {"type": "pong"})
+        self.assertEqual(len(self.hear(deaf[0])["result"]["data"]), 4 << 20)
+
+    def test_client_that_hangs_up_ends_its_command(self) -> None:
+        vm = self.running()
+        client = self.client(vm)
+        self.say(client, {"type": "command", "command": "exec", "params": shell("sleep 98765", timeout=60)})
+        count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
+        self.assertTrue(eventually(lambda: count() != "0"))
+        client.close()
+        self.assertTrue(eventually(lambda: count() == "0"), count())
+
+    def test_clients_of_every_number_are_served(self) -> None:
+        vm = self.running()
+        clients = [self.client(vm) for _ in range(256)]
+        for number, client in enumerate(clients):
+            self.say(client, {"type": "ping", "id": number})
+        self.assertEqual([self.hear(client)["id"] for client in clients], list(range(256)))
+
+
+class Traffic(VMTestCase):
+    config = {"command_timeout_s": 120.0}
+
+    def test_channels_of_four_processes_get_every_answer_once_in_order(self) -> None:
+        vm = self.running(resource_limits=limits(memory_mb=256))
+        messages = os.environ.get("MICROVM_CHANNEL_MESSAGES", "1280")
+        call = [sys.executable, str(ROOT / "tests" / "channel_traffic.py"), vm.get_info()["socket_path"], messages]
+        started = [subprocess.Popen(call + [str(n)], stdout=subprocess.PIPE, universal_newlines=True) for n in range(4)]
+        outputs = [process.communicate()[0] for process in started]
+        self.assertEqual([process.returncode for process in started], [0] * 4, outputs)
+        self.assertEqual(sum(int(output.split()[0]) for output in outputs), int(messages) // 64 * 64)
+
+
+class Interrupts(VMTestCase):
+    def test_interrupt_is_seen_in_each_blocking_call(self) -> None:
+        vm = self.running()
+        stream = vm.stream("cat")
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, previous)
+        deaf = vm.stream("sleep", ["1000"])
+        for name, call in [
+            ("next", lambda: next(stream)),
+            ("wait", lambda: stream.wait()),
+            ("write", lambda: deaf.write(bytes(4 << 20))),
+            ("upload", lambda: vm.upload("/dev/zero", "/data/zero")),
+            ("download", lambda: vm.download("/dev/zero", io.BytesIO())),
+        ]:
+            with self.subTest(name):
+                timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+                timer.start()
+                begun = time.monotonic()
+                with self.assertRaises(KeyboardInterrupt):
+                    call()
+                self.assertLess(time.monotonic() - begun, 2)
+                timer.join()
+        self.assertTrue(stream.write(b"still here"))
+        self.assertEqual(next(stream), ("stdout", b"still here"))
+
+
+if __name__ == "__main__":
+    unittest.main()
