@@ -19,7 +19,7 @@ use microvm_isolation::channel::{Agent, Download, Fetched, Process, Upload};
 use microvm_isolation::host::tsc;
 use microvm_isolation::image::{self, GuestImage};
 use microvm_isolation::model::VmId;
-use microvm_protocol::identity::{Identity, Key};
+use microvm_protocol::identity::{Identity, Key, KeyPair};
 use serde_json::{json, Value};
 
 type Failure = Box<dyn std::error::Error>;
@@ -56,7 +56,7 @@ impl Bench {
         let key = Key([0x42; 32]);
         let identity = Identity {
             key: key.clone(),
-            ephemeral: Key([2; 32]),
+            ephemeral: KeyPair::of(Key([2; 32])),
             seed: Key([3; 32]),
             machine_id: [4; 16],
             boot_id: [5; 16],

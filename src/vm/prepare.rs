@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use microvm_protocol::identity::{GuestNetwork, Identity, Key, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
+use microvm_protocol::identity::{
+    GuestNetwork, Identity, Key, KeyPair, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL,
+};
 
 use super::network::{self, Connection};
 use super::{Settings, Spec};
@@ -63,7 +65,7 @@ pub fn identity(vm_id: &VmId, limits: &ResourceLimits, network: Option<GuestNetw
     let key = Key(clock::random()?);
     let identity = Identity {
         key: key.clone(),
-        ephemeral: Key(clock::random()?),
+        ephemeral: KeyPair::of(Key(clock::random()?)),
         seed: Key(clock::random()?),
         machine_id: clock::random()?,
         boot_id: clock::random()?,

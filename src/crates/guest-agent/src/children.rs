@@ -30,6 +30,9 @@ struct Child {
     bell: Arc<Bell>,
 }
 
+/// The reaper calls little and keeps nothing.
+const STACK_BYTES: usize = 64 << 10;
+
 /// The children that someone waits for, and how many were ever spawned.
 struct Table {
     children: BTreeMap<i32, Child>,
@@ -46,7 +49,7 @@ fn table() -> MutexGuard<'static, Table> {
 
 /// Starts the reaper.
 pub fn start() -> io::Result<()> {
-    std::thread::Builder::new().name("reaper".into()).spawn(|| loop {
+    std::thread::Builder::new().name("reaper".into()).stack_size(STACK_BYTES).spawn(|| loop {
         let seen = table().spawned;
         match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) {
             Ok(ended) => ended.pid().into_iter().for_each(reap),

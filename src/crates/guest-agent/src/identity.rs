@@ -95,7 +95,7 @@ impl Blank {
     /// This guest as the VM that `identity` says it is.
     pub fn become_one(self, mut identity: Identity, time: HostTime) -> Own {
         // The session has keys of its own by now; assigning zeroes what was there.
-        (identity.key, identity.ephemeral) = (Key([0; 32]), Key([0; 32]));
+        (identity.key, identity.ephemeral.secret) = (Key([0; 32]), Key([0; 32]));
         let names = Mutex::new(Names { vm_id: identity.vm_id.clone(), hostname: identity.hostname.clone() });
         Own { blank: self, identity, names, time, settled: Mutex::new(false) }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use microvm_protocol::connection::Connection;
 use microvm_protocol::handshake::{GuestHandshake, HostHandshake, HostStep};
-use microvm_protocol::identity::{Identity, Key};
+use microvm_protocol::identity::{Identity, Key, KeyPair};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::ProtocolError;
 
@@ -26,7 +26,7 @@ pub fn rehearse(blank: &Blank) {
     let key = Key([0; 32]);
     drop(handshake(&key));
     let identity = Identity {
-        ephemeral: key.clone(),
+        ephemeral: KeyPair { secret: key.clone(), public: [0; 32] },
         seed: key.clone(),
         key,
         machine_id: [0; 16],
@@ -38,6 +38,7 @@ pub fn rehearse(blank: &Blank) {
         network: None,
     };
     drop(blank.settle(&identity, HostTime::local()));
+    fault_in();
 }
 
 /// Without its final clock source the kernel counts ticks: a hundred a second, in every clone, for ever.
@@ -55,7 +56,7 @@ fn handshake(key: &Key) -> Result<(), ProtocolError> {
     let guest = GuestHandshake::new(false)?;
     let mut host = HostHandshake::new(key.clone());
     let HostStep::Send(offer) = host.receive(&record(&guest.hello()?)?, 0)? else { return Ok(()) };
-    let (accept, session) = guest.receive(&record(&offer)?, key, key)?.accept(b"{}")?;
+    let (accept, session) = guest.receive(&record(&offer)?, key, &KeyPair::of(key.clone()))?.accept(b"{}")?;
     let HostStep::Established(peer, _) = host.receive(&record(&accept)?, 0)? else { return Ok(()) };
     let (mut host, mut guest) = (Connection::new(*peer), Connection::new(session));
     let mut bytes = Vec::new();
@@ -64,6 +65,15 @@ fn handshake(key: &Key) -> Result<(), ProtocolError> {
     guest.receive(&record(&bytes)?)?;
     guest.exchanges.respond(id, b"{}".to_vec()).unwrap_or_default();
     guest.transmit(&mut bytes, usize::MAX)
+}
+
+/// Maps every page of this program, so that no clone faults on one. Unlocking them leaves them mapped.
+fn fault_in() {
+    // SAFETY: neither call touches memory that Rust knows of.
+    unsafe {
+        libc::mlockall(libc::MCL_CURRENT);
+        libc::munlockall();
+    }
 }
 
 fn record(bytes: &[u8]) -> Result<Vec<u8>, ProtocolError> {

@@ -6,9 +6,9 @@
 
 use crate::connection::Connection;
 use crate::handshake::{GuestHandshake, HostHandshake, HostStep};
-use crate::identity::Key;
+use crate::identity::{Key, KeyPair};
 use crate::mux::{Incoming, STDIN, STDOUT, WINDOW};
-use crate::secrets::Secret;
+use crate::secrets::Given;
 use crate::session::tests::{records, NOW};
 use crate::GENERATION_MAX;
 
@@ -40,12 +40,12 @@ impl Conversation {
     fn begin() -> Self {
         let guest = GuestHandshake::new(false).unwrap();
         let mut host = HostHandshake::new(KEY);
-        let secret = Secret::default();
-        secret.set(HOST_EPHEMERAL);
-        host.ephemeral = Some(secret);
+        let given = Given::default();
+        given.set(KeyPair::of(HOST_EPHEMERAL));
+        host.ephemeral = Some(given);
         let hello = guest.hello().unwrap();
         let HostStep::Send(offer) = host.receive(&records(&hello)[0], NOW).unwrap() else { panic!() };
-        let offered = guest.receive(&records(&offer)[0], &KEY, &GUEST_EPHEMERAL).unwrap();
+        let offered = guest.receive(&records(&offer)[0], &KEY, &KeyPair::of(GUEST_EPHEMERAL)).unwrap();
         let (accept, guest_session) = offered.accept(READY).unwrap();
         let HostStep::Established(session, _) = host.receive(&records(&accept)[0], NOW).unwrap() else { panic!() };
         let lines = [("guest HELLO", &hello), ("host OFFER", &offer), ("guest ACCEPT", &accept)];
@@ -131,7 +131,7 @@ fn test_generation_frozen_requests_are_understood_by_todays_guest() {
     let guest = GuestHandshake::new(false).unwrap();
     let (host, said) = (of("host"), of("guest"));
     assert_eq!(guest.hello().unwrap(), said[0].1);
-    let offered = guest.receive(&records(&host[0].1)[0], &KEY, &GUEST_EPHEMERAL).unwrap();
+    let offered = guest.receive(&records(&host[0].1)[0], &KEY, &KeyPair::of(GUEST_EPHEMERAL)).unwrap();
     let (accept, session) = offered.accept(READY).unwrap();
     assert_eq!(accept, said[1].1);
     let mut guest = Connection::new(session);

@@ -14,8 +14,8 @@
 
 use snow::{Builder, HandshakeState};
 
-use crate::identity::Key;
-use crate::secrets::{Secret, Wiping};
+use crate::identity::{Key, KeyPair};
+use crate::secrets::{Given, Wiping};
 use crate::session::{Role, Session};
 use crate::{record, ProtocolError, GENERATION_MAX, GENERATION_MIN};
 
@@ -31,10 +31,10 @@ const MAX_HANDSHAKE: usize = 4096;
 /// The longest payload of an ACCEPT; longer ones are for [`crate::session`].
 pub const MAX_ACCEPT_PAYLOAD: usize = MAX_HANDSHAKE - 64;
 
-fn noise(key: &Key, role: Role, prologue: &[u8], secret: Option<&Secret>) -> Result<HandshakeState, ProtocolError> {
+fn noise(key: &Key, role: Role, prologue: &[u8], given: Option<&Given>) -> Result<HandshakeState, ProtocolError> {
     let cipher = |e: snow::Error| ProtocolError::Cipher { detail: e.to_string() };
     let params = PATTERN.parse().map_err(cipher)?;
-    let builder = Builder::with_resolver(params, Box::new(Wiping(secret.cloned())))
+    let builder = Builder::with_resolver(params, Box::new(Wiping(given.cloned())))
         .psk(0, &key.0)
         .map_err(cipher)?
         .prologue(prologue)
@@ -63,7 +63,7 @@ pub struct HostHandshake {
     noise: Option<HandshakeState>,
     /// Always fresh, but for the test that freezes every byte.
     #[cfg(test)]
-    pub(crate) ephemeral: Option<Secret>,
+    pub(crate) ephemeral: Option<Given>,
 }
 
 /// What a record led to.
@@ -175,7 +175,7 @@ fn choose_generation(hello: &[u8]) -> Result<u8, ProtocolError> {
 /// The guest's side: say HELLO, take the OFFER, answer ACCEPT.
 pub struct GuestHandshake {
     hello: Vec<u8>,
-    secret: Secret,
+    given: Given,
     /// Made ahead of the OFFER, for the generation that it most likely names.
     noise: HandshakeState,
 }
@@ -186,9 +186,9 @@ impl GuestHandshake {
     pub fn new(set_up_failed: bool) -> Result<Self, ProtocolError> {
         let mut hello = MAGIC.to_vec();
         hello.extend_from_slice(&[GENERATION_MIN, GENERATION_MAX, u8::from(set_up_failed)]);
-        let secret = Secret::default();
-        let noise = noise(&Key([0; 32]), Role::Guest, &prologue(&hello, GENERATION_MAX), Some(&secret))?;
-        Ok(Self { hello, secret, noise })
+        let given = Given::default();
+        let noise = noise(&Key([0; 32]), Role::Guest, &prologue(&hello, GENERATION_MAX), Some(&given))?;
+        Ok(Self { hello, given, noise })
     }
 
     /// The HELLO record, to be sent first.
@@ -207,7 +207,7 @@ impl GuestHandshake {
     ///
     /// # Errors
     /// [`ProtocolError::Authentication`] when the host does not hold the key.
-    pub fn receive(mut self, body: &[u8], key: &Key, ephemeral: &Key) -> Result<Offered, ProtocolError> {
+    pub fn receive(mut self, body: &[u8], key: &Key, ephemeral: &KeyPair) -> Result<Offered, ProtocolError> {
         let (generation, message) = match body {
             [OFFER, generation, message @ ..] if message.len() <= MAX_HANDSHAKE => (*generation, message),
             [OFFER, ..] => return Err(ProtocolError::Malformed { what: "OFFER" }),
@@ -220,9 +220,9 @@ impl GuestHandshake {
         if generation == GENERATION_MAX {
             self.noise.set_psk(0, &key.0).map_err(refused)?;
         } else {
-            self.noise = noise(key, Role::Guest, &prologue(&self.hello, generation), Some(&self.secret))?;
+            self.noise = noise(key, Role::Guest, &prologue(&self.hello, generation), Some(&self.given))?;
         }
-        self.secret.set(ephemeral.clone());
+        self.given.set(ephemeral.clone());
         let mut buffer = [0; MAX_HANDSHAKE];
         let length = self.noise.read_message(message, &mut buffer).map_err(refused)?;
         let time = buffer[..length].try_into().map_err(|_| ProtocolError::Malformed { what: "OFFER: its time" })?;

@@ -5,8 +5,8 @@
 //!  +---------+---------------+--------+-------+
 //!  | magic   | length u32 BE | fields | zeros |      one block of 4096 bytes
 //!  +---------+---------------+--------+-------+
-//!  fields: key [32] | ephemeral secret [32] | seed [32] | machine id [16] | boot id [16] | max file handles u64 BE
-//!          | max processes u64 BE | vm id: length u8, UTF-8 | host name: length u8, UTF-8 | network: length u16 BE, JSON; 0: none
+//!  fields: key [32] | ephemeral secret [32] | ephemeral public key [32] | seed [32] | machine id [16] | boot id [16]
+//!          | max file handles u64 BE | max processes u64 BE | vm id: length u8, UTF-8 | host name: length u8, UTF-8 | network: length u16 BE, JSON; 0: none
 //! ```
 //! Not JSON as a whole: it is read at every start, by code that an emulated CPU then runs for the first time. A guest
 //! ignores what follows the fields it knows, so that a frozen one understands a newer host. The host writes the drive
@@ -15,7 +15,7 @@
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-use crate::ProtocolError;
+use crate::{secrets, ProtocolError};
 
 const MAGIC: &[u8; 8] = b"TWMVCFG1";
 const HEADER: usize = 12;
@@ -36,12 +36,26 @@ impl std::fmt::Debug for Key {
     }
 }
 
+/// A key pair for one X25519.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyPair {
+    pub secret: Key,
+    pub public: [u8; 32],
+}
+
+impl KeyPair {
+    #[must_use]
+    pub fn of(secret: Key) -> Self {
+        Self { public: secrets::public(&secret), secret }
+    }
+}
+
 /// What a guest is told before it does anything else.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     pub key: Key,
     /// The guest's half of the handshake's Diffie-Hellman.
-    pub ephemeral: Key,
+    pub ephemeral: KeyPair,
     /// Fresh entropy from the host, credited to the guest's pool, then a reseed is forced.
     pub seed: Key,
     /// machine-id(5) and `/proc/sys/kernel/random/boot_id`, which a clone must not share with its template.
@@ -75,7 +89,14 @@ impl Identity {
         let mut drive = Vec::with_capacity(DRIVE_BYTES);
         drive.extend_from_slice(MAGIC);
         drive.extend_from_slice(&[0; 4]);
-        for bytes in [&self.key.0[..], &self.ephemeral.0, &self.seed.0, &self.machine_id, &self.boot_id] {
+        for bytes in [
+            &self.key.0[..],
+            &self.ephemeral.secret.0,
+            &self.ephemeral.public,
+            &self.seed.0,
+            &self.machine_id,
+            &self.boot_id,
+        ] {
             drive.extend_from_slice(bytes);
         }
         for number in [self.max_file_handles, self.max_processes] {
@@ -115,7 +136,7 @@ impl Identity {
         let mut fields = Fields(rest.get(..length).ok_or(malformed("config drive: length beyond its end"))?);
         Ok(Self {
             key: Key(fields.array()?),
-            ephemeral: Key(fields.array()?),
+            ephemeral: KeyPair { secret: Key(fields.array()?), public: fields.array()? },
             seed: Key(fields.array()?),
             machine_id: fields.array()?,
             boot_id: fields.array()?,
@@ -172,7 +193,7 @@ mod tests {
     fn identity() -> Identity {
         Identity {
             key: Key([7; 32]),
-            ephemeral: Key([8; 32]),
+            ephemeral: KeyPair::of(Key([8; 32])),
             seed: Key([9; 32]),
             machine_id: [1; 16],
             boot_id: [2; 16],

@@ -12,21 +12,19 @@ use snow::resolvers::{CryptoResolver, DefaultResolver};
 use snow::types::{Cipher, Dh, Hash, Random};
 use zeroize::Zeroize;
 
-use crate::identity::Key;
+use crate::identity::{Key, KeyPair};
 
-/// The default primitives, wrapped; with a [`Secret`], that is the only randomness there is.
-pub struct Wiping(pub Option<Secret>);
+/// The default primitives, wrapped; with [`Given`], the ephemeral keys are those.
+pub struct Wiping(pub Option<Given>);
 
 impl CryptoResolver for Wiping {
     fn resolve_rng(&self) -> Option<Box<dyn Random>> {
-        match &self.0 {
-            Some(secret) => Some(Box::new(secret.clone())),
-            None => DefaultResolver.resolve_rng(),
-        }
+        DefaultResolver.resolve_rng()
     }
 
     fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn Dh>> {
-        matches!(choice, DHChoice::Curve25519).then(|| Box::<X25519>::default() as Box<dyn Dh>)
+        let dh = X25519 { given: self.0.clone(), ..X25519::default() };
+        matches!(choice, DHChoice::Curve25519).then(|| Box::new(dh) as Box<dyn Dh>)
     }
 
     fn resolve_hash(&self, choice: &HashChoice) -> Option<Box<dyn Hash>> {
@@ -38,27 +36,25 @@ impl CryptoResolver for Wiping {
     }
 }
 
-/// A guest's ephemeral secret, which comes with its identity: a guest has no entropy of its own that early, and its
-/// host, which made the key, too, is no party to hide it from. It is used once.
+/// A guest's ephemeral keys, which come with its identity: a guest has no entropy of its own that early, an emulated one
+/// would take milliseconds to make them, and its host, which made the VM's key, too, is no party to hide them from. They
+/// are used once.
 #[derive(Debug, Clone, Default)]
-pub struct Secret(Arc<Mutex<Option<Key>>>);
+pub struct Given(Arc<Mutex<Option<KeyPair>>>);
 
-impl Secret {
-    pub fn set(&self, key: Key) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(key);
+impl Given {
+    pub fn set(&self, keys: KeyPair) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(keys);
+    }
+
+    fn take(&self) -> Result<KeyPair, snow::Error> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or(snow::Error::Rng)
     }
 }
 
-impl Random for Secret {
-    fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), snow::Error> {
-        match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(key) if key.0.len() == dest.len() => {
-                dest.copy_from_slice(&key.0);
-                Ok(())
-            }
-            _ => Err(snow::Error::Rng),
-        }
-    }
+/// The public key that belongs to a secret.
+pub fn public(secret: &Key) -> [u8; 32] {
+    MontgomeryPoint::mul_base_clamped(secret.0).to_bytes()
 }
 
 /// A cipher whose key is overwritten when it is dropped.
@@ -98,6 +94,7 @@ impl Cipher for WipedCipher {
 struct X25519 {
     private: [u8; 32],
     public: [u8; 32],
+    given: Option<Given>,
 }
 
 impl Drop for X25519 {
@@ -125,6 +122,11 @@ impl Dh for X25519 {
     }
 
     fn generate(&mut self, rng: &mut dyn Random) -> Result<(), snow::Error> {
+        if let Some(given) = &self.given {
+            let keys = given.take()?;
+            (self.private, self.public) = (keys.secret.0, keys.public);
+            return Ok(());
+        }
         let mut private = [0; 32];
         rng.try_fill_bytes(&mut private)?;
         self.set(&private);

@@ -71,7 +71,7 @@ impl Session {
 pub(crate) mod tests {
     use super::*;
     use crate::handshake::{GuestHandshake, HostHandshake, HostStep};
-    use crate::identity::Key;
+    use crate::identity::{Key, KeyPair};
     use crate::record::Decoder;
     use proptest::prelude::*;
 
@@ -92,7 +92,7 @@ pub(crate) mod tests {
         let mut host = HostHandshake::new(host_key);
         let hello = records(&guest.hello()?).remove(0);
         let HostStep::Send(offer) = host.receive(&hello, NOW)? else { panic!("no offer") };
-        let offered = guest.receive(&records(&offer)[0], &guest_key, &Key([3; 32]))?;
+        let offered = guest.receive(&records(&offer)[0], &guest_key, &KeyPair::of(Key([3; 32])))?;
         assert_eq!(offered.unix_time_ns, NOW);
         let (accept, guest_session) = offered.accept(b"ready")?;
         let HostStep::Established(session, said) = host.receive(&records(&accept)[0], NOW)? else {
@@ -119,7 +119,7 @@ pub(crate) mod tests {
         let mut first = HostHandshake::new(Key([1; 32]));
         let HostStep::Send(offer) = first.receive(&hello, NOW).unwrap() else { panic!() };
         let (accept, _) =
-            guest.receive(&records(&offer)[0], &Key([1; 32]), &Key([3; 32])).unwrap().accept(b"").unwrap();
+            guest.receive(&records(&offer)[0], &Key([1; 32]), &KeyPair::of(Key([3; 32]))).unwrap().accept(b"").unwrap();
         let mut second = HostHandshake::new(Key([1; 32]));
         second.receive(&hello, NOW).unwrap();
         assert!(matches!(second.receive(&records(&accept)[0], NOW), Err(ProtocolError::Authentication { .. })));
