@@ -126,6 +126,7 @@ impl Error {
             Error::QuotaExceeded { what, needed, available, limit, .. } => {
                 json!({"what": what, "needed": needed, "available": available, "limit": limit})
             }
+            Error::NetworkUnavailable { reason, remedy, .. } => json!({"reason": reason, "remedy": remedy}),
             Error::ChannelClosed { sent, .. } | Error::ChannelTimeout { sent, .. } => json!({"sent": sent}),
             Error::MessageTooLarge { .. } => json!({"sent": false}),
             Error::InvalidState { operation, state, .. } => json!({"operation": operation, "state": state.as_str()}),

@@ -44,7 +44,8 @@ class Values(unittest.TestCase):
             self.assertIs(pickle.loads(pickle.dumps(member)), member)
 
     def test_dataclasses_compare_copy_and_pickle(self) -> None:
-        for value in (VMResourceLimits(2, 1024), VMNetworkConfig(gateway="10.0.0.1"), VMHealthMetrics()):
+        network = VMNetworkConfig("tap0", "10.0.0.2", None, "10.0.0.1", ["8.8.8.8"], False, ["example.com:443"], False)
+        for value in (VMResourceLimits(2, 1024), VMNetworkConfig(gateway="10.0.0.1"), network, VMHealthMetrics()):
             self.assertEqual(pickle.loads(pickle.dumps(value)), value)
             self.assertEqual(copy.deepcopy(value), value)
         self.assertEqual(dataclasses.replace(VMResourceLimits(), memory_mb=256).memory_mb, 256)

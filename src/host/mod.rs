@@ -10,6 +10,7 @@ pub mod kvm;
 pub mod lock;
 pub mod memfd;
 pub mod memory;
+pub mod net;
 pub mod private_dir;
 pub mod privileges;
 pub mod process;

@@ -20,7 +20,7 @@ use crate::image::GuestImage;
 use crate::model::{
     Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, VmId, VmState,
 };
-use crate::vm::{self, MicroVm, Settings, Spec};
+use crate::vm::{self, network, MicroVm, Settings, Spec};
 use crate::vmm::Binaries;
 use pool::Pool;
 
@@ -90,6 +90,7 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         min_isolation: config.min_isolation,
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
         command_timeout: Duration::from_secs_f64(config.command_timeout_s),
+        network_range: config.network_range,
     }
 }
 
@@ -123,6 +124,7 @@ impl Manager {
             if let Some(templates) = templates {
                 templates.clean_up();
             }
+            network::sweep();
             runtime_dir::sweep(&base)
         };
         match tokio::task::spawn_blocking(sweep).await {

@@ -1,9 +1,14 @@
 //! The manager's configuration.
 
+use std::net::Ipv4Addr;
+
 use serde_json::{Map, Value};
 
-use super::{shapes, Backend, Grade, PoolSpec, ResourceLimits, Shape};
+use super::{shapes, Backend, Grade, Ipv4Net, PoolSpec, ResourceLimits, Shape};
 use crate::error::{Error, Result};
+
+/// Private (RFC 1918), and not what the usual neighbours take: container engines, libvirt, Kubernetes, home routers.
+const DEFAULT_RANGE: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 173, 0, 0), 16);
 
 /// Every key that a manager's `config` may hold.
 pub const CONFIG_KEYS: &[&str] = &[
@@ -25,6 +30,7 @@ pub const CONFIG_KEYS: &[&str] = &[
     "start_timeout_s",
     "command_timeout_s",
     "cleanup_interval_s",
+    "network_range",
     "qemu_binary",
     "firecracker_binary",
     "cloud_hypervisor_binary",
@@ -51,6 +57,8 @@ pub struct ManagerConfig {
     pub start_timeout_s: f64,
     pub command_timeout_s: f64,
     pub cleanup_interval_s: f64,
+    /// Where connected VMs get their addresses from.
+    pub network_range: Ipv4Net,
     pub qemu_binary: Option<String>,
     pub firecracker_binary: Option<String>,
     pub cloud_hypervisor_binary: Option<String>,
@@ -75,6 +83,7 @@ impl Default for ManagerConfig {
             start_timeout_s: 30.0,
             command_timeout_s: 30.0,
             cleanup_interval_s: 5.0,
+            network_range: Ipv4Net::around(DEFAULT_RANGE.0, DEFAULT_RANGE.1).expect("the prefix is one of IPv4"),
             qemu_binary: None,
             firecracker_binary: None,
             cloud_hypervisor_binary: None,
@@ -120,6 +129,7 @@ impl ManagerConfig {
                 "start_timeout_s" => out.start_timeout_s = seconds(key, value)?,
                 "command_timeout_s" => out.command_timeout_s = seconds(key, value)?,
                 "cleanup_interval_s" => out.cleanup_interval_s = seconds(key, value)?,
+                "network_range" => out.network_range = private_range(key, value)?,
                 "qemu_binary" => out.qemu_binary = optional_text(key, value)?,
                 "firecracker_binary" => out.firecracker_binary = optional_text(key, value)?,
                 "cloud_hypervisor_binary" => out.cloud_hypervisor_binary = optional_text(key, value)?,
@@ -198,6 +208,29 @@ fn seconds(key: &str, value: &Value) -> Result<f64> {
     Err(Error::InvalidValue { field: field(key), value: value.to_string(), allowed: allowed.into() })
 }
 
+/// A network of addresses that nobody has on the Internet (RFC 1918, RFC 6598, RFC 2544), large enough for one VM.
+fn private_range(key: &str, value: &Value) -> Result<Ipv4Net> {
+    let allowed = "an IPv4 network inside 10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 100.64.0.0/10 or 198.18.0.0/15, \
+                   with a prefix of at most 30";
+    let text = value.as_str().ok_or_else(|| wrong_type(key, value, "a string"))?;
+    let private = [
+        ([10, 0, 0, 0], 8),
+        ([172, 16, 0, 0], 12),
+        ([192, 168, 0, 0], 16),
+        ([100, 64, 0, 0], 10),
+        ([198, 18, 0, 0], 15),
+    ];
+    let inside = |net: &Ipv4Net| {
+        let wider = private.into_iter().filter_map(|(base, prefix)| Ipv4Net::around(base.into(), prefix));
+        net.prefix() <= 30 && wider.into_iter().any(|wide| wide.prefix() <= net.prefix() && wide.contains(net.first()))
+    };
+    Ipv4Net::parse(text).filter(inside).ok_or_else(|| Error::InvalidValue {
+        field: field(key),
+        value: format!("{text:?}"),
+        allowed: allowed.into(),
+    })
+}
+
 pub(super) fn optional_text(key: &str, value: &Value) -> Result<Option<String>> {
     match value {
         Value::Null => Ok(None),
@@ -232,6 +265,18 @@ mod tests {
     fn test_from_json_unknown_key_is_named() {
         let message = read(json!({"max_cpus": 3})).unwrap_err().to_string();
         assert!(message.contains("max_cpus") && message.contains("max_vcpus"), "{message}");
+    }
+
+    #[test]
+    fn test_from_json_range_must_be_private_and_hold_a_vm() {
+        for good in ["10.0.0.0/8", "192.168.7.0/24", "198.18.0.0/15", "100.64.0.0/30"] {
+            assert_eq!(read(json!({"network_range": good})).unwrap().network_range.to_string(), good);
+        }
+        for bad in ["8.8.0.0/16", "10.0.0.0/31", "10.0.0.0", "10.0.0.1/16", "0.0.0.0/0", "172.0.0.0/8", "fd00::/8", ""]
+        {
+            let message = read(json!({"network_range": bad})).unwrap_err().to_string();
+            assert!(message.contains("network_range") && message.contains(bad), "{message}");
+        }
     }
 
     #[test]

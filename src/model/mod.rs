@@ -3,7 +3,9 @@
 //! Architecture invariant: pure. No I/O, no clock, no async; everything here is tested without a machine.
 
 mod config;
+mod egress;
 mod id;
+mod ipv4;
 mod kinds;
 mod limits;
 mod network;
@@ -13,10 +15,12 @@ mod shapes;
 mod state;
 
 pub use config::{ManagerConfig, CONFIG_KEYS};
+pub use egress::{EgressRule, EgressTarget, NamePattern};
 pub use id::VmId;
+pub use ipv4::Ipv4Net;
 pub use kinds::{Backend, Grade, IsolationType};
 pub use limits::ResourceLimits;
-pub use network::NetworkConfig;
+pub use network::{NetworkConfig, DEFAULT_PREFIX};
 pub use pool::{Form, PoolSpec, Shape};
 pub use quota::{Quota, QuotaUse};
 pub use state::VmState;

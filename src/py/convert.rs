@@ -175,29 +175,35 @@ pub fn limits_from(py: Python<'_>, values: [&Bound<'_, PyAny>; 6]) -> PyResult<R
     Ok(limits)
 }
 
-pub fn network_from(
-    texts: [&Bound<'_, PyAny>; 4],
-    dns_servers: &Bound<'_, PyAny>,
-    isolated_network: &Bound<'_, PyAny>,
-) -> PyResult<NetworkConfig> {
-    let [tap_device, ip_address, mac_address, gateway] = texts;
-    let isolated = isolated_network.cast::<PyBool>();
-    let is_list = dns_servers.is_instance_of::<PyList>() || dns_servers.is_instance_of::<PyTuple>();
-    if !is_list {
-        return Err(wrong_type("dns_servers", dns_servers, "a list of IP addresses as strings"));
-    }
+/// A network configuration from the eight fields in their order.
+pub fn network_from(values: [&Bound<'_, PyAny>; 8]) -> PyResult<NetworkConfig> {
+    let [tap_device, ip_address, mac_address, gateway, dns_servers, isolated_network, egress, ipv6] = values;
     let network = NetworkConfig {
         tap_device: optional_text("tap_device", tap_device)?,
         ip_address: optional_text("ip_address", ip_address)?,
         mac_address: optional_text("mac_address", mac_address)?,
         gateway: optional_text("gateway", gateway)?,
-        dns_servers: dns_servers.try_iter()?.map(|item| text("dns_servers", &item?)).collect::<PyResult<_>>()?,
-        isolated_network: isolated
-            .map_err(|_| wrong_type("isolated_network", isolated_network, "True or False"))?
-            .is_true(),
+        dns_servers: texts("dns_servers", dns_servers, "a list of IP addresses as strings")?,
+        isolated_network: flag("isolated_network", isolated_network)?,
+        egress: match egress.is_none() {
+            true => None,
+            false => Some(texts("egress", egress, "None or a list of addresses, networks and host names as strings")?),
+        },
+        ipv6: flag("ipv6", ipv6)?,
     };
     network.check().map_err(|error| errors::raise(tap_device.py(), &error))?;
     Ok(network)
+}
+
+fn texts(field: &str, value: &Bound<'_, PyAny>, allowed: &str) -> PyResult<Vec<String>> {
+    if !value.is_instance_of::<PyList>() && !value.is_instance_of::<PyTuple>() {
+        return Err(wrong_type(field, value, allowed));
+    }
+    value.try_iter()?.map(|item| text(field, &item?)).collect()
+}
+
+fn flag(field: &str, value: &Bound<'_, PyAny>) -> PyResult<bool> {
+    value.cast::<PyBool>().map(|flag| flag.is_true()).map_err(|_| wrong_type(field, value, "True or False"))
 }
 
 fn check_class(field: &str, value: &Bound<'_, PyAny>, class: &str) -> PyResult<()> {
@@ -228,8 +234,17 @@ pub fn limits(value: &Bound<'_, PyAny>) -> PyResult<ResourceLimits> {
 pub fn network(value: &Bound<'_, PyAny>) -> PyResult<NetworkConfig> {
     check_class("network_config", value, "VMNetworkConfig")?;
     let field = |name: &str| value.getattr(name);
-    let texts = [field("tap_device")?, field("ip_address")?, field("mac_address")?, field("gateway")?];
-    network_from(texts.each_ref(), &field("dns_servers")?, &field("isolated_network")?)
+    let values = [
+        field("tap_device")?,
+        field("ip_address")?,
+        field("mac_address")?,
+        field("gateway")?,
+        field("dns_servers")?,
+        field("isolated_network")?,
+        field("egress")?,
+        field("ipv6")?,
+    ];
+    network_from(values.each_ref())
 }
 
 /// A member of one of the package's enums.

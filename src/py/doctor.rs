@@ -4,8 +4,9 @@ use pyo3::prelude::*;
 use serde_json::{json, Value};
 
 use super::convert;
-use crate::host::{kvm, privileges, runtime_dir};
+use crate::host::{kvm, net, privileges, runtime_dir};
 use crate::model::Grade;
+use crate::vm::network;
 use crate::vmm::{self, Binaries};
 
 /// Looks at backends, accelerators and privileges; changes nothing.
@@ -30,6 +31,10 @@ pub fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
         }
         if let Err(error) = image.check() {
             problem(error.to_string(), None);
+        }
+        let network = network::ready();
+        if let Err(refusal) = &network {
+            problem(format!("VMs cannot be connected: {}", refusal.reason), Some(refusal.remedy.clone()));
         }
         let accelerator = |grade: Option<Grade>| match grade {
             Some(Grade::Hardware) => Some("kvm"),
@@ -58,6 +63,12 @@ pub fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
                 "user_namespaces": privileges.user_namespaces,
                 "net_admin": privileges.net_admin,
                 "cgroup": privileges.cgroup,
+            },
+            "network": {
+                "connected_vms": network.is_ok(),
+                "uplinks": net::default_routes(),
+                "reason": network.as_ref().err().map(|refusal| &refusal.reason),
+                "remedy": network.as_ref().err().map(|refusal| &refusal.remedy),
             },
             "kvm": {"device": kvm.device, "usable": kvm.usable, "reason": kvm.reason, "remedy": kvm.remedy},
             "backends": listed,

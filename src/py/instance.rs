@@ -11,7 +11,8 @@ use super::gate::{self, OnInterrupt, Owned};
 use super::stream::ProcessStream;
 use super::{convert, errors, logging, transfer};
 use crate::manager;
-use crate::model::{Backend, ManagerConfig};
+use crate::model::{Backend, ManagerConfig, NetworkConfig};
+use crate::net::Segment;
 use crate::vm::{Health, MicroVm, Spec};
 
 /// One microVM: `start`, `stop`, `pause`, `resume`, commands and health. Usable on its own, without a manager.
@@ -34,6 +35,37 @@ pub fn health_json(health: &Health) -> Value {
     })
 }
 
+fn bandwidth_limit(network: &NetworkConfig) -> &'static str {
+    match network.isolated_network {
+        true => "nothing to limit: the VM has no network",
+        false => "on the host: tbf on the tap (to the VM) and on its shaper (from the VM)",
+    }
+}
+
+/// What the VM got while it is connected, else what it asked for.
+fn network_info(network: &NetworkConfig, segment: Option<&Segment>) -> Value {
+    let mut info = json!({
+        "isolated": network.isolated_network,
+        "tap_device": network.tap_device,
+        "ip_address": network.ip_address,
+        "mac_address": network.mac_address,
+        "gateway": network.gateway,
+        "dns_servers": network.dns_servers,
+        "egress": network.egress,
+        "ipv6": network.ipv6,
+    });
+    if let Some(segment) = segment {
+        let addresses = &segment.addresses;
+        info["tap_device"] = json!(segment.tap.name);
+        info["ip_address"] = json!(addresses.address);
+        info["prefix_length"] = json!(addresses.prefix);
+        info["mac_address"] = json!(segment.mac);
+        info["gateway"] = json!(addresses.gateway);
+        info["dns_servers"] = json!(segment.guest_servers());
+    }
+    info
+}
+
 fn start_json(origin: &str, stages: &[(&'static str, Duration)]) -> Value {
     let stages: Map<String, Value> =
         stages.iter().map(|(stage, length)| ((*stage).to_owned(), json!(length.as_secs_f64()))).collect();
@@ -44,7 +76,7 @@ fn start_json(origin: &str, stages: &[(&'static str, Duration)]) -> Value {
 pub async fn info(vm: Arc<MicroVm>) -> Value {
     let health = vm.health().await;
     let (spec, facts) = (vm.spec(), vm.facts());
-    let network = &spec.network;
+    let segment = facts.segment.as_deref();
     let mut metrics = health_json(&health);
     metrics["status"] = json!(health.status.as_str());
     metrics["cpu_usage"] = json!(health.cpu_usage_percent);
@@ -65,18 +97,11 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
             "vcpu_count": "the VM has that many vCPUs",
             "memory_mb": "the VM has that much memory",
             "disk_size_mb": "the VM's disk has that size",
-            "network_bandwidth_mbps": "nothing to limit: the VM has no network",
+            "network_bandwidth_mbps": bandwidth_limit(&spec.network),
             "max_file_handles": "in the guest: RLIMIT_NOFILE of every program",
             "max_processes": "in the guest: RLIMIT_NPROC and pids.max",
         },
-        "network_config": {
-            "isolated": network.isolated_network,
-            "tap_device": network.tap_device,
-            "ip_address": network.ip_address,
-            "mac_address": network.mac_address,
-            "gateway": network.gateway,
-            "dns_servers": network.dns_servers,
-        },
+        "network_config": network_info(&spec.network, segment),
         "health_metrics": metrics,
         "last_error": vm.last_error().map(|error| json!({"code": error.code(), "message": error.to_string()})),
     })

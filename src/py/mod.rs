@@ -32,6 +32,7 @@ fn check_resource_limits(
 }
 
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the fields of the public class")]
 fn check_network_config(
     tap_device: &Bound<'_, PyAny>,
     ip_address: &Bound<'_, PyAny>,
@@ -39,8 +40,11 @@ fn check_network_config(
     gateway: &Bound<'_, PyAny>,
     dns_servers: &Bound<'_, PyAny>,
     isolated_network: &Bound<'_, PyAny>,
+    egress: &Bound<'_, PyAny>,
+    ipv6: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    network_from([tap_device, ip_address, mac_address, gateway], dns_servers, isolated_network).map(drop)
+    let values = [tap_device, ip_address, mac_address, gateway, dns_servers, isolated_network, egress, ipv6];
+    network_from(values).map(drop)
 }
 
 #[pyfunction]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use microvm_protocol::identity::{Key, CONFIG_SERIAL};
 use tokio::net::UnixStream;
 
+use super::network::Connection;
 use super::prepare::{self, prepare, Prepared};
 use super::running::Running;
 use super::standby::Standby;
@@ -177,6 +178,7 @@ pub struct Launching {
     transport: UnixStream,
     control: Box<dyn Control>,
     tails: LiveTails,
+    connection: Option<Connection>,
     template: Option<Arc<Template>>,
     progress: Progress,
     /// How long the whole start may take.
@@ -193,12 +195,29 @@ impl Launching {
     ) -> Result<Self> {
         progress.at("drives");
         let (prepared, key) = prepared.write_drives(settings, template.clone()).await?;
-        let Prepared { dir, vmm, plan, limits } = prepared;
+        let Prepared { dir, vmm, mut plan, limits, network } = prepared;
         progress.at("launch");
         let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
         let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan, &origin)?;
+        // The tap is the VMM's from here on: it goes when the VMM does.
+        plan.nic = None;
+        let connection = network.map(|network| network.connection);
         let limit = settings.start_timeout;
-        Ok(Self { dir, vmm, plan, limits, key, jailed, transport, control, tails, template, progress, limit })
+        Ok(Self {
+            dir,
+            vmm,
+            plan,
+            limits,
+            key,
+            jailed,
+            transport,
+            control,
+            tails,
+            connection,
+            template,
+            progress,
+            limit,
+        })
     }
 
     fn attempt(&self) -> Attempt<'_> {
@@ -238,7 +257,7 @@ impl Launching {
         let (vm_id, base) = (spec.vm_id.clone(), settings.base.clone());
         let renaming = tokio::task::spawn_blocking(move || {
             self.dir.rename(&base, &vm_id)?;
-            let (identity, key) = prepare::identity(&vm_id, &self.limits)?;
+            let (identity, key) = prepare::identity(&vm_id, &self.limits, None)?;
             image::rewrite_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
             self.plan.vm_id = vm_id;
             self.key = key;
@@ -250,7 +269,22 @@ impl Launching {
 
     /// Waits for the agent and shakes hands with it.
     pub async fn bring_up(self) -> Result<Running> {
-        let Self { dir, vmm, plan, key, jailed, mut transport, control, tails, template, progress, limit, .. } = self;
+        // The connection first: it is let go of last.
+        let Self {
+            connection,
+            dir,
+            vmm,
+            plan,
+            key,
+            jailed,
+            mut transport,
+            control,
+            tails,
+            template,
+            progress,
+            limit,
+            ..
+        } = self;
         let vm_id = &plan.vm_id;
         let attempt = Attempt { vm_id, progress: &progress, jailed: &jailed, tails: &tails, limit };
         let in_guest = async {
@@ -281,6 +315,7 @@ impl Launching {
             control,
             jailed,
             tails,
+            connection: Mutex::new(connection),
             dir: Mutex::new(Some(dir)),
         })
     }

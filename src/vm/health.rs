@@ -32,7 +32,7 @@ impl HealthStatus {
     }
 }
 
-/// One look at a VM. CPU time, memory and disk traffic are the VMM's; an isolated VM has no network to count.
+/// One look at a VM. CPU time, memory and disk traffic are the VMM's, network traffic is the tap's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Health {
     /// Since the last look, in per cent of one CPU.
@@ -74,6 +74,10 @@ pub async fn of_running(running: &Running, state: VmState) -> Health {
         return health;
     };
     health.memory_usage_mb = usage.rss_bytes >> 20;
+    if let Some(counters) = running.network_counters() {
+        // What the host sent is what the VM received.
+        (health.network_rx_bytes, health.network_tx_bytes) = (counters.sent_bytes, counters.received_bytes);
+    }
     {
         let mut sample = running.cpu_sample.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();

@@ -6,6 +6,7 @@
 
 mod boot;
 mod health;
+pub mod network;
 mod prepare;
 mod running;
 mod standby;
@@ -24,7 +25,8 @@ use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::image::template::Store;
 use crate::image::GuestImage;
-use crate::model::{Backend, Grade, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::model::{Backend, Grade, Ipv4Net, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::net::Segment;
 use crate::vmm::Binaries;
 
 pub use health::{Health, HealthStatus};
@@ -57,6 +59,7 @@ pub struct Settings {
     pub min_isolation: Option<Grade>,
     pub start_timeout: Duration,
     pub command_timeout: Duration,
+    pub network_range: Ipv4Net,
 }
 
 /// What a VM got, beyond what was asked for.
@@ -71,6 +74,8 @@ pub struct Facts {
     /// The stages of its start and how long each took.
     pub stages: Vec<(&'static str, Duration)>,
     pub socket: PathBuf,
+    /// `None` while it is on no network.
+    pub segment: Option<Arc<Segment>>,
 }
 
 /// Where starts may find a VM that stands by.
@@ -240,7 +245,7 @@ impl MicroVm {
         let running = self.cell().running.clone();
         if let Some(running) = running {
             running.shut_down(ask_guest).await;
-            running.release();
+            running.release().await;
         }
         self.cell().running = None;
     }
@@ -338,8 +343,8 @@ impl MicroVm {
             error
         };
         log::error!("{error}");
-        running.release();
         running.reaped().await;
+        running.release().await;
         let mut cell = self.cell();
         if cell.running.as_ref().is_some_and(|current| Arc::ptr_eq(current, running)) {
             cell.running = None;

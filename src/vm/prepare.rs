@@ -3,8 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use microvm_protocol::identity::{Identity, Key, KeyPair, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
+use microvm_protocol::identity::{
+    GuestNetwork, Identity, Key, KeyPair, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL,
+};
 
+use super::network::{self, Connection};
 use super::{Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
@@ -20,6 +23,13 @@ pub struct Prepared {
     pub vmm: Box<dyn Vmm>,
     pub plan: LaunchPlan,
     pub limits: ResourceLimits,
+    pub network: Option<Network>,
+}
+
+/// What a connected VM has beside its device.
+pub struct Network {
+    pub connection: Connection,
+    guest: GuestNetwork,
 }
 
 /// Checks what was asked for and takes the VM's directory, off the runtime's threads.
@@ -36,7 +46,8 @@ impl Prepared {
     pub async fn write_drives(self, settings: &Settings, template: Option<Arc<Template>>) -> Result<(Self, Key)> {
         let (vm_id, image) = (self.plan.vm_id.clone(), settings.image.disk_template.clone());
         let writing = tokio::task::spawn_blocking(move || {
-            let (identity, key) = identity(&self.plan.vm_id, &self.limits)?;
+            let network = self.network.as_ref().map(|network| network.guest.clone());
+            let (identity, key) = identity(&self.plan.vm_id, &self.limits, network)?;
             image::write_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
             let disk = self.dir.path().join(DISK_SERIAL);
             match template {
@@ -50,7 +61,7 @@ impl Prepared {
 }
 
 /// A new identity, and the key that is part of it.
-pub fn identity(vm_id: &VmId, limits: &ResourceLimits) -> Result<(Identity, Key)> {
+pub fn identity(vm_id: &VmId, limits: &ResourceLimits, network: Option<GuestNetwork>) -> Result<(Identity, Key)> {
     let key = Key(clock::random()?);
     let identity = Identity {
         key: key.clone(),
@@ -62,7 +73,7 @@ pub fn identity(vm_id: &VmId, limits: &ResourceLimits) -> Result<(Identity, Key)
         max_processes: limits.max_processes,
         vm_id: vm_id.to_string(),
         hostname: vm_id.hostname(),
-        network: None,
+        network,
     };
     Ok((identity, key))
 }
@@ -80,13 +91,6 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         image::check_rootfs(path)?;
     }
     settings.image.check()?;
-    if !spec.network.isolated_network {
-        return Err(Error::NetworkUnavailable {
-            vm_id: vm_id.clone(),
-            reason: "this release runs isolated VMs only".into(),
-            remedy: "use isolated_network=True".into(),
-        });
-    }
     let vmm = vmm::select(vm_id, spec.backend, settings.min_isolation, &settings.binaries)?;
     let dir = VmDir::create(&settings.base, vm_id)?;
     let path = |name: &str| dir.path().join(name);
@@ -99,6 +103,14 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         let size = path.metadata().map_err(|error| Error::host("stat", path.display(), error))?.len();
         drives.push(Drive { serial: ROOTFS_SERIAL, path, read_only: true, size });
     }
+    let (network, nic) = match spec.network.isolated_network {
+        true => (None, None),
+        false => {
+            let limit = spec.limits.network_bandwidth_mbps;
+            let (connection, nic, guest) = network::connect(vm_id, &spec.network, settings.network_range, limit)?;
+            (Some(Network { connection, guest }), Some(nic))
+        }
+    };
     let plan = LaunchPlan {
         vm_id: vm_id.clone(),
         vcpu_count: spec.limits.vcpu_count,
@@ -106,7 +118,8 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         kernel: absolute(spec.kernel_path.as_ref().unwrap_or(&settings.image.kernel))?,
         initramfs: settings.image.initramfs.clone(),
         drives,
+        nic,
         launcher: settings.image.launcher.clone(),
     };
-    Ok(Prepared { dir, vmm, plan, limits: spec.limits.clone() })
+    Ok(Prepared { dir, vmm, plan, limits: spec.limits.clone(), network })
 }

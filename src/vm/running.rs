@@ -1,14 +1,16 @@
 //! What a VM owns while it runs.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio::sync::watch;
 
+use super::network::Connection;
 use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
+use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
 use crate::host::runtime_dir::VmDir;
@@ -38,6 +40,7 @@ pub struct Running {
     pub(super) control: Box<dyn Control>,
     pub(super) jailed: Jailed,
     pub(super) tails: LiveTails,
+    pub(super) connection: Mutex<Option<Connection>>,
     pub(super) dir: Mutex<Option<VmDir>>,
 }
 
@@ -95,6 +98,7 @@ impl Running {
             accelerator: Some(self.accelerator),
             origin: Some(self.origin),
             stages: self.stages.clone(),
+            segment: self.connection().as_ref().map(|connection| connection.segment().clone()),
             ..Facts::default()
         }
     }
@@ -134,10 +138,27 @@ impl Running {
         }
     }
 
-    /// Removes the socket and the files, even while someone still holds a reference.
-    pub fn release(&self) {
+    fn connection(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the VM's network device moved, from the host's side; `None` without one.
+    pub fn network_counters(&self) -> Option<Counters> {
+        self.connection().as_ref().map(Connection::counters)
+    }
+
+    /// Removes the socket, the network and the files, even while someone still holds a reference.
+    pub async fn release(&self) {
         drop(self.broker.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let connection = self.connection().take();
         let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(dir);
+        // Both take some milliseconds, and others' work must not wait for that.
+        let removed = tokio::task::spawn_blocking(move || {
+            drop(connection);
+            drop(dir);
+        });
+        if let Err(error) = removed.await {
+            log::error!("{}: not all of it was removed: {error}", self.vm_id);
+        }
     }
 }

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::host::kvm;
 use crate::image::template::{Fit, FitDrive, Store, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
-use crate::vmm::{Drive, LaunchPlan, Launched, Origin};
+use crate::vmm::{Drive, LaunchPlan, Launched, Nic, Origin};
 
 /// HELLOs asked for before the guest is frozen: it rehearses before each.
 const REHEARSALS: usize = 3;
@@ -146,5 +146,9 @@ fn blank(plan: &LaunchPlan, image: &GuestImage, dir: &Path) -> Result<LaunchPlan
         }
         serial => Ok(Drive { path: dir.join(serial), ..drive.clone() }),
     };
-    Ok(LaunchPlan { drives: plan.drives.iter().map(own).collect::<Result<_>>()?, ..plan.clone() })
+    Ok(LaunchPlan {
+        drives: plan.drives.iter().map(own).collect::<Result<_>>()?,
+        nic: plan.nic.as_ref().map(|_| Nic::unplugged()),
+        ..plan.clone()
+    })
 }

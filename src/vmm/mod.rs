@@ -19,6 +19,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result, Tails};
+use crate::host::fork::{self, Concealed};
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade, VmId};
@@ -41,8 +42,37 @@ pub struct Drive {
     pub size: u64,
 }
 
+/// The one network device of a VM.
+#[derive(Debug, Clone)]
+pub struct Nic {
+    pub mac: String,
+    /// `None`: nothing is plugged in, as in a template.
+    pub tap: Option<Arc<TapEnd>>,
+}
+
+/// The host's end of a VM's wire, open: the VMM needs no right to open one.
+#[derive(Debug)]
+pub struct TapEnd {
+    // Let go of before the descriptor is closed.
+    _concealed: Concealed,
+    pub fd: OwnedFd,
+}
+
+impl Nic {
+    #[must_use]
+    pub fn new(mac: String, tap: OwnedFd) -> Self {
+        Self { mac, tap: Some(Arc::new(TapEnd { _concealed: fork::conceal(&tap), fd: tap })) }
+    }
+
+    /// The device of all VMs that have one, without what is one VM's own.
+    #[must_use]
+    pub fn unplugged() -> Self {
+        Self { mac: "02:00:00:00:00:00".into(), tap: None }
+    }
+}
+
 /// Everything a backend must know to launch one VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct LaunchPlan {
     pub vm_id: VmId,
     pub vcpu_count: u64,
@@ -50,6 +80,8 @@ pub struct LaunchPlan {
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
     pub drives: Vec<Drive>,
+    /// `None`: the VM is on no network.
+    pub nic: Option<Nic>,
     pub launcher: PathBuf,
 }
 

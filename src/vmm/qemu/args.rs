@@ -1,11 +1,12 @@
 //! A launch plan as QEMU's arguments. Pure.
 
-use crate::vmm::{LaunchPlan, Origin};
+use crate::vmm::{LaunchPlan, Nic, Origin};
 
-/// The descriptors that QEMU finds its sockets and a template's memory at.
+/// The descriptors that QEMU finds its sockets, a template's memory and its tap at.
 pub const AGENT_FD: i32 = 3;
 pub const QMP_FD: i32 = 4;
 pub const RAM_FD: i32 = 5;
+pub const TAP_FD: i32 = 6;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
@@ -119,6 +120,14 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin, t
         args.push("-device".into());
         args.push(format!("virtio-blk-device,drive={serial},serial={serial}"));
     }
+    if let Some(Nic { mac, tap }) = &plan.nic {
+        let wire = match tap {
+            Some(_) => format!("tap,id=net,fd={TAP_FD}"),
+            // A hub without another port.
+            None => "hubport,id=net,hubid=0".into(),
+        };
+        args.extend(["-netdev".into(), wire, "-device".into(), format!("virtio-net-device,netdev=net,mac={mac}")]);
+    }
     args
 }
 
@@ -141,6 +150,7 @@ mod tests {
                 drive("disk", "/run/x/tab-1/disk", false),
                 drive("rootfs", "/images/a,b.ext4", true),
             ],
+            nic: None,
             launcher: "/data/microvm-jail".into(),
         }
     }
@@ -176,5 +186,19 @@ mod tests {
     #[test]
     fn test_arguments_under_kvm_are_golden() {
         assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm, &Origin::Boot, Some(2_595_120)));
+    }
+
+    #[test]
+    fn test_arguments_with_a_nic_are_golden() {
+        let tap = std::fs::File::open("/dev/null").unwrap().into();
+        let plan = LaunchPlan { nic: Some(Nic::new("52:54:00:12:34:56".into(), tap)), ..plan() };
+        assert_golden("qemu-nic.args", &arguments(&plan, Accelerator::Tcg, &Origin::Boot, None));
+    }
+
+    #[test]
+    fn test_arguments_of_a_recording_name_no_tap() {
+        let plan = LaunchPlan { nic: Some(Nic::unplugged()), ..plan() };
+        let args = arguments(&plan, Accelerator::Tcg, &Origin::Record { ram: "/ram".into() }, None);
+        assert!(args.contains(&"hubport,id=net,hubid=0".into()) && !args.iter().any(|arg| arg.contains("tap,")));
     }
 }

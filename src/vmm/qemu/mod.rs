@@ -15,9 +15,9 @@ use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::host::{kvm, tsc};
 use crate::model::{Backend, Grade};
-use crate::vmm::{Binaries, Drive, LaunchPlan, Launched, LiveTails, Origin, Vmm};
+use crate::vmm::{Binaries, Drive, LaunchPlan, Launched, LiveTails, Nic, Origin, Vmm};
 use api::Qmp;
-use args::{Accelerator, AGENT_FD, QMP_FD, RAM_FD};
+use args::{Accelerator, AGENT_FD, QMP_FD, RAM_FD, TAP_FD};
 
 /// QEMU on this host.
 #[derive(Debug, Clone)]
@@ -81,7 +81,8 @@ impl Vmm for Qemu {
         let drives = plan.drives.iter().map(nameless).collect();
         // Two measurements of one counter differ a little, two counters of one CPU model a lot.
         let coarse = self.tsc_khz().map(|khz| khz / 5_000 * 5_000);
-        let nameless = LaunchPlan { kernel: PathBuf::new(), initramfs: PathBuf::new(), drives, ..plan.clone() };
+        let nic = plan.nic.as_ref().map(|_| Nic::unplugged());
+        let nameless = LaunchPlan { kernel: PathBuf::new(), initramfs: PathBuf::new(), drives, nic, ..plan.clone() };
         args::arguments(&nameless, self.accelerator, &Origin::Boot, coarse)
     }
 
@@ -98,6 +99,10 @@ impl Vmm for Qemu {
         if let Origin::Clone { ram } = origin {
             spec.fds.push(RAM_FD);
             fds.push(ram.as_fd());
+        }
+        if let Some(tap) = plan.nic.as_ref().and_then(|nic| nic.tap.as_ref()) {
+            spec.fds.push(TAP_FD);
+            fds.push(tap.fd.as_fd());
         }
         let jailed = Jailed::launch(&plan.launcher, &spec, &fds)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));

@@ -44,6 +44,7 @@ def render(report: Dict[str, Any]) -> List[str]:
     lines += _why(kvm) + ["", "Backends"]
     for backend in report.get("backends", []):
         lines += _backend(backend)
+    lines += ["", "Network"] + _facts(report.get("network", {}))
     lines += ["", "Guest image"] + _facts(report.get("guest_image", {}))
     lines += ["", "Runtime directory", "  {}".format(report.get("runtime_dir")), ""]
     problems = report.get("problems", [])

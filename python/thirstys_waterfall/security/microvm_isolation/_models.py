@@ -49,13 +49,19 @@ class VMResourceLimits:
 class VMNetworkConfig:
     """How one VM is, or is not, on a network. Isolated, the default, means that the VM has no network device.
 
+    What a connected VM is not given is chosen for it: a tap, addresses from ``config["network_range"]``, a MAC, and
+    the host's own name servers behind the gateway.
+
     Args:
-        tap_device: Name of the host's TAP interface, at most 15 characters.
+        tap_device: Name of the host's TAP interface, at most 15 characters; made if it is not there.
         ip_address: The VM's IPv4 address, with ``/prefix`` or without (then /24).
         mac_address: A unicast MAC address.
-        gateway: An IPv4 address inside the VM's subnet.
+        gateway: An IPv4 address inside the VM's subnet: the host's end.
         dns_servers: IP addresses of name servers.
         isolated_network: No network at all when true.
+        egress: Where the VM may go, and nowhere else: IPv4 addresses or networks, host names or ``*.NAME``, each with
+            ``:PORT`` or without. ``None``: wherever the policy of all VMs lets it.
+        ipv6: IPv6, too. This release refuses it at start.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -72,6 +78,8 @@ class VMNetworkConfig:
     gateway: Optional[str] = None
     dns_servers: List[str] = field(default_factory=list)
     isolated_network: bool = True
+    egress: Optional[List[str]] = None
+    ipv6: bool = False
 
     def __post_init__(self) -> None:
         _native.check_network_config(
@@ -81,6 +89,8 @@ class VMNetworkConfig:
             self.gateway,
             self.dns_servers,
             self.isolated_network,
+            self.egress,
+            self.ipv6,
         )
 
 

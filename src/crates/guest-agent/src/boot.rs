@@ -11,6 +11,8 @@ use microvm_protocol::identity::{DISK_SERIAL, ROOTFS_SERIAL};
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::reboot::{reboot, RebootMode};
 
+use crate::network;
+
 /// Where the VM's own disk is mounted.
 pub const DATA: &str = "/data";
 const LOWER: &str = "/mnt/lower";
@@ -54,6 +56,8 @@ pub fn set_up() -> Result<(), (&'static str, String)> {
     if let Some(device) = drive(ROOTFS_SERIAL) {
         enter_rootfs(&device, disk.is_some()).map_err(stage("rootfs"))?;
     }
+    // After the root is what it will be: what is written belongs into it.
+    network::prepare().map_err(stage("network"))?;
     // What is written now need not be written by every clone.
     nix::unistd::sync();
     Ok(())

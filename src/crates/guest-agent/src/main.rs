@@ -9,9 +9,11 @@ mod checksum;
 mod children;
 mod identity;
 mod job;
+mod network;
 mod pool;
 mod port;
 mod rehearsal;
+mod resolve;
 mod serve;
 
 use std::time::Duration;
@@ -39,11 +41,15 @@ fn run() -> Result<(), String> {
     children::start().map_err(|error| format!("the reaper: {error}"))?;
     let mut port = port::open(outcome != Outcome::Ready)?;
     serve::keep_freed_memory();
-    let outcome = serde_json::to_vec(&outcome).map_err(|error| error.to_string())?;
+    let encode = |outcome: &Outcome| serde_json::to_vec(outcome).map_err(|error| error.to_string());
+    let (is_ready, mut outcome) = (outcome == Outcome::Ready, encode(&outcome)?);
     // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
     port.say_hello()?;
     let (offer, arrived) = port.wait_for_offer(|| rehearsal::rehearse(&blank))?;
     let identity = blank.read_identity()?;
+    if let Some(Err(message)) = identity.network.as_ref().filter(|_| is_ready).map(network::set_up) {
+        outcome = encode(&Outcome::Failed { stage: "network".into(), message })?;
+    }
     let (link, unix_time_ns) = port.shake_hands(&offer, &identity, &outcome)?;
     serve::serve(link, actions::Guest::new(blank.become_one(identity, HostTime { unix_time_ns, arrived })))
 }

@@ -66,13 +66,14 @@ pub enum Response {
 /// A failure with a code that callers may branch on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
+    #[serde(flatten)]
     pub code: Code,
     pub message: String,
 }
 
 /// The stable codes of the agent's failures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(tag = "code", content = "reason", rename_all = "snake_case")]
 pub enum Code {
     UnknownAction,
     BadParams,
@@ -84,11 +85,28 @@ pub enum Code {
     TooLarge,
     NoSpace,
     NetworkIsolated,
-    NetworkError,
+    NetworkError(Reason),
     ActionFailed,
     Cancelled,
     Busy,
     IoError,
+}
+
+/// Why a URL was not fetched; beside the code `network_error`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// The name has no address, or nobody could be asked.
+    Dns,
+    /// Nobody listens there.
+    Refused,
+    /// The network lets no packet pass to there.
+    Unreachable,
+    Timeout,
+    /// No secure connection: the certificate, or what both sides speak.
+    Tls,
+    /// What came back was not HTTP, or ended half-way.
+    Protocol,
 }
 
 impl Code {
@@ -106,7 +124,7 @@ impl Code {
             Code::TooLarge => "too_large",
             Code::NoSpace => "no_space",
             Code::NetworkIsolated => "network_isolated",
-            Code::NetworkError => "network_error",
+            Code::NetworkError(_) => "network_error",
             Code::ActionFailed => "action_failed",
             Code::Cancelled => "cancelled",
             Code::Busy => "busy",
@@ -164,7 +182,7 @@ mod tests {
     #[test]
     fn test_code_as_str_is_its_json() {
         for code in [Code::UnknownAction, Code::ProgramNotFound, Code::NoSpace, Code::Busy, Code::IoError] {
-            assert_eq!(serde_json::to_value(code).unwrap(), code.as_str());
+            assert_eq!(serde_json::to_value(code).unwrap()["code"], code.as_str());
         }
     }
 
@@ -179,5 +197,15 @@ mod tests {
     fn test_control_unknown_is_refused() {
         assert!(serde_json::from_value::<Control>(json!({"control": "explode"})).is_err());
         assert!(serde_json::from_value::<Control>(json!({"control": "signal", "signal": 2, "x": 1})).is_err());
+    }
+
+    #[test]
+    fn test_failure_has_a_reason_where_its_code_has_one() {
+        let failure = |code| serde_json::to_value(Failure { code, message: "m".into() }).unwrap();
+        assert_eq!(failure(Code::BadParams), json!({"code": "bad_params", "message": "m"}));
+        let expected = json!({"code": "network_error", "reason": "dns", "message": "m"});
+        assert_eq!(failure(Code::NetworkError(Reason::Dns)), expected);
+        let back: Failure = serde_json::from_value(expected).unwrap();
+        assert_eq!(back.code, Code::NetworkError(Reason::Dns));
     }
 }

@@ -2,6 +2,7 @@
 
 mod custom;
 mod execute;
+mod fetch;
 mod files;
 mod program;
 mod render;
@@ -91,7 +92,7 @@ impl Guest {
             "read_file" => files::read_file(params),
             "write_file" => files::write_file(params),
             "render_page" => on_big_stack(|| render::render_page(params, identity.network.is_some())),
-            "process_request" => system::process_request(params, identity.network.is_some()),
+            "process_request" => fetch::process_request(params, identity.network.is_some()),
             "set_clock" => system::set_clock(params),
             "adopt" => system::adopt(params, &self.own),
             "shutdown" => no_params(params).map(|()| json!({})),

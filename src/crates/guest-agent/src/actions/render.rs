@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 use url::Url;
 
-use super::{fail, read, Outcome};
+use super::{fail, fetch, read, Outcome};
 
 const MAX_HTML: usize = 4 << 20;
 const PARSE_DEADLINE: Duration = Duration::from_secs(5);
@@ -37,15 +37,20 @@ pub fn render_page(params: Value, has_network: bool) -> Outcome {
             Err(error) => return fail(Code::BadParams, format!("url: {text:?} is not a URL: {error}")),
         },
     };
-    let html = match (params.html, &base) {
-        (Some(html), _) => html,
-        (None, None) => String::new(),
-        (None, Some(url)) if url.as_str() == "about:blank" => String::new(),
-        (None, Some(url)) if !has_network => {
-            let text = format!("{url} cannot be fetched: this VM has no network; give the page as \"html\"");
-            return fail(Code::NetworkIsolated, text);
+    let (html, base) = match (params.html, base) {
+        (Some(html), base) => (html, base),
+        (None, None) => (String::new(), None),
+        (None, Some(url)) if url.as_str() == "about:blank" => (String::new(), Some(url)),
+        (None, Some(url)) => {
+            let url = fetch::parse_url(url.as_str())?;
+            let page = fetch::fetch_page(&url, MAX_HTML as u64, has_network)?;
+            if page.truncated {
+                return fail(Code::TooLarge, format!("{url}: the page is over {MAX_HTML} bytes"));
+            }
+            // Where the redirects led to is what its links are relative to.
+            let base = Url::parse(&page.url).unwrap_or(url);
+            (String::from_utf8_lossy(&page.body).into_owned(), Some(base))
         }
-        (None, Some(url)) => return fail(Code::NetworkError, format!("{url}: this guest cannot fetch pages")),
     };
     if html.len() > MAX_HTML {
         return fail(Code::TooLarge, format!("html: {} bytes, at most {MAX_HTML} are rendered", html.len()));

@@ -6,7 +6,7 @@ use microvm_protocol::message::{Code, Failure};
 use serde::Deserialize;
 use serde_json::{json, Value};
 
-use super::{fail, read, Outcome};
+use super::{read, Outcome};
 use crate::boot::DATA;
 use crate::identity::{self, Names, Own};
 
@@ -74,21 +74,4 @@ pub fn adopt(params: Value, own: &Own) -> Outcome {
     let Params { vm_id, hostname, unix_time_ns } = read(params)?;
     own.adopt(Names { vm_id, hostname }, unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
     Ok(json!({}))
-}
-
-pub fn process_request(params: Value, has_network: bool) -> Outcome {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Params {
-        url: String,
-    }
-    let params: Params = read(params)?;
-    if let Err(error) = url::Url::parse(&params.url) {
-        return fail(Code::BadParams, format!("url: {:?} is not a URL: {error}", params.url));
-    }
-    if has_network {
-        return fail(Code::NetworkError, format!("{}: this guest cannot fetch URLs", params.url));
-    }
-    let way_out = "this VM has no network; create it with isolated_network=False";
-    fail(Code::NetworkIsolated, format!("{} cannot be fetched: {way_out}", params.url))
 }

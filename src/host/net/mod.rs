@@ -1,0 +1,44 @@
+//! Network interfaces, addresses, routes, rules and the kernel's settings for them.
+//!
+//! Architecture invariant: the only place that changes the host's network, and it decides nothing: what is to be done
+//! comes in as text or plain values, and what was done comes out as guards that undo it when dropped. What goes wrong
+//! while undoing is logged. It changes what it made, and nothing else of the host's.
+
+mod facts;
+mod socket;
+mod table;
+mod tap;
+mod tool;
+mod undo;
+mod watch;
+
+pub use facts::{counters, default_routes, forwards, index_of, interfaces, networks, set_setting, setting, Counters};
+pub use socket::{listen_on, Listening};
+pub use table::{Part, Table};
+pub use tap::Tap;
+pub use tool::Tool;
+pub use undo::{Step, Undo};
+
+/// Why the host's network was not changed, and what to do about that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    pub reason: String,
+    pub remedy: String,
+}
+
+impl Refusal {
+    pub(crate) fn new(reason: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { reason: reason.into(), remedy: remedy.into() }
+    }
+
+    /// The process may not do it.
+    pub(crate) fn denied(what: &str) -> Self {
+        Self::new(format!("{what}: this process lacks CAP_NET_ADMIN"), PRIVILEGE_REMEDY)
+    }
+}
+
+/// What gives a process the right to change the host's network.
+pub const PRIVILEGE_REMEDY: &str =
+    "run as root, or give the process CAP_NET_ADMIN in a way that the programs it starts \
+                                    inherit (systemd: AmbientCapabilities=CAP_NET_ADMIN; a container: --cap-add \
+                                    NET_ADMIN), or use isolated_network=True";

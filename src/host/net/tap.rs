@@ -1,0 +1,76 @@
+//! Taps: interfaces whose other end is a descriptor.
+
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::{facts, Refusal};
+
+/// The clone device; tuntap.rst.
+const DEVICE: &str = "/dev/net/tun";
+/// linux/if_tun.h: `_IOW('T', 202, int)`, though it takes a `struct ifreq`.
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+
+/// A tap that this process holds. One that it made vanishes with the last copy of the descriptor.
+#[derive(Debug)]
+pub struct Tap {
+    pub fd: OwnedFd,
+    pub name: String,
+    pub index: u32,
+    /// It was there before: somebody made it to last.
+    pub existed: bool,
+}
+
+impl Tap {
+    /// Takes the tap called `name`, or makes it; `%d` in the name becomes a number that is free.
+    ///
+    /// # Errors
+    /// The name is another interface's or the tap is held by someone; the process may not, or has no tun driver.
+    pub fn open(name: &str) -> Result<Self, Refusal> {
+        let existed = facts::index_of(name).is_some();
+        let device = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE);
+        let device = device.map_err(|error| match error.kind() {
+            ErrorKind::PermissionDenied => Refusal::new(
+                format!("{DEVICE} may not be opened by this user"),
+                "let every user open it, as is usual (chmod 666; what may be done with it is asked later), or run as root",
+            ),
+            _ => Refusal::new(
+                format!("{DEVICE}: {error}"),
+                "load the driver (modprobe tun); in a container pass --device /dev/net/tun",
+            ),
+        })?;
+        // SAFETY: all zeros is a valid ifreq.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        if name.len() >= request.ifr_name.len() {
+            return Err(Refusal::new(format!("{name:?} is too long for an interface"), "use at most 15 characters"));
+        }
+        for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *place = byte as libc::c_char;
+        }
+        // No virtio header: every frame from the guest is a plain one, which the host need not take apart.
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+        // SAFETY: the descriptor is open, and the request reads and writes one ifreq.
+        let set = unsafe { libc::ioctl(device.as_raw_fd(), TUNSETIFF, &raw mut request) };
+        if set < 0 {
+            let error = std::io::Error::last_os_error();
+            return Err(match error.raw_os_error() {
+                Some(libc::EPERM) => Refusal::denied(&format!("tap {name:?}")),
+                Some(libc::EBUSY) => Refusal::new(
+                    format!("tap {name:?} is in use by another VM or process"),
+                    "stop that one, or choose another tap_device",
+                ),
+                Some(libc::EINVAL) => Refusal::new(
+                    format!("{name:?} exists and is no tap with one queue"),
+                    format!("choose another tap_device, or make it anew: ip tuntap add dev {name} mode tap"),
+                ),
+                _ => Refusal::new(format!("tap {name:?}: {error}"), "choose another tap_device"),
+            });
+        }
+        let bytes: Vec<u8> = request.ifr_name.iter().map(|c| *c as u8).take_while(|byte| *byte != 0).collect();
+        let name = String::from_utf8_lossy(&bytes).into_owned();
+        let gone = || Refusal::new(format!("tap {name:?} vanished as soon as it was made"), "try again");
+        let index = facts::index_of(&name).ok_or_else(gone)?;
+        Ok(Self { fd: device.into(), name, index, existed })
+    }
+}

@@ -1,0 +1,123 @@
+//! Where a connected VM may go.
+
+use std::fmt;
+
+use super::Ipv4Net;
+use crate::error::{Error, Result};
+
+/// One entry of an allow-list, as in `93.184.216.0/24`, `10.0.0.7:443`, `example.com:443` or `*.example.com`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EgressRule {
+    pub to: EgressTarget,
+    /// TCP and UDP to this port; `None`: everything.
+    pub port: Option<u16>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EgressTarget {
+    Net(Ipv4Net),
+    Name(NamePattern),
+}
+
+/// A host name, or with `*.` all names below it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamePattern {
+    below: bool,
+    name: String,
+}
+
+impl EgressRule {
+    /// # Errors
+    /// [`Error::InvalidValue`] naming `egress`.
+    pub fn parse(text: &str) -> Result<Self> {
+        let bad = || Error::InvalidValue {
+            field: "egress".into(),
+            value: format!("{text:?}"),
+            allowed: "an IPv4 address or network, a host name or *.NAME, each with :PORT or without".into(),
+        };
+        let (target, port) = match text.rsplit_once(':') {
+            Some((target, port)) => (target, Some(parse_port(port).ok_or_else(bad)?)),
+            None => (text, None),
+        };
+        let net = Ipv4Net::parse(target).map(EgressTarget::Net);
+        let to = net.or_else(|| NamePattern::parse(target).map(EgressTarget::Name)).ok_or_else(bad)?;
+        Ok(Self { to, port })
+    }
+}
+
+fn parse_port(text: &str) -> Option<u16> {
+    let plain = text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|port| plain && *port > 0)
+}
+
+impl NamePattern {
+    fn parse(text: &str) -> Option<Self> {
+        let (below, name) = text.strip_prefix("*.").map_or((false, text), |name| (true, name));
+        let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
+        let label = |label: &str| {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+            (1..=63).contains(&label.len()) && label.bytes().all(plain) && !label.starts_with('-')
+        };
+        // No top-level domain is a number: what looks like an address but is none is not a name either.
+        let last = name.rsplit('.').next().unwrap_or_default();
+        let is_name = name.len() <= 253 && name.split('.').all(label) && !last.bytes().all(|b| b.is_ascii_digit());
+        is_name.then_some(Self { below, name })
+    }
+
+    /// Whether `name`, in lower case and without a final dot, is meant.
+    #[must_use]
+    pub fn matches(&self, name: &str) -> bool {
+        if self.below {
+            name.strip_suffix(self.name.as_str()).is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))
+        } else {
+            name == self.name
+        }
+    }
+}
+
+impl fmt::Display for NamePattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", if self.below { "*." } else { "" }, self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> NamePattern {
+        NamePattern::parse(text).unwrap()
+    }
+
+    #[test]
+    fn test_parse_every_form_is_understood() {
+        let net = |text| EgressTarget::Net(Ipv4Net::parse(text).unwrap());
+        for (text, to, port) in [
+            ("10.1.0.0/16", net("10.1.0.0/16"), None),
+            ("10.1.2.3:8443", net("10.1.2.3"), Some(8443)),
+            ("10.1.0.0/16:53", net("10.1.0.0/16"), Some(53)),
+            ("Example.COM", EgressTarget::Name(name("example.com")), None),
+            ("*.example.com:443", EgressTarget::Name(name("*.example.com")), Some(443)),
+        ] {
+            assert_eq!(EgressRule::parse(text).unwrap(), EgressRule { to, port }, "{text}");
+        }
+    }
+
+    #[test]
+    fn test_parse_what_is_neither_names_the_field_and_the_entry() {
+        for bad in
+            ["", "*", "*.", "a b", "300.1.1.1", "10.0.0.1/8", "host:0", "host:65536", "host:+1", "::1", "-a.b", "a..b"]
+        {
+            let message = EgressRule::parse(bad).unwrap_err().to_string();
+            assert!(message.starts_with("egress=") && message.contains(&format!("{bad:?}")), "{message}");
+        }
+    }
+
+    #[test]
+    fn test_matches_takes_the_name_or_what_is_below_and_nothing_else() {
+        assert!(name("example.com").matches("example.com") && !name("example.com").matches("a.example.com"));
+        let below = name("*.example.com");
+        assert!(below.matches("a.example.com") && below.matches("a.b.example.com"));
+        assert!(!below.matches("example.com") && !below.matches(".example.com") && !below.matches("badexample.com"));
+    }
+}

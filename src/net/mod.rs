@@ -1,0 +1,28 @@
+//! The network segment of one VM, as a plan: addresses, the host's end of the wire, the rules, the names it may ask for.
+//!
+//! Architecture invariant: pure. Configuration, what the host has, and random numbers go in; text for `ip`, `tc` and
+//! `nft`, and answers about DNS messages, come out. Nothing here is done: [`crate::host::net`] does it.
+
+mod address;
+mod dns;
+mod links;
+mod mac;
+mod rules;
+mod segment;
+
+pub use address::{choose, conflict, Addresses};
+pub use dns::{Question, Relayed, Verdict};
+pub use links::{Interface, GENERATED_TAP, SHAPER_PREFIX};
+pub use mac::generate as generate_mac;
+pub use rules::{Pinned, Rules};
+pub use segment::{Before, Resolution, Segment, Upstream};
+
+/// Compares with a file of `tests/golden`, so that a change shows as lines. `MICROVM_BLESS=1` writes it anew.
+#[cfg(test)]
+fn assert_golden(name: &str, text: &str) {
+    let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+    if std::env::var_os("MICROVM_BLESS").is_some() {
+        std::fs::write(&path, text).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), text, "{path}");
+}

@@ -1,0 +1,334 @@
+//! The rules, as text for `nft -f -`.
+//!
+//! One process has one table (in the families `inet` and `arp`), and every tap of its VMs is in one interface group. The
+//! base chains let go of everything that has nothing to do with the group, and drop whatever of the group is not let
+//! pass by name: a tap that is not known yet, or not any more, is cut off. A VM's own part is keyed by the index of its
+//! tap, which no other interface ever gets.
+
+use std::net::Ipv4Addr;
+
+use super::Segment;
+use crate::model::{EgressRule, EgressTarget, Ipv4Net};
+
+/// The names of all our tables begin so.
+const TABLE_PREFIX: &str = "tw_microvm_";
+/// Where no VM may go: this network and this machine, link-local addresses with the clouds' metadata services, those
+/// metadata services that lie elsewhere (Alibaba, Azure, Oracle), multicast, what is reserved, broadcast.
+const NEVER: [(Ipv4Addr, u8); 7] = [
+    (Ipv4Addr::new(0, 0, 0, 0), 8),
+    (Ipv4Addr::new(127, 0, 0, 0), 8),
+    (Ipv4Addr::new(169, 254, 0, 0), 16),
+    (Ipv4Addr::new(100, 100, 100, 200), 32),
+    (Ipv4Addr::new(168, 63, 129, 16), 32),
+    (Ipv4Addr::new(192, 0, 0, 192), 32),
+    (Ipv4Addr::new(224, 0, 0, 0), 3),
+];
+/// Connections that one VM may have with the host (its DNS questions) and beyond: each costs the host an entry in a table
+/// that all share.
+const MAX_HOST_FLOWS: u32 = 512;
+const MAX_FLOWS: u32 = 2048;
+/// Addresses that the names of one allow-list may stand for at once.
+const MAX_PINNED: usize = 4096;
+
+fn never() -> impl Iterator<Item = Ipv4Net> {
+    NEVER.into_iter().filter_map(|(address, prefix)| Ipv4Net::around(address, prefix))
+}
+
+/// Whether no VM may go to `address`.
+#[must_use]
+pub fn is_never(address: Ipv4Addr) -> bool {
+    never().any(|net| net.contains(address))
+}
+
+/// An address that a name stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Pinned {
+    pub address: Ipv4Addr,
+    pub port: Option<u16>,
+}
+
+/// The table of one process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules {
+    table: String,
+    group: u32,
+}
+
+impl Rules {
+    /// `token` tells one process from another; the group is the same number.
+    #[must_use]
+    pub fn new(token: u32) -> Self {
+        // Group 0 is where every interface begins; iproute2 reads groups as signed.
+        let group = (token & 0x7fff_ffff).max(1);
+        Self { table: format!("{TABLE_PREFIX}{group:08x}"), group }
+    }
+
+    /// The rules of whoever has a table of this name.
+    #[must_use]
+    pub fn of_table(name: &str) -> Option<Self> {
+        let group = u32::from_str_radix(name.strip_prefix(TABLE_PREFIX)?, 16).ok()?;
+        Some(Self::new(group)).filter(|rules| rules.table == name)
+    }
+
+    #[must_use]
+    pub fn table(&self) -> &str {
+        &self.table
+    }
+
+    #[must_use]
+    pub fn group(&self) -> u32 {
+        self.group
+    }
+
+    /// The table without a VM.
+    #[must_use]
+    pub fn head(&self) -> String {
+        let Self { table, group } = self;
+        let never = never().map(|net| net.to_string()).collect::<Vec<_>>().join(", ");
+        format!(
+            "table inet {table} {{
+  set guests {{
+    type iface_index . ether_addr . ipv4_addr
+  }}
+  set gateways {{
+    type iface_index . ipv4_addr
+  }}
+  set addresses {{
+    type ipv4_addr
+  }}
+  map resolving {{
+    type iface_index : verdict
+  }}
+  map to_host {{
+    type iface_index : verdict
+  }}
+  map beyond {{
+    type iface_index : verdict
+  }}
+  set never {{
+    type ipv4_addr
+    flags interval
+    elements = {{ {never} }}
+  }}
+  chain arrival {{
+    type filter hook prerouting priority -450; policy accept;
+    iifgroup != {group} accept
+    meta nfproto != ipv4 drop
+    meta pkttype != host drop
+    iif . ether saddr . ip saddr != @guests drop
+    ip hdrlength != 5 drop
+    ip frag-off & 0x3fff != 0 drop
+    ip daddr @never drop
+    iif . ip daddr != @gateways fib daddr type != unicast drop
+  }}
+  chain question {{
+    type nat hook prerouting priority dstnat; policy accept;
+    iifgroup {group} iif vmap @resolving
+  }}
+  chain host {{
+    type filter hook input priority -1; policy accept;
+    iifgroup != {group} accept
+    ct state invalid,related drop
+    iif vmap @to_host
+    drop
+  }}
+  chain passage {{
+    type filter hook forward priority -1; policy accept;
+    iifgroup != {group} oifgroup != {group} accept
+    iifgroup {group} oifgroup {group} drop
+    oifgroup {group} ct state established,related accept
+    oifgroup {group} drop
+    ct state invalid,related drop
+    iif vmap @beyond
+    drop
+  }}
+  chain answer {{
+    type filter hook output priority -1; policy accept;
+    oifgroup != {group} accept
+    ct state established,related accept
+    icmp type {{ destination-unreachable, time-exceeded }} accept
+    drop
+  }}
+  chain departure {{
+    type nat hook postrouting priority srcnat; policy accept;
+    oifgroup != {group} ip saddr @addresses masquerade
+  }}
+}}
+table arp {table} {{
+  set guests {{
+    type iface_index . ether_addr . ether_addr . ipv4_addr . ipv4_addr
+  }}
+  chain arrival {{
+    type filter hook input priority 0; policy accept;
+    iifgroup != {group} accept
+    arp operation request iif . ether saddr . arp saddr ether . arp saddr ip . arp daddr ip @guests accept
+    drop
+  }}
+}}
+"
+        )
+    }
+
+    /// Removes the table, whether it is there or not.
+    #[must_use]
+    pub fn drop(&self) -> String {
+        let each = ["inet", "arp"].map(|family| format!("{family} {}", self.table));
+        each.iter().map(|table| format!("add table {table}\ndelete table {table}\n")).collect()
+    }
+
+    /// One VM's part; `relay_port` is where its DNS relay listens.
+    #[must_use]
+    pub fn add(&self, segment: &Segment, relay_port: Option<u16>) -> String {
+        let (n, gateway) = (segment.tap.index, segment.addresses.gateway);
+        let mut blocks = Vec::new();
+        if segment.named_rules().next().is_some() {
+            for (set, kind) in [("names", "ipv4_addr"), ("name_ports", "ipv4_addr . inet_service")] {
+                let lines = [format!("type {kind}"), "flags timeout".into(), format!("size {MAX_PINNED}")];
+                blocks.push(block("set", &format!("{set}_{n}"), &lines));
+            }
+        }
+        let mut to_host = vec![
+            format!("ip daddr != {gateway} drop"),
+            format!("ct state new ct count over {MAX_HOST_FLOWS} drop"),
+            "icmp type echo-request accept".into(),
+        ];
+        if let Some(port) = relay_port {
+            let question =
+                format!("ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {gateway}:{port}");
+            blocks.push(block("chain", &format!("resolving_{n}"), &[question]));
+            to_host.push(format!("meta l4proto {{ tcp, udp }} th dport {port} accept"));
+        }
+        to_host.push("drop".into());
+        blocks.push(block("chain", &format!("to_host_{n}"), &to_host));
+        let mut beyond = vec!["ct state established accept".into(), format!("ct count over {MAX_FLOWS} drop")];
+        beyond.extend(allowed(segment));
+        blocks.push(block("chain", &format!("beyond_{n}"), &beyond));
+        let elements = self.elements(segment, relay_port.is_some());
+        let elements: String = elements.iter().map(|element| format!("add element {element}\n")).collect();
+        format!("table inet {} {{\n{}}}\n{elements}", self.table, blocks.concat())
+    }
+
+    /// Takes one VM's part out again.
+    #[must_use]
+    pub fn remove(&self, segment: &Segment, relayed: bool) -> String {
+        let (table, n) = (&self.table, segment.tap.index);
+        let elements = self.elements(segment, relayed).into_iter().map(|element| format!("delete element {element}\n"));
+        let chains = ["resolving", "to_host", "beyond"].into_iter().filter(|chain| relayed || *chain != "resolving");
+        let chains = chains.map(|chain| format!("delete chain inet {table} {chain}_{n}\n"));
+        let named = segment.named_rules().next().is_some();
+        let sets = ["names", "name_ports"].into_iter().filter(|_| named);
+        elements.chain(chains).chain(sets.map(|set| format!("delete set inet {table} {set}_{n}\n"))).collect()
+    }
+
+    fn elements(&self, segment: &Segment, relayed: bool) -> Vec<String> {
+        let Self { table, .. } = self;
+        let (n, mac) = (segment.tap.index, &segment.mac);
+        let (address, gateway) = (segment.addresses.address, segment.addresses.gateway);
+        let mut elements = vec![
+            format!("inet {table} guests {{ {n} . {mac} . {address} }}"),
+            format!("arp {table} guests {{ {n} . {mac} . {mac} . {address} . {gateway} }}"),
+            format!("inet {table} gateways {{ {n} . {gateway} }}"),
+            format!("inet {table} addresses {{ {address} }}"),
+            format!("inet {table} to_host {{ {n} : goto to_host_{n} }}"),
+            format!("inet {table} beyond {{ {n} : goto beyond_{n} }}"),
+        ];
+        if relayed {
+            elements.push(format!("inet {table} resolving {{ {n} : goto resolving_{n} }}"));
+        }
+        elements
+    }
+
+    /// Lets the VM behind the interface with index `n` reach what names stand for, for `seconds` from now on.
+    #[must_use]
+    pub fn pin(&self, n: u32, pinned: &[Pinned], seconds: u32) -> String {
+        let each = |Pinned { address, port }: &Pinned| match port {
+            None => format!("inet {} names_{n} {{ {address}", self.table),
+            Some(port) => format!("inet {} name_ports_{n} {{ {address} . {port}", self.table),
+        };
+        // Adding what is there changes nothing; to begin its time anew it must go first, and to go it must be there.
+        let lines = pinned.iter().map(each).map(|element| {
+            let lasting = format!("add element {element} timeout {seconds}s }}\n");
+            format!("{lasting}delete element {element} }}\n{lasting}")
+        });
+        lines.collect()
+    }
+}
+
+fn block(kind: &str, name: &str, lines: &[String]) -> String {
+    let lines: String = lines.iter().map(|line| format!("    {line}\n")).collect();
+    format!("  {kind} {name} {{\n{lines}  }}\n")
+}
+
+/// Where a VM's new connections may go.
+fn allowed(segment: &Segment) -> Vec<String> {
+    let Some(rules) = &segment.egress else { return vec!["accept".into()] };
+    let n = segment.tap.index;
+    let net = |rule: &EgressRule| match (&rule.to, rule.port) {
+        (EgressTarget::Net(net), None) => Some(format!("ip daddr {net} accept")),
+        (EgressTarget::Net(net), Some(port)) => {
+            Some(format!("ip daddr {net} meta l4proto {{ tcp, udp }} th dport {port} accept"))
+        }
+        (EgressTarget::Name(_), _) => None,
+    };
+    let mut lines: Vec<String> = rules.iter().filter_map(net).collect();
+    if segment.named_rules().next().is_some() {
+        lines.push(format!("ip daddr @names_{n} accept"));
+        lines.push(format!("meta l4proto {{ tcp, udp }} ip daddr . th dport @name_ports_{n} accept"));
+    }
+    // The list's owner, or a program that strays from it, is told at once.
+    lines.push("reject with icmp type admin-prohibited".into());
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::assert_golden;
+    use super::super::segment::tests::example;
+    use super::*;
+
+    const LIST: [&str; 5] = ["93.184.216.0/24", "10.0.0.7:443", "example.com", "*.example.org:443", "10.0.0.0/8:53"];
+
+    #[test]
+    fn test_rules_are_golden() {
+        let rules = Rules::new(0x1234);
+        let (open, listed) = (example(None), example(Some(&LIST)));
+        let parts = [
+            ("head", rules.head()),
+            ("add, open, asking its servers itself", rules.add(&open, None)),
+            ("remove, the same", rules.remove(&open, false)),
+            ("add, with an allow-list", rules.add(&listed, Some(40053))),
+            ("remove, the same", rules.remove(&listed, true)),
+            (
+                "pin",
+                rules.pin(
+                    7,
+                    &[
+                        Pinned { address: Ipv4Addr::new(93, 184, 216, 34), port: None },
+                        Pinned { address: Ipv4Addr::new(93, 184, 216, 34), port: Some(443) },
+                    ],
+                    300,
+                ),
+            ),
+            ("drop", rules.drop()),
+        ];
+        let text: String = parts.iter().map(|(title, text)| format!("# {title}\n{text}\n")).collect();
+        assert_golden("net-rules.nft", &text);
+    }
+
+    #[test]
+    fn test_of_table_knows_our_names_alone() {
+        let rules = Rules::new(77);
+        assert_eq!(Rules::of_table(rules.table()), Some(rules));
+        for other in ["filter", "tw_microvm_", "tw_microvm_xyz", "tw_microvm_4d", "tw_microvm_000000004d"] {
+            assert_eq!(Rules::of_table(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn test_is_never_holds_metadata_and_multicast() {
+        for never in ["169.254.169.254", "127.0.0.1", "224.0.0.251", "255.255.255.255", "0.0.0.0", "240.0.0.1"] {
+            assert!(is_never(never.parse().unwrap()), "{never}");
+        }
+        assert!(!is_never(Ipv4Addr::new(223, 255, 255, 255)) && !is_never(Ipv4Addr::new(10, 0, 0, 1)));
+    }
+}

@@ -1,0 +1,270 @@
+//! From a network configuration to a VM that is connected, and back.
+//!
+//! Architecture invariant: [`crate::net`] says what is to be done, [`crate::host::net`] does it; here is the order. A
+//! segment is let in by name before its tap is up, and its tap is down before its rules go: at no time is there traffic
+//! without rules.
+
+mod relay;
+mod sweep;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use microvm_protocol::identity::GuestNetwork;
+
+use crate::error::{Error, Result};
+use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
+use crate::host::{clock, privileges};
+use crate::model::{Ipv4Net, NetworkConfig, VmId};
+use crate::net::{self, Before, Interface, Resolution, Rules, Segment};
+use crate::vmm::Nic;
+use relay::Relay;
+
+pub use sweep::sweep;
+
+/// How often other addresses are tried when someone else takes those chosen at the same time.
+const TRIES: u32 = 8;
+/// What iproute2 says of a route that is there already.
+const TAKEN: &str = "File exists";
+
+/// A connected VM's segment. Dropping it disconnects the VM and leaves no trace; it blocks for some milliseconds.
+#[derive(Debug)]
+pub struct Connection {
+    segment: Arc<Segment>,
+    _relay: Option<Relay>,
+    _undo: Undo,
+}
+
+impl Connection {
+    #[must_use]
+    pub fn segment(&self) -> &Arc<Segment> {
+        &self.segment
+    }
+
+    /// What the tap moved, as the host sees it.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        host::counters(&self.segment.tap.name).unwrap_or_default()
+    }
+}
+
+/// The table of this process.
+struct Home {
+    rules: Rules,
+    table: Arc<Table>,
+    /// Blocks of the range are taken in turn from here on, so that one comes back late: what answers to an old VM may
+    /// still be under way.
+    next_block: AtomicU32,
+}
+
+fn home() -> Result<&'static Home> {
+    static HOME: OnceLock<Home> = OnceLock::new();
+    if let Some(home) = HOME.get() {
+        return Ok(home);
+    }
+    let [a, b, c, d, e, f, g, h] = clock::random()?;
+    let rules = Rules::new(u32::from_ne_bytes([a, b, c, d]));
+    let table = Table::new(rules.table(), rules.head(), rules.drop());
+    let next_block = AtomicU32::new(u32::from_ne_bytes([e, f, g, h]));
+    Ok(HOME.get_or_init(|| Home { rules, table, next_block }))
+}
+
+/// Why a try came to nothing.
+enum Failed {
+    /// Someone else has the address.
+    Taken(Refusal),
+    Refused(Refusal),
+    Other(Error),
+}
+
+impl From<Refusal> for Failed {
+    fn from(refusal: Refusal) -> Self {
+        Failed::Refused(refusal)
+    }
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Failed::Other(error)
+    }
+}
+
+/// Connects a VM: its tap, the host's end of its segment, and what its guest is told. Blocking; call on the runtime.
+///
+/// # Errors
+/// [`Error::NetworkUnavailable`] with the way out.
+pub fn connect(
+    vm_id: &VmId,
+    config: &NetworkConfig,
+    range: Ipv4Net,
+    bandwidth_mbps: u64,
+) -> Result<(Connection, Nic, GuestNetwork)> {
+    let refused = |Refusal { reason, remedy }| Error::NetworkUnavailable { vm_id: vm_id.clone(), reason, remedy };
+    if config.ipv6 {
+        return Err(refused(Refusal::new("this release gives VMs no IPv6", "leave out ipv6=True")));
+    }
+    ready().map_err(refused)?;
+    for _ in 0..TRIES {
+        match try_connect(config, range, bandwidth_mbps) {
+            Ok(connected) => return Ok(connected),
+            Err(Failed::Taken(_)) if config.ip_address.is_none() => {}
+            Err(Failed::Taken(refusal) | Failed::Refused(refusal)) => return Err(refused(refusal)),
+            Err(Failed::Other(error)) => return Err(error),
+        }
+    }
+    let remedy = "set config[\"network_range\"] to a range that is not in use";
+    Err(refused(Refusal::new(format!("every address tried in {range} was taken by someone else"), remedy)))
+}
+
+/// Whether this process and this host can connect a VM, as far as that is known before anything is made.
+///
+/// # Errors
+/// What is missing, and what to do.
+pub fn ready() -> std::result::Result<(), Refusal> {
+    if !privileges::probe().net_admin {
+        return Err(Refusal::denied("a tap and its rules"));
+    }
+    for tool in Tool::ALL {
+        tool.find()?;
+    }
+    let uplinks = host::default_routes();
+    if !uplinks.is_empty() && !uplinks.iter().any(|name| host::forwards(name)) {
+        let settings: Vec<String> = uplinks.iter().map(|name| format!("net.ipv4.conf.{name}.forwarding=1")).collect();
+        return Err(Refusal::new(
+            format!("answers could not come back: {} does not forward packets", uplinks.join(" nor ")),
+            format!("let it: sysctl -w {} (or net.ipv4.ip_forward=1 for all interfaces)", settings.join(" ")),
+        ));
+    }
+    Ok(())
+}
+
+fn try_connect(
+    config: &NetworkConfig,
+    range: Ipv4Net,
+    bandwidth_mbps: u64,
+) -> std::result::Result<(Connection, Nic, GuestNetwork), Failed> {
+    let Home { rules, table, next_block } = home()?;
+    let Tap { fd, name, index, existed } = Tap::open(config.tap_device.as_deref().unwrap_or(net::GENERATED_TAP))?;
+    let up = existed && was_up(&name)?;
+    let mac = match &config.mac_address {
+        Some(mac) => mac.clone(),
+        None => net::generate_mac(clock::random()?),
+    };
+    let hosts = host::networks();
+    // What an existing tap has already is its own affair.
+    let others = hosts.iter().filter(|(other, _, _)| *other != name);
+    let taken: Vec<(String, Ipv4Net)> = others.map(|(other, _, net)| (other.clone(), *net)).collect();
+    let nets: Vec<Ipv4Net> = taken.iter().map(|(_, net)| *net).collect();
+    let seed = next_block.fetch_add(1, Ordering::Relaxed);
+    let addresses = net::choose(config, range, &nets, seed)?.ok_or_else(|| {
+        let remedy = "destroy VMs that are done, or set config[\"network_range\"] to a larger range";
+        Refusal::new(format!("no address is left in {range}"), remedy)
+    })?;
+    if let Some(reason) = net::conflict(&addresses, &taken) {
+        return Err(Refusal::new(reason, "choose an ip_address and a gateway that this host has not").into());
+    }
+    let had_gateway = |(other, host, net): &(String, Ipv4Addr, Ipv4Net)| {
+        *other == name && *host == addresses.gateway && net.prefix() == 32
+    };
+    let before = existed.then(|| Before { up, gateway: hosts.iter().any(had_gateway) });
+    let is_host = |address| hosts.iter().any(|(_, host, _)| *host == address);
+    let resolution = Resolution::of(config, addresses.gateway, is_host);
+    let tap = Interface { name, index };
+    let segment = Arc::new(Segment::new(config, tap, before, mac, addresses, resolution, bandwidth_mbps)?);
+    let listening = match &segment.resolution {
+        Resolution::Direct(_) => None,
+        Resolution::Relayed(upstream) => Some((host::listen_on(&segment.tap.name)?, upstream.clone())),
+    };
+    let port = listening.as_ref().map(|(listening, _)| listening.port);
+
+    let mut undo = Undo::default();
+    undo.push(Step::Batch(Tool::Ip, segment.ip_end()));
+    Tool::Ip.run(&segment.ip_begin(rules.group()))?;
+    for (path, value) in segment.settings() {
+        if let Some(before) = host::setting(&path).filter(|_| existed) {
+            undo.push(Step::Setting(path.clone(), before));
+        }
+        host::set_setting(&path, value)?;
+    }
+    undo.push(Step::Batch(Tool::Tc, segment.tc_down()));
+    Tool::Tc.run(&segment.tc())?;
+    let part = table.add(rules.add(&segment, port), rules.remove(&segment, port.is_some()))?;
+    undo.push(Step::Rules(part));
+    undo.push(Step::Batch(Tool::Ip, segment.ip_down()));
+    Tool::Ip.run(&segment.ip_up()).map_err(|refusal| match refusal.reason.contains(TAKEN) {
+        true => Failed::Taken(Refusal::new(
+            format!("this host has a route to {} already", segment.addresses.address),
+            "choose another ip_address, or destroy the VM that has it",
+        )),
+        false => Failed::Refused(refusal),
+    })?;
+    let relay = listening.map(|(listening, upstream)| {
+        Relay::start(listening, upstream, segment.clone(), rules.clone(), table.clone()).map_err(|error| {
+            Refusal::new(format!("the DNS relay of {} does not start: {error}", segment.tap.name), "look at ulimit -n")
+        })
+    });
+    let relay = relay.transpose()?;
+    let nic = Nic::new(segment.mac.clone(), fd);
+    let guest = GuestNetwork {
+        mac_address: segment.mac.clone(),
+        address: format!("{}/{}", addresses.address, addresses.prefix),
+        gateway: Some(addresses.gateway.to_string()),
+        dns_servers: segment.guest_servers().iter().map(ToString::to_string).collect(),
+    };
+    Ok((Connection { segment, _relay: relay, _undo: undo }, nic, guest))
+}
+
+/// Whether a tap that exists is up; one that belongs to a bridge has no addresses of its own.
+fn was_up(name: &str) -> std::result::Result<bool, Refusal> {
+    let shown = Tool::Ip.ask(&["-oneline", "link", "show", "dev", name])?;
+    let mut words = shown.split_whitespace();
+    if words.any(|word| word == "master") {
+        let master = words.next().unwrap_or("another interface");
+        let remedy = format!("take it out (ip link set {name} nomaster), or choose another tap_device");
+        return Err(Refusal::new(format!("tap {name:?} belongs to {master}"), remedy));
+    }
+    Ok(has_flag(&shown, "UP"))
+}
+
+/// Whether a line of `ip -oneline link show` has this flag, as in `7: tap0: <BROADCAST,UP,LOWER_UP> mtu 1500`.
+fn has_flag(link: &str, flag: &str) -> bool {
+    link.split(['<', '>']).nth(1).unwrap_or_default().split(',').any(|other| other == flag)
+}
+
+/// The servers that this host asks; resolv.conf(5) takes the local one when it names none.
+fn host_servers() -> Vec<IpAddr> {
+    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let servers = parse_servers(&text);
+    if servers.is_empty() {
+        vec![IpAddr::from([127, 0, 0, 1])]
+    } else {
+        servers
+    }
+}
+
+fn parse_servers(text: &str) -> Vec<IpAddr> {
+    let server = |line: &str| {
+        let mut words = line.split_whitespace();
+        let is_server = words.next() == Some("nameserver");
+        words.next().filter(|_| is_server).and_then(|word| word.parse().ok())
+    };
+    text.lines().filter_map(server).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_has_flag_finds_whole_words() {
+        let link = "7: tap0: <NO-CARRIER,BROADCAST,UP> mtu 1500 qdisc tbf state DOWN mode DEFAULT group 77";
+        assert!(has_flag(link, "UP") && !has_flag(link, "LOWER_UP") && !has_flag(link, "CARRIER"));
+    }
+
+    #[test]
+    fn test_parse_servers_takes_addresses_alone() {
+        let text = "# nameserver 9.9.9.9\nsearch a\nnameserver 8.8.8.8\n nameserver\t::1 \nnameserver fe80::1%eth0\nnameserver\n";
+        assert_eq!(parse_servers(text), ["8.8.8.8".parse::<IpAddr>().unwrap(), "::1".parse().unwrap()]);
+    }
+}
