@@ -357,6 +357,7 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
             Drive { serial: CONFIG_SERIAL, path: path("config"), read_only: true, size: DRIVE_BYTES as u64 },
             Drive { serial: DISK_SERIAL, path: path("disk"), read_only: false, size: 64 << 20 },
         ],
+        nic: None,
         launcher: image.launcher.clone(),
     };
     let vmm = vmm::select(&plan.vm_id, Some(Backend::Qemu), None, &Binaries::default()).expect("QEMU is installed");
