@@ -32,7 +32,7 @@ pub enum Error {
     InvalidState { vm_id: VmId, operation: &'static str, state: VmState, allowed: String },
     #[error("backend {backend} cannot be used: {reason}; {remedy}")]
     BackendUnavailable { backend: Backend, reason: String, remedy: String },
-    #[error("{vm_id}: min_isolation is {wanted}, but this host can give no more than {offered}: {reason}; {remedy}")]
+    #[error("{vm_id}: {wanted} was asked for, but this host can give no more than {offered}: {reason}; {remedy}")]
     IsolationUnavailable { vm_id: VmId, wanted: String, offered: String, reason: String, remedy: String },
     #[error("{vm_id}: a connected network cannot be set up: {reason}; {remedy}")]
     NetworkUnavailable { vm_id: VmId, reason: String, remedy: String },

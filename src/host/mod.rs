@@ -4,9 +4,12 @@
 //! with `unsafe`. It knows nothing of VMs or VMMs: it launches, watches and measures whatever it is given.
 
 pub mod binary;
+pub mod cgroup;
 pub mod clock;
+pub mod elf;
 pub mod fork;
 pub mod kvm;
+pub mod lease;
 pub mod privileges;
 pub mod process;
 pub mod procfs;

@@ -70,6 +70,9 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         image,
         binaries: Binaries::from(config),
         min_isolation: config.min_isolation,
+        jail: config.jail,
+        uid_range: config.uid_range,
+        cgroup_parent: config.cgroup_parent.as_ref().map(PathBuf::from),
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
         command_timeout: Duration::from_secs_f64(config.command_timeout_s),
     }

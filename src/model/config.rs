@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Backend, Grade, ResourceLimits};
+use super::{Backend, Grade, JailMode, ResourceLimits};
 use crate::error::{Error, Result};
 
 /// Every key that a manager's `config` may hold.
@@ -15,6 +15,10 @@ pub const CONFIG_KEYS: &[&str] = &[
     "default_backend",
     "raise_on_error",
     "min_isolation",
+    "jail",
+    "uid_range",
+    "cgroup_parent",
+    "overcommit_memory",
     "runtime_dir",
     "start_timeout_s",
     "command_timeout_s",
@@ -33,6 +37,11 @@ pub struct ManagerConfig {
     pub default_backend: Option<Backend>,
     pub raise_on_error: bool,
     pub min_isolation: Option<Grade>,
+    pub jail: JailMode,
+    /// First and last uid for VMs, where root starts them.
+    pub uid_range: (u32, u32),
+    pub cgroup_parent: Option<String>,
+    pub overcommit_memory: bool,
     pub runtime_dir: Option<String>,
     pub start_timeout_s: f64,
     pub command_timeout_s: f64,
@@ -51,6 +60,10 @@ impl Default for ManagerConfig {
             default_backend: None,
             raise_on_error: false,
             min_isolation: None,
+            jail: JailMode::Default,
+            uid_range: (2_000_000_000, 2_000_999_999),
+            cgroup_parent: None,
+            overcommit_memory: false,
             runtime_dir: None,
             start_timeout_s: 30.0,
             command_timeout_s: 30.0,
@@ -83,15 +96,20 @@ impl ManagerConfig {
                         None => None,
                     }
                 }
-                "raise_on_error" => {
-                    out.raise_on_error = value.as_bool().ok_or_else(|| wrong_type(key, value, "True or False"))?;
-                }
+                "raise_on_error" => out.raise_on_error = flag(key, value)?,
                 "min_isolation" => {
                     out.min_isolation = match optional_text(key, value)? {
                         Some(name) => Some(Grade::parse(&name)?),
                         None => None,
                     }
                 }
+                "jail" => {
+                    let name = value.as_str().ok_or_else(|| wrong_type(key, value, "a string"))?;
+                    out.jail = rename(key, JailMode::parse(name))?;
+                }
+                "uid_range" => out.uid_range = uids(key, value)?,
+                "cgroup_parent" => out.cgroup_parent = optional_text(key, value)?,
+                "overcommit_memory" => out.overcommit_memory = flag(key, value)?,
                 "runtime_dir" => out.runtime_dir = optional_text(key, value)?,
                 "start_timeout_s" => out.start_timeout_s = seconds(key, value)?,
                 "command_timeout_s" => out.command_timeout_s = seconds(key, value)?,
@@ -145,6 +163,26 @@ fn whole(key: &str, value: &Value, low: u64, high: u64) -> Result<u64> {
         value: value.to_string(),
         allowed,
     })
+}
+
+fn flag(key: &str, value: &Value) -> Result<bool> {
+    value.as_bool().ok_or_else(|| wrong_type(key, value, "True or False"))
+}
+
+/// Uid 0 is root, and 2^32 - 1 stands for "no change" in the kernel.
+fn uids(key: &str, value: &Value) -> Result<(u32, u32)> {
+    let allowed = "a list of two uids from 1 to 4294967294, the first and the last";
+    let ends = value.as_array().map(Vec::as_slice).unwrap_or_default();
+    let [first, last] = ends else { return Err(wrong_type(key, value, allowed)) };
+    let (first, last) = (whole(key, first, 1, 4_294_967_294)?, whole(key, last, 1, 4_294_967_294)?);
+    match (u32::try_from(first), u32::try_from(last)) {
+        (Ok(first), Ok(last)) if first <= last => Ok((first, last)),
+        _ => Err(Error::InvalidValue {
+            field: format!("config[{key:?}]"),
+            value: value.to_string(),
+            allowed: allowed.into(),
+        }),
+    }
 }
 
 fn seconds(key: &str, value: &Value) -> Result<f64> {

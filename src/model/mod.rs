@@ -2,6 +2,7 @@
 //!
 //! Architecture invariant: pure. No I/O, no clock, no async; everything here is tested without a machine.
 
+mod budget;
 mod config;
 mod id;
 mod kinds;
@@ -10,9 +11,10 @@ mod network;
 mod quota;
 mod state;
 
+pub use budget::{Budget, CPU_PERIOD_US, VMM_CPU_PERCENT};
 pub use config::{ManagerConfig, CONFIG_KEYS};
 pub use id::VmId;
-pub use kinds::{Backend, Grade, IsolationType};
+pub use kinds::{Backend, Grade, IsolationType, JailMode};
 pub use limits::ResourceLimits;
 pub use network::NetworkConfig;
 pub use quota::{Quota, QuotaUse};

@@ -52,14 +52,8 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "kernel_path": spec.kernel_path,
         "rootfs_path": spec.rootfs_path,
         "resource_limits": convert::limits_json(&spec.limits),
-        "limits": {
-            "vcpu_count": "the VM has that many vCPUs",
-            "memory_mb": "the VM has that much memory",
-            "disk_size_mb": "the VM's disk has that size",
-            "network_bandwidth_mbps": "nothing to limit: the VM has no network",
-            "max_file_handles": "in the guest: RLIMIT_NOFILE of every program",
-            "max_processes": "in the guest: RLIMIT_NPROC and pids.max",
-        },
+        "jail": facts.jail,
+        "limits": facts.limits,
         "network_config": {
             "isolated": network.isolated_network,
             "tap_device": network.tap_device,

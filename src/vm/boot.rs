@@ -3,8 +3,10 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use microvm_jail::Access;
 use microvm_protocol::identity::{Identity, Key, CONFIG_SERIAL, DISK_SERIAL, ROOTFS_SERIAL};
 
+use super::confine::{confine, Confinement, Held};
 use super::running::Running;
 use super::{Settings, Spec};
 use crate::channel::{Agent, Broker};
@@ -32,6 +34,8 @@ struct Prepared {
     vmm: Box<dyn Vmm>,
     plan: LaunchPlan,
     key: Key,
+    held: Held,
+    confinement: Confinement,
 }
 
 /// Boots and waits for the agent, at most `start_timeout`.
@@ -39,10 +43,10 @@ pub async fn boot(spec: &Spec, settings: &Settings) -> Result<Running> {
     let begun = Instant::now();
     let (owned_spec, owned_settings) = (spec.clone(), settings.clone());
     let prepared = tokio::task::spawn_blocking(move || prepare(&owned_spec, &owned_settings)).await;
-    let Prepared { dir, vmm, plan, key } =
+    let Prepared { dir, vmm, plan, key, held, confinement } =
         prepared.map_err(|error| Error::host("prepare", &spec.vm_id, error)).and_then(|prepared| prepared)?;
     let stage = Stage::new("launch");
-    let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan)?;
+    let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan, Box::new(held))?;
     let vm_id = &spec.vm_id;
     let in_guest = async {
         at(&stage, "guest boot");
@@ -93,6 +97,7 @@ pub async fn boot(spec: &Spec, settings: &Settings) -> Result<Running> {
         backend: vmm.backend(),
         grade: vmm.grade(),
         accelerator: vmm.accelerator(),
+        confinement,
         since: Instant::now(),
         cpu_sample: Mutex::new((begun, Usage::default())),
         broker: Mutex::new(Some(broker)),
@@ -166,24 +171,43 @@ fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     };
     image::write_config_drive(&identity, &path("config"))?;
     image::write_disk(&settings.image.disk_template, &path("disk"), spec.limits.disk_size_mb)?;
-    let mut drives = vec![
-        Drive { serial: CONFIG_SERIAL, path: path("config"), read_only: true },
-        Drive { serial: DISK_SERIAL, path: path("disk"), read_only: false },
-    ];
-    let absolute = |path: &std::path::Path| {
-        std::path::absolute(path).map_err(|error| Error::host("absolute path", path.display(), error))
-    };
-    if let Some(rootfs) = &spec.rootfs_path {
-        drives.push(Drive { serial: ROOTFS_SERIAL, path: absolute(rootfs)?, read_only: true });
+    let (mut jail, held, confinement) = confine(spec, settings, &dir, vmm.as_ref())?;
+    if let Some(uid) = held.uid() {
+        for name in ["config", "disk"] {
+            std::os::unix::fs::chown(path(name), Some(uid), None)
+                .map_err(|error| Error::host("chown", path(name).display(), error))?;
+        }
     }
+    let mut drives = vec![
+        Drive {
+            serial: CONFIG_SERIAL,
+            path: jail.show("config drive", &path("config"), "/vm/config", Access::Read)?,
+            read_only: true,
+        },
+        Drive {
+            serial: DISK_SERIAL,
+            path: jail.show("disk", &path("disk"), "/vm/disk", Access::Write)?,
+            read_only: false,
+        },
+    ];
+    if let Some(rootfs) = &spec.rootfs_path {
+        let path = jail.show("rootfs_path", rootfs, "/image/rootfs", Access::Read)?;
+        drives.push(Drive { serial: ROOTFS_SERIAL, path, read_only: true });
+    }
+    let (kernel_field, kernel) = match &spec.kernel_path {
+        Some(path) => ("kernel_path", path),
+        None => ("package data", &settings.image.kernel),
+    };
     let plan = LaunchPlan {
         vm_id: vm_id.clone(),
         vcpu_count: spec.limits.vcpu_count,
         memory_mib: spec.limits.memory_mb,
-        kernel: absolute(spec.kernel_path.as_ref().unwrap_or(&settings.image.kernel))?,
-        initramfs: settings.image.initramfs.clone(),
+        kernel: jail.show(kernel_field, kernel, "/image/kernel", Access::Read)?,
+        initramfs: jail.show("package data", &settings.image.initramfs, "/image/initramfs", Access::Read)?,
         drives,
-        launcher: settings.image.launcher.clone(),
+        disk_bytes_per_s: spec.limits.disk_bytes_per_s,
+        disk_ops_per_s: spec.limits.disk_ops_per_s,
+        jail,
     };
-    Ok(Prepared { dir, vmm, plan, key })
+    Ok(Prepared { dir, vmm, plan, key, held, confinement })
 }

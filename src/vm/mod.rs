@@ -5,6 +5,7 @@
 //! instructions at a time and is never held across an await or a log call. `operation` is taken first.
 
 mod boot;
+mod confine;
 mod health;
 mod running;
 
@@ -19,7 +20,7 @@ use crate::channel::Answer;
 use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::image::GuestImage;
-use crate::model::{Backend, Grade, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::model::{Backend, Grade, IsolationType, JailMode, NetworkConfig, ResourceLimits, VmId, VmState};
 use crate::vmm::Binaries;
 
 pub use health::{Health, HealthStatus};
@@ -45,6 +46,11 @@ pub struct Settings {
     pub image: GuestImage,
     pub binaries: Binaries,
     pub min_isolation: Option<Grade>,
+    pub jail: JailMode,
+    /// First and last uid for VMs, where root starts them.
+    pub uid_range: (u32, u32),
+    /// Below which group the VMs' groups are made; `None`: where this process may.
+    pub cgroup_parent: Option<PathBuf>,
     pub start_timeout: Duration,
     pub command_timeout: Duration,
 }
@@ -57,6 +63,9 @@ pub struct Facts {
     pub grade: Option<Grade>,
     pub accelerator: Option<&'static str>,
     pub socket: PathBuf,
+    /// How it is confined, and where each limit is enforced; `None` while it does not run.
+    pub jail: Option<Value>,
+    pub limits: Option<Value>,
 }
 
 struct Cell {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::sync::watch;
 
+use super::confine::Confinement;
 use super::Facts;
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Tails};
@@ -28,6 +29,7 @@ pub struct Running {
     pub(super) backend: Backend,
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
+    pub(super) confinement: Confinement,
     pub(super) since: Instant,
     pub(super) cpu_sample: Mutex<(Instant, Usage)>,
     pub(super) broker: Mutex<Option<Broker>>,
@@ -65,6 +67,8 @@ impl Running {
             backend: Some(self.backend),
             grade: Some(self.grade),
             accelerator: Some(self.accelerator),
+            jail: Some(self.confinement.jail_json(self.jailed.confined().as_ref(), &self.jailed.findings())),
+            limits: Some(self.confinement.limits_json()),
             ..Facts::default()
         }
     }

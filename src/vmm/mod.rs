@@ -6,6 +6,7 @@
 mod cloud_hypervisor;
 mod firecracker;
 mod install;
+mod jail;
 mod qemu;
 
 use std::fmt::Debug;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
+use microvm_jail::Layer;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result, Tails};
@@ -22,6 +24,7 @@ use crate::host::tail::Tail;
 use crate::model::{Backend, Grade, VmId};
 
 pub use install::{probe, Binaries, Installed};
+pub use jail::{host_jail, HostJail, JailPlan};
 
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -33,6 +36,7 @@ pub const CONTROL_DEADLINE: Duration = Duration::from_secs(5);
 pub struct Drive {
     /// The serial number by which the guest finds it.
     pub serial: &'static str,
+    /// As the VMM finds it.
     pub path: PathBuf,
     pub read_only: bool,
 }
@@ -43,10 +47,25 @@ pub struct LaunchPlan {
     pub vm_id: VmId,
     pub vcpu_count: u64,
     pub memory_mib: u64,
+    /// As the VMM finds it, like every path here.
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
     pub drives: Vec<Drive>,
-    pub launcher: PathBuf,
+    /// Bytes and operations per second, for each drive that can be written.
+    pub disk_bytes_per_s: Option<u64>,
+    pub disk_ops_per_s: Option<u64>,
+    pub jail: JailPlan,
+}
+
+/// What a VMM costs and needs beyond its VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VmmNeeds {
+    /// Memory beyond the guest's, measured, MiB.
+    pub overhead_mib: u64,
+    /// Device nodes beside those that every jail has.
+    pub devices: Vec<PathBuf>,
+    /// Layers of the jail that depend on the VMM.
+    pub layers: Vec<(&'static str, Layer)>,
 }
 
 /// What a VMM said on its console and on stderr, still growing.
@@ -96,11 +115,13 @@ pub trait Vmm: Send + Sync + Debug {
     fn grade(&self) -> Grade;
     /// The accelerator's name as the VMM calls it.
     fn accelerator(&self) -> &'static str;
-    /// Launches the VMM; call on the runtime. Dropping what it returns kills the VMM.
+    fn needs(&self) -> VmmNeeds;
+    /// Launches the VMM; call on the runtime. Dropping what it returns kills the VMM; `held` is dropped once no process
+    /// of it is left.
     ///
     /// # Errors
-    /// [`Error::Host`].
-    fn launch(&self, plan: &LaunchPlan) -> Result<Launched>;
+    /// [`Error::Host`], [`Error::ImageUnreadable`].
+    fn launch(&self, plan: &LaunchPlan, held: Box<dyn Send>) -> Result<Launched>;
 }
 
 /// The backend asked for, or the best one that this host can run.
@@ -118,7 +139,7 @@ pub fn select(vm_id: &VmId, wanted: Option<Backend>, min: Option<Grade>, binarie
         let kvm = crate::host::kvm::probe();
         return Err(Error::IsolationUnavailable {
             vm_id: vm_id.clone(),
-            wanted: min.to_string(),
+            wanted: format!("min_isolation={min}"),
             offered: vmm.grade().to_string(),
             reason: kvm.reason,
             remedy: kvm.remedy.unwrap_or_default(),

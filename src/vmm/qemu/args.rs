@@ -34,8 +34,20 @@ fn escape(path: &std::path::Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
+/// QEMU's own filter of system calls, all of it: nothing obsolete, no change of privileges, no process, no scheduling.
+pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// What depends on the QEMU that was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Where its firmware is, when not where it was built to look.
+    pub firmware: Option<&'static str>,
+    /// Whether it can filter its own system calls.
+    pub sandbox: bool,
+}
+
 /// QEMU's arguments after `argv[0]`.
-pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
+pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, options: Options) -> Vec<String> {
     // With acpi=on, or without pit and pic, boots under TCG hang while the guest calibrates its timers.
     let timers = match accelerator {
         Accelerator::Tcg => "acpi=off,pit=on,pic=on,rtc=on",
@@ -85,23 +97,39 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator) -> Vec<String> {
     ]
     .map(str::to_owned)
     .into();
+    if let Some(firmware) = options.firmware {
+        args.extend(["-L", firmware].map(str::to_owned));
+    }
+    if options.sandbox {
+        args.extend(["-sandbox", SANDBOX].map(str::to_owned));
+    }
     for drive in &plan.drives {
         let (serial, read_only) = (drive.serial, if drive.read_only { "on" } else { "off" });
         // Without werror=report a full host disk would stop the VM instead of failing the guest's write.
         let errors = if drive.read_only { "" } else { ",werror=report" };
         args.push("-drive".into());
-        args.push(format!("id={serial},if=none,format=raw,readonly={read_only}{errors},file={}", escape(&drive.path)));
+        let throttle = if drive.read_only { String::new() } else { throttling(plan) };
+        args.push(format!(
+            "id={serial},if=none,format=raw,readonly={read_only}{errors}{throttle},file={}",
+            escape(&drive.path)
+        ));
         args.push("-device".into());
         args.push(format!("virtio-blk-device,drive={serial},serial={serial}"));
     }
     args
 }
 
+/// The block layer's own limits on bytes and operations, reads and writes together.
+fn throttling(plan: &LaunchPlan) -> String {
+    let option = |name: &str, value: Option<u64>| value.map(|n| format!(",throttling.{name}={n}")).unwrap_or_default();
+    option("bps-total", plan.disk_bytes_per_s) + &option("iops-total", plan.disk_ops_per_s)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::VmId;
-    use crate::vmm::Drive;
+    use crate::vmm::{Drive, JailPlan};
 
     fn plan() -> LaunchPlan {
         let drive = |serial, path: &str, read_only| Drive { serial, path: path.into(), read_only };
@@ -109,16 +137,28 @@ mod tests {
             vm_id: VmId::parse("tab-1").unwrap(),
             vcpu_count: 2,
             memory_mib: 1024,
-            kernel: "/data/vmlinux".into(),
-            initramfs: "/data/initramfs.cpio".into(),
+            kernel: "/image/kernel".into(),
+            initramfs: "/image/initramfs".into(),
             drives: vec![
-                drive("config", "/run/x/tab-1/config", true),
-                drive("disk", "/run/x/tab-1/disk", false),
+                drive("config", "/vm/config", true),
+                drive("disk", "/vm/disk", false),
                 drive("rootfs", "/images/a,b.ext4", true),
             ],
-            launcher: "/data/microvm-jail".into(),
+            disk_bytes_per_s: Some(8 << 20),
+            disk_ops_per_s: Some(500),
+            jail: JailPlan {
+                launcher: "/data/microvm-jail".into(),
+                own_root: true,
+                identity: None,
+                files: Vec::new(),
+                rlimits: Vec::new(),
+                cgroup_procs: Vec::new(),
+                audit: false,
+            },
         }
     }
+
+    const OPTIONS: Options = Options { firmware: Some("/vmm/firmware"), sandbox: true };
 
     /// One argument a line, so that a change shows as a line. `MICROVM_BLESS=1` writes the file anew.
     fn assert_golden(name: &str, args: &[String]) {
@@ -132,11 +172,11 @@ mod tests {
 
     #[test]
     fn test_arguments_under_tcg_are_golden() {
-        assert_golden("qemu-tcg.args", &arguments(&plan(), Accelerator::Tcg));
+        assert_golden("qemu-tcg.args", &arguments(&plan(), Accelerator::Tcg, OPTIONS));
     }
 
     #[test]
     fn test_arguments_under_kvm_are_golden() {
-        assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm));
+        assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm, OPTIONS));
     }
 }

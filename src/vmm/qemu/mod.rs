@@ -2,12 +2,13 @@
 
 mod api;
 mod args;
+mod program;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use microvm_jail::LaunchSpec;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result};
@@ -15,24 +16,28 @@ use crate::host::kvm;
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade};
-use crate::vmm::{Binaries, LaunchPlan, Launched, LiveTails, Vmm};
+use crate::vmm::{Binaries, LaunchPlan, Launched, LiveTails, Vmm, VmmNeeds};
 use api::Qmp;
-use args::{Accelerator, AGENT_FD, QMP_FD};
+use args::{Accelerator, Options, AGENT_FD, QMP_FD};
+use program::Program;
+
+/// Resident memory beyond the guest's, MiB: measured in docs/security.md, with room for page cache of the disk.
+const OVERHEAD_MIB: u64 = 128;
 
 /// QEMU on this host.
 #[derive(Debug, Clone)]
 pub struct Qemu {
-    binary: PathBuf,
+    program: Arc<Program>,
     accelerator: Accelerator,
 }
 
 impl Qemu {
     /// # Errors
-    /// [`Error::BackendUnavailable`].
+    /// [`Error::BackendUnavailable`], [`Error::Host`].
     pub fn find(binaries: &Binaries) -> Result<Self> {
-        let binary = binaries.locate(Backend::Qemu)?;
+        let program = Program::inspect(&binaries.locate(Backend::Qemu)?)?;
         let accelerator = if kvm::probe().usable { Accelerator::Kvm } else { Accelerator::Tcg };
-        Ok(Self { binary, accelerator })
+        Ok(Self { program, accelerator })
     }
 }
 
@@ -60,17 +65,28 @@ impl Vmm for Qemu {
         self.accelerator.as_str()
     }
 
-    fn launch(&self, plan: &LaunchPlan) -> Result<Launched> {
-        let mut argv = vec![self.binary.display().to_string()];
-        argv.extend(args::arguments(plan, self.accelerator));
-        let mut spec = LaunchSpec::new(argv);
+    fn needs(&self) -> VmmNeeds {
+        let devices = match self.accelerator {
+            Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
+            Accelerator::Tcg => Vec::new(),
+        };
+        VmmNeeds { overhead_mib: OVERHEAD_MIB, devices, layers: self.program.layers() }
+    }
+
+    fn launch(&self, plan: &LaunchPlan, held: Box<dyn Send>) -> Result<Launched> {
+        let mut jail = plan.jail.clone();
+        let shown = self.program.show(&mut jail)?;
+        let mut argv = vec![shown.program.display().to_string()];
+        let options = Options { firmware: shown.firmware, sandbox: self.program.has_sandbox() };
+        argv.extend(args::arguments(plan, self.accelerator, options));
+        let mut spec = jail.spec(argv, shown.env, self.program.seccomp());
         spec.fds = vec![1, 2, AGENT_FD, QMP_FD];
         let (console, console_end) = Tail::pipe()?;
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let (agent, agent_end) = pair()?;
         let (qmp, qmp_end) = pair()?;
         let fds = [console_end, stderr_end, agent_end, qmp_end];
-        let jailed = Jailed::launch(&plan.launcher, &spec, &fds)?;
+        let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
     }
