@@ -264,7 +264,7 @@ mod tests {
             cpu_period_us: 100_000,
             memory_bytes: 64 << 20,
             tasks: 20,
-            devices: vec![Device { major: 1, minor: 3 }],
+            devices: vec![Device { major: 1, minor: 3 }, Device { major: 1, minor: 5 }],
             io: None,
         }
     }
@@ -296,6 +296,69 @@ mod tests {
         assert!(folders.iter().all(|folder| !folder.exists()), "{folders:?}");
         assert!(dir.exists());
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    /// Groups with every controller but devices, which v2 has not; only root gets them without a word to anyone.
+    fn full_groups(name: &str, limits: &Limits) -> Option<Groups> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root, or delegated groups");
+            return None;
+        }
+        let groups = Groups::create(&format!("{name}-{}", std::process::id()), None, limits).unwrap();
+        let missing = |(controller, outcome): &&Outcome| outcome.is_err() && *controller != Controller::Devices;
+        assert_eq!(groups.outcomes().iter().find(missing), None);
+        Some(groups)
+    }
+
+    /// A shell in the groups.
+    fn run(groups: &Groups, script: &str) -> std::process::Child {
+        let join: String = groups.procs().iter().map(|procs| format!("echo 0 > {} && ", procs.display())).collect();
+        let mut command = std::process::Command::new("/bin/sh");
+        command.args(["-c", &format!("{join} {script}")]).stdout(std::process::Stdio::piped());
+        command.stderr(std::process::Stdio::null()).spawn().unwrap()
+    }
+
+    fn first_number(groups: &Groups, files: [&str; 2]) -> u64 {
+        let paths = groups.folders.iter().flat_map(|folder| files.map(|file| folder.join(file)));
+        let text = paths.filter_map(|path| fs::read_to_string(path).ok()).next().unwrap();
+        text.trim().parse().unwrap()
+    }
+
+    #[test]
+    fn test_cpu_quota_holds_within_a_tenth() {
+        // So little that a busy host has it to give.
+        let Some(groups) = full_groups("cpu", &Limits { cpu_quota_us: 20_000, ..limits() }) else { return };
+        let mut child = run(&groups, "while :; do :; done");
+        let pid = i32::try_from(child.id()).unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        let (begun, before) = (std::time::Instant::now(), super::super::procfs::usage(pid).unwrap());
+        std::thread::sleep(Duration::from_secs(5));
+        let used = super::super::procfs::usage(pid).unwrap().cpu_s - before.cpu_s;
+        let share = used / begun.elapsed().as_secs_f64();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!((share - 0.2).abs() < 0.02, "{share} of a CPU instead of 0.2");
+    }
+
+    #[test]
+    fn test_memory_limit_holds_within_a_tenth() {
+        let Some(groups) = full_groups("memory", &limits()) else { return };
+        let child = run(&groups, "exec dd if=/dev/zero of=/dev/null bs=200M count=1");
+        let output = child.wait_with_output().unwrap();
+        let peak = first_number(&groups, ["memory.max_usage_in_bytes", "memory.peak"]);
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&output.status), Some(9));
+        assert!((57 << 20..=64 << 20).contains(&peak), "{peak} bytes instead of 64 MiB");
+    }
+
+    #[test]
+    fn test_tasks_end_at_the_limit_and_drop_kills_them() {
+        let Some(groups) = full_groups("pids", &limits()) else { return };
+        let mut child = run(&groups, "for i in $(seq 40); do sleep 60 & done 2>/dev/null; sleep 60");
+        std::thread::sleep(Duration::from_secs(1));
+        assert_eq!(first_number(&groups, ["pids.current", "pids.current"]), 20);
+        drop(groups);
+        // The shell gave up, or was killed with the rest.
+        child.wait().unwrap();
     }
 
     #[test]

@@ -11,7 +11,8 @@ pub struct Made {
     pub outcomes: Vec<Outcome>,
 }
 
-/// Makes the group below `parent`, or below the nearest group from this process's own upwards that can be divided.
+/// Makes the group below `parent`, or below the nearest group from this process's own upwards that can be divided: what
+/// limits this process should limit its VMs.
 ///
 /// A group with processes in it cannot give controllers to its children ("no internal processes"), except the root: so
 /// the process's own group seldom serves, and its siblings are next.
@@ -20,45 +21,54 @@ pub fn create(v2: &Unified, parent: Option<&Path>, name: &str, wanted: &[Control
         Some(parent) => vec![parent],
         None => v2.own.ancestors().take_while(|folder| folder.starts_with(&v2.mount)).collect(),
     };
-    let mut reason = "there is no group to divide".to_owned();
+    let (mut best, mut reason) = (None, "there is no group to divide".to_owned());
     for candidate in candidates {
-        if let Err(why) = divide(candidate, wanted) {
-            reason = why;
-            continue;
+        let (given, why) = divide(&v2.mount, candidate, wanted);
+        reason = why.unwrap_or(reason);
+        if given > best.map_or(0, |(_, most)| most) {
+            best = Some((candidate, given));
         }
-        let folder = candidate.join(name);
-        match fs::create_dir(&folder) {
-            Ok(()) => {
-                let outcomes = wanted.iter().map(|controller| (*controller, limit(&folder, *controller, limits)));
-                return Made { outcomes: outcomes.collect(), folder: Some(folder) };
-            }
-            Err(error) => reason = format!("mkdir {}: {error}", folder.display()),
+        if given == wanted.len() {
+            break;
         }
     }
+    let made = best.map(|(candidate, _)| candidate.join(name)).and_then(|folder| match fs::create_dir(&folder) {
+        Ok(()) => Some(folder),
+        Err(error) => {
+            reason = format!("mkdir {}: {error}", folder.display());
+            None
+        }
+    });
     let remedy =
         "delegate a group to this user (systemd: Delegate=yes, or systemd-run --user --scope -p Delegate=yes) \
                   and name it in config[\"cgroup_parent\"]";
-    let refused = |controller: &Controller| (*controller, Err(format!("{reason}; {remedy}")));
-    Made { folder: None, outcomes: wanted.iter().map(refused).collect() }
+    let outcome = |controller: &Controller| match &made {
+        Some(folder) => limit(folder, *controller, limits),
+        None => Err(format!("{reason}; {remedy}")),
+    };
+    let outcomes = wanted.iter().map(|controller| (*controller, outcome(controller))).collect();
+    Made { folder: made, outcomes }
 }
 
-/// Gives a group's children the controllers that they do not have yet; fails when none of them can be given.
-fn divide(folder: &Path, wanted: &[Controller]) -> Result<(), String> {
-    let enabled = || fs::read_to_string(folder.join("cgroup.subtree_control")).unwrap_or_default();
-    let has =
-        |enabled: &str, controller: &Controller| enabled.split(' ').any(|name| name.trim() == controller.as_str());
-    let before = enabled();
+/// Gives a group's children the controllers that they do not have yet, and its ancestors' children before; answers with
+/// how many of the wanted ones they have then, and why not all.
+fn divide(mount: &Path, folder: &Path, wanted: &[Controller]) -> (usize, Option<String>) {
+    let has = |folder: &Path, controller: &Controller| {
+        let enabled = fs::read_to_string(folder.join("cgroup.subtree_control")).unwrap_or_default();
+        enabled.split_whitespace().any(|name| name == controller.as_str())
+    };
+    let mut path: Vec<&Path> = folder.ancestors().take_while(|ancestor| ancestor.starts_with(mount)).collect();
+    path.reverse();
     let mut reason = None;
-    for controller in wanted.iter().filter(|controller| !has(&before, controller)) {
-        if let Err(why) = set(folder, "cgroup.subtree_control", &format!("+{controller}")) {
-            reason = Some(why);
+    for controller in wanted {
+        for step in &path {
+            if !has(step, controller) {
+                reason = set(step, "cgroup.subtree_control", &format!("+{controller}")).err().or(reason);
+            }
         }
     }
-    let after = enabled();
-    match (wanted.iter().any(|controller| has(&after, controller)), reason) {
-        (true, _) => Ok(()),
-        (false, reason) => Err(reason.unwrap_or_else(|| format!("{} has no controllers to give", folder.display()))),
-    }
+    let given = wanted.iter().filter(|controller| has(folder, controller)).count();
+    (given, reason.filter(|_| given < wanted.len()))
 }
 
 fn limit(folder: &Path, controller: Controller, limits: &Limits) -> Result<String, String> {
