@@ -22,8 +22,8 @@ pub enum Error {
     InvalidType { field: String, value: String, allowed: String },
     #[error("{field}={value} is not allowed: {allowed}")]
     InvalidValue { field: String, value: String, allowed: String },
-    #[error("not enough {what}: {vm_id} needs {needed}, {available} of {limit} are free; destroy VMs that are done or raise {key}")]
-    QuotaExceeded { vm_id: VmId, what: &'static str, needed: u64, available: u64, limit: u64, key: &'static str },
+    #[error("not enough {what}: {vm_id} needs {needed}, {available} of {limit} are free; destroy VMs that are done or {remedy}")]
+    QuotaExceeded { vm_id: VmId, what: &'static str, needed: u64, available: u64, limit: u64, remedy: &'static str },
     #[error("vm_id {vm_id:?} is taken by {owner}; destroy that VM or choose another id")]
     VmIdTaken { vm_id: VmId, owner: String },
     #[error("there is no VM {vm_id:?}; list_vms() names those there are")]

@@ -10,6 +10,7 @@ pub mod elf;
 pub mod fork;
 pub mod kvm;
 pub mod lease;
+pub mod memory;
 pub mod privileges;
 pub mod process;
 pub mod procfs;

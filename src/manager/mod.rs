@@ -12,13 +12,14 @@ use tokio::runtime::Handle;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::error::{Error, Result};
+use crate::host::memory::{self, HostMemory};
 use crate::host::{clock, runtime_dir};
 use crate::image::GuestImage;
 use crate::model::{
     Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, VmId, VmState,
 };
 use crate::vm::{MicroVm, Settings, Spec};
-use crate::vmm::Binaries;
+use crate::vmm::{Binaries, OVERHEAD_MIB};
 
 /// What `create` is asked for; absent parts come from the configuration.
 #[derive(Debug, Clone)]
@@ -139,7 +140,8 @@ impl Manager {
     /// Reserves quota and a name; starts no process.
     ///
     /// # Errors
-    /// [`Error::QuotaExceeded`], [`Error::VmIdTaken`], [`Error::InvalidValue`].
+    /// [`Error::QuotaExceeded`], also when the host has not the memory for one more; [`Error::VmIdTaken`],
+    /// [`Error::InvalidValue`].
     pub fn create(&self, request: CreateRequest) -> Result<Arc<MicroVm>> {
         let limits = request.limits.unwrap_or_else(|| self.config.default_limits.clone());
         limits.check()?;
@@ -159,7 +161,15 @@ impl Manager {
             rootfs_path: request.rootfs_path,
         };
         let vm = MicroVm::new(spec, self.settings.clone());
+        let host = memory::read().filter(|_| !self.config.overcommit_memory);
+        // Looked up before the registry is locked; a VM that starts meanwhile is counted in full, which is safe.
+        let taken: u64 = self.list(None, None).iter().map(|vm| vm.memory_taken_mib()).sum();
         let mut registry = self.registry();
+        if let Some(host) = host {
+            let cost = |memory_mb: u64| memory_mb + OVERHEAD_MIB;
+            let promised: u64 = registry.vms.iter().map(|vm| cost(vm.spec().limits.memory_mb)).sum();
+            check_host_memory(&vm_id, cost(limits.memory_mb), promised.saturating_sub(taken), host)?;
+        }
         registry.quota.reserve(&vm_id, &limits)?;
         registry.vms.push(vm.clone());
         Ok(vm)
@@ -236,6 +246,22 @@ impl Manager {
     }
 }
 
+/// Whether the host has room for a VM of `needed` MiB beside what its VMs were promised and have not taken yet.
+fn check_host_memory(vm_id: &VmId, needed: u64, promised: u64, host: HostMemory) -> Result<()> {
+    let available = host.available_mib.saturating_sub(promised);
+    if needed <= available {
+        return Ok(());
+    }
+    Err(Error::QuotaExceeded {
+        vm_id: vm_id.clone(),
+        what: "host memory (MiB, with what the VMM needs)",
+        needed,
+        available,
+        limit: host.total_mib,
+        remedy: "set overcommit_memory=True",
+    })
+}
+
 /// Removes VMs that died; each stays in ERROR for one interval, so that its owner can see why.
 async fn clean_up(manager: Weak<Manager>, interval: Duration) {
     loop {
@@ -247,5 +273,22 @@ async fn clean_up(manager: Weak<Manager>, interval: Duration) {
                 log::info!("{}: removed, it was dead", vm.id());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_check_host_memory_counts_what_was_promised() {
+        let vm_id = VmId::parse("vm").unwrap();
+        let host = HostMemory { total_mib: 4000, available_mib: 1000 };
+        check_host_memory(&vm_id, 600, 400, host).unwrap();
+        let error = check_host_memory(&vm_id, 600, 401, host).unwrap_err();
+        assert_eq!(error.code(), "quota_exceeded");
+        let message = error.to_string();
+        assert!(message.contains("host memory") && message.contains("599 of 4000"), "{message}");
+        assert!(message.contains("overcommit_memory"), "{message}");
     }
 }

@@ -17,7 +17,7 @@ use crate::host::lease::Lease;
 use crate::host::process::Finding;
 use crate::host::runtime_dir::{self, VmDir};
 use crate::model::{Budget, JailMode, ResourceLimits, CPU_PERIOD_US};
-use crate::vmm::{self, HostJail, JailPlan, Vmm};
+use crate::vmm::{self, HostJail, JailPlan, Vmm, OVERHEAD_MIB};
 
 /// Below root's own runtime directory, whatever the manager's: uids are the host's.
 const LEASES: &str = ".uids";
@@ -45,7 +45,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     let (first_uid, last_uid) = settings.uid_range;
     let host = vmm::host_jail(launcher, first_uid)?;
     let needs = vmm.needs();
-    let budget = Budget::of(&spec.limits, needs.overhead_mib);
+    let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
     let lease = match host.own_uid() {
         true => Some(Lease::take(&runtime_dir::default_base().join(LEASES), first_uid, last_uid)?),
         false => None,

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::image::GuestImage;
 use crate::model::{Backend, Grade, IsolationType, JailMode, NetworkConfig, ResourceLimits, VmId, VmState};
-use crate::vmm::Binaries;
+use crate::vmm::{Binaries, OVERHEAD_MIB};
 
 pub use health::{Health, HealthStatus};
 use running::Running;
@@ -120,6 +120,14 @@ impl MicroVm {
     #[must_use]
     pub fn last_error(&self) -> Option<Error> {
         self.cell().last_error.clone()
+    }
+
+    /// Host memory, MiB, that this VM's VMM has touched; never more than what it may.
+    #[must_use]
+    pub fn memory_taken_mib(&self) -> u64 {
+        let pid = self.cell().running.as_ref().and_then(|running| running.pid());
+        let taken = pid.and_then(crate::host::procfs::usage).map_or(0, |usage| usage.rss_bytes >> 20);
+        taken.min(self.spec.limits.memory_mb + OVERHEAD_MIB)
     }
 
     pub fn set_last_error(&self, error: Error) {

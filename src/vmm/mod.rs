@@ -57,11 +57,13 @@ pub struct LaunchPlan {
     pub jail: JailPlan,
 }
 
-/// What a VMM costs and needs beyond its VM.
+/// Host memory that a VMM may need beyond its guest's, MiB; docs/security.md has the measurement. The limit on a VMM and
+/// the manager's quota both count with it.
+pub const OVERHEAD_MIB: u64 = 128;
+
+/// What a VMM needs beyond its VM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VmmNeeds {
-    /// Memory beyond the guest's, measured, MiB.
-    pub overhead_mib: u64,
     /// Device nodes beside those that every jail has.
     pub devices: Vec<PathBuf>,
     /// Layers of the jail that depend on the VMM.

@@ -21,9 +21,6 @@ use api::Qmp;
 use args::{Accelerator, Options, AGENT_FD, QMP_FD};
 use program::Program;
 
-/// Resident memory beyond the guest's, MiB: measured in docs/security.md, with room for page cache of the disk.
-const OVERHEAD_MIB: u64 = 128;
-
 /// QEMU on this host.
 #[derive(Debug, Clone)]
 pub struct Qemu {
@@ -70,7 +67,7 @@ impl Vmm for Qemu {
             Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
             Accelerator::Tcg => Vec::new(),
         };
-        VmmNeeds { overhead_mib: OVERHEAD_MIB, devices, layers: self.program.layers() }
+        VmmNeeds { devices, layers: self.program.layers() }
     }
 
     fn launch(&self, plan: &LaunchPlan, held: Box<dyn Send>) -> Result<Launched> {
