@@ -25,6 +25,7 @@ use crate::model::{Backend, Grade, VmId};
 
 pub use install::{probe, Binaries, Installed};
 pub use jail::{host_jail, HostJail, JailPlan};
+pub use qemu::Program as QemuProgram;
 
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 

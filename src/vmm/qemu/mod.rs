@@ -19,7 +19,7 @@ use crate::model::{Backend, Grade};
 use crate::vmm::{Binaries, LaunchPlan, Launched, LiveTails, Vmm, VmmNeeds};
 use api::Qmp;
 use args::{Accelerator, Options, AGENT_FD, QMP_FD};
-use program::Program;
+pub use program::Program;
 
 /// QEMU on this host.
 #[derive(Debug, Clone)]

@@ -12,6 +12,7 @@ use microvm_jail::{Namespaces, Resource, Rlimit, Stage};
 use nix::errno::Errno;
 use nix::mount::{mount, MsFlags};
 use nix::sched::{unshare, CloneFlags};
+use nix::sys::statfs::{statfs, CGROUP2_SUPER_MAGIC};
 use nix::sys::{prctl, resource, signal::Signal};
 use nix::unistd::{chdir, getppid, sethostname, Pid};
 
@@ -26,6 +27,15 @@ pub fn open_cgroups(paths: &[PathBuf]) -> Result<Cgroups, Failure> {
         Err(error) => Err(Failure::io(Stage::Cgroup, &error, format_args!("opening {} for writing", path.display()))),
     };
     paths.iter().map(open).collect()
+}
+
+/// The group's folder, when exactly one is to be joined and it is of the unified hierarchy: only there can a process be
+/// born.
+pub fn birthplace(paths: &[PathBuf]) -> Option<File> {
+    let [procs] = paths else { return None };
+    let folder = procs.parent().filter(|_| procs.ends_with("cgroup.procs"))?;
+    let is_unified = |folder: &Path| statfs(folder).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    File::open(folder).ok().filter(|_| is_unified(folder))
 }
 
 /// Moves the calling process, and with it every later child, into the groups.

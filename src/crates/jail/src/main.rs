@@ -24,7 +24,7 @@ mod vmm;
 use std::os::fd::OwnedFd;
 
 use microvm_jail::{LaunchSpec, Stage, SETUP_FAILED};
-use nix::unistd::{fork, ForkResult};
+use nix::unistd::ForkResult;
 
 use crate::confine::Cgroups;
 use crate::control::Control;
@@ -104,14 +104,18 @@ fn prepare(spec: LaunchSpec, passed: Vec<OwnedFd>) -> Result<(Prepared, Option<M
     Ok((Prepared { spec, program, passed, cgroups, maps }, service))
 }
 
-fn launch(control: Control, prepared: Prepared, service: Option<MapService>) -> i32 {
+fn launch(control: Control, mut prepared: Prepared, service: Option<MapService>) -> i32 {
+    let birthplace = confine::birthplace(&prepared.spec.cgroup_procs);
     // SAFETY: this process has one thread, so the child's copy of it holds no lock and no half-done state.
-    match unsafe { fork() } {
-        Ok(ForkResult::Child) => {
-            drop(service);
+    match unsafe { process::fork_into(birthplace.as_ref()) } {
+        Ok((ForkResult::Child, in_group)) => {
+            drop((service, birthplace));
+            if in_group {
+                prepared.cgroups.clear();
+            }
             supervisor::run(&control, prepared)
         }
-        Ok(ForkResult::Parent { child }) => {
+        Ok((ForkResult::Parent { child }, _)) => {
             let identity = prepared.spec.identity;
             // Of all that was prepared L needs nothing any more; C must see the end of the pipes if L fails.
             drop(prepared);

@@ -285,8 +285,9 @@ const TAP_IOCTLS: [u64; 9] = [
     0x4004_54DC,
     0x4004_54DE,
 ];
-/// linux/prctl.h: a thread's name, its timer slack, no_new_privs, whether a core may be dumped, reading capabilities.
-const PRCTLS: [u64; 6] = [15, 16, 29, 38, 3, 4];
+/// linux/prctl.h: a thread's name, its timer slack, no_new_privs, whether a core may be dumped, what happens to it on a
+/// memory error.
+const PRCTLS: [u64; 7] = [15, 16, 29, 38, 3, 4, 33];
 
 type Compiled<T> = Result<T, seccompiler::BackendError>;
 

@@ -51,7 +51,8 @@ pub struct LaunchSpec {
     pub identity: Option<Identity>,
     #[serde(default)]
     pub rlimits: Vec<Rlimit>,
-    /// `cgroup.procs` files (absolute) of the groups to join before anything else is set up, one per hierarchy.
+    /// `cgroup.procs` or (v1) `tasks` files, absolute, of the groups to join before anything else is set up, one per
+    /// hierarchy.
     #[serde(default)]
     pub cgroup_procs: Vec<PathBuf>,
     /// Restricts the VMM to `files` a second time, by Landlock, as far as the kernel has it.

@@ -534,6 +534,24 @@ fn test_supervisor_writes_itself_into_the_cgroup() {
 }
 
 #[test]
+fn test_supervisor_is_born_in_a_group_of_the_unified_hierarchy() {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = mounts.lines().find(|line| line.contains(" cgroup2 ")).and_then(|line| line.split(' ').nth(1));
+    let folder = mount.map(|mount| PathBuf::from(mount).join(format!("jail-test-{}", std::process::id())));
+    let Some(folder) = folder.filter(|folder| std::fs::create_dir(folder).is_ok()) else {
+        eprintln!("skipped: needs a mounted cgroup2 hierarchy in which this user may make a group");
+        return;
+    };
+    let spec = LaunchSpec { cgroup_procs: vec![folder.join("cgroup.procs")], ..sleeper() };
+    let (mut jail, supervisor, vmm) = Jail::started(&spec, &[]);
+    let inside = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap();
+    drop(jail.control.take());
+    jail.finish();
+    std::fs::remove_dir(&folder).unwrap();
+    assert_eq!(inside, format!("{supervisor}\n{vmm}\n"));
+}
+
+#[test]
 fn test_missing_cgroup_fails_with_its_path() {
     let mut jail = Jail::launch(&LaunchSpec { cgroup_procs: vec!["/no/cgroup.procs".into()], ..sleeper() }, &[]);
     let (stage, errno, message) = jail.failure();
