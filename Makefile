@@ -20,14 +20,14 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 python3-venv make gcc
 
-.PHONY: help setup guest jail wheel demo test bench stress clean
+.PHONY: help setup guest jail attackers wheel demo test bench stress clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
 	@echo 'make test    build all and run every test'
 	@echo 'make wheel   build the wheel into dist/'
 	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
-	@echo 'make setup | guest | jail | clean: the parts'
+	@echo 'make setup | guest | jail | attackers | clean: the parts'
 
 setup: $(VENV)/ready
 	@missing=$$(for package in $(PACKAGES); do \
@@ -72,6 +72,17 @@ jail: setup
 	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-jail --profile static --target $(HOST)
 	@install -m 755 $(TARGET_DIR)/$(HOST)/static/microvm-jail $(DATA)/microvm-jail
 
+# What the tests need and the wheel does not have: the intruder that takes QEMU's place, and the core's own tests as one
+# program, for guests whose kernel has cgroup v2.
+attackers: setup
+	@mkdir -p $(BUILD)
+	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-intruder --profile static --target $(HOST)
+	@install -m 755 $(TARGET_DIR)/$(HOST)/static/microvm-intruder $(BUILD)/microvm-intruder
+	@built=$$(RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) test --no-default-features --lib --no-run --profile static --target $(HOST) \
+	    --message-format=json | $(PYTHON) -c 'import json, sys; \
+	    print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])'); \
+	install -m 755 "$$built" $(BUILD)/lab-tests
+
 wheel: guest jail
 	@rm -rf dist
 	$(VENV)/bin/maturin build --release -o dist
@@ -82,11 +93,12 @@ demo: wheel
 	$(BUILD)/venv-demo/bin/python examples/microvm_isolation_demo.py
 
 # MICROVM_TEST_PYTHONS names the interpreters to test with; without it, all that tests/matrix.py finds.
-test: wheel
+test: wheel attackers
 	$(VENV)/bin/python tests/matrix.py --build $(BUILD) --cargo $(CARGO) --stubtest $(VENV)/bin/python dist/*.whl
 
 bench: guest jail
 	$(CARGO) bench --no-default-features --bench cold_start
+	$(CARGO) bench --no-default-features --bench jail
 
 # Lives of VMs on 8 threads for SECONDS, and what they leave behind.
 stress: wheel

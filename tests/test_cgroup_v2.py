@@ -12,11 +12,11 @@ PIECE = 3 << 20
 
 
 def built_tests() -> Path:
-    """The core's unit tests as one static program, which ``make lab`` builds."""
+    """The core's unit tests as one static program, which ``make attackers`` builds."""
     named = os.environ.get("MICROVM_LAB_TESTS")
     path = Path(named) if named else ROOT / "build" / "lab-tests"
     if not path.is_file():
-        raise unittest.SkipTest("needs the core's tests as a static program: make lab builds it, MICROVM_LAB_TESTS names it")
+        raise unittest.SkipTest("needs the core's tests as a static program: make attackers builds it, MICROVM_LAB_TESTS names it")
     return path
 
 

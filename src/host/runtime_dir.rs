@@ -7,7 +7,6 @@
 //!     sock               the broker
 //!     config, disk       the VM's drives
 //!     cgroups            the folders of the VM's control groups
-//!   .uids/               uids in use (lease.rs); no VM's name begins with a dot
 //! ```
 //! A directory whose lock nobody holds belonged to a process that died; whoever finds it removes it.
 
@@ -127,10 +126,6 @@ pub fn sweep(base: &Path) -> Vec<String> {
     let mut swept = Vec::new();
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         let path = entry.path();
-        // Ours as well, but no VM's.
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
-            continue;
-        }
         match lock(&path) {
             Ok(Some(_held)) => {
                 cgroup::sweep(&path.join(GROUPS));

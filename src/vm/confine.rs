@@ -19,8 +19,8 @@ use crate::host::runtime_dir::{self, VmDir};
 use crate::model::{Budget, JailMode, ResourceLimits, CPU_PERIOD_US};
 use crate::vmm::{self, HostJail, JailPlan, Vmm, OVERHEAD_MIB};
 
-/// Below root's own runtime directory, whatever the manager's: uids are the host's.
-const LEASES: &str = ".uids";
+/// The same for every manager of root's, whatever its runtime directory: uids are the host's.
+const LEASES: &str = "/run/tw-microvm-uids";
 
 /// What the processes of one VM hold on the host until the last of them is gone.
 pub struct Held {
@@ -47,7 +47,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     let needs = vmm.needs();
     let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
     let lease = match host.own_uid() {
-        true => Some(Lease::take(&runtime_dir::default_base().join(LEASES), first_uid, last_uid)?),
+        true => Some(Lease::take(Path::new(LEASES), first_uid, last_uid)?),
         false => None,
     };
     let devices: Vec<(Device, u32)> = needs.devices.iter().filter_map(|path| device(path)).collect();

@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from ..support import DATA, ROOT
-from .driver import INTRUDER, USER
-
-BUILT = "x86_64-unknown-linux-gnu/static/" + INTRUDER
-
+from .driver import INTRUDER
 
 def built_intruder() -> Path:
-    """The program that ``make intruder`` builds."""
+    """The program that ``make attackers`` builds."""
     named = os.environ.get("MICROVM_INTRUDER")
-    path = Path(named) if named else ROOT / "target" / BUILT
+    path = Path(named) if named else ROOT / "build" / INTRUDER
     if not path.is_file():
-        raise unittest.SkipTest("needs the intruder: make intruder builds it, MICROVM_INTRUDER names it")
+        raise unittest.SkipTest("needs the intruder: make attackers builds it, MICROVM_INTRUDER names it")
     return path
 
 
@@ -45,7 +42,7 @@ class Arena(unittest.TestCase):
             raise unittest.SkipTest("needs the package in a folder that other users may enter, not {}".format(DATA))
         intruder = built_intruder()
         cls.folder = Path(tempfile.mkdtemp(dir="/tmp"))
-        cls.addClassCleanup(shutil.rmtree, str(cls.folder)) if hasattr(cls, "addClassCleanup") else None
+        cls.addClassCleanup(shutil.rmtree, str(cls.folder))
         cls.folder.chmod(0o755)
         shutil.copy(str(intruder), str(cls.folder / INTRUDER))
 
@@ -88,5 +85,3 @@ class Arena(unittest.TestCase):
         self.assertTrue(found, report)
         return found[-1]
 
-
-USERS = (None, USER)
