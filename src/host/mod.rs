@@ -1,4 +1,4 @@
-//! The machine underneath: processes, `/proc`, files with modes, KVM, network links.
+//! The machine underneath: processes, `/proc`, files with modes, KVM, control groups, network links.
 //!
 //! Architecture invariant: the only module of the core that makes system calls beyond plain file I/O, and the only one
 //! with `unsafe`. It knows nothing of VMs or VMMs: it launches, watches and measures whatever it is given.

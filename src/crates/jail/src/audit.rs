@@ -5,14 +5,17 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 
-use microvm_jail::{JailEvent, Stage};
+use microvm_jail::{JailEvent, Stage, Visible};
 use nix::errno::Errno;
 use nix::sys::socket::{
     recvmsg, sendmsg, socketpair, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
 };
 
 use crate::failure::Failure;
+use crate::landlock;
+use crate::policy::OPENS;
 
 /// Distinct findings of one VM; a VMM that tries them all says nothing new after that.
 const MAX_FINDINGS: usize = 256;
@@ -47,15 +50,17 @@ pub struct Audit {
     /// Where V's listener arrives.
     delivery: OwnedFd,
     listener: Option<OwnedFd>,
-    found: BTreeSet<String>,
+    /// Landlock's rules, which are not enforced.
+    files: Vec<Visible>,
+    found: BTreeSet<(&'static str, String)>,
 }
 
 /// C's end and V's end of the way that the listener takes.
-pub fn prepare() -> Result<(Audit, OwnedFd), Failure> {
+pub fn prepare(files: &[Visible]) -> Result<(Audit, OwnedFd), Failure> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (delivery, end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
         .map_err(|errno| Failure::errno(Stage::Seccomp, errno, "making a socket pair"))?;
-    Ok((Audit { delivery, listener: None, found: BTreeSet::new() }, end))
+    Ok((Audit { delivery, listener: None, files: files.to_owned(), found: BTreeSet::new() }, end))
 }
 
 /// V's half: gives C the listener.
@@ -87,18 +92,59 @@ impl Audit {
             Err(Errno::ENOENT | Errno::EINTR | Errno::EAGAIN) => return Ok(Vec::new()),
             Err(errno) => return Err(Failure::errno(Stage::Seccomp, errno, "receiving a question of the audit")),
         }
+        // While the caller waits: afterwards its memory may say something else.
+        let finding = self.judge(&notification);
         let mut reply = Reply { id: notification.id, value: 0, error: 0, flags: CONTINUE };
         // SAFETY: as above.
         match unsafe { send_reply(listener.as_raw_fd(), &mut reply) } {
             Ok(_) | Err(Errno::ENOENT) => {}
             Err(errno) => return Err(Failure::errno(Stage::Seccomp, errno, "answering a question of the audit")),
         }
-        let what = describe(&notification);
-        if self.found.len() >= MAX_FINDINGS || !self.found.insert(what.clone()) {
+        let Some((layer, what)) = finding else { return Ok(Vec::new()) };
+        if self.found.len() >= MAX_FINDINGS || !self.found.insert((layer, what.clone())) {
             return Ok(Vec::new());
         }
-        Ok(vec![JailEvent::WouldDeny { layer: "seccomp".into(), what }])
+        Ok(vec![JailEvent::WouldDeny { layer: layer.into(), what }])
     }
+
+    /// Which layer would have denied it, and what it was. Opening a file is no matter of seccomp's, but only there can
+    /// it be seen what Landlock would have said.
+    fn judge(&self, notification: &Notification) -> Option<(&'static str, String)> {
+        let number = libc::c_long::from(notification.number);
+        if !OPENS.contains(&number) {
+            return Some(("seccomp", describe(notification)));
+        }
+        let [first, second, third, ..] = notification.arguments;
+        let (folder, address, flags) = match number {
+            libc::SYS_openat => (first as i32, second, third),
+            _ => (libc::AT_FDCWD, first, second),
+        };
+        let path = read_path(notification.pid, address)?;
+        // Relative to a descriptor: which folder that is, is not known here.
+        let path =
+            if folder == libc::AT_FDCWD || path.is_absolute() { Path::new("/").join(path) } else { return None };
+        let flags = i32::try_from(flags).unwrap_or(0);
+        landlock::would_deny(&self.files, &path, flags).then(|| {
+            let how = if landlock::is_write(flags) { "writing" } else { "reading" };
+            ("landlock", format!("{how} {}", path.display()))
+        })
+    }
+}
+
+/// A path in the memory of V, which is C's child and has its uid.
+fn read_path(pid: u32, address: u64) -> Option<PathBuf> {
+    const PAGE: usize = 4096;
+    let start = usize::try_from(address).ok()?;
+    let mut bytes = [0u8; PAGE];
+    // To the end of the page at most: the next one may not be there.
+    let length = PAGE - start % PAGE;
+    let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: length };
+    let remote = libc::iovec { iov_base: start as *mut libc::c_void, iov_len: length };
+    // SAFETY: `bytes` has room for `length`; the remote address is the kernel's to check.
+    let read = unsafe { libc::process_vm_readv(i32::try_from(pid).ok()?, &local, 1, &remote, 1, 0) };
+    let read = bytes.get(..usize::try_from(read).ok()?)?;
+    let end = read.iter().position(|byte| *byte == 0)?;
+    Some(PathBuf::from(std::str::from_utf8(read.get(..end)?).ok()?))
 }
 
 /// The call by its number, with those arguments that decide over it.

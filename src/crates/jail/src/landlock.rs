@@ -2,6 +2,8 @@
 //!
 //! Architecture invariant: best effort, and told: an old kernel enforces what it knows, and the level is reported.
 
+use std::path::Path;
+
 use landlock::{
     Access as _, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetStatus, Scope, ABI,
@@ -56,5 +58,44 @@ fn rights(access: Access, is_dir: bool) -> BitFlags<AccessFs> {
         Access::Execute => read | AccessFs::Execute,
         Access::Write => read | AccessFs::WriteFile | AccessFs::Truncate,
         Access::Device => read | AccessFs::WriteFile | AccessFs::IoctlDev,
+    }
+}
+
+/// Whether an open of `path` with these flags would be denied, were the rules enforced. What is not there is no matter of
+/// Landlock's; symbolic links are not followed: the root has none.
+pub fn would_deny(files: &[Visible], path: &Path, flags: i32) -> bool {
+    if flags & libc::O_PATH != 0 || !(path.exists() || flags & libc::O_CREAT != 0) {
+        return false;
+    }
+    let allows = |access: Access| match access {
+        Access::Read | Access::Execute => !is_write(flags),
+        Access::Write | Access::Device => path.exists(),
+    };
+    !files.iter().any(|file| path.starts_with(&file.inside) && allows(file.access))
+}
+
+pub fn is_write(flags: i32) -> bool {
+    flags & (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC) != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_would_deny_follows_the_rules() {
+        let file = |path: &str, access| Visible::new(path, path, access);
+        let files = [file("/etc", Access::Read), file("/dev/null", Access::Device)];
+        for (path, flags, denied) in [
+            ("/etc/passwd", libc::O_RDONLY, false),
+            ("/etc/passwd", libc::O_RDWR, true),
+            ("/dev/null", libc::O_RDWR, false),
+            ("/proc/self/status", libc::O_RDONLY, true),
+            ("/proc/self/status", libc::O_PATH, false),
+            ("/not/there", libc::O_RDONLY, false),
+            ("/etc/new", libc::O_WRONLY | libc::O_CREAT, true),
+        ] {
+            assert_eq!(would_deny(&files, Path::new(path), flags), denied, "{path} {flags:#x}");
+        }
     }
 }

@@ -139,6 +139,9 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_execve,
 ];
 
+/// How files are opened: the calls that an audit looks at on Landlock's behalf.
+pub const OPENS: [libc::c_long; 2] = [libc::SYS_open, libc::SYS_openat];
+
 /// Calls that programs try and do without: answered ENOSYS, as by a kernel that has not heard of them.
 const ABSENT: &[libc::c_long] = &[
     // Its flags are in memory, where a filter cannot look: the C library then uses clone.

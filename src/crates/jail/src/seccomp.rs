@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use seccompiler::{sock_filter, BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use crate::failure::Failure;
-use crate::policy::{self, Rules};
+use crate::policy::{self, Rules, OPENS};
 
 /// linux/seccomp.h.
 const SET_MODE_FILTER: libc::c_uint = 1;
@@ -37,11 +37,14 @@ pub fn install(spec: &LaunchSpec) -> Result<Installed, Failure> {
             return Ok(Installed { layer: Layer::Missing("switched off by the launch spec".into()), listener: None })
         }
         Seccomp::AllowList => {
-            let rules = policy::allowed().map_err(wrong)?;
+            let mut rules = policy::allowed().map_err(wrong)?;
+            // In an audit they are asked about, too: Landlock has no audit without denial.
+            rules.retain(|call, _| !spec.audit || !OPENS.contains(call));
             (compile(rules, verdict, SeccompAction::Allow).map_err(wrong)?, "allow-list")
         }
         Seccomp::DenyList => {
-            let rules = policy::denied().map_err(wrong)?;
+            let mut rules = policy::denied().map_err(wrong)?;
+            rules.extend(OPENS.iter().filter(|_| spec.audit).map(|call| (*call, Vec::new())));
             (compile(rules, SeccompAction::Allow, verdict).map_err(wrong)?, "deny-list")
         }
     };

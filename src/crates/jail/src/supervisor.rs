@@ -65,7 +65,7 @@ fn confine(control: &Control, prepared: &mut Prepared) -> Result<(SignalFd, From
     let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|errno| Failure::errno(Stage::Supervise, errno, "signalfd"))?;
     let (audit, listener_end) = match prepared.spec.audit {
-        true => audit::prepare().map(|(audit, end)| (Some(audit), Some(end)))?,
+        true => audit::prepare(&prepared.spec.files).map(|(audit, end)| (Some(audit), Some(end)))?,
         false => (None, None),
     };
     control.send(&JailEvent::Supervising)?;

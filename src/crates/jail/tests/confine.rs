@@ -245,6 +245,22 @@ fn test_audit_refuses_nothing_and_tells_each_thing_once() {
 }
 
 #[test]
+fn test_audit_tells_what_landlock_would_have_denied() {
+    let Some(spec) = script("echo x > /data/read; : < /data/read; : < /dev; echo end") else { return };
+    let outcome = run(LaunchSpec { seccomp: Seccomp::AllowList, audit: true, ..spec });
+    assert!(outcome.output.ends_with("end\n"), "{}", outcome.output);
+    let by_landlock: Vec<&str> = outcome
+        .events
+        .iter()
+        .filter_map(|event| match event {
+            JailEvent::WouldDeny { layer, what } if layer == "landlock" => Some(what.as_str()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(by_landlock, ["writing /data/read", "reading /dev"]);
+}
+
+#[test]
 fn test_missing_file_fails_in_root_with_both_names() {
     let mut spec = LaunchSpec::new(vec!["/vmm".into()]);
     spec.files.push(Visible::new("/no/such/file", "/vmm", Access::Execute));
