@@ -34,6 +34,9 @@ pub fn create(own: &Path, name: &str, controller: Controller, limits: &Limits) -
 fn cpu(folder: &Path, limits: &Limits) -> Result<String, String> {
     set(folder, "cpu.cfs_period_us", &limits.cpu_period_us.to_string())?;
     set(folder, "cpu.cfs_quota_us", &limits.cpu_quota_us.to_string())?;
+    // On a busy host a group weighs as much as one process, however many CPUs it may use: 1024 for each of them.
+    let shares = (1024 * limits.cpu_quota_us / limits.cpu_period_us).max(1024);
+    set(folder, "cpu.shares", &shares.to_string())?;
     Ok(format!("cgroup v1 cpu: {} us of every {} us", limits.cpu_quota_us, limits.cpu_period_us))
 }
 

@@ -75,7 +75,11 @@ fn limit(folder: &Path, controller: Controller, limits: &Limits) -> Result<Strin
     match controller {
         Controller::Cpu => {
             let value = format!("{} {}", limits.cpu_quota_us, limits.cpu_period_us);
-            set(folder, "cpu.max", &value).map(|()| format!("cgroup v2: cpu.max {value}"))
+            set(folder, "cpu.max", &value)?;
+            // On a busy host a group weighs as much as one process, however many CPUs it may use: 100 for each of them.
+            let weight = (100 * limits.cpu_quota_us / limits.cpu_period_us).clamp(100, 10_000);
+            set(folder, "cpu.weight", &weight.to_string())?;
+            Ok(format!("cgroup v2: cpu.max {value}"))
         }
         Controller::Memory => {
             set(folder, "memory.max", &limits.memory_bytes.to_string())?;
