@@ -139,6 +139,8 @@ class Status(unittest.TestCase):
         info = self.compare(0)
         missing = {name: layer for name, layer in info["jail"].items() if name != "mode" and not layer["given"]}
         self.assertEqual(missing, {})
+        calls = info["jail"]["seccomp"]["how"].partition(": ")[2].partition(",")[0]
+        self.assertIn("an allow-list of {};".format(calls), (ROOT / "docs" / "security.md").read_text())
 
     def test_an_ordinary_users_vmm_is_as_documented_and_says_what_it_lacks(self) -> None:
         if not open_to_all(DATA / "microvm-jail"):

@@ -17,6 +17,9 @@ use crate::failure::Failure;
 use crate::landlock;
 use crate::policy::OPENS;
 
+/// Characters of a path in a finding: JSON turns one into at most six bytes, and an event has to stay below
+/// `MAX_EVENT_BYTES`.
+const MAX_SHOWN: usize = 256;
 /// Distinct findings of one VM; a VMM that tries them all says nothing new after that.
 const MAX_FINDINGS: usize = 256;
 
@@ -126,7 +129,8 @@ impl Audit {
         let flags = i32::try_from(flags).unwrap_or(0);
         landlock::would_deny(&self.files, &path, flags).then(|| {
             let how = if landlock::is_write(flags) { "writing" } else { "reading" };
-            ("landlock", format!("{how} {}", path.display()))
+            let shown: String = path.display().to_string().chars().take(MAX_SHOWN).collect();
+            ("landlock", format!("{how} {shown}"))
         })
     }
 }
