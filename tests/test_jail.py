@@ -1,5 +1,6 @@
 """The jail and the limits as a user of the package meets them."""
 
+import json
 import os
 import signal
 import stat
@@ -63,6 +64,29 @@ class Modes(VMTestCase):
         done = run_python(become + code)
         self.assertIn("jail=strict was asked for", done.stderr)
         self.assertIn("cgroup_memory", done.stderr)
+
+    def test_without_user_namespaces_a_vm_starts_with_what_is_left_and_says_so(self) -> None:
+        if os.geteuid() != 0:
+            self.skipTest("needs root: it becomes another user who may make no namespaces")
+        # First the imports: the interpreter's files may be closed to that user. Then a namespace in which there may be
+        # no others: nothing of it is seen elsewhere.
+        without = (
+            "import ctypes, json\nlibc = ctypes.CDLL(None)\n"
+            "os.setgroups([]); os.setresgid(61234, 61234, 61234); os.setresuid(61234, 61234, 61234)\n"
+            "libc.prctl(4, 1, 0, 0, 0)\nassert libc.unshare(0x10000000) == 0\n"
+            "for name, text in (('setgroups', 'deny'), ('uid_map', '61234 61234 1'), ('gid_map', '61234 61234 1')):\n"
+            "    open('/proc/self/' + name, 'w').write(text)\n"
+            "open('/proc/sys/user/max_user_namespaces', 'w').write('0')\n"
+        )
+        report = "print(json.dumps([vm.send_command('ping')['result'], vm.get_info()['jail']]))"
+        done = run_python(HEAD.partition("manager")[0] + without + RUNNING + report)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        pong, jail = json.loads(done.stdout)
+        self.assertEqual(pong, "pong")
+        given = {name: layer["given"] for name, layer in jail.items() if name != "mode"}
+        self.assertFalse(given["namespaces"] or given["root"])
+        self.assertIn("max_user_namespaces", jail["namespaces"]["how"])
+        self.assertTrue(given["landlock"] and given["seccomp"] and given["rlimits"] and given["vmm_sandbox"])
 
     def test_audit_starts_and_finds_nothing_in_an_ordinary_life(self) -> None:
         manager = MicroVMIsolationManager({"jail": "audit"})

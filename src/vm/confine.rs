@@ -143,7 +143,8 @@ fn layers(host: &HostJail, identity: Option<Identity>) -> Vec<(&'static str, Lay
         ("namespaces", host.namespaces.clone()),
         ("root", root),
         ("uid", uid),
-        ("capabilities", given("none, in any set; no_new_privs")),
+        // Only in a user namespace of its own may an ordinary user empty the bounding set.
+        ("capabilities", given(if host.own_root() { "none, in any set; no_new_privs" } else { "none; no_new_privs" })),
         ("rlimits", given("see limits")),
         ("parent_watch", given("the supervisor kills the VMM when the manager's end of its socket closes")),
     ];

@@ -78,6 +78,10 @@ impl JailPlan {
             }
         }
         let inside = if self.own_root { PathBuf::from(inside) } else { real.clone() };
+        // On the host's own paths, two names may stand for one file.
+        if !self.own_root && self.files.iter().any(|file| file.inside == inside) {
+            return Ok(inside);
+        }
         self.files.push(Visible { host: real, inside: inside.clone(), access });
         Ok(inside)
     }

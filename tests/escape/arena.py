@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from ..support import DATA, ROOT
-from .driver import INTRUDER
 
 def built_intruder() -> Path:
     """The program that ``make attackers`` builds."""
     named = os.environ.get("MICROVM_INTRUDER")
-    path = Path(named) if named else ROOT / "build" / INTRUDER
+    path = Path(named) if named else ROOT / "build" / "microvm-intruder"
     if not path.is_file():
         raise unittest.SkipTest("needs the intruder: make attackers builds it, MICROVM_INTRUDER names it")
     return path
@@ -32,7 +31,9 @@ class Arena(unittest.TestCase):
     """Attacks as root, or as an ordinary user."""
 
     uid: Optional[int] = None
+    namespaces = True
     folder: Path
+    intruder: Path
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -44,7 +45,9 @@ class Arena(unittest.TestCase):
         cls.folder = Path(tempfile.mkdtemp(dir="/tmp"))
         cls.addClassCleanup(shutil.rmtree, str(cls.folder))
         cls.folder.chmod(0o755)
-        shutil.copy(str(intruder), str(cls.folder / INTRUDER))
+        # A name of its own, by which the driver finds the process: other suites may run at the same time.
+        cls.intruder = cls.folder / "intr-{}".format(os.getpid())
+        shutil.copy(str(intruder), str(cls.intruder))
 
     def attack(
         self, mode: str, jailed: bool = True, victim: bool = False, timeout: float = 30.0, **more: Any
@@ -52,7 +55,8 @@ class Arena(unittest.TestCase):
         """What the driver has to say about one attack."""
         task = {
             "uid": self.uid,
-            "intruder": str(self.folder / INTRUDER),
+            "namespaces": self.namespaces,
+            "intruder": str(self.intruder),
             "jailed": jailed,
             "victim": victim,
             "timeout": timeout,

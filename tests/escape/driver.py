@@ -3,6 +3,7 @@
 After the change of user nothing is imported any more: the interpreter's own files may be closed to that user.
 """
 
+import ctypes
 import json
 import os
 import resource  # noqa: F401  (subprocess wants it late)
@@ -19,7 +20,7 @@ from typing import Any, Dict, List, Optional
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, VMResourceLimits
 
-INTRUDER = "microvm-intruder"
+LIBC = ctypes.CDLL(None)
 IMAGE_BYTES = 64 * 1024
 # The tests run as root and as this user, who need not exist.
 USER = 61234
@@ -30,6 +31,18 @@ def become(uid: int) -> None:
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
     os.environ["HOME"] = "/"
+
+
+def forbid_namespaces(uid: int) -> None:
+    """Be where no namespaces may be made, as on hosts that deny them to ordinary users: in one that allows no others."""
+    pr_set_dumpable, clone_newuser = 4, 0x10000000
+    # A process that changed its uid may not even write its own maps.
+    LIBC.prctl(pr_set_dumpable, 1, 0, 0, 0)
+    if LIBC.unshare(clone_newuser) != 0:
+        raise SystemExit("unshare failed")
+    for name, text in (("setgroups", "deny"), ("uid_map", "{0} {0} 1"), ("gid_map", "{0} {0} 1")):
+        Path("/proc/self", name).write_text(text.format(uid))
+    Path("/proc/sys/user/max_user_namespaces").write_text("0")
 
 
 def image(path: Path, orders: Dict[str, Any]) -> Path:
@@ -49,15 +62,16 @@ def image(path: Path, orders: Dict[str, Any]) -> Path:
 class Watch(threading.Thread):
     """Looks at the intruder from outside: its CPU time and the processes and threads of its group."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__(daemon=True)
+        self.process_name = name
         self.samples: List[Dict[str, float]] = []
         self.over = threading.Event()
 
     def run(self) -> None:
         pid = None
         while not self.over.wait(0.1):
-            pid = pid or find(INTRUDER)
+            pid = pid or find(self.process_name)
             try:
                 stat = Path("/proc/{}/stat".format(pid)).read_text().rpartition(")")[2].split()
             except OSError:
@@ -99,6 +113,8 @@ def find(name: str) -> Optional[int]:
 def main(task: Dict[str, Any]) -> Dict[str, Any]:
     if task["uid"] is not None:
         become(task["uid"])
+    if not task["namespaces"]:
+        forbid_namespaces(task["uid"])
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -161,7 +177,7 @@ def jailed(task: Dict[str, Any], orders: Path) -> Dict[str, Any]:
     config = dict(task["config"], qemu_binary=task["intruder"], start_timeout_s=task["timeout"])
     manager = MicroVMIsolationManager(config)
     vm = manager.get_vm(manager.create_vm("plugin", VMResourceLimits(**task["limits"]), rootfs_path=str(orders)))
-    watch = Watch()
+    watch = Watch(Path(task["intruder"]).name)
     watch.start()
     try:
         started = vm.start()

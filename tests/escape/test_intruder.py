@@ -120,6 +120,20 @@ class AttacksAsUser(Attacks, Arena):
         self.assertAlmostEqual(self.number(report, "HELD"), limit, delta=0.1 * limit)
 
 
+class AttacksWithoutNamespaces(Arena):
+    """Where the host denies namespaces to ordinary users, Landlock and seccomp hold alone."""
+
+    uid = USER
+    namespaces = False
+
+    def test_nothing_works_but_to_learn_the_hosts_name(self) -> None:
+        outcomes, report = self.probes(jailed=True)
+        worked = {name for name, outcome in outcomes.items() if outcome.startswith("worked")}
+        self.assertEqual(worked, {"host_name"})
+        self.assertTrue(report["victim_lives"] and report["decoy_lives"])
+
+
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: Dict[str, Any]) -> unittest.TestSuite:
     """The table of attacks is no test case of its own."""
-    return unittest.TestSuite(loader.loadTestsFromTestCase(case) for case in (AttacksAsRoot, AttacksAsUser))
+    cases = (AttacksAsRoot, AttacksAsUser, AttacksWithoutNamespaces)
+    return unittest.TestSuite(loader.loadTestsFromTestCase(case) for case in cases)
