@@ -20,7 +20,7 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help setup guest jail wheel demo test bench fuzz traffic stress network-many clean
+.PHONY: help setup guest jail attackers wheel demo test bench fuzz traffic stress network-many clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
@@ -30,7 +30,7 @@ help:
 	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
 	@echo 'make traffic the long forms of the channel tests: 10,000 messages, 1 GiB of output'
 	@echo 'make network-many  COUNT=100 connected VMs at once, and what they leave behind'
-	@echo 'make setup | guest | jail | clean: the parts'
+	@echo 'make setup | guest | jail | attackers | clean: the parts'
 
 setup: $(VENV)/ready
 	@missing=$$(for package in $(PACKAGES); do \
@@ -75,6 +75,17 @@ jail: setup
 	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-jail --profile static --target $(HOST)
 	@install -m 755 $(TARGET_DIR)/$(HOST)/static/microvm-jail $(DATA)/microvm-jail
 
+# What the tests need and the wheel does not have: the intruder that takes QEMU's place, and the core's own tests as one
+# program, for guests whose kernel has cgroup v2.
+attackers: setup
+	@mkdir -p $(BUILD)
+	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-intruder --profile static --target $(HOST)
+	@install -m 755 $(TARGET_DIR)/$(HOST)/static/microvm-intruder $(BUILD)/microvm-intruder
+	@built=$$(RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) test --no-default-features --lib --no-run --profile static --target $(HOST) \
+	    --message-format=json | $(PYTHON) -c 'import json, sys; \
+	    print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])'); \
+	install -m 755 "$$built" $(BUILD)/lab-tests
+
 wheel: guest jail
 	@rm -rf dist
 	$(VENV)/bin/maturin build --release -o dist
@@ -85,7 +96,7 @@ demo: wheel
 	$(BUILD)/venv-demo/bin/python examples/microvm_isolation_demo.py
 
 # MICROVM_TEST_PYTHONS names the interpreters to test with; without it, all that tests/matrix.py finds.
-test: wheel
+test: wheel attackers
 	$(VENV)/bin/python tests/matrix.py --build $(BUILD) --cargo $(CARGO) --stubtest $(VENV)/bin/python dist/*.whl
 
 bench: wheel
@@ -97,6 +108,7 @@ bench: wheel
 	MICROVM_BENCH_GUEST=$(TARGET_DIR)/$(HOST)/agent/examples/guest_bench \
 	    MICROVM_BENCH_PYTHON=$(BUILD)/venv-demo/bin/python MICROVM_BENCH_JSON=$(BUILD)/bench-channel.json \
 	    $(CARGO) bench --no-default-features --bench channel
+	$(CARGO) bench --no-default-features --bench jail
 
 # cargo-fuzz wants a nightly compiler; RUSTC_BOOTSTRAP=1 gives the stable one the flags that it needs. The targets have no
 # unsafe code below them, so no sanitizer is needed either.

@@ -19,7 +19,7 @@ use microvm_isolation::channel::{Agent, Download, Fetched, Process, Upload};
 use microvm_isolation::host::tsc;
 use microvm_isolation::image::{self, GuestImage};
 use microvm_isolation::model::VmId;
-use microvm_protocol::identity::{Identity, Key, KeyPair};
+use microvm_protocol::identity::{Identity, Key, KeyPair, DRIVE_BYTES};
 use serde_json::{json, Value};
 
 type Failure = Box<dyn std::error::Error>;
@@ -66,8 +66,10 @@ impl Bench {
             hostname: "bench".into(),
             network: None,
         };
+        image::create_drive(&dir.join("config"), DRIVE_BYTES as u64, None)?;
         image::write_config_drive(&identity, &dir.join("config"))?;
-        image::write_disk(&image.disk_template, &dir.join("disk"), 1024)?;
+        image::create_drive(&dir.join("disk"), 1 << 30, None)?;
+        image::write_disk(&image.disk_template, &dir.join("disk"))?;
         let listen = |name: &str| UnixListener::bind(dir.join(name));
         let (agent, raw) = (listen("agent")?, listen("raw")?);
         let chardev = |name: &str| format!("socket,id={name},path={}", dir.join(name).display());

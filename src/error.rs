@@ -22,8 +22,8 @@ pub enum Error {
     InvalidType { field: String, value: String, allowed: String },
     #[error("{field}={value} is not allowed: {allowed}")]
     InvalidValue { field: String, value: String, allowed: String },
-    #[error("not enough {what}: {vm_id} needs {needed}, {available} of {limit} are free; destroy VMs that are done or raise {key}")]
-    QuotaExceeded { vm_id: VmId, what: &'static str, needed: u64, available: u64, limit: u64, key: &'static str },
+    #[error("not enough {what}: {vm_id} needs {needed}, {available} of {limit} are free; destroy VMs that are done or {remedy}")]
+    QuotaExceeded { vm_id: VmId, what: &'static str, needed: u64, available: u64, limit: u64, remedy: &'static str },
     #[error("vm_id {vm_id:?} is taken by {owner}; destroy that VM or choose another id")]
     VmIdTaken { vm_id: VmId, owner: String },
     #[error("there is no VM {vm_id:?}; list_vms() names those there are")]
@@ -32,7 +32,7 @@ pub enum Error {
     InvalidState { vm_id: VmId, operation: &'static str, state: VmState, allowed: String },
     #[error("backend {backend} cannot be used: {reason}; {remedy}")]
     BackendUnavailable { backend: Backend, reason: String, remedy: String },
-    #[error("{vm_id}: min_isolation is {wanted}, but this host can give no more than {offered}: {reason}; {remedy}")]
+    #[error("{vm_id}: {wanted} was asked for, but this host can give no more than {offered}: {reason}; {remedy}")]
     IsolationUnavailable { vm_id: VmId, wanted: String, offered: String, reason: String, remedy: String },
     #[error("{vm_id}: a connected network cannot be set up: {reason}; {remedy}")]
     NetworkUnavailable { vm_id: VmId, reason: String, remedy: String },

@@ -49,7 +49,7 @@ class Values(unittest.TestCase):
             self.assertEqual(pickle.loads(pickle.dumps(value)), value)
             self.assertEqual(copy.deepcopy(value), value)
         self.assertEqual(dataclasses.replace(VMResourceLimits(), memory_mb=256).memory_mb, 256)
-        self.assertEqual(VMResourceLimits(), VMResourceLimits(1, 512, 1024, 100, 1024, 128))
+        self.assertEqual(VMResourceLimits(), VMResourceLimits(1, 512, 1024, 100, 1024, 128, None, None))
 
     def test_health_metrics_defaults_are_the_documented_ones(self) -> None:
         self.assertEqual(VMHealthMetrics(), VMHealthMetrics(0.0, 0, 0, 0, 0, 0.0, 0.0, "unknown"))

@@ -81,6 +81,7 @@ class Doctor(unittest.TestCase):
         self.assertEqual(json.loads(json.dumps(report)), report)
         self.assertEqual([b["backend"] for b in report["backends"]], ["firecracker", "qemu", "cloud-hypervisor"])
         self.assertTrue(report["guest_image"]["complete"])
+        self.assertTrue({"namespaces", "uid", "landlock", "seccomp", "cgroup_memory"} <= set(report["jail"]), report["jail"])
         for backend in report["backends"]:
             self.assertTrue(backend["available"] or backend["remedy"], backend)
 

@@ -1,12 +1,15 @@
-//! The machine underneath: processes, `/proc`, files with modes, KVM, network links.
+//! The machine underneath: processes, `/proc`, files with modes, KVM, control groups, network links.
 //!
 //! Architecture invariant: the only module of the core that makes system calls beyond plain file I/O, and the only one
 //! with `unsafe`. It knows nothing of VMs or VMMs: it launches, watches and measures whatever it is given.
 
 pub mod binary;
+pub mod cgroup;
 pub mod clock;
+pub mod elf;
 pub mod fork;
 pub mod kvm;
+pub mod lease;
 pub mod lock;
 pub mod memfd;
 pub mod memory;

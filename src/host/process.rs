@@ -6,9 +6,9 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use microvm_jail::{JailEvent, JailRequest, LaunchSpec};
+use microvm_jail::{Confined, JailEvent, JailRequest, LaunchSpec};
 use nix::sys::socket::{
     recvmsg, sendmsg, setsockopt, shutdown, socketpair, sockopt, AddressFamily, ControlMessage, ControlMessageOwned,
     MsgFlags, Shutdown, SockFlag, SockType,
@@ -19,6 +19,9 @@ use tokio::sync::watch;
 
 use super::fork::{self, Concealed};
 use crate::error::{Error, Result};
+
+/// How long a rehearsed launch may take; it takes milliseconds.
+const REHEARSAL_DEADLINE_S: i64 = 10;
 
 /// How a jailed process ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +35,19 @@ pub enum Exit {
     },
     /// The supervisor itself was killed; the kernel took the rest.
     SupervisorLost,
+}
+
+impl Exit {
+    fn failed(stage: microvm_jail::Stage, errno: i32, message: &str) -> Self {
+        Exit::Failed { stage: stage.to_string(), message: format!("{message} (errno {errno})") }
+    }
+
+    fn ended(code: Option<i32>, signal: Option<i32>) -> Self {
+        match (code, signal) {
+            (_, Some(signal)) => Exit::Signal(signal),
+            (code, None) => Exit::Code(code.unwrap_or(0)),
+        }
+    }
 }
 
 impl std::fmt::Display for Exit {
@@ -48,10 +64,29 @@ impl std::fmt::Display for Exit {
     }
 }
 
+/// What an audit found: a layer would have denied this.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    pub layer: String,
+    pub what: String,
+}
+
+/// What a jail has told so far.
+#[derive(Debug, Default)]
+struct Told {
+    confined: Option<Confined>,
+    findings: Vec<Finding>,
+}
+
+fn lock(told: &Mutex<Told>) -> std::sync::MutexGuard<'_, Told> {
+    told.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A running jail. Dropping it kills what is inside.
 #[derive(Debug)]
 pub struct Jailed {
     control: Arc<AsyncFd<OwnedFd>>,
+    told: Arc<Mutex<Told>>,
     pid: watch::Receiver<Option<i32>>,
     exit: watch::Receiver<Option<Exit>>,
     gone: watch::Receiver<bool>,
@@ -59,41 +94,40 @@ pub struct Jailed {
 }
 
 impl Jailed {
-    /// Launches `spec` with `fds` (in the order of `spec.fds`).
+    /// Launches `spec` with `fds` (in the order of `spec.fds`). `held` is dropped once no process of the jail is left.
     ///
     /// # Errors
     /// [`Error::Host`] when the launcher does not start.
-    pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[BorrowedFd<'_>]) -> Result<Self> {
+    pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[BorrowedFd<'_>], held: Box<dyn Send>) -> Result<Self> {
         let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
-        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-            .map_err(|e| failed("socketpair", &e))?;
-        setsockopt(&ours, sockopt::PassCred, &true).map_err(|e| failed("SO_PASSCRED", &e))?;
+        let (ours, child) = spawn(launcher)?;
         nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
             .map_err(|e| failed("O_NONBLOCK", &e))?;
-        let child = Command::new(launcher)
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .env_clear()
-            .spawn()
-            .map_err(|e| failed("spawn", &e))?;
         // SAFETY: an `OwnedFd` answers with the same open descriptor for as long as it lives.
         let control = unsafe { AsyncFd::register(ours) }.map_err(|e| failed("epoll", &e))?;
         let control = Arc::new(control);
         let (pid_tx, pid) = watch::channel(None);
         let (exit_tx, exit) = watch::channel(None);
         let (gone_tx, gone) = watch::channel(false);
+        let told = Arc::<Mutex<Told>>::default();
         // From here on the task owns the child: it is reaped whatever happens next.
-        tokio::spawn(watch_jail(control.clone(), child, pid_tx, exit_tx, gone_tx));
+        tokio::spawn(watch_jail(control.clone(), child, told.clone(), pid_tx, exit_tx, gone_tx, held));
         let _leash = fork::conceal(control.get_ref());
-        let jailed = Self { control, pid, exit, gone, _leash };
-        let packet = serde_json::to_vec(spec).map_err(|e| failed("encode the launch spec", &e))?;
-        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
-        sendmsg::<()>(jailed.control.as_raw_fd(), &[IoSlice::new(&packet)], rights, MsgFlags::MSG_NOSIGNAL, None)
-            .map_err(|e| failed("send the launch spec", &e))?;
+        let jailed = Self { control, told, pid, exit, gone, _leash };
+        send_spec(launcher, jailed.control.get_ref(), spec, fds)?;
         Ok(jailed)
+    }
+
+    /// Which of the layers that depend on the kernel the program got, once it runs.
+    #[must_use]
+    pub fn confined(&self) -> Option<Confined> {
+        lock(&self.told).confined.clone()
+    }
+
+    /// What an audit has found so far.
+    #[must_use]
+    pub fn findings(&self) -> Vec<Finding> {
+        lock(&self.told).findings.clone()
     }
 
     /// The program's process id on this host, once it runs.
@@ -154,6 +188,64 @@ impl Drop for Jailed {
     }
 }
 
+/// Starts the launcher; its control socket, and the process.
+fn spawn(launcher: &Path) -> Result<(OwnedFd, Child)> {
+    let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(|e| failed("socketpair", &e))?;
+    setsockopt(&ours, sockopt::PassCred, &true).map_err(|e| failed("SO_PASSCRED", &e))?;
+    let child = Command::new(launcher)
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .env_clear()
+        .spawn()
+        .map_err(|e| failed("spawn", &e))?;
+    Ok((ours, child))
+}
+
+fn send_spec(launcher: &Path, control: &OwnedFd, spec: &LaunchSpec, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
+    let packet = serde_json::to_vec(spec).map_err(|e| failed("encode the launch spec", &e))?;
+    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
+    sendmsg::<()>(control.as_raw_fd(), &[IoSlice::new(&packet)], rights, MsgFlags::MSG_NOSIGNAL, None)
+        .map(drop)
+        .map_err(|e| failed("send the launch spec", &e))
+}
+
+/// Launches `spec` and waits for its end, to find out whether it can be launched here. Blocking.
+///
+/// # Errors
+/// [`Error::Host`] when the launcher does not start or hangs; a launch that fails is an [`Exit::Failed`].
+pub fn rehearse(launcher: &Path, spec: &LaunchSpec) -> Result<(Option<Confined>, Exit)> {
+    let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
+    let (control, mut child) = spawn(launcher)?;
+    let deadline = nix::sys::time::TimeVal::new(REHEARSAL_DEADLINE_S, 0);
+    let talk = || -> Result<(Option<Confined>, Exit)> {
+        setsockopt(&control, sockopt::ReceiveTimeout, &deadline).map_err(|e| failed("SO_RCVTIMEO", &e))?;
+        send_spec(launcher, &control, spec, &[])?;
+        let (mut confined, mut exit) = (None, None);
+        while let Some((event, _)) = receive(&control).map_err(|e| failed("rehearse a launch with", &e))? {
+            match event {
+                JailEvent::Started { confined: told } => confined = Some(told),
+                JailEvent::Failed { stage, errno, message } => {
+                    exit.get_or_insert(Exit::failed(stage, errno, &message));
+                }
+                JailEvent::Exited { code, signal } => drop(exit.get_or_insert(Exit::ended(code, signal))),
+                JailEvent::Supervising | JailEvent::WouldDeny { .. } => {}
+            }
+        }
+        Ok((confined, exit.unwrap_or(Exit::SupervisorLost)))
+    };
+    let outcome = talk();
+    // Whatever is left of it ends with the socket.
+    drop(control);
+    child.wait().map_err(|e| failed("wait for", &e))?;
+    outcome
+}
+
 /// Waits on an exit receiver.
 pub async fn wait_exit(mut exit: watch::Receiver<Option<Exit>>) -> Exit {
     let ended = match exit.wait_for(Option::is_some).await {
@@ -166,25 +258,28 @@ pub async fn wait_exit(mut exit: watch::Receiver<Option<Exit>>) -> Exit {
 async fn watch_jail(
     control: Arc<AsyncFd<OwnedFd>>,
     mut child: Child,
+    told: Arc<Mutex<Told>>,
     pid: watch::Sender<Option<i32>>,
     exit: watch::Sender<Option<Exit>>,
     gone: watch::Sender<bool>,
+    held: Box<dyn Send>,
 ) {
     let mut ended = None;
     loop {
         match control.async_io(Interest::READABLE, receive).await {
-            Ok(Some((JailEvent::Started, sender))) => {
+            Ok(Some((JailEvent::Started { confined }, sender))) => {
+                lock(&told).confined = Some(confined);
                 pid.send_replace(sender);
             }
+            Ok(Some((JailEvent::WouldDeny { layer, what }, _))) => {
+                log::warn!("audit: {layer} would have denied {what}");
+                lock(&told).findings.push(Finding { layer, what });
+            }
             Ok(Some((JailEvent::Failed { stage, errno, message }, _))) => {
-                let message = format!("{message} (errno {errno})");
-                ended = Some(Exit::Failed { stage: stage.to_string(), message });
+                ended = Some(Exit::failed(stage, errno, &message));
             }
             Ok(Some((JailEvent::Exited { code, signal }, _))) => {
-                let how = match (code, signal) {
-                    (_, Some(signal)) => Exit::Signal(signal),
-                    (code, None) => Exit::Code(code.unwrap_or(0)),
-                };
+                let how = Exit::ended(code, signal);
                 // A failure before exec explains the exit better than its code does.
                 exit.send_replace(Some(ended.get_or_insert(how).clone()));
             }
@@ -197,7 +292,12 @@ async fn watch_jail(
         }
     }
     exit.send_replace(Some(ended.unwrap_or(Exit::SupervisorLost)));
-    let reaped = tokio::task::spawn_blocking(move || child.wait()).await;
+    let reaped = tokio::task::spawn_blocking(move || {
+        let ended = child.wait();
+        drop(held);
+        ended
+    })
+    .await;
     if !matches!(reaped, Ok(Ok(_))) {
         log::warn!("the jail's launcher was not reaped: {reaped:?}");
     }

@@ -23,6 +23,18 @@ pub fn usage(pid: i32) -> Option<Usage> {
     parse_stat(&stat)
 }
 
+/// Resident memory that is the process's alone: neither of files nor shared. `None` when it is gone.
+#[must_use]
+pub fn private_bytes(pid: i32) -> Option<u64> {
+    parse_statm(&fs::read_to_string(format!("/proc/{pid}/statm")).ok()?)
+}
+
+/// proc_pid_statm(5): size, resident, shared.
+fn parse_statm(statm: &str) -> Option<u64> {
+    let mut fields = statm.split_whitespace().skip(1).map_while(|field| field.parse::<u64>().ok());
+    Some(fields.next()?.saturating_sub(fields.next()?) * PAGE)
+}
+
 /// proc_pid_stat(5): the command may hold spaces and parentheses, so fields count from the last `)`.
 fn parse_stat(stat: &str) -> Option<Usage> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
@@ -37,6 +49,12 @@ mod tests {
     #[test]
     fn test_usage_of_this_process_is_above_zero() {
         assert!(usage(std::process::id() as i32).unwrap().rss_bytes > 1 << 20);
+    }
+
+    #[test]
+    fn test_parse_statm_takes_the_shared_pages_off() {
+        assert_eq!(parse_statm("900 30 10 1 0 5 0"), Some(20 * 4096));
+        assert_eq!(parse_statm("900"), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //!     lock               flock'ed by the owning process for as long as the VM exists
 //!     sock               the broker
 //!     config, disk       the VM's drives
+//!     cgroups            the folders of the VM's control groups
 //! ```
 //! A directory whose lock nobody holds belonged to a process that died; whoever finds it removes it.
 
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::Flock;
 
+use super::cgroup;
 use super::fork::{self, Concealed};
 use super::{lock, private_dir};
 use crate::error::{Error, Result};
@@ -25,6 +27,8 @@ use crate::model::VmId;
 const MAX_SOCKET_PATH: usize = 107;
 const SOCKET: &str = "sock";
 const LOCK: &str = "lock";
+/// Names the VM's control groups, one folder a line.
+pub const GROUPS: &str = "cgroups";
 
 /// The base directory that every process of this user works out alike: no environment variable has a say.
 #[must_use]
@@ -82,6 +86,7 @@ impl VmDir {
             return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "another process of this user".into() });
         };
         // Remains of a dead owner, if any: everything but the lock that we now hold.
+        cgroup::sweep(&path.join(GROUPS));
         for entry in fs::read_dir(&path).into_iter().flatten().flatten().filter(|entry| entry.file_name() != LOCK) {
             let stale = entry.path();
             let removed = if stale.is_dir() { fs::remove_dir_all(&stale) } else { fs::remove_file(&stale) };
@@ -141,10 +146,13 @@ pub fn sweep(base: &Path) -> Vec<String> {
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         let path = entry.path();
         match lock::try_exclusive(&path.join(LOCK)) {
-            Ok(Some(_held)) => match fs::remove_dir_all(&path) {
-                Ok(()) => swept.push(entry.file_name().to_string_lossy().into_owned()),
-                Err(error) => log::warn!("{}: stale, but could not be removed: {error}", path.display()),
-            },
+            Ok(Some(_held)) => {
+                cgroup::sweep(&path.join(GROUPS));
+                match fs::remove_dir_all(&path) {
+                    Ok(()) => swept.push(entry.file_name().to_string_lossy().into_owned()),
+                    Err(error) => log::warn!("{}: stale, but could not be removed: {error}", path.display()),
+                }
+            }
             Ok(None) => {}
             Err(error) => log::debug!("{}: not looked at: {error}", path.display()),
         }

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{chown, FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use microvm_protocol::identity::{Identity, DRIVE_BYTES};
@@ -14,23 +14,36 @@ use crate::host::memfd;
 /// The unit in which the template is copied; what is zero in it stays a hole.
 const CHUNK: usize = 64 * 1024;
 
-fn create_file(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
-}
-
-fn create(path: &Path) -> Result<File> {
-    create_file(path).map_err(|error| Error::host("create", path.display(), error))
-}
-
-/// Makes a sparse disk of `size_mb` MiB that begins with the template's file system; the agent grows that.
+/// Makes a drive of `size` bytes that reads as zeros, for `owner` alone; `None`: for this user.
 ///
 /// # Errors
 /// [`Error::Host`].
-pub fn write_disk(template: &Path, path: &Path, size_mb: u64) -> Result<()> {
+pub fn create_drive(path: &Path, size: u64, owner: Option<u32>) -> Result<()> {
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    made.and_then(|file| file.set_len(size)).map_err(|error| Error::host("create", path.display(), error))?;
+    owner.map_or(Ok(()), |owner| give_to(owner, path))
+}
+
+/// Changes the owner.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn give_to(owner: u32, path: &Path) -> Result<()> {
+    chown(path, Some(owner), None).map_err(|error| Error::host("chown", path.display(), error))
+}
+
+fn open(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().write(true).open(path)
+}
+
+/// Begins an empty disk with the template's file system; the agent grows that.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn write_disk(template: &Path, path: &Path) -> Result<()> {
     let mut source = File::open(template).map_err(|error| Error::host("open", template.display(), error))?;
-    let disk = create(path)?;
     let failed = |error: std::io::Error| Error::host("write", path.display(), error);
-    disk.set_len(size_mb << 20).map_err(failed)?;
+    let disk = open(path).map_err(failed)?;
     let mut chunk = vec![0; CHUNK];
     let mut at = 0;
     loop {
@@ -45,7 +58,7 @@ pub fn write_disk(template: &Path, path: &Path, size_mb: u64) -> Result<()> {
     }
 }
 
-/// Makes a disk that begins as the template's does.
+/// Fills an empty disk of the same size as the template's with what that holds.
 ///
 /// # Errors
 /// [`Error::Host`].
@@ -54,8 +67,7 @@ pub fn copy_disk(template: &OwnedFd, path: &Path) -> Result<()> {
     let copy = || {
         let source = File::from(template.try_clone()?);
         let length = source.metadata()?.len();
-        let disk = create_file(path)?;
-        disk.set_len(length)?;
+        let disk = open(path)?;
         let mut chunk = vec![0; CHUNK];
         for extent in memfd::data_extents(&source, length)? {
             for at in extent.clone().step_by(CHUNK) {
@@ -69,22 +81,11 @@ pub fn copy_disk(template: &OwnedFd, path: &Path) -> Result<()> {
     copy().map_err(failed)
 }
 
-/// Writes who the guest is, for the VMM alone to read.
+/// Writes who the guest is, also over another identity that no guest has read yet; the VMM may have the drive open.
 ///
 /// # Errors
 /// [`Error::Host`].
 pub fn write_config_drive(identity: &Identity, path: &Path) -> Result<()> {
-    let mut bytes = identity.to_drive().map_err(|error| Error::host("write", path.display(), error))?;
-    let written = create(path)?.write_all_at(&bytes, 0);
-    bytes.fill(0);
-    written.map_err(|error| Error::host("write", path.display(), error))
-}
-
-/// Writes another identity over that of a guest which has not read it yet; the VMM has the drive open.
-///
-/// # Errors
-/// [`Error::Host`].
-pub fn rewrite_config_drive(identity: &Identity, path: &Path) -> Result<()> {
     let mut bytes = identity.to_drive().map_err(|error| Error::host("write", path.display(), error))?;
     let written = overwrite(path, &bytes);
     bytes.fill(0);
@@ -92,7 +93,7 @@ pub fn rewrite_config_drive(identity: &Identity, path: &Path) -> Result<()> {
 }
 
 fn overwrite(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    OpenOptions::new().write(true).open(path)?.write_all_at(bytes, 0)
+    open(path)?.write_all_at(bytes, 0)
 }
 
 /// Overwrites the config drive with zeros, in place: the VMM still has it open.
@@ -116,7 +117,8 @@ mod tests {
         let mut content = vec![0; 1 << 20];
         content[300_000] = 7;
         std::fs::write(&template, &content).unwrap();
-        write_disk(&template, &disk, 64).unwrap();
+        create_drive(&disk, 64 << 20, None).unwrap();
+        write_disk(&template, &disk).unwrap();
         let meta = disk.metadata().unwrap();
         assert_eq!((meta.len(), meta.mode() & 0o777), (64 << 20, 0o600));
         assert!(meta.blocks() * 512 <= 2 * CHUNK as u64, "{} blocks", meta.blocks());

@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::error::{Error, Result};
+use crate::host::memory::{self, HostMemory};
 use crate::host::{clock, private_dir, runtime_dir};
 use crate::image::template::{Store, StoreLimits};
 use crate::image::GuestImage;
@@ -21,7 +22,7 @@ use crate::model::{
     Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, VmId, VmState,
 };
 use crate::vm::{self, network, MicroVm, Settings, Spec};
-use crate::vmm::Binaries;
+use crate::vmm::{Binaries, COST_MIB};
 use pool::Pool;
 
 pub use pool::ShelfUse;
@@ -88,6 +89,9 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         templates: config.templates.then(|| Arc::new(Store::new(&cache, limits))),
         binaries: Binaries::from(config),
         min_isolation: config.min_isolation,
+        jail: config.jail,
+        uid_range: config.uid_range,
+        cgroup_parent: config.cgroup_parent.as_ref().map(PathBuf::from),
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
         command_timeout: Duration::from_secs_f64(config.command_timeout_s),
         network_range: config.network_range,
@@ -186,7 +190,8 @@ impl Manager {
     /// Reserves quota and a name; starts no process.
     ///
     /// # Errors
-    /// [`Error::QuotaExceeded`], [`Error::VmIdTaken`], [`Error::InvalidValue`].
+    /// [`Error::QuotaExceeded`], also when the host has not the memory for one more; [`Error::VmIdTaken`],
+    /// [`Error::InvalidValue`].
     pub fn create(&self, request: CreateRequest) -> Result<Arc<MicroVm>> {
         let limits = request.limits.unwrap_or_else(|| self.config.default_limits.clone());
         limits.check()?;
@@ -206,8 +211,16 @@ impl Manager {
             rootfs_path: request.rootfs_path,
         };
         let vm = MicroVm::new(spec, self.settings.clone(), Some(self.pool.clone()));
+        let host = memory::read().filter(|_| !self.config.overcommit_memory);
+        // Looked up before the registry is locked; a VM that starts meanwhile is counted in full, which is safe.
+        let taken: u64 = self.list(None, None).iter().map(|vm| vm.memory_taken_mib()).sum();
         let left = {
             let mut registry = self.registry();
+            if let Some(host) = host {
+                let cost = |memory_mb: u64| memory_mb + COST_MIB;
+                let promised: u64 = registry.vms.iter().map(|vm| cost(vm.spec().limits.memory_mb)).sum();
+                check_host_memory(&vm_id, cost(limits.memory_mb), promised.saturating_sub(taken), host)?;
+            }
             registry.quota.reserve(&vm_id, &limits)?;
             registry.vms.push(vm.clone());
             registry.quota.available()
@@ -300,6 +313,22 @@ async fn prepare_all(manager: Weak<Manager>) {
     }
 }
 
+/// Whether the host has room for a VM of `needed` MiB beside what its VMs were promised and have not taken yet.
+fn check_host_memory(vm_id: &VmId, needed: u64, promised: u64, host: HostMemory) -> Result<()> {
+    let available = host.available_mib.saturating_sub(promised);
+    if needed <= available {
+        return Ok(());
+    }
+    Err(Error::QuotaExceeded {
+        vm_id: vm_id.clone(),
+        what: "host memory (MiB, with what the VMM needs)",
+        needed,
+        available,
+        limit: host.total_mib,
+        remedy: "set overcommit_memory=True",
+    })
+}
+
 /// Removes VMs that died; each stays in ERROR for one interval, so that its owner can see why.
 async fn clean_up(manager: Weak<Manager>, interval: Duration) {
     loop {
@@ -311,5 +340,22 @@ async fn clean_up(manager: Weak<Manager>, interval: Duration) {
                 log::info!("{}: removed, it was dead", vm.id());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_check_host_memory_counts_what_was_promised() {
+        let vm_id = VmId::parse("vm").unwrap();
+        let host = HostMemory { total_mib: 4000, available_mib: 1000 };
+        check_host_memory(&vm_id, 600, 400, host).unwrap();
+        let error = check_host_memory(&vm_id, 600, 401, host).unwrap_err();
+        assert_eq!(error.code(), "quota_exceeded");
+        let message = error.to_string();
+        assert!(message.contains("host memory") && message.contains("599 of 4000"), "{message}");
+        assert!(message.contains("overcommit_memory"), "{message}");
     }
 }

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use serde_json::{Map, Value};
 
-use super::{shapes, Backend, Grade, Ipv4Net, PoolSpec, ResourceLimits, Shape};
+use super::{shapes, Backend, Grade, Ipv4Net, JailMode, PoolSpec, ResourceLimits, Shape};
 use crate::error::{Error, Result};
 
 /// Private (RFC 1918), and not what the usual neighbours take: container engines, libvirt, Kubernetes, home routers.
@@ -20,6 +20,10 @@ pub const CONFIG_KEYS: &[&str] = &[
     "default_backend",
     "raise_on_error",
     "min_isolation",
+    "jail",
+    "uid_range",
+    "cgroup_parent",
+    "overcommit_memory",
     "runtime_dir",
     "pool",
     "prepare",
@@ -45,6 +49,11 @@ pub struct ManagerConfig {
     pub default_backend: Option<Backend>,
     pub raise_on_error: bool,
     pub min_isolation: Option<Grade>,
+    pub jail: JailMode,
+    /// First and last uid for VMs, where root starts them.
+    pub uid_range: (u32, u32),
+    pub cgroup_parent: Option<String>,
+    pub overcommit_memory: bool,
     pub runtime_dir: Option<String>,
     pub pool: Vec<PoolSpec>,
     /// Shapes whose templates are made when the manager starts.
@@ -73,6 +82,10 @@ impl Default for ManagerConfig {
             default_backend: None,
             raise_on_error: false,
             min_isolation: None,
+            jail: JailMode::Default,
+            uid_range: (2_000_000_000, 2_000_999_999),
+            cgroup_parent: None,
+            overcommit_memory: false,
             runtime_dir: None,
             pool: Vec::new(),
             prepare: Vec::new(),
@@ -119,6 +132,13 @@ impl ManagerConfig {
                         None => None,
                     }
                 }
+                "jail" => {
+                    let name = value.as_str().ok_or_else(|| wrong_type(key, value, "a string"))?;
+                    out.jail = rename(key, JailMode::parse(name))?;
+                }
+                "uid_range" => out.uid_range = uids(key, value)?,
+                "cgroup_parent" => out.cgroup_parent = optional_text(key, value)?,
+                "overcommit_memory" => out.overcommit_memory = flag(key, value)?,
                 "runtime_dir" => out.runtime_dir = optional_text(key, value)?,
                 // Their own defaults are other keys of this configuration: read below.
                 "pool" | "prepare" => {}
@@ -197,6 +217,22 @@ pub(super) fn whole(key: &str, value: &Value, low: u64, high: u64) -> Result<u64
         value: value.to_string(),
         allowed,
     })
+}
+
+/// Uid 0 is root, and 2^32 - 1 stands for "no change" in the kernel.
+fn uids(key: &str, value: &Value) -> Result<(u32, u32)> {
+    let allowed = "a list of two uids from 1 to 4294967294, the first and the last";
+    let ends = value.as_array().map(Vec::as_slice).unwrap_or_default();
+    let [first, last] = ends else { return Err(wrong_type(key, value, allowed)) };
+    let (first, last) = (whole(key, first, 1, 4_294_967_294)?, whole(key, last, 1, 4_294_967_294)?);
+    match (u32::try_from(first), u32::try_from(last)) {
+        (Ok(first), Ok(last)) if first <= last => Ok((first, last)),
+        _ => Err(Error::InvalidValue {
+            field: format!("config[{key:?}]"),
+            value: value.to_string(),
+            allowed: allowed.into(),
+        }),
+    }
 }
 
 fn seconds(key: &str, value: &Value) -> Result<f64> {

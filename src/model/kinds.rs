@@ -54,6 +54,10 @@ named!(
     /// The boundary a VM got, weakest first. QEMU does not call TCG a security boundary: there the jail is.
     Grade, "min_isolation" { Emulated = "emulated", Hardware = "hardware" }
 );
+named!(
+    /// How a VMM is confined: as far as this host can, wholly or not at all, or on trial.
+    JailMode, "jail" { Default = "default", Strict = "strict", Audit = "audit" }
+);
 
 #[cfg(test)]
 mod tests {

@@ -13,6 +13,9 @@ pub struct ResourceLimits {
     pub network_bandwidth_mbps: u64,
     pub max_file_handles: u64,
     pub max_processes: u64,
+    /// Bytes and operations per second of the VM's disks; `None`: as fast as they are.
+    pub disk_bytes_per_s: Option<u64>,
+    pub disk_ops_per_s: Option<u64>,
 }
 
 impl Default for ResourceLimits {
@@ -24,6 +27,8 @@ impl Default for ResourceLimits {
             network_bandwidth_mbps: 100,
             max_file_handles: 1024,
             max_processes: 128,
+            disk_bytes_per_s: None,
+            disk_ops_per_s: None,
         }
     }
 }
@@ -53,6 +58,12 @@ impl ResourceLimits {
         ];
         for ((field, low, high), value) in Self::RANGES.into_iter().zip(values) {
             Self::check_range(field, value, low, high)?;
+        }
+        // Below these a guest could not even boot from its disk in time.
+        let rates =
+            [("disk_bytes_per_s", self.disk_bytes_per_s, 64 << 10), ("disk_ops_per_s", self.disk_ops_per_s, 10)];
+        for (field, value, low) in rates {
+            value.map_or(Ok(()), |value| Self::check_range(field, value, low, 1 << 40))?;
         }
         Ok(())
     }

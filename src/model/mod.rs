@@ -2,6 +2,7 @@
 //!
 //! Architecture invariant: pure. No I/O, no clock, no async; everything here is tested without a machine.
 
+mod budget;
 mod config;
 mod egress;
 mod id;
@@ -14,11 +15,12 @@ mod quota;
 mod shapes;
 mod state;
 
+pub use budget::{Budget, CPU_PERIOD_US, VMM_CPU_PERCENT};
 pub use config::{ManagerConfig, CONFIG_KEYS};
 pub use egress::{EgressRule, EgressTarget, NamePattern};
 pub use id::VmId;
 pub use ipv4::Ipv4Net;
-pub use kinds::{Backend, Grade, IsolationType};
+pub use kinds::{Backend, Grade, IsolationType, JailMode};
 pub use limits::ResourceLimits;
 pub use network::{NetworkConfig, DEFAULT_PREFIX};
 pub use pool::{Form, PoolSpec, Shape};

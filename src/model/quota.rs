@@ -32,19 +32,25 @@ impl Quota {
             return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "this manager".into() });
         }
         let left = self.available();
-        let short = |what, needed, available, limit, key| Error::QuotaExceeded {
+        let short = |what, needed, available, limit, remedy| Error::QuotaExceeded {
             vm_id: vm_id.clone(),
             what,
             needed,
             available,
             limit,
-            key,
+            remedy,
         };
         if limits.vcpu_count > left.vcpus {
-            return Err(short("vCPUs", limits.vcpu_count, left.vcpus, self.max.vcpus, "max_vcpus"));
+            return Err(short("vCPUs", limits.vcpu_count, left.vcpus, self.max.vcpus, "raise max_vcpus"));
         }
         if limits.memory_mb > left.memory_mb {
-            return Err(short("memory (MB)", limits.memory_mb, left.memory_mb, self.max.memory_mb, "max_memory_mb"));
+            return Err(short(
+                "memory (MB)",
+                limits.memory_mb,
+                left.memory_mb,
+                self.max.memory_mb,
+                "raise max_memory_mb",
+            ));
         }
         self.entries.insert(vm_id.clone(), QuotaUse { vcpus: limits.vcpu_count, memory_mb: limits.memory_mb });
         Ok(())

@@ -9,7 +9,7 @@ use super::{Form, PoolSpec, ResourceLimits, Shape};
 use crate::error::{Error, Result};
 
 const SHAPE_KEYS: &str = "vcpu_count, memory_mb, disk_size_mb, network_bandwidth_mbps, max_file_handles, \
-                          max_processes, kernel_path, rootfs_path";
+                          max_processes, disk_bytes_per_s, disk_ops_per_s, kernel_path, rootfs_path";
 /// More VMs than that do not fit any host that this runs on.
 const MAX_SIZE: u64 = 4096;
 
@@ -75,6 +75,8 @@ fn read(
             "network_bandwidth_mbps" => number(&mut shape.limits.network_bandwidth_mbps)?,
             "max_file_handles" => number(&mut shape.limits.max_file_handles)?,
             "max_processes" => number(&mut shape.limits.max_processes)?,
+            "disk_bytes_per_s" => rate(&field, value, &mut shape.limits.disk_bytes_per_s)?,
+            "disk_ops_per_s" => rate(&field, value, &mut shape.limits.disk_ops_per_s)?,
             "kernel_path" => shape.kernel_path = optional_text(&field, value)?.map(PathBuf::from),
             "rootfs_path" => shape.rootfs_path = optional_text(&field, value)?.map(PathBuf::from),
             key => other(key, value)?,
@@ -87,6 +89,11 @@ fn read(
         other => other,
     })?;
     Ok(shape)
+}
+
+fn rate(field: &str, value: &Value, into: &mut Option<u64>) -> Result<()> {
+    *into = if value.is_null() { None } else { Some(whole(field, value, 0, u64::MAX)?) };
+    Ok(())
 }
 
 fn read_form(field: &str, value: &Value) -> Result<Form> {

@@ -160,8 +160,20 @@ pub fn optional_callable<'a, 'py>(
     }
 }
 
-/// Limits from the six fields in their order.
-pub fn limits_from(py: Python<'_>, values: [&Bound<'_, PyAny>; 6]) -> PyResult<ResourceLimits> {
+fn optional_whole(field: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
+    if value.is_none() {
+        Ok(None)
+    } else {
+        whole(field, value).map(Some)
+    }
+}
+
+/// Limits from the fields in their order; the last two may be `None`.
+pub fn limits_from(
+    py: Python<'_>,
+    values: [&Bound<'_, PyAny>; 6],
+    [disk_bytes_per_s, disk_ops_per_s]: [&Bound<'_, PyAny>; 2],
+) -> PyResult<ResourceLimits> {
     let [vcpu_count, memory_mb, disk_size_mb, network_bandwidth_mbps, max_file_handles, max_processes] = values;
     let limits = ResourceLimits {
         vcpu_count: whole("vcpu_count", vcpu_count)?,
@@ -170,6 +182,8 @@ pub fn limits_from(py: Python<'_>, values: [&Bound<'_, PyAny>; 6]) -> PyResult<R
         network_bandwidth_mbps: whole("network_bandwidth_mbps", network_bandwidth_mbps)?,
         max_file_handles: whole("max_file_handles", max_file_handles)?,
         max_processes: whole("max_processes", max_processes)?,
+        disk_bytes_per_s: optional_whole("disk_bytes_per_s", disk_bytes_per_s)?,
+        disk_ops_per_s: optional_whole("disk_ops_per_s", disk_ops_per_s)?,
     };
     limits.check().map_err(|error| errors::raise(py, &error))?;
     Ok(limits)
@@ -227,7 +241,8 @@ pub fn limits(value: &Bound<'_, PyAny>) -> PyResult<ResourceLimits> {
         field("max_file_handles")?,
         field("max_processes")?,
     ];
-    limits_from(value.py(), values.each_ref())
+    let rates = [field("disk_bytes_per_s")?, field("disk_ops_per_s")?];
+    limits_from(value.py(), values.each_ref(), rates.each_ref())
 }
 
 /// A `VMNetworkConfig`, checked again.

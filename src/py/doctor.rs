@@ -1,11 +1,13 @@
 //! What this host can run, and what to do about what is missing.
 
+use microvm_jail::Layer;
 use pyo3::prelude::*;
-use serde_json::{json, Value};
+use serde_json::{json, Map, Value};
 
 use super::convert;
+use crate::host::cgroup::{self, Controller};
 use crate::host::{kvm, net, privileges, runtime_dir};
-use crate::model::Grade;
+use crate::model::{Grade, ManagerConfig};
 use crate::vm::network;
 use crate::vmm::{self, Binaries};
 
@@ -24,13 +26,24 @@ pub fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
         for backend in backends.iter().filter(|backend| backend.grade.is_none()) {
             problem(format!("{}: {}", backend.backend, backend.reason), backend.remedy.clone());
         }
-        if !privileges.user_namespaces {
-            let remedy = "allow them: sysctl user.max_user_namespaces=10000 (and, where they exist, \
-                          kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)";
-            problem("user namespaces are not available, the jail needs them".into(), Some(remedy.into()));
-        }
-        if let Err(error) = image.check() {
-            problem(error.to_string(), None);
+        let mut jail = Map::new();
+        match image.check().and_then(|()| vmm::host_jail(&image.launcher, ManagerConfig::default().uid_range.0)) {
+            Ok(host) => {
+                if let Some(why) = &host.no_proc {
+                    problem("VMs boot instead of being cloned: their jail can have no /proc".into(), Some(why.clone()));
+                }
+                for (name, layer) in layers(&host) {
+                    let (given, how) = match layer {
+                        Layer::Given(how) => (true, how),
+                        Layer::Missing(why) => {
+                            problem(format!("the jail lacks {name}"), Some(why.clone()));
+                            (false, why)
+                        }
+                    };
+                    jail.insert(name, json!({"given": given, "how": how}));
+                }
+            }
+            Err(error) => problem(error.to_string(), None),
         }
         let network = network::ready();
         if let Err(refusal) = &network {
@@ -70,6 +83,7 @@ pub fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
                 "reason": network.as_ref().err().map(|refusal| &refusal.reason),
                 "remedy": network.as_ref().err().map(|refusal| &refusal.remedy),
             },
+            "jail": jail,
             "kvm": {"device": kvm.device, "usable": kvm.usable, "reason": kvm.reason, "remedy": kvm.remedy},
             "backends": listed,
             "guest_image": {
@@ -83,4 +97,24 @@ pub fn doctor(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
         })
     });
     convert::from_json(py, &report)
+}
+
+/// What this host can give to any jail: found out by making one, and groups for it.
+fn layers(host: &vmm::HostJail) -> Vec<(String, Layer)> {
+    let mut layers =
+        vec![("namespaces".to_owned(), host.namespaces.clone()), ("uid".to_owned(), host.identity.clone())];
+    if let Some(confined) = host.confined.clone() {
+        layers.push(("landlock".into(), confined.landlock));
+        layers.push(("seccomp".into(), confined.seccomp));
+        layers.push(("keyring".into(), confined.keyring));
+        layers.push(("namespace_limits".into(), confined.namespace_limits));
+    }
+    for (controller, outcome) in cgroup::probe(None) {
+        // Where v2 has no such controller, the jail's root does its work.
+        if controller == Controller::Devices && outcome.is_err() && host.own_root() {
+            continue;
+        }
+        layers.push((format!("cgroup_{controller}"), outcome.map_or_else(Layer::Missing, Layer::Given)));
+    }
+    layers
 }

@@ -35,13 +35,6 @@ pub fn health_json(health: &Health) -> Value {
     })
 }
 
-fn bandwidth_limit(network: &NetworkConfig) -> &'static str {
-    match network.isolated_network {
-        true => "nothing to limit: the VM has no network",
-        false => "on the host: tbf on the tap (to the VM) and on its shaper (from the VM)",
-    }
-}
-
 /// What the VM got while it is connected, else what it asked for.
 fn network_info(network: &NetworkConfig, segment: Option<&Segment>) -> Value {
     let mut info = json!({
@@ -93,14 +86,8 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "kernel_path": spec.kernel_path,
         "rootfs_path": spec.rootfs_path,
         "resource_limits": convert::limits_json(&spec.limits),
-        "limits": {
-            "vcpu_count": "the VM has that many vCPUs",
-            "memory_mb": "the VM has that much memory",
-            "disk_size_mb": "the VM's disk has that size",
-            "network_bandwidth_mbps": bandwidth_limit(&spec.network),
-            "max_file_handles": "in the guest: RLIMIT_NOFILE of every program",
-            "max_processes": "in the guest: RLIMIT_NPROC and pids.max",
-        },
+        "jail": facts.jail,
+        "limits": facts.limits,
         "network_config": network_info(&spec.network, segment),
         "health_metrics": metrics,
         "last_error": vm.last_error().map(|error| json!({"code": error.code(), "message": error.to_string()})),

@@ -19,6 +19,7 @@ use pyo3::prelude::*;
 use convert::{limits_from, network_from};
 
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "one for each field")]
 fn check_resource_limits(
     vcpu_count: &Bound<'_, PyAny>,
     memory_mb: &Bound<'_, PyAny>,
@@ -26,9 +27,11 @@ fn check_resource_limits(
     network_bandwidth_mbps: &Bound<'_, PyAny>,
     max_file_handles: &Bound<'_, PyAny>,
     max_processes: &Bound<'_, PyAny>,
+    disk_bytes_per_s: &Bound<'_, PyAny>,
+    disk_ops_per_s: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let values = [vcpu_count, memory_mb, disk_size_mb, network_bandwidth_mbps, max_file_handles, max_processes];
-    limits_from(vcpu_count.py(), values).map(drop)
+    limits_from(vcpu_count.py(), values, [disk_bytes_per_s, disk_ops_per_s]).map(drop)
 }
 
 #[pyfunction]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use microvm_protocol::identity::{Key, CONFIG_SERIAL};
 use tokio::net::UnixStream;
 
+use super::confine::Confinement;
 use super::network::Connection;
 use super::prepare::{self, prepare, Prepared};
 use super::running::Running;
@@ -178,6 +179,7 @@ pub struct Launching {
     transport: UnixStream,
     control: Box<dyn Control>,
     tails: LiveTails,
+    confinement: Confinement,
     connection: Option<Connection>,
     template: Option<Arc<Template>>,
     progress: Progress,
@@ -195,10 +197,10 @@ impl Launching {
     ) -> Result<Self> {
         progress.at("drives");
         let (prepared, key) = prepared.write_drives(settings, template.clone()).await?;
-        let Prepared { dir, vmm, mut plan, limits, network } = prepared;
+        let Prepared { dir, vmm, mut plan, limits, network, held, confinement, .. } = prepared;
         progress.at("launch");
         let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
-        let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan, &origin)?;
+        let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan, &origin, Box::new(held))?;
         // The tap is the VMM's from here on: it goes when the VMM does.
         plan.nic = None;
         let connection = network.map(|network| network.connection);
@@ -213,6 +215,7 @@ impl Launching {
             transport,
             control,
             tails,
+            confinement,
             connection,
             template,
             progress,
@@ -258,7 +261,7 @@ impl Launching {
         let renaming = tokio::task::spawn_blocking(move || {
             self.dir.rename(&base, &vm_id)?;
             let (identity, key) = prepare::identity(&vm_id, &self.limits, None)?;
-            image::rewrite_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
+            image::write_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
             self.plan.vm_id = vm_id;
             self.key = key;
             self.progress = Progress::since(begun, "take");
@@ -280,6 +283,7 @@ impl Launching {
             mut transport,
             control,
             tails,
+            confinement,
             template,
             progress,
             limit,
@@ -306,6 +310,7 @@ impl Launching {
             backend: vmm.backend(),
             grade: vmm.grade(),
             accelerator: vmm.accelerator(),
+            confinement,
             origin: if template.is_some() { "clone" } else { "boot" },
             stages: progress.lengths(),
             since: Instant::now(),

@@ -5,6 +5,7 @@
 //! instructions at a time and is never held across an await or a log call. `operation` is taken first.
 
 mod boot;
+mod confine;
 mod health;
 pub mod network;
 mod prepare;
@@ -25,9 +26,9 @@ use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::image::template::Store;
 use crate::image::GuestImage;
-use crate::model::{Backend, Grade, Ipv4Net, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::model::{Backend, Grade, Ipv4Net, IsolationType, JailMode, NetworkConfig, ResourceLimits, VmId, VmState};
 use crate::net::Segment;
-use crate::vmm::Binaries;
+use crate::vmm::{Binaries, COST_MIB};
 
 pub use health::{Health, HealthStatus};
 use running::Running;
@@ -57,6 +58,11 @@ pub struct Settings {
     pub templates: Option<Arc<Store>>,
     pub binaries: Binaries,
     pub min_isolation: Option<Grade>,
+    pub jail: JailMode,
+    /// First and last uid for VMs, where root starts them.
+    pub uid_range: (u32, u32),
+    /// Below which group the VMs' groups are made; `None`: where this process may.
+    pub cgroup_parent: Option<PathBuf>,
     pub start_timeout: Duration,
     pub command_timeout: Duration,
     pub network_range: Ipv4Net,
@@ -74,6 +80,9 @@ pub struct Facts {
     /// The stages of its start and how long each took.
     pub stages: Vec<(&'static str, Duration)>,
     pub socket: PathBuf,
+    /// How it is confined, and where each limit is enforced; `None` while it does not run.
+    pub jail: Option<Value>,
+    pub limits: Option<Value>,
     /// `None` while it is on no network.
     pub segment: Option<Arc<Segment>>,
 }
@@ -140,6 +149,14 @@ impl MicroVm {
     #[must_use]
     pub fn last_error(&self) -> Option<Error> {
         self.cell().last_error.clone()
+    }
+
+    /// Host memory, MiB, that this VM's VMM has touched; never more than what it may.
+    #[must_use]
+    pub fn memory_taken_mib(&self) -> u64 {
+        let pid = self.cell().running.as_ref().and_then(|running| running.pid());
+        let taken = pid.and_then(crate::host::procfs::private_bytes).map_or(0, |bytes| bytes >> 20);
+        taken.min(self.spec.limits.memory_mb + COST_MIB)
     }
 
     pub fn set_last_error(&self, error: Error) {

@@ -1,12 +1,14 @@
 //! Everything of a VM that can be refused or made before a process runs.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use microvm_jail::Access;
 use microvm_protocol::identity::{
     GuestNetwork, Identity, Key, KeyPair, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL,
 };
 
+use super::confine::{confine, Confinement, Held};
 use super::network::{self, Connection};
 use super::{Settings, Spec};
 use crate::error::{Error, Result};
@@ -22,8 +24,20 @@ pub struct Prepared {
     pub dir: VmDir,
     pub vmm: Box<dyn Vmm>,
     pub plan: LaunchPlan,
+    pub sources: Sources,
     pub limits: ResourceLimits,
     pub network: Option<Network>,
+    /// Shared with every VMM that is launched in this jail.
+    pub held: Arc<Held>,
+    pub confinement: Confinement,
+}
+
+/// What a VM is made of, as this host names it.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    pub kernel: PathBuf,
+    pub initramfs: PathBuf,
+    pub rootfs: Option<PathBuf>,
 }
 
 /// What a connected VM has beside its device.
@@ -41,7 +55,7 @@ pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
 }
 
 impl Prepared {
-    /// Writes the drives: who the guest is, and a disk, which is the template's where there is one. Returns the guest's
+    /// Fills the drives: who the guest is, and a disk, which is the template's where there is one. Returns the guest's
     /// key.
     pub async fn write_drives(self, settings: &Settings, template: Option<Arc<Template>>) -> Result<(Self, Key)> {
         let (vm_id, image) = (self.plan.vm_id.clone(), settings.image.disk_template.clone());
@@ -52,7 +66,7 @@ impl Prepared {
             let disk = self.dir.path().join(DISK_SERIAL);
             match template {
                 Some(template) => image::copy_disk(&template.disk, &disk)?,
-                None => image::write_disk(&image, &disk, self.limits.disk_size_mb)?,
+                None => image::write_disk(&image, &disk)?,
             }
             Ok((self, key))
         });
@@ -78,10 +92,6 @@ pub fn identity(vm_id: &VmId, limits: &ResourceLimits, network: Option<GuestNetw
     Ok((identity, key))
 }
 
-fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).map_err(|error| Error::host("absolute path", path.display(), error))
-}
-
 fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let vm_id = &spec.vm_id;
     if let Some(path) = &spec.kernel_path {
@@ -94,15 +104,28 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let vmm = vmm::select(vm_id, spec.backend, settings.min_isolation, &settings.binaries)?;
     let dir = VmDir::create(&settings.base, vm_id)?;
     let path = |name: &str| dir.path().join(name);
+    let (mut jail, held, confinement) = confine(spec, settings, &dir, vmm.as_ref())?;
+    let mut drive = |serial: &'static str, size: u64, access: Access| {
+        let path = path(serial);
+        image::create_drive(&path, size, held.uid())?;
+        let path = jail.show(serial, &path, &format!("/vm/{serial}"), access)?;
+        Ok(Drive { serial, path, read_only: access == Access::Read, size })
+    };
     let mut drives = vec![
-        Drive { serial: CONFIG_SERIAL, path: path(CONFIG_SERIAL), read_only: true, size: DRIVE_BYTES as u64 },
-        Drive { serial: DISK_SERIAL, path: path(DISK_SERIAL), read_only: false, size: spec.limits.disk_size_mb << 20 },
+        drive(CONFIG_SERIAL, DRIVE_BYTES as u64, Access::Read)?,
+        drive(DISK_SERIAL, spec.limits.disk_size_mb << 20, Access::Write)?,
     ];
     if let Some(rootfs) = &spec.rootfs_path {
-        let path = absolute(rootfs)?;
-        let size = path.metadata().map_err(|error| Error::host("stat", path.display(), error))?.len();
+        let path = jail.show("rootfs_path", rootfs, "/image/rootfs", Access::Read)?;
+        let size = rootfs.metadata().map_err(|error| Error::host("stat", rootfs.display(), error))?.len();
         drives.push(Drive { serial: ROOTFS_SERIAL, path, read_only: true, size });
     }
+    let (kernel_field, kernel) = match &spec.kernel_path {
+        Some(path) => ("kernel_path", path),
+        None => ("package data", &settings.image.kernel),
+    };
+    let initramfs = &settings.image.initramfs;
+    let sources = Sources { kernel: kernel.clone(), initramfs: initramfs.clone(), rootfs: spec.rootfs_path.clone() };
     let (network, nic) = match spec.network.isolated_network {
         true => (None, None),
         false => {
@@ -115,11 +138,14 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         vm_id: vm_id.clone(),
         vcpu_count: spec.limits.vcpu_count,
         memory_mib: spec.limits.memory_mb,
-        kernel: absolute(spec.kernel_path.as_ref().unwrap_or(&settings.image.kernel))?,
-        initramfs: settings.image.initramfs.clone(),
+        kernel: jail.show(kernel_field, kernel, "/image/kernel", Access::Read)?,
+        initramfs: jail.show("package data", initramfs, "/image/initramfs", Access::Read)?,
         drives,
         nic,
-        launcher: settings.image.launcher.clone(),
+        disk_bytes_per_s: spec.limits.disk_bytes_per_s,
+        disk_ops_per_s: spec.limits.disk_ops_per_s,
+        jail,
     };
-    Ok(Prepared { dir, vmm, plan, limits: spec.limits.clone(), network })
+    let (limits, held) = (spec.limits.clone(), Arc::new(held));
+    Ok(Prepared { dir, vmm, plan, sources, limits, network, held, confinement })
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::sync::watch;
 
+use super::confine::Confinement;
 use super::network::Connection;
 use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
@@ -30,6 +31,7 @@ pub struct Running {
     pub(super) backend: Backend,
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
+    pub(super) confinement: Confinement,
     /// `boot`, `clone` or `pool`.
     pub(super) origin: &'static str,
     pub(super) stages: Vec<(&'static str, Duration)>,
@@ -96,6 +98,8 @@ impl Running {
             backend: Some(self.backend),
             grade: Some(self.grade),
             accelerator: Some(self.accelerator),
+            jail: Some(self.confinement.jail_json(self.jailed.confined().as_ref(), &self.jailed.findings())),
+            limits: Some(self.confinement.limits_json()),
             origin: Some(self.origin),
             stages: self.stages.clone(),
             segment: self.connection().as_ref().map(|connection| connection.segment().clone()),

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use microvm_jail::Access;
 use microvm_protocol::handshake::{has_failed, Ask};
-use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
+use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, ROOTFS_SERIAL};
 use tokio::io::AsyncWriteExt;
 
 use super::boot::{Attempt, Progress};
@@ -34,6 +35,10 @@ pub async fn find_or_make(
     progress: &Progress,
 ) -> Result<Option<Arc<Template>>> {
     let Some(store) = &settings.templates else { return Ok(None) };
+    if let Err(reason) = prepared.vmm.can_clone(&prepared.plan.jail) {
+        log::warn!("{}: the VM boots: {reason}", prepared.plan.vm_id);
+        return Ok(None);
+    }
     let found = async {
         let fit = fit(store, prepared).await?;
         store.find_or_make(&fit, |dir| async move { record(prepared, settings, progress, &dir).await }).await
@@ -72,7 +77,7 @@ pub async fn discard(settings: &Settings, template: &Template) {
 
 /// What a template of this VM depends on.
 async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
-    let (store, vmm, plan) = (store.clone(), &prepared.vmm, prepared.plan.clone());
+    let (store, vmm, plan, sources) = (store.clone(), &prepared.vmm, prepared.plan.clone(), prepared.sources.clone());
     let binary = vmm.binary().to_owned();
     let (backend, accelerator, machine) = (vmm.backend(), vmm.accelerator(), vmm.machine(&plan));
     let looking = tokio::task::spawn_blocking(move || {
@@ -80,7 +85,8 @@ async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
             |path: &Path| store.digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
         // A guest has the image mounted when it is frozen; its other drives are made for each clone.
         let drive = |drive: &Drive| {
-            let image = if drive.serial == ROOTFS_SERIAL { Some(digest(&drive.path)?) } else { None };
+            let image = sources.rootfs.as_deref().filter(|_| drive.serial == ROOTFS_SERIAL);
+            let image = image.map(digest).transpose()?;
             Ok(FitDrive { serial: drive.serial.to_owned(), size: drive.size, image })
         };
         Ok(Fit {
@@ -89,8 +95,8 @@ async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
             accelerator: accelerator.into(),
             cpu: kvm::cpu().0,
             machine,
-            kernel: digest(&plan.kernel)?,
-            initramfs: digest(&plan.initramfs)?,
+            kernel: digest(&sources.kernel)?,
+            initramfs: digest(&sources.initramfs)?,
             drives: plan.drives.iter().map(drive).collect::<Result<_>>()?,
         })
     });
@@ -99,10 +105,10 @@ async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
 
 /// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
 async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
-    let plan = blank(&prepared.plan, &settings.image, dir)?;
+    let (plan, origin) = blank(prepared, &settings.image, dir)?;
     let vm_id = &plan.vm_id;
-    let origin = Origin::Record { ram: dir.join(RAM) };
-    let Launched { jailed, agent: mut transport, control, tails } = prepared.vmm.launch(&plan, &origin)?;
+    let Launched { jailed, agent: mut transport, control, tails } =
+        prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
     let state = File::create_new(dir.join(STATE)).map_err(|error| Error::host("create", dir.display(), error))?;
     let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;
@@ -124,31 +130,28 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     let hello = attempt.race(frozen).await?;
     jailed.kill();
     jailed.reaped().await;
+    if prepared.held.uid().is_some() {
+        let owner = nix::unistd::geteuid().as_raw();
+        [RAM, DISK].iter().try_for_each(|name| image::give_to(owner, &dir.join(name)))?;
+    }
     let config = dir.join(CONFIG_SERIAL);
     std::fs::remove_file(&config).map_err(|error| Error::host("remove", config.display(), error))?;
     Ok(hello)
 }
 
 /// The plan with files in `dir`: memory, a disk as every VM's begins, and a config drive that says nothing.
-fn blank(plan: &LaunchPlan, image: &GuestImage, dir: &Path) -> Result<LaunchPlan> {
-    let sparse = |path: &Path, size: u64| {
-        let made = File::create_new(path).and_then(|file| file.set_len(size));
-        made.map_err(|error| Error::host("create", path.display(), error))
-    };
-    sparse(&dir.join(RAM), plan.memory_mib << 20)?;
-    sparse(&dir.join(CONFIG_SERIAL), DRIVE_BYTES as u64)?;
-    let own = |drive: &Drive| match drive.serial {
-        ROOTFS_SERIAL => Ok(drive.clone()),
-        DISK_SERIAL => {
-            let path = dir.join(DISK);
-            image::write_disk(&image.disk_template, &path, drive.size >> 20)?;
-            Ok(Drive { path, ..drive.clone() })
-        }
-        serial => Ok(Drive { path: dir.join(serial), ..drive.clone() }),
-    };
-    Ok(LaunchPlan {
-        drives: plan.drives.iter().map(own).collect::<Result<_>>()?,
-        nic: plan.nic.as_ref().map(|_| Nic::unplugged()),
-        ..plan.clone()
-    })
+fn blank(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<(LaunchPlan, Origin)> {
+    let mut plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..prepared.plan.clone() };
+    let owner = prepared.held.uid();
+    let ram = dir.join(RAM);
+    image::create_drive(&ram, plan.memory_mib << 20, owner)?;
+    let ram = plan.jail.show(RAM, &ram, "/vm/ram", Access::Write)?;
+    for drive in plan.drives.iter_mut().filter(|drive| drive.serial != ROOTFS_SERIAL) {
+        let own = dir.join(if drive.serial == DISK_SERIAL { DISK } else { drive.serial });
+        image::create_drive(&own, drive.size, owner)?;
+        drive.path = plan.jail.show_instead(drive.serial, &drive.path, &own)?;
+    }
+    image::write_disk(&image.disk_template, &dir.join(DISK))?;
+    plan.nic = plan.nic.map(|_| Nic::unplugged());
+    Ok((plan, Origin::Record { ram }))
 }

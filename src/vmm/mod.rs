@@ -6,6 +6,7 @@
 mod cloud_hypervisor;
 mod firecracker;
 mod install;
+mod jail;
 mod qemu;
 
 use std::fmt::Debug;
@@ -16,6 +17,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use microvm_jail::Layer;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result, Tails};
@@ -25,6 +27,8 @@ use crate::host::tail::Tail;
 use crate::model::{Backend, Grade, VmId};
 
 pub use install::{probe, Binaries, Installed};
+pub use jail::{host_jail, HostJail, JailPlan};
+pub use qemu::Program as QemuProgram;
 
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -36,6 +40,7 @@ pub const CONTROL_DEADLINE: Duration = Duration::from_secs(5);
 pub struct Drive {
     /// The serial number by which the guest finds it.
     pub serial: &'static str,
+    /// As the VMM finds it.
     pub path: PathBuf,
     pub read_only: bool,
     /// In bytes.
@@ -77,12 +82,31 @@ pub struct LaunchPlan {
     pub vm_id: VmId,
     pub vcpu_count: u64,
     pub memory_mib: u64,
+    /// As the VMM finds it, like every path here.
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
     pub drives: Vec<Drive>,
     /// `None`: the VM is on no network.
     pub nic: Option<Nic>,
-    pub launcher: PathBuf,
+    /// Bytes and operations per second, for each drive that can be written.
+    pub disk_bytes_per_s: Option<u64>,
+    pub disk_ops_per_s: Option<u64>,
+    pub jail: JailPlan,
+}
+
+/// Host memory that a VMM needs beyond its guest's at most, MiB: the manager's quota counts with it. docs/security.md has
+/// the measurement.
+pub const COST_MIB: u64 = 56;
+/// How much it is allowed, MiB: its disk has pages in the host's cache besides.
+pub const OVERHEAD_MIB: u64 = 128;
+
+/// What a VMM needs beyond its VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VmmNeeds {
+    /// Device nodes beside those that every jail has.
+    pub devices: Vec<PathBuf>,
+    /// Layers of the jail that depend on the VMM.
+    pub layers: Vec<(&'static str, Layer)>,
 }
 
 /// What a VMM said on its console and on stderr, still growing.
@@ -152,11 +176,15 @@ pub trait Vmm: Send + Sync + Debug {
     fn binary(&self) -> &Path;
     /// The machine that `plan` describes, without the names of its files: what a template of it depends on.
     fn machine(&self, plan: &LaunchPlan) -> Vec<String>;
-    /// Launches the VMM; call on the runtime. Dropping what it returns kills the VMM.
+    fn needs(&self) -> VmmNeeds;
+    /// Whether a VM in this jail can be a clone; `Err` says why not.
+    fn can_clone(&self, jail: &JailPlan) -> std::result::Result<(), String>;
+    /// Launches the VMM; call on the runtime. Dropping what it returns kills the VMM; `held` is dropped once no process
+    /// of it is left.
     ///
     /// # Errors
-    /// [`Error::Host`].
-    fn launch(&self, plan: &LaunchPlan, origin: &Origin) -> Result<Launched>;
+    /// [`Error::Host`], [`Error::ImageUnreadable`].
+    fn launch(&self, plan: &LaunchPlan, origin: &Origin, held: Box<dyn Send>) -> Result<Launched>;
 }
 
 /// The backend asked for, or the best one that this host can run.
@@ -174,7 +202,7 @@ pub fn select(vm_id: &VmId, wanted: Option<Backend>, min: Option<Grade>, binarie
         let kvm = crate::host::kvm::probe();
         return Err(Error::IsolationUnavailable {
             vm_id: vm_id.clone(),
-            wanted: min.to_string(),
+            wanted: format!("min_isolation={min}"),
             offered: vmm.grade().to_string(),
             reason: kvm.reason,
             remedy: kvm.remedy.unwrap_or_default(),

@@ -7,6 +7,7 @@ the other end of a wire. Both namespaces have no name and vanish with their proc
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -95,8 +96,10 @@ class Lab:
 def state() -> Dict[str, str]:
     """All that a connected VM changes on the host."""
     commands = ("ip -oneline link", "ip -oneline address", "ip route show table all", "ip rule", "tc qdisc")
-    # Routes over a tap that nobody holds say so, a moment later.
-    state = {command: run(command).replace(" linkdown", "") for command in commands + ("nft list ruleset",)}
+    state = {command: run(command) for command in commands + ("nft list ruleset",)}
+    # A tap that nobody holds has no carrier; links and routes say so a moment later.
+    carrier = re.compile(r" linkdown|NO-CARRIER,|(?<= state )(UP|DOWN)")
+    state = {command: carrier.sub("", text) for command, text in state.items()}
     # What the host learns of its own neighbours is its own affair.
     neighbours = run("ip neigh").splitlines()
     return dict(state, neighbours="\n".join(line for line in neighbours if UPLINK not in line))

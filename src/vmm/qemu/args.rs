@@ -42,6 +42,21 @@ fn escape(path: &std::path::Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
+/// QEMU's own filter of system calls, all of it: nothing obsolete, no change of privileges, no process, no scheduling.
+pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// What depends on this host and its QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Host {
+    pub accelerator: Accelerator,
+    /// The frequency of the CPU's counter, where the guest has to be told.
+    pub tsc_khz: Option<u64>,
+    /// Where QEMU's firmware is, when not where it was built to look.
+    pub firmware: Option<&'static str>,
+    /// Whether QEMU can filter its own system calls.
+    pub sandbox: bool,
+}
+
 /// Guest memory in a file: shared while a template is recorded in it, private (copy-on-write) in a clone.
 fn memory(plan: &LaunchPlan, origin: &Origin) -> Option<String> {
     let (path, share) = match origin {
@@ -53,7 +68,8 @@ fn memory(plan: &LaunchPlan, origin: &Origin) -> Option<String> {
 }
 
 /// QEMU's arguments after `argv[0]`.
-pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin, tsc_khz: Option<u64>) -> Vec<String> {
+pub fn arguments(plan: &LaunchPlan, origin: &Origin, host: Host) -> Vec<String> {
+    let accelerator = host.accelerator;
     // With acpi=on, or without pit and pic, boots under TCG hang while the guest calibrates its timers.
     let timers = match accelerator {
         Accelerator::Tcg => "acpi=off,pit=on,pic=on,rtc=on",
@@ -99,6 +115,12 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin, t
     ]
     .map(str::to_owned)
     .into();
+    if let Some(firmware) = host.firmware {
+        args.extend(["-L", firmware].map(str::to_owned));
+    }
+    if host.sandbox {
+        args.extend(["-sandbox", SANDBOX].map(str::to_owned));
+    }
     if let Some(memory) = memory {
         args.extend(["-object".into(), memory]);
     }
@@ -106,7 +128,7 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin, t
         // The kernel is in the memory already; reading the files would take time and 25 MiB of each clone's own.
         args.extend(["-S", "-incoming", "defer"].map(str::to_owned));
     } else {
-        let more = if accelerator == Accelerator::Tcg { tcg_cmdline(tsc_khz) } else { String::new() };
+        let more = if accelerator == Accelerator::Tcg { tcg_cmdline(host.tsc_khz) } else { String::new() };
         let cmdline = format!("{CMDLINE}{more}");
         let (kernel, initramfs) = (plan.kernel.display().to_string(), plan.initramfs.display().to_string());
         args.extend(["-kernel".into(), kernel, "-initrd".into(), initramfs, "-append".into(), cmdline]);
@@ -116,7 +138,11 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin, t
         // Without werror=report a full host disk would stop the VM instead of failing the guest's write.
         let errors = if drive.read_only { "" } else { ",werror=report" };
         args.push("-drive".into());
-        args.push(format!("id={serial},if=none,format=raw,readonly={read_only}{errors},file={}", escape(&drive.path)));
+        let throttle = if drive.read_only { String::new() } else { throttling(plan) };
+        args.push(format!(
+            "id={serial},if=none,format=raw,readonly={read_only}{errors}{throttle},file={}",
+            escape(&drive.path)
+        ));
         args.push("-device".into());
         args.push(format!("virtio-blk-device,drive={serial},serial={serial}"));
     }
@@ -131,11 +157,17 @@ pub fn arguments(plan: &LaunchPlan, accelerator: Accelerator, origin: &Origin, t
     args
 }
 
+/// The block layer's own limits on bytes and operations, reads and writes together.
+fn throttling(plan: &LaunchPlan) -> String {
+    let option = |name: &str, value: Option<u64>| value.map(|n| format!(",throttling.{name}={n}")).unwrap_or_default();
+    option("bps-total", plan.disk_bytes_per_s) + &option("iops-total", plan.disk_ops_per_s)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::VmId;
-    use crate::vmm::Drive;
+    use crate::vmm::{Drive, JailPlan};
 
     fn plan() -> LaunchPlan {
         let drive = |serial, path: &str, read_only| Drive { serial, path: path.into(), read_only, size: 0 };
@@ -143,17 +175,35 @@ mod tests {
             vm_id: VmId::parse("tab-1").unwrap(),
             vcpu_count: 2,
             memory_mib: 1024,
-            kernel: "/data/vmlinux".into(),
-            initramfs: "/data/initramfs.cpio".into(),
+            kernel: "/image/kernel".into(),
+            initramfs: "/image/initramfs".into(),
             drives: vec![
-                drive("config", "/run/x/tab-1/config", true),
-                drive("disk", "/run/x/tab-1/disk", false),
+                drive("config", "/vm/config", true),
+                drive("disk", "/vm/disk", false),
                 drive("rootfs", "/images/a,b.ext4", true),
             ],
             nic: None,
-            launcher: "/data/microvm-jail".into(),
+            disk_bytes_per_s: Some(8 << 20),
+            disk_ops_per_s: Some(500),
+            jail: JailPlan {
+                launcher: "/data/microvm-jail".into(),
+                own_root: true,
+                no_proc: None,
+                identity: None,
+                files: Vec::new(),
+                rlimits: Vec::new(),
+                cgroup_procs: Vec::new(),
+                audit: false,
+            },
         }
     }
+
+    const HOST: Host = Host {
+        accelerator: Accelerator::Tcg,
+        tsc_khz: Some(2_595_120),
+        firmware: Some("/vmm/firmware"),
+        sandbox: true,
+    };
 
     /// One argument a line, so that a change shows as a line. `MICROVM_BLESS=1` writes the file anew.
     fn assert_golden(name: &str, args: &[String]) {
@@ -167,38 +217,44 @@ mod tests {
 
     #[test]
     fn test_arguments_under_tcg_are_golden() {
-        assert_golden("qemu-tcg.args", &arguments(&plan(), Accelerator::Tcg, &Origin::Boot, Some(2_595_120)));
+        assert_golden("qemu-tcg.args", &arguments(&plan(), &Origin::Boot, HOST));
     }
 
     #[test]
     fn test_arguments_of_a_recording_are_golden() {
-        let origin = Origin::Record { ram: "/cache/a,b/ram".into() };
-        assert_golden("qemu-tcg-record.args", &arguments(&plan(), Accelerator::Tcg, &origin, None));
+        let origin = Origin::Record { ram: "/vm/a,b/ram".into() };
+        assert_golden("qemu-tcg-record.args", &arguments(&plan(), &origin, HOST));
     }
 
     #[test]
     fn test_arguments_of_a_clone_are_golden() {
         let ram = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap().into());
         let origin = Origin::Clone { ram };
-        assert_golden("qemu-tcg-clone.args", &arguments(&plan(), Accelerator::Tcg, &origin, None));
+        assert_golden("qemu-tcg-clone.args", &arguments(&plan(), &origin, HOST));
     }
 
     #[test]
     fn test_arguments_under_kvm_are_golden() {
-        assert_golden("qemu-kvm.args", &arguments(&plan(), Accelerator::Kvm, &Origin::Boot, Some(2_595_120)));
+        assert_golden(
+            "qemu-kvm.args",
+            &arguments(&plan(), &Origin::Boot, Host { accelerator: Accelerator::Kvm, ..HOST }),
+        );
     }
 
     #[test]
     fn test_arguments_with_a_nic_are_golden() {
         let tap = std::fs::File::open("/dev/null").unwrap().into();
         let plan = LaunchPlan { nic: Some(Nic::new("52:54:00:12:34:56".into(), tap)), ..plan() };
-        assert_golden("qemu-nic.args", &arguments(&plan, Accelerator::Tcg, &Origin::Boot, None));
+        assert_golden(
+            "qemu-nic.args",
+            &arguments(&plan, &Origin::Boot, Host { tsc_khz: None, firmware: None, sandbox: false, ..HOST }),
+        );
     }
 
     #[test]
     fn test_arguments_of_a_recording_name_no_tap() {
         let plan = LaunchPlan { nic: Some(Nic::unplugged()), ..plan() };
-        let args = arguments(&plan, Accelerator::Tcg, &Origin::Record { ram: "/ram".into() }, None);
+        let args = arguments(&plan, &Origin::Record { ram: "/ram".into() }, HOST);
         assert!(args.contains(&"hubport,id=net,hubid=0".into()) && !args.iter().any(|arg| arg.contains("tap,")));
     }
 }

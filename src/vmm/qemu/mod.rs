@@ -2,12 +2,13 @@
 
 mod api;
 mod args;
+mod program;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use microvm_jail::LaunchSpec;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result};
@@ -15,25 +16,26 @@ use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::host::{kvm, tsc};
 use crate::model::{Backend, Grade};
-use crate::vmm::{Binaries, Drive, LaunchPlan, Launched, LiveTails, Nic, Origin, Vmm};
+use crate::vmm::{Binaries, Drive, JailPlan, LaunchPlan, Launched, LiveTails, Nic, Origin, Vmm, VmmNeeds};
 use api::Qmp;
-use args::{Accelerator, AGENT_FD, QMP_FD, RAM_FD, TAP_FD};
+use args::{Accelerator, Host, AGENT_FD, QMP_FD, RAM_FD, TAP_FD};
+pub use program::Program;
 
 /// QEMU on this host.
 #[derive(Debug, Clone)]
 pub struct Qemu {
-    binary: PathBuf,
+    program: Arc<Program>,
     accelerator: Accelerator,
 }
 
 impl Qemu {
     /// # Errors
-    /// [`Error::BackendUnavailable`].
+    /// [`Error::BackendUnavailable`], [`Error::Host`].
     pub fn find(binaries: &Binaries) -> Result<Self> {
         tsc::begin();
-        let binary = binaries.locate(Backend::Qemu)?;
+        let program = Program::inspect(&binaries.locate(Backend::Qemu)?)?;
         let accelerator = if kvm::probe().usable { Accelerator::Kvm } else { Accelerator::Tcg };
-        Ok(Self { binary, accelerator })
+        Ok(Self { program, accelerator })
     }
 }
 
@@ -45,6 +47,11 @@ impl Qemu {
         } else {
             None
         }
+    }
+
+    fn host(&self, firmware: Option<&'static str>) -> Host {
+        let (accelerator, tsc_khz, sandbox) = (self.accelerator, self.tsc_khz(), self.program.has_sandbox());
+        Host { accelerator, tsc_khz, firmware, sandbox }
     }
 }
 
@@ -73,7 +80,7 @@ impl Vmm for Qemu {
     }
 
     fn binary(&self) -> &Path {
-        &self.binary
+        self.program.path()
     }
 
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
@@ -81,15 +88,44 @@ impl Vmm for Qemu {
         let drives = plan.drives.iter().map(nameless).collect();
         // Two measurements of one counter differ a little, two counters of one CPU model a lot.
         let coarse = self.tsc_khz().map(|khz| khz / 5_000 * 5_000);
-        let nic = plan.nic.as_ref().map(|_| Nic::unplugged());
-        let nameless = LaunchPlan { kernel: PathBuf::new(), initramfs: PathBuf::new(), drives, nic, ..plan.clone() };
-        args::arguments(&nameless, self.accelerator, &Origin::Boot, coarse)
+        let nameless = LaunchPlan {
+            kernel: PathBuf::new(),
+            initramfs: PathBuf::new(),
+            drives,
+            nic: plan.nic.as_ref().map(|_| Nic::unplugged()),
+            disk_bytes_per_s: None,
+            disk_ops_per_s: None,
+            ..plan.clone()
+        };
+        args::arguments(&nameless, &Origin::Boot, Host { tsc_khz: coarse, ..self.host(None) })
     }
 
-    fn launch(&self, plan: &LaunchPlan, origin: &Origin) -> Result<Launched> {
-        let mut argv = vec![self.binary.display().to_string()];
-        argv.extend(args::arguments(plan, self.accelerator, origin, self.tsc_khz()));
-        let mut spec = LaunchSpec::new(argv);
+    fn needs(&self) -> VmmNeeds {
+        let devices = match self.accelerator {
+            Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
+            Accelerator::Tcg => Vec::new(),
+        };
+        VmmNeeds { devices, layers: self.program.layers() }
+    }
+
+    fn can_clone(&self, jail: &JailPlan) -> std::result::Result<(), String> {
+        // QEMU opens the memory by a name, and a sealed one has no other.
+        let why = |reason: &String| Err(format!("a clone's memory needs a /proc in its jail: {reason}"));
+        jail.no_proc.as_ref().map_or(Ok(()), why)
+    }
+
+    fn launch(&self, plan: &LaunchPlan, origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {
+        let mut jail = plan.jail.clone();
+        let is_clone = matches!(origin, Origin::Clone { .. });
+        if is_clone {
+            jail.hide(&plan.kernel);
+            jail.hide(&plan.initramfs);
+        }
+        let shown = self.program.show(&mut jail)?;
+        let mut argv = vec![shown.program.display().to_string()];
+        argv.extend(args::arguments(plan, origin, self.host(shown.firmware)));
+        let mut spec = jail.spec(argv, shown.env, self.program.seccomp());
+        spec.proc = jail.own_root && is_clone;
         spec.fds = vec![1, 2, AGENT_FD, QMP_FD];
         let (console, console_end) = Tail::pipe()?;
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
@@ -104,7 +140,7 @@ impl Vmm for Qemu {
             spec.fds.push(TAP_FD);
             fds.push(tap.fd.as_fd());
         }
-        let jailed = Jailed::launch(&plan.launcher, &spec, &fds)?;
+        let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
     }

@@ -9,7 +9,8 @@ use microvm_isolation::channel::Agent;
 use microvm_isolation::error::Result;
 use microvm_isolation::image::{self, GuestImage};
 use microvm_isolation::model::{Backend, VmId};
-use microvm_isolation::vmm::{self, Binaries, Drive, LaunchPlan, Launched, Origin};
+use microvm_isolation::vmm::{self, Binaries, Drive, JailPlan, LaunchPlan, Launched, Origin};
+use microvm_jail::Access;
 use microvm_protocol::frame::{Frame, Kind};
 use microvm_protocol::handshake::GuestHandshake;
 use microvm_protocol::identity::{Identity, Key, KeyPair, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES};
@@ -21,6 +22,8 @@ use tokio::net::UnixStream;
 
 pub const KEY: Key = Key([0x51; 32]);
 pub const OTHER_KEY: Key = Key([0x52; 32]);
+/// For the moment in which a jail is tried.
+const UID: u32 = 2_000_000_000;
 
 pub fn id(name: &str) -> VmId {
     VmId::parse(name).unwrap()
@@ -345,23 +348,30 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
         hostname: name.into(),
         network: None,
     };
-    image::write_config_drive(&identity, &path("config")).unwrap();
-    image::write_disk(&image.disk_template, &path("disk"), 64).unwrap();
+    let mut jail = JailPlan::new(&image.launcher, &vmm::host_jail(&image.launcher, UID).unwrap(), None, &[]).unwrap();
+    let mut drive = |serial: &'static str, size: u64, access: Access| {
+        image::create_drive(&path(serial), size, None).unwrap();
+        let path = jail.show(serial, &path(serial), &format!("/vm/{serial}"), access).unwrap();
+        Drive { serial, path, read_only: access == Access::Read, size }
+    };
+    let drives =
+        vec![drive(CONFIG_SERIAL, DRIVE_BYTES as u64, Access::Read), drive(DISK_SERIAL, 64 << 20, Access::Write)];
+    image::write_config_drive(&identity, &path(CONFIG_SERIAL)).unwrap();
+    image::write_disk(&image.disk_template, &path(DISK_SERIAL)).unwrap();
     let plan = LaunchPlan {
         vm_id: id(name),
         vcpu_count: 1,
         memory_mib: 128,
-        kernel: image.kernel.clone(),
-        initramfs: image.initramfs.clone(),
-        drives: vec![
-            Drive { serial: CONFIG_SERIAL, path: path("config"), read_only: true, size: DRIVE_BYTES as u64 },
-            Drive { serial: DISK_SERIAL, path: path("disk"), read_only: false, size: 64 << 20 },
-        ],
+        kernel: jail.show("kernel", &image.kernel, "/image/kernel", Access::Read).unwrap(),
+        initramfs: jail.show("initramfs", &image.initramfs, "/image/initramfs", Access::Read).unwrap(),
+        drives,
         nic: None,
-        launcher: image.launcher.clone(),
+        disk_bytes_per_s: None,
+        disk_ops_per_s: None,
+        jail,
     };
     let vmm = vmm::select(&plan.vm_id, Some(Backend::Qemu), None, &Binaries::default()).expect("QEMU is installed");
-    (vmm.launch(&plan, &Origin::Boot).unwrap(), folder)
+    (vmm.launch(&plan, &Origin::Boot, Box::new(())).unwrap(), folder)
 }
 
 /// A real VM with a tap between QEMU and the agent's host end.

@@ -45,6 +45,10 @@ def render(report: Dict[str, Any]) -> List[str]:
     for backend in report.get("backends", []):
         lines += _backend(backend)
     lines += ["", "Network"] + _facts(report.get("network", {}))
+    lines += ["", "Jail"]
+    for name, layer in sorted(report.get("jail", {}).items()):
+        head = "given" if layer.get("given") else "MISSING"
+        lines.append("  {}: {}: {}".format(name.replace("_", " "), head, layer.get("how")))
     lines += ["", "Guest image"] + _facts(report.get("guest_image", {}))
     lines += ["", "Runtime directory", "  {}".format(report.get("runtime_dir")), ""]
     problems = report.get("problems", [])

@@ -17,6 +17,8 @@ class VMResourceLimits:
         network_bandwidth_mbps: Network limit in Mbit/s, each way.
         max_file_handles: Open files in the guest.
         max_processes: Processes in the guest.
+        disk_bytes_per_s: Bytes that the VM's disk moves in a second, reads and writes together; None: no limit.
+        disk_ops_per_s: Operations on the VM's disk in a second; None: no limit.
 
     Raises:
         TypeError: A value is not an ``int`` (``bool`` is none here).
@@ -33,6 +35,8 @@ class VMResourceLimits:
     network_bandwidth_mbps: int = 100
     max_file_handles: int = 1024
     max_processes: int = 128
+    disk_bytes_per_s: Optional[int] = None
+    disk_ops_per_s: Optional[int] = None
 
     def __post_init__(self) -> None:
         _native.check_resource_limits(
@@ -42,6 +46,8 @@ class VMResourceLimits:
             self.network_bandwidth_mbps,
             self.max_file_handles,
             self.max_processes,
+            self.disk_bytes_per_s,
+            self.disk_ops_per_s,
         )
 
 

@@ -226,6 +226,8 @@ def check_resource_limits(
     network_bandwidth_mbps: int,
     max_file_handles: int,
     max_processes: int,
+    disk_bytes_per_s: Optional[int],
+    disk_ops_per_s: Optional[int],
 ) -> None: ...
 def check_network_config(
     tap_device: Optional[str],

@@ -1,4 +1,4 @@
-//! The stages that confine: cgroups, namespaces, limits, privileges.
+//! The stages that confine: cgroups, namespaces, limits.
 //!
 //! Architecture invariant: each function is one stage, names itself in its failures, and is called from exactly one of
 //! `main` (L), `supervisor` (C) and `vmm` (V), in the order of `Stage`. Nothing is skipped silently: what the spec asks
@@ -12,8 +12,9 @@ use microvm_jail::{Namespaces, Resource, Rlimit, Stage};
 use nix::errno::Errno;
 use nix::mount::{mount, MsFlags};
 use nix::sched::{unshare, CloneFlags};
+use nix::sys::statfs::{statfs, CGROUP2_SUPER_MAGIC};
 use nix::sys::{prctl, resource, signal::Signal};
-use nix::unistd::{chdir, getegid, geteuid, getppid, Pid};
+use nix::unistd::{chdir, getppid, sethostname, Pid};
 
 use crate::failure::Failure;
 
@@ -28,6 +29,15 @@ pub fn open_cgroups(paths: &[PathBuf]) -> Result<Cgroups, Failure> {
     paths.iter().map(open).collect()
 }
 
+/// The group's folder, when exactly one is to be joined and it is of the unified hierarchy: only there can a process be
+/// born.
+pub fn birthplace(paths: &[PathBuf]) -> Option<File> {
+    let [procs] = paths else { return None };
+    let folder = procs.parent().filter(|_| procs.ends_with("cgroup.procs"))?;
+    let is_unified = |folder: &Path| statfs(folder).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    File::open(folder).ok().filter(|_| is_unified(folder))
+}
+
 /// Moves the calling process, and with it every later child, into the groups.
 pub fn join_cgroups(cgroups: Cgroups) -> Result<(), Failure> {
     for (path, mut file) in cgroups {
@@ -36,22 +46,6 @@ pub fn join_cgroups(cgroups: Cgroups) -> Result<(), Failure> {
             .map_err(|error| Failure::io(Stage::Cgroup, &error, format_args!("joining {}", path.display())))?;
     }
     Ok(())
-}
-
-/// A user namespace in which the current user is the only one and keeps its number.
-pub fn enter_user_namespace() -> Result<(), Failure> {
-    let (uid, gid) = (geteuid(), getegid());
-    enter(CloneFlags::CLONE_NEWUSER, Stage::UserNamespace, "user")?;
-    // The kernel takes gid_map from an ordinary user only once setgroups is denied (user_namespaces(7)).
-    write_map("/proc/self/setgroups", "deny")?;
-    write_map("/proc/self/uid_map", &format!("{uid} {uid} 1"))?;
-    write_map("/proc/self/gid_map", &format!("{gid} {gid} 1"))
-}
-
-fn write_map(path: &str, content: &str) -> Result<(), Failure> {
-    let write = |path: &Path| OpenOptions::new().write(true).open(path)?.write_all(content.as_bytes());
-    write(Path::new(path))
-        .map_err(|error| Failure::io(Stage::UserNamespace, &error, format_args!("writing \"{content}\" to {path}")))
 }
 
 /// A PID namespace for the next child; the caller itself stays where it is.
@@ -76,8 +70,12 @@ fn enter_ipc_namespace() -> Result<(), Failure> {
     enter(CloneFlags::CLONE_NEWIPC, Stage::IpcNamespace, "IPC")
 }
 
+/// The host's name is no business of a VMM's.
+const HOSTNAME: &str = "jail";
+
 fn enter_uts_namespace() -> Result<(), Failure> {
-    enter(CloneFlags::CLONE_NEWUTS, Stage::UtsNamespace, "UTS")
+    enter(CloneFlags::CLONE_NEWUTS, Stage::UtsNamespace, "UTS")?;
+    sethostname(HOSTNAME).map_err(|errno| Failure::errno(Stage::UtsNamespace, errno, "sethostname"))
 }
 
 /// The namespaces that the supervisor enters itself, in which the VMM is then born.
@@ -97,7 +95,7 @@ pub fn enter_supervisor_namespaces(namespaces: Namespaces) -> Result<(), Failure
     Ok(())
 }
 
-fn enter(flag: CloneFlags, stage: Stage, name: &str) -> Result<(), Failure> {
+pub fn enter(flag: CloneFlags, stage: Stage, name: &str) -> Result<(), Failure> {
     unshare(flag).map_err(|errno| {
         let way_out = match errno {
             Errno::EPERM if stage == Stage::UserNamespace => {
@@ -141,10 +139,6 @@ fn kernel_resource(resource: Resource) -> resource::Resource {
         Resource::Nproc => Kernel::RLIMIT_NPROC,
         Resource::Stack => Kernel::RLIMIT_STACK,
     }
-}
-
-pub fn set_no_new_privs() -> Result<(), Failure> {
-    prctl::set_no_new_privs().map_err(|errno| Failure::errno(Stage::NoNewPrivs, errno, "PR_SET_NO_NEW_PRIVS"))
 }
 
 /// Has the kernel kill the caller when its parent, `supervisor`, dies. For a jail without a PID namespace, whose end

@@ -10,13 +10,21 @@
 //! # Processes
 //!
 //! ```text
-//! manager ── posix_spawn ──> L  launcher: new session; opens the cgroups; enters the user namespace; forks C;
+//! manager ── posix_spawn ──> L  launcher: new session; opens the cgroups; an ordinary user's user namespace; forks C;
 //!    │                       │            drops every descriptor; waits for C and exits with C's status
 //!    │                       └─> C  supervisor: PID 1 of the PID namespace; joins the cgroups; enters the other
-//!    │                           │              namespaces; forks V; watches V and the control socket
+//!    │                           │              namespaces; builds the root; becomes the VM's user; drops every
+//!    │                           │              privilege; forks V; watches V and the control socket
 //!    └──── control socket ───────┤
-//!                                └─> V  the VMM: own session, its descriptors, limits, exec
+//!                                └─> V  the VMM: own session, its descriptors, limits, Landlock, seccomp, exec
 //! ```
+//!
+//! The files follow the stages: `confine` (namespaces, cgroups, limits), `root`, `identity`, `landlock`, `seccomp` with
+//! its `policy`, `audit`.
+//!
+//! Root enters the user namespace last, when the others are made and the root is in place: they belong to the host's
+//! user namespace, so even a VMM that won every capability of its own could change none of them. L writes the maps,
+//! which nobody inside may. An ordinary user enters it first, because it is what gives the right to the others.
 //!
 //! Who dies takes the others along: the manager's end of the control socket reads as end-of-file in C, which kills V;
 //! C's death ends the PID namespace (without one, V has a parent-death signal, safe because C has a single thread); V's
@@ -51,9 +59,11 @@
 //! The VMM's exit code; 128 + signal when it was killed; [`SETUP_FAILED`] when the jail could not be set up;
 //! 128 + signal as well when C itself was killed.
 
+mod event;
 mod spec;
 
+pub use event::{Confined, JailEvent, Layer, Stage, MAX_EVENT_BYTES, SETUP_FAILED};
 pub use spec::{
-    JailEvent, JailRequest, LaunchSpec, Namespaces, Resource, Rlimit, SpecError, Stage, MAX_EVENT_BYTES, MAX_FDS,
-    MAX_PACKET_BYTES, MAX_TARGET_FD, SETUP_FAILED,
+    Access, Identity, JailRequest, LaunchSpec, Namespaces, Resource, Rlimit, Seccomp, SpecError, Visible, MAX_FDS,
+    MAX_PACKET_BYTES, MAX_TARGET_FD,
 };

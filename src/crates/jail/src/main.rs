@@ -3,25 +3,33 @@
 //! The crate's documentation (`lib.rs`) has the whole picture.
 //!
 //! Architecture invariant: no thread is ever started here, so `fork` copies the whole program and the child may do
-//! anything; and no `fork` leaves two processes with duties: L after its fork only waits.
+//! anything; and no `fork` leaves two processes with duties for long: L after its fork
+//! writes C's maps, gives up its privileges and waits.
 
+mod audit;
 mod confine;
 mod control;
 mod descriptors;
 mod failure;
+mod identity;
+mod landlock;
+mod policy;
 mod process;
 mod program;
+mod root;
+mod seccomp;
 mod supervisor;
 mod vmm;
 
 use std::os::fd::OwnedFd;
 
 use microvm_jail::{LaunchSpec, Stage, SETUP_FAILED};
-use nix::unistd::{fork, ForkResult};
+use nix::unistd::ForkResult;
 
 use crate::confine::Cgroups;
 use crate::control::Control;
 use crate::failure::Failure;
+use crate::identity::{MapRequest, MapService};
 use crate::program::Program;
 
 /// What L hands on to C, and C to V.
@@ -31,6 +39,8 @@ struct Prepared {
     /// In the order of `spec.fds`, numbered above all targets.
     passed: Vec<OwnedFd>,
     cgroups: Cgroups,
+    /// Where the maps of the user namespace come from that C enters; `None` when L has entered one, or there is none.
+    maps: Option<MapRequest>,
 }
 
 fn main() {
@@ -62,7 +72,7 @@ fn run() -> i32 {
         }
     };
     match prepare(spec, passed) {
-        Ok(prepared) => launch(control, prepared),
+        Ok((prepared, service)) => launch(control, prepared, service),
         Err(failure) => control.report(&failure),
     }
 }
@@ -74,28 +84,47 @@ fn isolate() -> Result<(), Failure> {
     process::leave_session_if_possible()
 }
 
-fn prepare(spec: LaunchSpec, passed: Vec<OwnedFd>) -> Result<Prepared, Failure> {
+fn prepare(spec: LaunchSpec, passed: Vec<OwnedFd>) -> Result<(Prepared, Option<MapService>), Failure> {
     let program = Program::new(&spec)?;
     let passed = descriptors::raise(passed, descriptors::first_free_above(&spec.fds))?;
     let cgroups = confine::open_cgroups(&spec.cgroup_procs)?;
-    // First of the namespaces: it gives an ordinary user the right to the others.
-    if spec.namespaces.user {
-        confine::enter_user_namespace()?;
-    }
+    // For an ordinary user it comes first, because it gives the right to the others. Root, with a user for the VMM,
+    // enters it last: then the others are out of its power.
+    let (maps, service) = match (spec.namespaces.user, spec.identity) {
+        (true, Some(_)) => identity::map_by_launcher().map(|(request, service)| (Some(request), Some(service)))?,
+        (true, None) => {
+            identity::enter_own_user_namespace()?;
+            (None, None)
+        }
+        (false, _) => (None, None),
+    };
     if spec.namespaces.pid {
         confine::prepare_pid_namespace()?;
     }
-    Ok(Prepared { spec, program, passed, cgroups })
+    Ok((Prepared { spec, program, passed, cgroups, maps }, service))
 }
 
-fn launch(control: Control, prepared: Prepared) -> i32 {
+fn launch(control: Control, mut prepared: Prepared, service: Option<MapService>) -> i32 {
+    let birthplace = confine::birthplace(&prepared.spec.cgroup_procs);
     // SAFETY: this process has one thread, so the child's copy of it holds no lock and no half-done state.
-    match unsafe { fork() } {
-        Ok(ForkResult::Child) => supervisor::run(&control, prepared),
-        Ok(ForkResult::Parent { child }) => {
+    match unsafe { process::fork_into(birthplace.as_ref()) } {
+        Ok((ForkResult::Child, in_group)) => {
+            drop((service, birthplace));
+            if in_group {
+                prepared.cgroups.clear();
+            }
+            supervisor::run(&control, prepared)
+        }
+        Ok((ForkResult::Parent { child }, _)) => {
+            let identity = prepared.spec.identity;
+            // Of all that was prepared L needs nothing any more; C must see the end of the pipes if L fails.
+            drop(prepared);
+            let mapped = service.zip(identity).map_or(Ok(()), |(service, identity)| service.serve(child, identity));
+            if let Err(failure) = mapped.and_then(|()| identity::renounce()) {
+                control.report(&failure);
+            }
             // The manager must read end-of-file when C is gone, and the other ends of the passed descriptors when V is.
             drop(control);
-            drop(prepared);
             process::wait(child).map_or(SETUP_FAILED, process::Ended::exit_code)
         }
         Err(errno) => control.report(&Failure::errno(Stage::Fork, errno, "forking the supervisor")),

@@ -5,7 +5,7 @@
 use microvm_jail::{JailEvent, Stage};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
-use nix::unistd::{setsid, Pid};
+use nix::unistd::{setsid, ForkResult, Pid};
 
 use crate::failure::Failure;
 
@@ -109,6 +109,38 @@ pub fn leave_session_if_possible() -> Result<(), Failure> {
 /// Starts a session; for a process fresh from fork, which leads nothing yet.
 pub fn leave_session() -> Result<(), Failure> {
     setsid().map(drop).map_err(|errno| Failure::errno(Stage::Session, errno, "setsid"))
+}
+
+/// clone3(2): struct clone_args up to and with `cgroup`, 11 words.
+const CLONE_ARGS_CGROUP: usize = 10;
+const CLONE_ARGS_EXIT_SIGNAL: usize = 4;
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+/// fork(2), into a group of the unified hierarchy if one is given: a child that is born in its group spares the kernel
+/// the wait, 15 ms, that moving a process costs. Answers with the child and whether it is in the group.
+///
+/// # Safety
+/// As for fork: the caller has one thread.
+pub unsafe fn fork_into(group: Option<&impl std::os::fd::AsRawFd>) -> Result<(ForkResult, bool), Errno> {
+    if let Some(group) = group {
+        let mut arguments = [0u64; CLONE_ARGS_CGROUP + 1];
+        arguments[0] = CLONE_INTO_CGROUP;
+        arguments[CLONE_ARGS_EXIT_SIGNAL] = libc::SIGCHLD as u64;
+        arguments[CLONE_ARGS_CGROUP] = u64::try_from(group.as_raw_fd()).unwrap_or(u64::MAX);
+        // SAFETY: the kernel's struct, as long as said; without CLONE_VM the child has a copy of everything.
+        let child = unsafe { libc::syscall(libc::SYS_clone3, arguments.as_ptr(), std::mem::size_of_val(&arguments)) };
+        match Errno::result(child) {
+            Ok(0) => return Ok((ForkResult::Child, true)),
+            Ok(child) => {
+                let child = Pid::from_raw(i32::try_from(child).unwrap_or(-1));
+                return Ok((ForkResult::Parent { child }, true));
+            }
+            // Before 5.7 the kernel does not know it; whatever else it objects to, joining the group will say better.
+            Err(_) => {}
+        }
+    }
+    // SAFETY: as the caller promises.
+    unsafe { nix::unistd::fork() }.map(|forked| (forked, false))
 }
 
 /// Waits for `child` to end.

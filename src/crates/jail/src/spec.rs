@@ -1,19 +1,16 @@
-//! What travels over the control socket: the launch spec, the events and the requests.
+//! What the launcher is told: the launch spec and the requests that may follow it.
 //!
 //! Architecture invariant: plain data and checks on it; no system call is made here.
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 /// Longest spec or request the launcher reads. Below `net.core.wmem_default` (212,992), which bounds what fits into
 /// one packet of the socket anyway.
 pub const MAX_PACKET_BYTES: usize = 192 * 1024;
-
-/// Longest event the launcher sends; messages are cut to fit.
-pub const MAX_EVENT_BYTES: usize = 4096;
 
 /// Most descriptors in one spec: the kernel's `SCM_MAX_FD`.
 pub const MAX_FDS: usize = 253;
@@ -22,21 +19,19 @@ pub const MAX_FDS: usize = 253;
 /// in place, and all of that has to fit below the usual soft limit of 1024 open files.
 pub const MAX_TARGET_FD: i32 = 511;
 
-/// Exit code of a process of the jail that failed before the VMM ran.
-pub const SETUP_FAILED: i32 = 125;
-
 /// Everything the launcher has to know to start one VMM.
 ///
-/// What is left out of the JSON confines more, never less: all namespaces, `no_new_privs`, an empty environment.
+/// What is left out of the JSON confines more, never less: all namespaces, a root with nothing in it, an empty
+/// environment, the allow-list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LaunchSpec {
-    /// `argv[0]` is the VMM's absolute path.
+    /// `argv[0]` is the VMM's absolute path, as the VMM sees it.
     pub argv: Vec<String>,
     /// The complete environment; nothing is inherited.
     #[serde(default)]
     pub env: Vec<(String, String)>,
-    /// Working directory, absolute.
+    /// Working directory, absolute, as the VMM sees it.
     #[serde(default = "root_directory")]
     pub cwd: PathBuf,
     /// The VMM's descriptor number for each passed descriptor, in the order of `SCM_RIGHTS`. Of 0, 1 and 2, those not
@@ -45,13 +40,33 @@ pub struct LaunchSpec {
     pub fds: Vec<i32>,
     #[serde(default)]
     pub namespaces: Namespaces,
+    /// A root directory that holds `files` and nothing else; needs the mount namespace.
+    #[serde(default = "yes")]
+    pub new_root: bool,
+    /// A `/proc` of the jail's own processes in the new root: descriptors have names there. Landlock allows to open
+    /// nothing in it but what the descriptors stand for.
+    #[serde(default)]
+    pub proc: bool,
+    /// What the VMM may see, and Landlock's rules. Without `new_root`, `inside` must be `host`.
+    #[serde(default)]
+    pub files: Vec<Visible>,
+    /// Whom the VMM runs as; only root may say so. `None`: as the launcher's own user.
+    #[serde(default)]
+    pub identity: Option<Identity>,
     #[serde(default)]
     pub rlimits: Vec<Rlimit>,
-    /// `cgroup.procs` files (absolute) of the groups to join before anything else is set up, one per hierarchy.
+    /// `cgroup.procs` or (v1) `tasks` files, absolute, of the groups to join before anything else is set up, one per
+    /// hierarchy.
     #[serde(default)]
     pub cgroup_procs: Vec<PathBuf>,
+    /// Restricts the VMM to `files` a second time, by Landlock, as far as the kernel has it.
     #[serde(default = "yes")]
-    pub no_new_privs: bool,
+    pub landlock: bool,
+    #[serde(default)]
+    pub seccomp: Seccomp,
+    /// Denies nothing by seccomp and Landlock, but reports what they would have denied.
+    #[serde(default)]
+    pub audit: bool,
 }
 
 fn root_directory() -> PathBuf {
@@ -60,6 +75,35 @@ fn root_directory() -> PathBuf {
 
 fn yes() -> bool {
     true
+}
+
+/// A file or device of the host, and where the VMM finds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Visible {
+    /// Absolute and without symbolic links: it is looked up below another root than the one it was written for.
+    pub host: PathBuf,
+    pub inside: PathBuf,
+    pub access: Access,
+}
+
+/// What the VMM may do with a file; the mount, Landlock and the audit all follow it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    Read,
+    /// Read, execute, map as code.
+    Execute,
+    /// Read and write what is there; nothing can be created.
+    Write,
+    /// A device node: read, write, ioctl.
+    Device,
+}
+
+impl Visible {
+    pub fn new(host: impl Into<PathBuf>, inside: impl Into<PathBuf>, access: Access) -> Self {
+        Self { host: host.into(), inside: inside.into(), access }
+    }
 }
 
 /// Which new namespaces the VMM gets. The default is all of them.
@@ -72,8 +116,10 @@ pub struct Namespaces {
     /// Empty: loopback only, and that is down.
     pub net: bool,
     pub ipc: bool,
+    /// With a host name that says nothing of the host.
     pub uts: bool,
-    /// The effective uid and gid map to themselves, `setgroups` is denied. An ordinary user needs this for the others.
+    /// One user and one group, mapped to themselves; `setgroups` is denied, and no further namespaces can be made. An
+    /// ordinary user needs this for the others. Root enters it last: then it has no power over the others.
     pub user: bool,
 }
 
@@ -88,6 +134,27 @@ impl Default for Namespaces {
     }
 }
 
+/// A user that owns nothing but one VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// Which filter of system calls the VMM gets; `policy.rs` has both lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Seccomp {
+    /// For the launcher's own tests.
+    None,
+    /// Everything but what no VMM needs: for VMMs whose calls have not been measured.
+    DenyList,
+    /// Nothing but what the measured VMMs need.
+    #[default]
+    AllowList,
+}
+
 /// One resource limit; `u64::MAX` is "unlimited".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -95,6 +162,14 @@ pub struct Rlimit {
     pub resource: Resource,
     pub soft: u64,
     pub hard: u64,
+}
+
+impl Rlimit {
+    /// The same value for both.
+    #[must_use]
+    pub fn both(resource: Resource, value: u64) -> Self {
+        Self { resource, soft: value, hard: value }
+    }
 }
 
 /// A limit of setrlimit(2), by its name there: `nofile` is `RLIMIT_NOFILE`.
@@ -126,92 +201,6 @@ impl fmt::Display for Resource {
             Self::Stack => "stack",
         })
     }
-}
-
-/// The launcher's stages, in the order in which they run; a failure names the one it happened in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Stage {
-    /// L: the control socket itself.
-    Control,
-    /// L: reading and checking the spec.
-    Spec,
-    /// L and V: the VMM's descriptors.
-    Fds,
-    /// L and V: session, signal mask and dispositions.
-    Session,
-    /// L opens, C joins.
-    Cgroup,
-    /// L.
-    UserNamespace,
-    /// L.
-    PidNamespace,
-    /// L and C.
-    Fork,
-    /// C.
-    MountNamespace,
-    /// C.
-    NetNamespace,
-    /// C.
-    IpcNamespace,
-    /// C.
-    UtsNamespace,
-    /// C: watching the VMM and the manager.
-    Supervise,
-    /// V.
-    Cwd,
-    /// V.
-    Rlimits,
-    /// V.
-    NoNewPrivs,
-    /// V: dying with the supervisor.
-    ParentDeath,
-    /// V.
-    Exec,
-}
-
-impl fmt::Display for Stage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Control => "control",
-            Self::Spec => "spec",
-            Self::Fds => "fds",
-            Self::Session => "session",
-            Self::Cgroup => "cgroup",
-            Self::UserNamespace => "user_namespace",
-            Self::PidNamespace => "pid_namespace",
-            Self::Fork => "fork",
-            Self::MountNamespace => "mount_namespace",
-            Self::NetNamespace => "net_namespace",
-            Self::IpcNamespace => "ipc_namespace",
-            Self::UtsNamespace => "uts_namespace",
-            Self::Supervise => "supervise",
-            Self::Cwd => "cwd",
-            Self::Rlimits => "rlimits",
-            Self::NoNewPrivs => "no_new_privs",
-            Self::ParentDeath => "parent_death",
-            Self::Exec => "exec",
-        })
-    }
-}
-
-/// What the launcher tells the manager; the crate's documentation has the order.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum JailEvent {
-    /// Sent by C: from now on the jail follows the control socket.
-    Supervising,
-    /// Sent by V right before `exec`.
-    Started,
-    /// The jail could not be set up or not be kept up; everything exits.
-    Failed {
-        stage: Stage,
-        /// 0 when no system call failed.
-        errno: i32,
-        message: String,
-    },
-    /// Sent by C: V has ended. One of the two is set.
-    Exited { code: Option<i32>, signal: Option<i32> },
 }
 
 /// What the manager asks of the supervisor. A request that makes no sense is a broken manager: the jail fails
@@ -249,6 +238,18 @@ pub enum SpecError {
     RlimitTwice { resource: Resource },
     #[error("signal {signal} is not in 1..=64; send one that exists")]
     Signal { signal: i32 },
+    #[error("files: inside {path:?} must be a plain path below /, with no '.' and no '..' in it")]
+    Inside { path: PathBuf },
+    #[error("files: {path:?} is named twice; every file needs a place of its own")]
+    InsideTwice { path: PathBuf },
+    #[error("new_root needs namespaces.mount; switch both on or both off")]
+    RootWithoutMounts,
+    #[error("proc needs new_root and namespaces.pid, else it would show the host's processes; switch it off")]
+    ProcOfTheHost,
+    #[error("files: without new_root {path:?} cannot appear under another name; inside must be host")]
+    MovedWithoutRoot { path: PathBuf },
+    #[error("identity: uid and gid must not be 0; the VMM must not be root")]
+    RootIdentity,
 }
 
 impl LaunchSpec {
@@ -261,9 +262,15 @@ impl LaunchSpec {
             cwd: root_directory(),
             fds: Vec::new(),
             namespaces: Namespaces::default(),
+            new_root: true,
+            proc: false,
+            files: Vec::new(),
+            identity: None,
             rlimits: Vec::new(),
             cgroup_procs: Vec::new(),
-            no_new_privs: true,
+            landlock: true,
+            seccomp: Seccomp::default(),
+            audit: false,
         }
     }
 
@@ -281,16 +288,10 @@ impl LaunchSpec {
         for argument in &self.argv {
             no_nul("argument", argument)?;
         }
-        let mut names = BTreeSet::new();
-        for (name, value) in &self.env {
-            no_nul("environment variable name", name)?;
-            no_nul("environment variable value", value)?;
-            if name.is_empty() || name.contains('=') {
-                return Err(SpecError::EnvName { name: name.clone() });
-            }
-            if !names.insert(name) {
-                return Err(SpecError::EnvTwice { name: name.clone() });
-            }
+        self.validate_env()?;
+        self.validate_files()?;
+        if self.identity.is_some_and(|identity| identity.uid == 0 || identity.gid == 0) {
+            return Err(SpecError::RootIdentity);
         }
         let mut targets = BTreeSet::new();
         for &fd in &self.fds {
@@ -308,6 +309,46 @@ impl LaunchSpec {
             }
             if !limited.insert(resource) {
                 return Err(SpecError::RlimitTwice { resource });
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_env(&self) -> Result<(), SpecError> {
+        let mut names = BTreeSet::new();
+        for (name, value) in &self.env {
+            no_nul("environment variable name", name)?;
+            no_nul("environment variable value", value)?;
+            if name.is_empty() || name.contains('=') {
+                return Err(SpecError::EnvName { name: name.clone() });
+            }
+            if !names.insert(name) {
+                return Err(SpecError::EnvTwice { name: name.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_files(&self) -> Result<(), SpecError> {
+        if self.new_root && !self.namespaces.mount {
+            return Err(SpecError::RootWithoutMounts);
+        }
+        if self.proc && !(self.new_root && self.namespaces.pid) {
+            return Err(SpecError::ProcOfTheHost);
+        }
+        let mut places = BTreeSet::new();
+        for Visible { host, inside, .. } in &self.files {
+            absolute("files: host", host)?;
+            absolute("files: inside", inside)?;
+            if !self.new_root && host != inside {
+                return Err(SpecError::MovedWithoutRoot { path: host.clone() });
+            }
+            let plain = inside.components().skip(1).all(|part| matches!(part, Component::Normal(_)));
+            if !plain || inside.parent().is_none() {
+                return Err(SpecError::Inside { path: inside.clone() });
+            }
+            if !places.insert(inside) {
+                return Err(SpecError::InsideTwice { path: inside.clone() });
             }
         }
         Ok(())
@@ -369,8 +410,8 @@ mod tests {
     fn test_spec_with_only_argv_confines_all() {
         let spec: LaunchSpec = serde_json::from_str(r#"{"argv":["/bin/true"]}"#).unwrap();
         assert_eq!(spec, LaunchSpec::new(vec!["/bin/true".into()]));
-        assert_eq!(spec.namespaces, Namespaces::ALL);
-        assert!(spec.no_new_privs);
+        assert_eq!((spec.namespaces, spec.seccomp), (Namespaces::ALL, Seccomp::AllowList));
+        assert!(spec.new_root && spec.landlock && !spec.audit && spec.files.is_empty());
     }
 
     #[test]
@@ -389,6 +430,7 @@ mod tests {
     fn test_validate_names_the_broken_rule() {
         let base = LaunchSpec::new(vec!["/vmm".into()]);
         let rlimit = |soft, hard| Rlimit { resource: Resource::Nofile, soft, hard };
+        let file = |host: &str, inside: &str| Visible::new(host, inside, Access::Read);
         let cases = [
             (LaunchSpec { argv: vec![], ..base.clone() }, SpecError::NoProgram),
             (LaunchSpec { fds: vec![3, 3], ..base.clone() }, SpecError::FdTwice { fd: 3 }),
@@ -414,27 +456,31 @@ mod tests {
                 LaunchSpec { rlimits: vec![rlimit(1, 1), rlimit(1, 1)], ..base.clone() },
                 SpecError::RlimitTwice { resource: Resource::Nofile },
             ),
+            (
+                LaunchSpec { files: vec![file("/a", "/../etc")], ..base.clone() },
+                SpecError::Inside { path: "/../etc".into() },
+            ),
+            (LaunchSpec { files: vec![file("/a", "/")], ..base.clone() }, SpecError::Inside { path: "/".into() }),
+            (
+                LaunchSpec { files: vec![file("/a", "/c"), file("/b", "/c")], ..base.clone() },
+                SpecError::InsideTwice { path: "/c".into() },
+            ),
+            (
+                LaunchSpec { files: vec![file("/a", "/c")], new_root: false, ..base.clone() },
+                SpecError::MovedWithoutRoot { path: "/a".into() },
+            ),
+            (LaunchSpec { namespaces: Namespaces::NONE, ..base.clone() }, SpecError::RootWithoutMounts),
+            (
+                LaunchSpec { proc: true, namespaces: Namespaces { pid: false, ..Namespaces::ALL }, ..base.clone() },
+                SpecError::ProcOfTheHost,
+            ),
+            (LaunchSpec { identity: Some(Identity { uid: 7, gid: 0 }), ..base.clone() }, SpecError::RootIdentity),
         ];
         for (spec, expected) in cases {
             assert_eq!(spec.validate(), Err(expected));
         }
         assert_eq!(base.validate(), Ok(()));
         assert_eq!(base.validate_passed(1), Err(SpecError::FdCount { named: 0, passed: 1 }));
-    }
-
-    #[test]
-    fn test_events_have_the_agreed_json() {
-        let json = |event: &JailEvent| serde_json::to_string(event).unwrap();
-        assert_eq!(json(&JailEvent::Supervising), r#"{"event":"supervising"}"#);
-        assert_eq!(json(&JailEvent::Started), r#"{"event":"started"}"#);
-        assert_eq!(
-            json(&JailEvent::Failed { stage: Stage::NoNewPrivs, errno: 1, message: "m".into() }),
-            r#"{"event":"failed","stage":"no_new_privs","errno":1,"message":"m"}"#
-        );
-        assert_eq!(
-            json(&JailEvent::Exited { code: None, signal: Some(9) }),
-            r#"{"event":"exited","code":null,"signal":9}"#
-        );
     }
 
     #[test]

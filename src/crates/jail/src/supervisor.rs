@@ -5,49 +5,72 @@
 
 use std::os::fd::AsFd;
 
-use microvm_jail::{JailEvent, Stage, SETUP_FAILED};
+use microvm_jail::{JailEvent, Layer, Stage, SETUP_FAILED};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{fork, getpid, ForkResult, Pid};
 
+use crate::audit::Audit;
 use crate::control::{Control, Incoming};
 use crate::failure::Failure;
 use crate::process::{self, Ended};
-use crate::{confine, vmm, Prepared};
+use crate::vmm::{self, FromSupervisor};
+use crate::{audit, confine, identity, root, Prepared};
 
 /// Runs to the end of the VMM, and gives the exit code.
 pub fn run(control: &Control, mut prepared: Prepared) -> i32 {
-    let children = match confine(control, &mut prepared) {
-        Ok(children) => children,
+    let (children, told, audit) = match confine(control, &mut prepared) {
+        Ok(confined) => confined,
         Err(failure) => return control.report(&failure),
     };
-    let supervisor = getpid();
     // SAFETY: this process has one thread, so the child's copy of it holds no lock and no half-done state.
     match unsafe { fork() } {
-        Ok(ForkResult::Child) => vmm::run(control, &prepared, supervisor),
+        Ok(ForkResult::Child) => {
+            drop(audit);
+            vmm::run(control, &prepared, told)
+        }
         Ok(ForkResult::Parent { child }) => {
             let vmm = Vmm { pid: child, whole_group: !prepared.spec.namespaces.pid };
             // The VMM's descriptors are the VMM's: their other ends must read end-of-file when it dies.
             drop(prepared);
-            supervise(control, &children, &vmm)
+            drop(told);
+            supervise(control, &children, &vmm, audit)
         }
         Err(errno) => control.report(&Failure::errno(Stage::Fork, errno, "forking the VMM")),
     }
 }
 
 /// C's own stages, up to the point where the jail follows the control socket.
-fn confine(control: &Control, prepared: &mut Prepared) -> Result<SignalFd, Failure> {
+fn confine(control: &Control, prepared: &mut Prepared) -> Result<(SignalFd, FromSupervisor, Option<Audit>), Failure> {
     process::leave_session()?;
     confine::join_cgroups(std::mem::take(&mut prepared.cgroups))?;
     confine::enter_supervisor_namespaces(prepared.spec.namespaces)?;
+    let proc = identity::open_proc();
+    if prepared.spec.new_root {
+        root::enter(&prepared.spec.files, prepared.spec.proc)?;
+    }
+    if let Some(identity) = prepared.spec.identity {
+        identity::become_user(identity, prepared.maps.take())?;
+    }
+    let namespace_limits = match prepared.spec.namespaces.user {
+        true => identity::forbid_namespaces(proc.as_ref()),
+        false => Layer::Missing("it has no user namespace of its own".into()),
+    };
+    let keyring = identity::leave_keyring();
+    identity::renounce()?;
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGCHLD);
     let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|errno| Failure::errno(Stage::Supervise, errno, "signalfd"))?;
+    let (audit, listener_end) = match prepared.spec.audit {
+        true => audit::prepare(&prepared.spec).map(|(audit, end)| (Some(audit), Some(end)))?,
+        false => (None, None),
+    };
     control.send(&JailEvent::Supervising)?;
-    Ok(children)
+    let told = FromSupervisor { supervisor: getpid(), keyring, namespace_limits, audit: listener_end };
+    Ok((children, told, audit))
 }
 
 /// The VMM as its supervisor knows it.
@@ -92,11 +115,11 @@ impl Vmm {
     }
 }
 
-fn supervise(control: &Control, children: &SignalFd, vmm: &Vmm) -> i32 {
+fn supervise(control: &Control, children: &SignalFd, vmm: &Vmm, mut audit: Option<Audit>) -> i32 {
     // Held: the manager is there and C listens. Once let go, C only waits for the VMM's death.
     let mut leash_held = true;
     loop {
-        match step(control, children, vmm, leash_held) {
+        match step(control, children, vmm, leash_held, &mut audit) {
             Ok(Step::Watching) => {}
             Ok(Step::Released) => leash_held = false,
             Ok(Step::Ended(how)) => {
@@ -127,24 +150,40 @@ enum Step {
 }
 
 /// Waits for something to happen, and does what it calls for.
-fn step(control: &Control, children: &SignalFd, vmm: &Vmm, leash_held: bool) -> Result<Step, Failure> {
+fn step(
+    control: &Control,
+    children: &SignalFd,
+    vmm: &Vmm,
+    leash_held: bool,
+    audit: &mut Option<Audit>,
+) -> Result<Step, Failure> {
     let failed = |errno, what: &str| Failure::errno(Stage::Supervise, errno, what);
-    let mut fds = [PollFd::new(children.as_fd(), PollFlags::POLLIN), PollFd::new(control.as_fd(), PollFlags::POLLIN)];
+    let mut fds = vec![PollFd::new(children.as_fd(), PollFlags::POLLIN)];
     // A closed socket is ready for ever: once let go, it is not asked any more.
-    let watched = if leash_held { &mut fds[..] } else { &mut fds[..1] };
-    match poll(watched, PollTimeout::NONE) {
+    fds.extend(leash_held.then(|| PollFd::new(control.as_fd(), PollFlags::POLLIN)));
+    fds.extend(audit.as_ref().map(Audit::source).map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+    match poll(&mut fds, PollTimeout::NONE) {
         Ok(_) => {}
         Err(Errno::EINTR) => return Ok(Step::Watching),
         Err(errno) => return Err(failed(errno, "poll")),
     }
-    let [child_ready, control_ready] = fds.map(|fd| fd.any().unwrap_or(true));
+    // Anything that poll says is a reason to look; nothing below waits for what is not there.
+    let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect::<Vec<_>>().into_iter();
+    let child_ready = ready.next().unwrap_or(true);
+    let control_ready = leash_held && ready.next().unwrap_or(true);
+    let audit_ready = ready.next().unwrap_or(false);
+    if let Some(audit) = audit.as_mut().filter(|_| audit_ready) {
+        for would_deny in audit.answer()? {
+            control.send(&would_deny)?;
+        }
+    }
     if child_ready {
         while children.read_signal().map_err(|errno| failed(errno, "reading the signalfd"))?.is_some() {}
         if let Some(how) = vmm.reap().map_err(|errno| failed(errno, "waiting for the VMM"))? {
             return Ok(Step::Ended(how));
         }
     }
-    if leash_held && control_ready {
+    if control_ready {
         loop {
             match control.receive_request()? {
                 Incoming::Request(request) => vmm.signal(request.signal)?,

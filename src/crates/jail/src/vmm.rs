@@ -4,35 +4,50 @@
 //! close-on-exec) until exec, because V is the one who knows why exec failed.
 
 use std::convert::Infallible;
+use std::os::fd::OwnedFd;
 
-use microvm_jail::JailEvent;
+use microvm_jail::{Confined, JailEvent, Layer};
 use nix::unistd::Pid;
 
 use crate::control::Control;
 use crate::failure::Failure;
-use crate::{confine, descriptors, process, Prepared};
+use crate::{audit, confine, descriptors, landlock, process, seccomp, Prepared};
+
+/// What C has found out for V to report, and whom V answers to.
+pub struct FromSupervisor {
+    pub supervisor: Pid,
+    pub keyring: Layer,
+    pub namespace_limits: Layer,
+    /// Where the listener of an audit goes.
+    pub audit: Option<OwnedFd>,
+}
 
 /// Becomes the VMM; comes back with an exit code only when that failed, after reporting why.
-pub fn run(control: &Control, prepared: &Prepared, supervisor: Pid) -> i32 {
-    match become_vmm(control, prepared, supervisor) {
+pub fn run(control: &Control, prepared: &Prepared, told: FromSupervisor) -> i32 {
+    match become_vmm(control, prepared, told) {
         Ok(never) => match never {},
         Err(failure) => control.report(&failure),
     }
 }
 
-fn become_vmm(control: &Control, prepared: &Prepared, supervisor: Pid) -> Result<Infallible, Failure> {
+fn become_vmm(control: &Control, prepared: &Prepared, told: FromSupervisor) -> Result<Infallible, Failure> {
     let Prepared { spec, program, passed, .. } = prepared;
     process::leave_session()?;
     process::reset_signals()?;
     descriptors::place(passed, &spec.fds)?;
     confine::enter_cwd(&spec.cwd)?;
     confine::apply_rlimits(&spec.rlimits)?;
-    if spec.no_new_privs {
-        confine::set_no_new_privs()?;
-    }
     if !spec.namespaces.pid {
-        confine::die_with(supervisor)?;
+        confine::die_with(told.supervisor)?;
     }
-    control.send(&JailEvent::Started)?;
+    // Before seccomp, which does not know its calls.
+    let landlock = landlock::restrict(spec)?;
+    let installed = seccomp::install(spec)?;
+    if let (Some(listener), Some(audit)) = (&installed.listener, &told.audit) {
+        audit::hand_over(listener, audit)?;
+    }
+    let FromSupervisor { keyring, namespace_limits, .. } = told;
+    let confined = Confined { landlock, seccomp: installed.layer, keyring, namespace_limits };
+    control.send(&JailEvent::Started { confined })?;
     program.exec()
 }

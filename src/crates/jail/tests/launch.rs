@@ -12,7 +12,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use microvm_jail::{
-    JailEvent, JailRequest, LaunchSpec, Namespaces, Resource, Rlimit, Stage, MAX_EVENT_BYTES, SETUP_FAILED,
+    JailEvent, JailRequest, LaunchSpec, Namespaces, Resource, Rlimit, Seccomp, Stage, MAX_EVENT_BYTES, SETUP_FAILED,
 };
 use nix::poll::{poll, PollFd, PollFlags};
 use nix::sys::socket::{
@@ -54,7 +54,7 @@ impl Jail {
         let (event, supervisor) = jail.event().unwrap();
         assert_eq!(event, JailEvent::Supervising);
         let (event, vmm) = jail.event().unwrap();
-        assert_eq!(event, JailEvent::Started);
+        assert!(matches!(event, JailEvent::Started { .. }), "{event:?}");
         (jail, supervisor, vmm)
     }
 
@@ -132,8 +132,12 @@ fn pipe() -> (File, File) {
     (reader.into(), writer.into())
 }
 
+/// Programs of the host, as they are: without a root of their own, and free to fork.
 fn spec(argv: &[&str]) -> LaunchSpec {
     LaunchSpec {
+        new_root: false,
+        landlock: false,
+        seccomp: Seccomp::None,
         env: vec![("PATH".into(), "/usr/bin:/bin:/usr/sbin:/sbin".into())],
         ..LaunchSpec::new(argv.iter().map(ToString::to_string).collect())
     }
@@ -165,8 +169,8 @@ fn killed(signal: i32) -> JailEvent {
     JailEvent::Exited { code: None, signal: Some(signal) }
 }
 
-fn all_events_until(end: JailEvent) -> Vec<JailEvent> {
-    vec![JailEvent::Supervising, JailEvent::Started, end]
+fn assert_all_events_until(events: &[JailEvent], end: &JailEvent) {
+    assert!(matches!(events, [JailEvent::Supervising, JailEvent::Started { .. }, last] if last == end), "{events:?}");
 }
 
 /// The process's state letter, `None` once it is gone. A zombie nobody reaps counts as gone: it runs nothing.
@@ -200,7 +204,7 @@ fn kill(pid: i32, signal: i32) {
 #[test]
 fn test_launch_of_short_program_reports_every_step_and_its_code() {
     let mut jail = Jail::launch(&spec(&["/bin/sh", "-c", "exit 7"]), &[]);
-    assert_eq!(jail.events(), all_events_until(exited(7)));
+    assert_all_events_until(&jail.events(), &exited(7));
     assert_eq!(jail.finish().code(), Some(7));
 }
 
@@ -236,7 +240,7 @@ fn test_passed_descriptors_arrive_at_their_numbers_and_no_others() {
     let mut listing = String::new();
     let mut reader = reader;
     reader.read_to_string(&mut listing).unwrap();
-    assert_eq!(jail.events(), all_events_until(exited(0)));
+    assert_all_events_until(&jail.events(), &exited(0));
     let found: Vec<&str> =
         listing.lines().filter_map(|line| line.split_once(':')?.1.split_once(' ')).map(|x| x.1).collect();
     let open = |fd: &str, target: &str| found.iter().any(|link| link.starts_with(&format!("{fd} -> {target}")));
@@ -258,7 +262,7 @@ fn test_swapped_descriptors_do_not_overwrite_each_other() {
     let mut text = String::new();
     out_reader.read_to_string(&mut text).unwrap();
     assert_eq!(text, "through");
-    assert_eq!(jail.events(), all_events_until(exited(0)));
+    assert_all_events_until(&jail.events(), &exited(0));
 }
 
 #[test]
@@ -397,7 +401,7 @@ fn test_vmm_has_a_session_of_its_own_and_default_signals() {
 fn test_launcher_that_leads_a_group_already_still_launches() {
     let jail = Jail::spawn(Some(0));
     jail.send(&serde_json::to_vec(&spec(&["/bin/true"])).unwrap(), &[]);
-    assert_eq!(jail.events(), all_events_until(exited(0)));
+    assert_all_events_until(&jail.events(), &exited(0));
 }
 
 #[test]
@@ -422,7 +426,7 @@ fn test_children_of_the_vmm_die_with_it() {
 fn test_orphans_in_the_pid_namespace_are_reaped() {
     let script = "(sleep 0 & sleep 0 &) ; sleep 0.2; ls -d /proc/[0-9]*/exe >/dev/null; exit 3";
     let mut jail = Jail::launch(&spec(&["/bin/sh", "-c", script]), &[]);
-    assert_eq!(jail.events(), all_events_until(exited(3)));
+    assert_all_events_until(&jail.events(), &exited(3));
     jail.finish();
 }
 
@@ -431,7 +435,7 @@ fn test_missing_program_fails_in_exec_after_started() {
     let mut jail = Jail::launch(&spec(&["/no/such/vmm"]), &[]);
     assert_eq!(jail.event().unwrap().0, JailEvent::Supervising);
     // Not to be trusted until something other than `Failed` follows: it is sent right before exec.
-    assert_eq!(jail.event().unwrap().0, JailEvent::Started);
+    assert!(matches!(jail.event().unwrap().0, JailEvent::Started { .. }));
     let (stage, errno, message) = jail.failure();
     assert_eq!((stage, errno), (Stage::Exec, libc::ENOENT));
     assert!(message.contains("/no/such/vmm"), "{message}");
@@ -442,7 +446,7 @@ fn test_missing_program_fails_in_exec_after_started() {
 #[test]
 fn test_net_namespace_has_only_a_loopback_that_is_down() {
     let (devices, events) = output_of(spec(&["/bin/cat", "/proc/self/net/dev"]));
-    assert_eq!(events, all_events_until(exited(0)));
+    assert_all_events_until(&events, &exited(0));
     let names: Vec<&str> = devices.lines().skip(2).map(|line| line.split(':').next().unwrap().trim()).collect();
     assert_eq!(names, ["lo"], "{devices}");
     // A loopback that is down has no route to itself.
@@ -490,7 +494,7 @@ fn test_rlimits_are_applied() {
     ];
     let (text, events) = output_of(spec);
     assert_eq!(text, "123\n234\n0\n");
-    assert_eq!(events, all_events_until(exited(0)));
+    assert_all_events_until(&events, &exited(0));
 }
 
 #[test]
@@ -525,8 +529,26 @@ fn test_supervisor_writes_itself_into_the_cgroup() {
     let events = jail.events();
     let written = std::fs::read_to_string(&procs).unwrap();
     std::fs::remove_file(&procs).unwrap();
-    assert_eq!(events, all_events_until(exited(0)));
+    assert_all_events_until(&events, &exited(0));
     assert_eq!(written, "0");
+}
+
+#[test]
+fn test_supervisor_is_born_in_a_group_of_the_unified_hierarchy() {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = mounts.lines().find(|line| line.contains(" cgroup2 ")).and_then(|line| line.split(' ').nth(1));
+    let folder = mount.map(|mount| PathBuf::from(mount).join(format!("jail-test-{}", std::process::id())));
+    let Some(folder) = folder.filter(|folder| std::fs::create_dir(folder).is_ok()) else {
+        eprintln!("skipped: needs a mounted cgroup2 hierarchy in which this user may make a group");
+        return;
+    };
+    let spec = LaunchSpec { cgroup_procs: vec![folder.join("cgroup.procs")], ..sleeper() };
+    let (mut jail, supervisor, vmm) = Jail::started(&spec, &[]);
+    let inside = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap();
+    drop(jail.control.take());
+    jail.finish();
+    std::fs::remove_dir(&folder).unwrap();
+    assert_eq!(inside, format!("{supervisor}\n{vmm}\n"));
 }
 
 #[test]

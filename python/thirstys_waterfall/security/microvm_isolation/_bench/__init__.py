@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from .. import MicroVMInstance, MicroVMIsolationManager, VMResourceLimits
+from .. import MicroVMInstance, MicroVMIsolationManager, VMResourceLimits, doctor
 from .bare import Machine, Running, memory_mib
 from .report import Report
 
@@ -58,7 +58,8 @@ class Bench:
         self.folder, self.n = folder, n
         self.limits = VMResourceLimits(memory_mb=memory_mb, disk_size_mb=DISK_MB)
         self.config: Dict[str, Any] = {
-            "max_vcpus": 1024, "max_memory_mb": 1 << 20, "raise_on_error": True, "cache_dir": str(folder / "cache"),
+            "max_vcpus": 1024, "max_memory_mb": 1 << 20, "overcommit_memory": True, "raise_on_error": True,
+            "cache_dir": str(folder / "cache"),
         }
         (folder / "cache").mkdir(mode=0o700)
         with self.manager() as manager:
@@ -66,7 +67,9 @@ class Bench:
             vm = self.vm(manager)
             vm.start()
             info = vm.get_info()
-            self.cloned = Machine(info["pid"])
+            found = {backend["backend"]: backend["path"] for backend in doctor()["backends"]}
+            self.program = found[info["backend"]]
+            self.cloned = Machine(info["pid"], self.program)
         (self.template,) = [path for path in (folder / "cache" / "templates").iterdir() if path.is_dir()]
         settings = {"guest_memory_mib": memory_mb, "disk_mib": DISK_MB, "vcpus": 1}
         self.report = Report(info["accelerator"], settings)
@@ -105,7 +108,7 @@ class Bench:
         with self.manager(templates=False) as manager:
             vm = self.vm(manager)
             vm.start()
-            booted = Machine(vm.get_info()["pid"])
+            booted = Machine(vm.get_info()["pid"], self.program)
             manager.destroy_vm(vm.vm_id)
 
             def bare() -> float:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+# The jail's: where its root has QEMU's files, and QEMU's own part in it.
+JAIL_OPTIONS = ("-L", "-sandbox")
 # A record of the agent's prelude: length 1, kind 4. The agent answers it with its HELLO, in plain text.
 AGAIN = b"\x00\x01\x04"
 DEADLINE_S = 60.0
@@ -21,8 +23,11 @@ DEADLINE_S = 60.0
 class Machine:
     """The arguments of a VM of ours."""
 
-    def __init__(self, pid: int) -> None:
-        self.arguments = Path("/proc/{}/cmdline".format(pid)).read_bytes().decode().split("\0")[:-1]
+    def __init__(self, pid: int, program: str) -> None:
+        arguments = Path("/proc/{}/cmdline".format(pid)).read_bytes().decode().split("\0")[1:-1]
+        pairs = zip([""] + arguments, arguments)
+        jail = lambda option, argument: option in JAIL_OPTIONS or argument in JAIL_OPTIONS
+        self.arguments = [program] + [argument for option, argument in pairs if not jail(option, argument)]
 
     def launch(self, drives: Dict[str, Path], ram: Optional[Path], more: Dict[str, str]) -> "Running":
         """Start QEMU with drives by their ids; ``more`` maps an option to the value it gets instead of its own."""

@@ -1,0 +1,275 @@
+//! The built launcher with a root, a user and filters: what a static program finds when it looks around in there.
+//!
+//! The program is the launcher itself, which exits at once with 64 when its stdin is no socket, and busybox where a test
+//! needs to see more; without busybox (busybox-static) those tests say so and pass over.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{IoSlice, IoSliceMut, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use microvm_jail::{
+    Access, Confined, Identity, JailEvent, LaunchSpec, Layer, Seccomp, Stage, Visible, MAX_EVENT_BYTES,
+};
+use nix::sys::socket::{
+    recvmsg, sendmsg, setsockopt, socketpair, sockopt, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags,
+    SockFlag, SockType,
+};
+
+const BUSYBOX: &str = "/bin/busybox";
+
+/// What a launch came to.
+struct Outcome {
+    output: String,
+    confined: Option<Confined>,
+    events: Vec<JailEvent>,
+}
+
+impl Outcome {
+    fn exit_code(&self) -> Option<i32> {
+        self.events.iter().find_map(|event| match event {
+            JailEvent::Exited { code, .. } => *code,
+            _ => None,
+        })
+    }
+
+    fn failure(&self) -> (Stage, String) {
+        let failed = self.events.iter().find_map(|event| match event {
+            JailEvent::Failed { stage, message, .. } => Some((*stage, message.clone())),
+            _ => None,
+        });
+        failed.unwrap_or_else(|| panic!("did not fail: {:?} {}", self.events, self.output))
+    }
+}
+
+/// Starts the launcher with a spec whose stdout and stderr are `output`.
+fn launch(mut spec: LaunchSpec, output: UnixStream) -> (Child, OwnedFd) {
+    spec.fds = vec![1, 2];
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    setsockopt(&ours, sockopt::PassCred, &true).unwrap();
+    let launcher = Command::new(env!("CARGO_BIN_EXE_microvm-jail"))
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .env_clear()
+        .spawn()
+        .unwrap();
+    let packet = serde_json::to_vec(&spec).unwrap();
+    let fds = [output.as_raw_fd(); 2];
+    sendmsg::<()>(
+        ours.as_raw_fd(),
+        &[IoSlice::new(&packet)],
+        &[ControlMessage::ScmRights(&fds)],
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )
+    .unwrap();
+    (launcher, ours)
+}
+
+/// Runs a spec to its end.
+fn run(spec: LaunchSpec) -> Outcome {
+    let (mut output, end) = UnixStream::pair().unwrap();
+    let (mut launcher, control) = launch(spec, end);
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    let events = events(&control);
+    launcher.wait().unwrap();
+    let confined = events.iter().find_map(|event| match event {
+        JailEvent::Started { confined } => Some(confined.clone()),
+        _ => None,
+    });
+    Outcome { output: text, confined, events }
+}
+
+/// The status of a program that sleeps, as the host sees it.
+fn status_of(spec: LaunchSpec) -> String {
+    let (_output, end) = UnixStream::pair().unwrap();
+    let (mut launcher, control) = launch(spec, end);
+    let pid = std::iter::from_fn(|| receive(&control)).find_map(|(event, pid)| match event {
+        JailEvent::Started { .. } => Some(pid),
+        _ => None,
+    });
+    let pid = pid.unwrap();
+    let is_program = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap().trim() == "busybox";
+    while !is_program(pid) {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    drop(control);
+    launcher.wait().unwrap();
+    status
+}
+
+/// The next event and its sender's pid; `None` at end-of-file.
+fn receive(control: &OwnedFd) -> Option<(JailEvent, i32)> {
+    let mut buffer = [0; MAX_EVENT_BYTES];
+    let mut ancillary = nix::cmsg_space!(nix::sys::socket::UnixCredentials);
+    let mut slices = [IoSliceMut::new(&mut buffer)];
+    let message = recvmsg::<()>(control.as_raw_fd(), &mut slices, Some(&mut ancillary), MsgFlags::empty()).unwrap();
+    let (length, pid) = (
+        message.bytes,
+        message.cmsgs().unwrap().find_map(|cmsg| match cmsg {
+            ControlMessageOwned::ScmCredentials(credentials) => Some(credentials.pid()),
+            _ => None,
+        }),
+    );
+    (length > 0).then(|| (serde_json::from_slice(&buffer[..length]).unwrap(), pid.unwrap()))
+}
+
+fn events(control: &OwnedFd) -> Vec<JailEvent> {
+    std::iter::from_fn(|| receive(control)).map(|(event, _)| event).collect()
+}
+
+fn file(host: &str, inside: &str, access: Access) -> Visible {
+    Visible::new(Path::new(host).canonicalize().unwrap(), inside, access)
+}
+
+/// A busybox script in a root that holds busybox alone, and links to it by no other name. `None` without busybox.
+fn script(text: &str) -> Option<LaunchSpec> {
+    if !Path::new(BUSYBOX).exists() {
+        eprintln!("skipped: needs {BUSYBOX} (busybox-static)");
+        return None;
+    }
+    let argv = ["/bin/busybox", "sh", "-c", text].map(str::to_owned);
+    let files = vec![
+        file(BUSYBOX, "/bin/busybox", Access::Execute),
+        file("/dev/null", "/dev/null", Access::Device),
+        file("/etc/passwd", "/data/read", Access::Read),
+    ];
+    // The shell forks for every command that is not its own.
+    Some(LaunchSpec { files, seccomp: Seccomp::None, ..LaunchSpec::new(argv.into()) })
+}
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+#[test]
+fn test_root_holds_the_named_files_and_nothing_else() {
+    let Some(spec) = script("/bin/busybox find / | /bin/busybox sort") else { return };
+    let outcome = run(LaunchSpec { landlock: false, ..spec });
+    let found: Vec<&str> = outcome.output.lines().collect();
+    assert_eq!(found, ["/", "/bin", "/bin/busybox", "/data", "/data/read", "/dev", "/dev/null"]);
+}
+
+#[test]
+fn test_root_and_files_cannot_be_written_even_without_landlock() {
+    let text = "echo x > /new; echo x > /data/new; echo x > /data/read; echo x > /dev/null && echo null is fine";
+    let Some(spec) = script(text) else { return };
+    let output = run(LaunchSpec { landlock: false, ..spec }).output;
+    assert_eq!(output.matches("Read-only file system").count(), 3, "{output}");
+    assert!(output.contains("null is fine"), "{output}");
+}
+
+#[test]
+fn test_landlock_denies_what_the_mounts_would_allow() {
+    // A file that may be written, but was shown to be read: the mount alone would say the same, so it is a folder here.
+    let folder = std::env::temp_dir().join(format!("jail-landlock-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let shown = Visible::new(folder.canonicalize().unwrap(), "/folder", Access::Write);
+    let Some(mut spec) = script("echo x > /folder/new && echo created") else { return };
+    spec.files.push(shown);
+    let (with, without) = (run(spec.clone()), run(LaunchSpec { landlock: false, ..spec }));
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(without.output.contains("created"), "{}", without.output);
+    if matches!(with.confined.unwrap().landlock, Layer::Given(_)) {
+        assert!(with.output.contains("Permission denied"), "{}", with.output);
+    }
+}
+
+#[test]
+fn test_program_has_no_privileges_in_any_set() {
+    let Some(spec) = script("/bin/busybox sleep 600") else { return };
+    let status = status_of(spec);
+    let value = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap_or_else(|| panic!("no {name} in {status}")).trim().to_owned()
+    };
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(value(set), "0000000000000000", "{set}");
+    }
+    assert_eq!((value("NoNewPrivs"), value("Umask"), value("Groups")), ("1".into(), "0077".into(), String::new()));
+}
+
+#[test]
+fn test_identity_is_the_only_user_and_needs_root() {
+    let Some(spec) = script("/bin/busybox id") else { return };
+    let outcome = run(LaunchSpec { identity: Some(Identity { uid: 1_234_567, gid: 7_654_321 }), ..spec });
+    if is_root() {
+        assert_eq!(outcome.output.trim(), "uid=1234567 gid=7654321");
+    } else {
+        assert_eq!(outcome.failure().0, Stage::Identity);
+    }
+}
+
+#[test]
+fn test_allow_list_lets_the_launcher_run_and_denies_a_shell_its_forks() {
+    let argv = vec!["/jail".to_owned()];
+    let files = vec![file(env!("CARGO_BIN_EXE_microvm-jail"), "/jail", Access::Execute)];
+    if is_static(env!("CARGO_BIN_EXE_microvm-jail")) {
+        assert_eq!(run(LaunchSpec { files, ..LaunchSpec::new(argv) }).exit_code(), Some(64));
+    }
+    let Some(spec) = script("/bin/busybox true; echo $?; (echo sub); echo end") else { return };
+    let outcome = run(LaunchSpec { seccomp: Seccomp::AllowList, ..spec });
+    assert!(outcome.output.contains("can't fork: Operation not permitted"), "{}", outcome.output);
+}
+
+#[test]
+fn test_deny_list_refuses_the_same_dangers() {
+    let Some(spec) = script("/bin/busybox true; echo end") else { return };
+    let outcome = run(LaunchSpec { seccomp: Seccomp::DenyList, ..spec });
+    assert!(outcome.output.contains("can't fork: Operation not permitted"), "{}", outcome.output);
+}
+
+#[test]
+fn test_audit_refuses_nothing_and_tells_each_thing_once() {
+    let Some(spec) = script("(echo one); (echo two); echo end") else { return };
+    let outcome = run(LaunchSpec { seccomp: Seccomp::AllowList, audit: true, ..spec });
+    assert_eq!(outcome.output, "one\ntwo\nend\n");
+    let told: Vec<&str> = outcome
+        .events
+        .iter()
+        .filter_map(|event| match event {
+            JailEvent::WouldDeny { what, .. } => Some(what.as_str()),
+            _ => None,
+        })
+        .collect();
+    assert!(told.iter().any(|what| what.contains("fork") || what.contains("clone")), "{told:?}");
+    let mut distinct = told.clone();
+    distinct.sort_unstable();
+    distinct.dedup();
+    assert_eq!(distinct.len(), told.len());
+}
+
+#[test]
+fn test_audit_tells_what_landlock_would_have_denied() {
+    let Some(spec) = script("echo x > /data/read; : < /data/read; : < /dev; echo end") else { return };
+    let outcome = run(LaunchSpec { seccomp: Seccomp::AllowList, audit: true, ..spec });
+    assert!(outcome.output.ends_with("end\n"), "{}", outcome.output);
+    let by_landlock: Vec<&str> = outcome
+        .events
+        .iter()
+        .filter_map(|event| match event {
+            JailEvent::WouldDeny { layer, what } if layer == "landlock" => Some(what.as_str()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(by_landlock, ["writing /data/read", "reading /dev"]);
+}
+
+#[test]
+fn test_missing_file_fails_in_root_with_both_names() {
+    let mut spec = LaunchSpec::new(vec!["/vmm".into()]);
+    spec.files.push(Visible::new("/no/such/file", "/vmm", Access::Execute));
+    let (stage, message) = run(spec).failure();
+    assert_eq!(stage, Stage::Root);
+    assert!(message.contains("/no/such/file") && message.contains("/vmm"), "{message}");
+}
+
+fn is_static(path: &str) -> bool {
+    let needed = Command::new("ldd").arg(path).output().unwrap();
+    !needed.status.success() || String::from_utf8_lossy(&needed.stdout).contains("statically linked")
+}

@@ -1,0 +1,291 @@
+//! What confines one VM's processes on this host, worked out before they start, and how that is told.
+//!
+//! Architecture invariant: nothing is dropped in silence. A layer or limit that this host cannot give is in the report;
+//! with `jail="strict"` it is an error.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use microvm_jail::{Confined, Identity, Layer, Resource, Rlimit};
+use serde_json::{json, Map, Value};
+
+use super::{Settings, Spec};
+use crate::error::{Error, Result};
+use crate::host::cgroup::{self, Controller, Device, Groups, Outcome};
+use crate::host::clock;
+use crate::host::lease::Lease;
+use crate::host::process::Finding;
+use crate::host::runtime_dir::{self, VmDir};
+use crate::model::{Budget, JailMode, NetworkConfig, ResourceLimits, CPU_PERIOD_US};
+use crate::vmm::{self, HostJail, JailPlan, Vmm, OVERHEAD_MIB};
+
+/// The same for every manager of root's, whatever its runtime directory: uids are the host's.
+const LEASES: &str = "/run/tw-microvm-uids";
+
+/// What the processes of one VM hold on the host until the last of them is gone.
+pub struct Held {
+    groups: Groups,
+    lease: Option<Lease>,
+}
+
+/// How one VM's processes are confined.
+#[derive(Debug, Clone)]
+pub struct Confinement {
+    mode: JailMode,
+    layers: Vec<(&'static str, Layer)>,
+    limits: Vec<(&'static str, Vec<String>)>,
+}
+
+/// The plan of the jail, what it holds on the host, and the report.
+///
+/// # Errors
+/// [`Error::IsolationUnavailable`] in strict mode, [`Error::Host`].
+pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> Result<(JailPlan, Held, Confinement)> {
+    let launcher = &settings.image.launcher;
+    let (first_uid, last_uid) = settings.uid_range;
+    let host = vmm::host_jail(launcher, first_uid)?;
+    let needs = vmm.needs();
+    let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
+    let lease = match host.own_uid() {
+        true => Some(Lease::take(Path::new(LEASES), first_uid, last_uid)?),
+        false => None,
+    };
+    let devices: Vec<(Device, u32)> = needs.devices.iter().filter_map(|path| device(path)).collect();
+    // A device that only a group may open: that becomes the VM's group.
+    let identity = lease.as_ref().map(Lease::uid).map(|uid| {
+        let gid = devices.iter().map(|(_, gid)| *gid).find(|gid| *gid != 0).unwrap_or(uid);
+        Identity { uid, gid }
+    });
+    let mut plan = JailPlan::new(launcher, &host, identity, &needs.devices)?;
+    let common = ["/dev/null", "/dev/urandom"].iter().filter_map(|path| device(Path::new(path)));
+    let name = format!("{}-{}", spec.vm_id, clock::hex(&clock::random::<4>()?));
+    let groups = Groups::create(
+        &name,
+        settings.cgroup_parent.as_deref(),
+        &cgroup::Limits {
+            cpu_quota_us: budget.cpu_quota_us,
+            cpu_period_us: CPU_PERIOD_US,
+            memory_bytes: budget.memory_bytes,
+            tasks: budget.tasks,
+            devices: common.chain(devices).map(|(device, _)| device).collect(),
+            io: io_limit(&spec.limits, dir.path()),
+        },
+    )?;
+    groups.record(&dir.path().join(runtime_dir::GROUPS))?;
+    plan.cgroup_procs = groups.procs();
+    plan.rlimits = rlimits(&budget, identity.is_some());
+    plan.audit = settings.jail == JailMode::Audit;
+    let mut layers = layers(&host, identity);
+    layers.extend(needs.layers);
+    layers.extend(groups.outcomes().iter().filter(|(c, _)| *c != Controller::Io).map(cgroup_layer));
+    let confinement =
+        Confinement { mode: settings.jail, layers, limits: limits(spec, &budget, &plan, groups.outcomes()) };
+    if settings.jail == JailMode::Strict {
+        confinement.refuse_what_is_missing(spec, &host)?;
+    } else if !host.own_root() {
+        log::warn!("{}: its VMM runs without namespaces and a root of its own (see doctor)", spec.vm_id);
+    }
+    Ok((plan, Held { groups, lease }, confinement))
+}
+
+impl Held {
+    /// The owner of the VM's files.
+    pub fn uid(&self) -> Option<u32> {
+        self.lease.as_ref().map(Lease::uid)
+    }
+}
+
+impl std::fmt::Debug for Held {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Held").field("groups", &self.groups).field("uid", &self.uid()).finish()
+    }
+}
+
+/// A device node's numbers and group.
+fn device(path: &Path) -> Option<(Device, u32)> {
+    let meta = path.metadata().ok()?;
+    let (major, minor) = (nix::sys::stat::major(meta.rdev()), nix::sys::stat::minor(meta.rdev()));
+    Some((Device { major, minor }, meta.gid()))
+}
+
+/// The block device below the VM's files; file systems without one (tmpfs, overlays) have major number 0.
+fn io_limit(limits: &ResourceLimits, dir: &Path) -> Option<(Device, Option<u64>, Option<u64>)> {
+    let (bytes, operations) = (limits.disk_bytes_per_s, limits.disk_ops_per_s);
+    let number = dir.metadata().ok()?.dev();
+    let device = Device { major: nix::sys::stat::major(number), minor: nix::sys::stat::minor(number) };
+    (device.major != 0 && (bytes.is_some() || operations.is_some())).then_some((device, bytes, operations))
+}
+
+fn rlimits(budget: &Budget, own_uid: bool) -> Vec<Rlimit> {
+    let mut rlimits = vec![
+        Rlimit::both(Resource::Core, 0),
+        Rlimit::both(Resource::Memlock, 0),
+        Rlimit::both(Resource::Nofile, budget.open_files),
+        Rlimit::both(Resource::Fsize, budget.file_bytes),
+        Rlimit::both(Resource::Data, budget.data_bytes),
+    ];
+    // The kernel counts a user's processes, not a VM's: another user's would be counted in.
+    rlimits.extend(own_uid.then(|| Rlimit::both(Resource::Nproc, budget.tasks)));
+    rlimits
+}
+
+fn layers(host: &HostJail, identity: Option<Identity>) -> Vec<(&'static str, Layer)> {
+    let given = |how: &str| Layer::Given(how.to_owned());
+    let root = match &host.namespaces {
+        Layer::Given(_) => given("a read-only tmpfs with the VMM, its libraries and this VM's files"),
+        Layer::Missing(_) => Layer::Missing("it needs the namespaces: the VMM sees the host's root".into()),
+    };
+    let uid = match (&host.identity, identity) {
+        (Layer::Given(_), Some(Identity { uid, .. })) => Layer::Given(format!("{uid}, no other VM's")),
+        (other, _) => other.clone(),
+    };
+    let mut layers = vec![
+        ("namespaces", host.namespaces.clone()),
+        ("root", root),
+        ("uid", uid),
+        // Only in a user namespace of its own may an ordinary user empty the bounding set.
+        ("capabilities", given(if host.own_root() { "none, in any set; no_new_privs" } else { "none; no_new_privs" })),
+        ("rlimits", given("see limits")),
+        ("parent_watch", given("the supervisor kills the VMM when the manager's end of its socket closes")),
+    ];
+    if let Some(confined) = &host.confined {
+        layers.extend(kernel_layers(confined));
+    }
+    layers
+}
+
+fn kernel_layers(confined: &Confined) -> [(&'static str, Layer); 4] {
+    let Confined { landlock, seccomp, keyring, namespace_limits } = confined.clone();
+    [("landlock", landlock), ("seccomp", seccomp), ("keyring", keyring), ("namespace_limits", namespace_limits)]
+}
+
+fn cgroup_layer((controller, outcome): &Outcome) -> (&'static str, Layer) {
+    let name = match controller {
+        Controller::Cpu => "cgroup_cpu",
+        Controller::Memory => "cgroup_memory",
+        Controller::Pids => "cgroup_pids",
+        Controller::Devices => "cgroup_devices",
+        Controller::Io => "cgroup_io",
+    };
+    let layer = match outcome {
+        Ok(how) => Layer::Given(how.clone()),
+        Err(why) => Layer::Missing(why.clone()),
+    };
+    (name, layer)
+}
+
+fn bandwidth(network: &NetworkConfig) -> &'static str {
+    match network.isolated_network {
+        true => "nothing to limit: the VM has no network",
+        false => "host: tbf on the tap (to the VM) and on its shaper (from the VM)",
+    }
+}
+
+/// Where and how each limit is enforced.
+fn limits(
+    Spec { limits: asked, network, .. }: &Spec,
+    budget: &Budget,
+    plan: &JailPlan,
+    outcomes: &[Outcome],
+) -> Vec<(&'static str, Vec<String>)> {
+    let by = |wanted: Controller| {
+        let found = outcomes.iter().find(|(controller, _)| *controller == wanted);
+        found.map(|(_, outcome)| match outcome {
+            Ok(how) => format!("VMM: {how}"),
+            Err(why) => format!("VMM: not enforced by cgroup: {why}"),
+        })
+    };
+    let rlimit = |wanted: Resource| {
+        let found = plan.rlimits.iter().find(|rlimit| rlimit.resource == wanted);
+        found.map(|rlimit| format!("VMM: RLIMIT_{} {}", wanted.to_string().to_uppercase(), rlimit.hard))
+    };
+    let list = |fixed: &[String], more: Vec<Option<String>>| -> Vec<String> {
+        fixed.iter().cloned().chain(more.into_iter().flatten()).collect()
+    };
+    let rate = |value: Option<u64>, what: &str| match value {
+        Some(value) => list(&[format!("VMM: QEMU's block layer, {value} {what}")], vec![by(Controller::Io)]),
+        None => vec!["not limited: none was asked for".to_owned()],
+    };
+    let mib = budget.memory_bytes >> 20;
+    vec![
+        ("vcpu_count", list(&[format!("guest: it has {} vCPUs", asked.vcpu_count)], vec![by(Controller::Cpu)])),
+        (
+            "memory_mb",
+            list(
+                &[format!("guest: it has {} MiB, and its own OOM killer", asked.memory_mb)],
+                vec![by(Controller::Memory).map(|how| format!("{how} ({mib} MiB)")), rlimit(Resource::Data)],
+            ),
+        ),
+        (
+            "disk_size_mb",
+            list(&[format!("guest: its disk has {} MiB", asked.disk_size_mb)], vec![rlimit(Resource::Fsize)]),
+        ),
+        ("network_bandwidth_mbps", vec![bandwidth(network).to_owned()]),
+        (
+            "max_file_handles",
+            list(
+                &[format!("guest: RLIMIT_NOFILE {} of every program", asked.max_file_handles)],
+                vec![rlimit(Resource::Nofile)],
+            ),
+        ),
+        (
+            "max_processes",
+            list(
+                &[format!("guest: RLIMIT_NPROC and pids.max {} of all programs", asked.max_processes)],
+                vec![by(Controller::Pids), rlimit(Resource::Nproc)],
+            ),
+        ),
+        ("disk_bytes_per_s", rate(asked.disk_bytes_per_s, "bytes/s, reads and writes together")),
+        ("disk_ops_per_s", rate(asked.disk_ops_per_s, "operations/s, reads and writes together")),
+    ]
+}
+
+impl Confinement {
+    fn refuse_what_is_missing(&self, spec: &Spec, host: &HostJail) -> Result<()> {
+        let missing: Vec<String> = self
+            .layers
+            .iter()
+            .filter_map(|(name, layer)| match layer {
+                // Where cgroups cannot (v2), the root does: it has no other device nodes.
+                Layer::Missing(_) if *name == "cgroup_devices" && host.own_root() => None,
+                Layer::Missing(why) => Some(format!("{name}: {why}")),
+                Layer::Given(_) => None,
+            })
+            .collect();
+        if missing.is_empty() && host.confined.is_some() {
+            return Ok(());
+        }
+        Err(Error::IsolationUnavailable {
+            vm_id: spec.vm_id.clone(),
+            wanted: "jail=strict".into(),
+            offered: "jail=default".into(),
+            reason: missing.join("; "),
+            remedy: "doctor tells what each needs".into(),
+        })
+    }
+
+    /// Every layer: whether it is given, and how, or why not. `confined` is what the jail itself told.
+    pub fn jail_json(&self, confined: Option<&Confined>, findings: &[Finding]) -> Value {
+        let mut report = Map::new();
+        report.insert("mode".into(), json!(self.mode.as_str()));
+        let told = confined.map(kernel_layers);
+        let (expected, told) = (self.layers.iter(), told.iter().flatten());
+        for (name, layer) in expected.chain(told) {
+            let (given, how) = match layer {
+                Layer::Given(how) => (true, how),
+                Layer::Missing(why) => (false, why),
+            };
+            report.insert((*name).to_owned(), json!({"given": given, "how": how}));
+        }
+        if self.mode == JailMode::Audit {
+            let found: Vec<Value> = findings.iter().map(|f| json!({"layer": f.layer, "what": f.what})).collect();
+            report.insert("would_deny".into(), json!(found));
+        }
+        Value::Object(report)
+    }
+
+    /// For each limit, where and how it is enforced.
+    pub fn limits_json(&self) -> Value {
+        self.limits.iter().map(|(field, how)| ((*field).to_owned(), json!(how))).collect::<Map<_, _>>().into()
+    }
+}

@@ -1,0 +1,232 @@
+//! The jail around a VMM, as a plan; and what this host can give to any jail.
+//!
+//! Architecture invariant: the same for every backend. A plan says what there is; the launcher does it or fails.
+
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use microvm_jail::{Access, Confined, Identity, LaunchSpec, Layer, Namespaces, Rlimit, Seccomp, Visible};
+
+use crate::error::{Error, Result};
+use crate::host::process::{self, Exit};
+
+/// What every VMM finds: somewhere to throw things away, and chance.
+const DEVICES: [&str; 2] = ["/dev/null", "/dev/urandom"];
+
+/// Everything about one VM's jail that does not depend on its backend. `files` is data: what a VM needs to see besides
+/// is one more entry ([`JailPlan::show`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JailPlan {
+    pub launcher: PathBuf,
+    /// Namespaces and a root of its own; without them (where the host denies them) the VMM sees the host's paths, and
+    /// Landlock alone decides over them.
+    pub own_root: bool,
+    /// Why that root can have no `/proc`; `None` where it can.
+    pub no_proc: Option<String>,
+    /// Whom the VMM runs as, when root starts it.
+    pub identity: Option<Identity>,
+    pub files: Vec<Visible>,
+    pub rlimits: Vec<Rlimit>,
+    pub cgroup_procs: Vec<PathBuf>,
+    pub audit: bool,
+}
+
+impl JailPlan {
+    /// A plan that shows the common devices and `devices`.
+    ///
+    /// # Errors
+    /// [`Error::ImageUnreadable`].
+    pub fn new(launcher: &Path, host: &HostJail, identity: Option<Identity>, devices: &[PathBuf]) -> Result<Self> {
+        let mut plan = Self {
+            launcher: launcher.to_owned(),
+            own_root: host.own_root(),
+            no_proc: host.no_proc.clone(),
+            identity,
+            files: Vec::new(),
+            rlimits: Vec::new(),
+            cgroup_procs: Vec::new(),
+            audit: false,
+        };
+        for device in DEVICES.iter().map(Path::new).chain(devices.iter().map(PathBuf::as_path)) {
+            plan.show("device", device, &device.display().to_string(), Access::Device)?;
+        }
+        Ok(plan)
+    }
+
+    /// Makes a file visible as `inside`; answers with the path by which the VMM finds it.
+    ///
+    /// # Errors
+    /// [`Error::ImageUnreadable`] naming `field`, when there is no such file or the VM's user may not read it.
+    pub fn show(&mut self, field: &'static str, host: &Path, inside: &str, access: Access) -> Result<PathBuf> {
+        let unreadable = |reason: String| Error::ImageUnreadable { field, path: host.to_owned(), reason };
+        let real = host.canonicalize().map_err(|error| unreadable(error.to_string()))?;
+        if let Some(Identity { uid, gid }) = self.identity {
+            let meta = real.metadata().map_err(|error| unreadable(error.to_string()))?;
+            let shift = if meta.uid() == uid {
+                6
+            } else if meta.gid() == gid {
+                3
+            } else {
+                0
+            };
+            if meta.mode() >> shift & 0o4 == 0 {
+                let (mode, owner) = (meta.mode() & 0o777, meta.uid());
+                let reason = format!(
+                    "the VM runs as uid {uid}, and mode {mode:o} of uid {owner} does not let it read: chmod o+r the \
+                     file (the folders above it may stay closed)"
+                );
+                return Err(unreadable(reason));
+            }
+        }
+        let inside = if self.own_root { PathBuf::from(inside) } else { real.clone() };
+        // On the host's own paths, two names may stand for one file.
+        if !self.own_root && self.files.iter().any(|file| file.inside == inside) {
+            return Ok(inside);
+        }
+        self.files.push(Visible { host: real, inside: inside.clone(), access });
+        Ok(inside)
+    }
+
+    /// Takes a file out again that is shown as `inside`.
+    pub fn hide(&mut self, inside: &Path) {
+        self.files.retain(|file| file.inside != inside);
+    }
+
+    /// Shows another file in the place of one that is shown already; answers with the path by which the VMM finds it.
+    ///
+    /// # Errors
+    /// As [`JailPlan::show`]'s.
+    pub fn show_instead(&mut self, field: &'static str, inside: &Path, host: &Path) -> Result<PathBuf> {
+        let old = self.files.iter().position(|file| file.inside == inside).map(|index| self.files.remove(index));
+        let access = old.map_or(Access::Read, |old| old.access);
+        self.show(field, host, &inside.display().to_string(), access)
+    }
+
+    /// The launch spec for a program whose files are in the plan by now.
+    #[must_use]
+    pub fn spec(&self, argv: Vec<String>, env: Vec<(String, String)>, seccomp: Seccomp) -> LaunchSpec {
+        LaunchSpec {
+            env,
+            namespaces: if self.own_root { Namespaces::ALL } else { Namespaces::NONE },
+            new_root: self.own_root,
+            files: self.files.clone(),
+            identity: self.identity,
+            rlimits: self.rlimits.clone(),
+            cgroup_procs: self.cgroup_procs.clone(),
+            seccomp,
+            audit: self.audit,
+            ..LaunchSpec::new(argv)
+        }
+    }
+}
+
+/// What this host can give to any jail of this user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostJail {
+    pub namespaces: Layer,
+    /// Why the new root can have no `/proc` of the VM's own processes; `None` where it can.
+    pub no_proc: Option<String>,
+    /// A uid for each VM.
+    pub identity: Layer,
+    /// What the rehearsed program got; `None` when not even the weakest jail could be made.
+    pub confined: Option<Confined>,
+}
+
+impl HostJail {
+    #[must_use]
+    pub fn own_root(&self) -> bool {
+        matches!(self.namespaces, Layer::Given(_))
+    }
+
+    #[must_use]
+    pub fn own_uid(&self) -> bool {
+        self.own_root() && nix::unistd::geteuid().is_root() && matches!(self.identity, Layer::Given(_))
+    }
+}
+
+/// Exit code of the launcher when it is started by hand: it has reached its own first lines.
+const LAUNCHER_USAGE: i32 = 64;
+
+/// Finds out, once per process, by jailing the launcher itself: as wholly as can be, then with less. `uid` serves for
+/// the moment that it takes. Blocking.
+///
+/// # Errors
+/// [`Error::Host`] when the launcher does not start.
+pub fn host_jail(launcher: &Path, uid: u32) -> Result<Arc<HostJail>> {
+    static KNOWN: Mutex<Option<HashMap<PathBuf, Arc<HostJail>>>> = Mutex::new(None);
+    // Held throughout: whoever comes second would only do the same.
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = known.get_or_insert_default();
+    if let Some(found) = known.get(launcher) {
+        return Ok(found.clone());
+    }
+    let found = Arc::new(rehearse(launcher, uid)?);
+    known.insert(launcher.to_owned(), found.clone());
+    Ok(found)
+}
+
+fn rehearse(launcher: &Path, uid: u32) -> Result<HostJail> {
+    let root = nix::unistd::geteuid().is_root();
+    let mut reasons = Vec::new();
+    for (identity, own_root) in [(true, true), (false, true), (false, false)] {
+        if identity && !root {
+            continue;
+        }
+        let attempt = |proc| attempt(launcher, identity.then_some(Identity { uid, gid: uid }), own_root, proc);
+        let (mut outcome, mut no_proc) = (attempt(own_root)?, None);
+        if let (_, exit @ Exit::Failed { .. }) = &outcome {
+            no_proc = Some(exit.to_string()).filter(|_| own_root);
+            outcome = if own_root { attempt(false)? } else { outcome };
+        }
+        let confined = match outcome {
+            (confined, Exit::Code(LAUNCHER_USAGE)) => confined,
+            (_, exit) => {
+                reasons.push(exit.to_string());
+                continue;
+            }
+        };
+        let why = |index: usize| reasons.get(index).cloned().unwrap_or_default();
+        return Ok(HostJail {
+            namespaces: match own_root {
+                true => Layer::Given("user, mount, PID, network, IPC and UTS namespaces".into()),
+                false => Layer::Missing(format!("{}; {NAMESPACES_REMEDY}", why(reasons.len() - 1))),
+            },
+            no_proc,
+            identity: match (root, identity) {
+                (true, true) => Layer::Given("a uid of its own".into()),
+                (true, false) => Layer::Missing(why(0)),
+                (false, _) => Layer::Given("the user of the manager (only root can give each VM its own)".into()),
+            },
+            confined,
+        });
+    }
+    let why = reasons.last().cloned().unwrap_or_default();
+    Ok(HostJail {
+        namespaces: Layer::Missing(why.clone()),
+        no_proc: None,
+        identity: Layer::Missing(why),
+        confined: None,
+    })
+}
+
+const NAMESPACES_REMEDY: &str = "allow user namespaces: sysctl user.max_user_namespaces=10000 (and, where they exist, \
+     kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0); in a container, its profile";
+
+fn attempt(
+    launcher: &Path,
+    identity: Option<Identity>,
+    own_root: bool,
+    proc: bool,
+) -> Result<(Option<Confined>, Exit)> {
+    let none = Layer::Missing(String::new());
+    let shape = if own_root { Layer::Given(String::new()) } else { none.clone() };
+    let host = HostJail { namespaces: shape, no_proc: None, identity: none, confined: None };
+    let mut plan = JailPlan::new(launcher, &host, None, &[])?;
+    let program = plan.show("package data", launcher, "/vmm/rehearsal", Access::Execute)?;
+    plan.identity = identity;
+    let argv = vec![program.display().to_string()];
+    let spec = LaunchSpec { proc, ..plan.spec(argv, Vec::new(), Seccomp::AllowList) };
+    process::rehearse(launcher, &spec)
+}

@@ -1,0 +1,139 @@
+"""A VMM that an attacker controls: the intruder in QEMU's place, in exactly the jail that QEMU gets."""
+
+import unittest
+from typing import Any, Dict
+
+from .arena import Arena
+from .driver import USER
+
+# What works on any Linux for any user when nothing confines it: without these, the suite would prove nothing.
+ALWAYS_WORK = {
+    "read_host_file", "read_secret", "write_kernel", "write_outside", "make_executable", "set_user_id_bit", "symlink",
+    "list_processes", "signal_process", "signal_everyone", "new_process", "tcp_to_host", "abstract_socket",
+    "netlink_socket", "execute_shell", "host_name", "read_other_vm", "list_runtime_dir", "other_vms_socket",
+}
+# What nothing but the filter of system calls stops. None of it reaches anyone else: a process or socket in the jail's own
+# namespaces, memory, a kernel interface that any user may use on himself.
+STOPPED_BY_SECCOMP_ALONE = {
+    "new_process", "netlink_socket", "vsock_socket", "packet_socket", "io_uring", "userfaultfd", "perf", "keyring",
+    "add_key", "shared_memory", "message_queue", "anonymous_program", "process_descriptor", "bpf", "set_user_id_bit",
+    "new_mount_api", "symlink", "real_time",
+}
+
+
+class Attacks:
+    """What holds for every user; the classes below say for whom."""
+
+    def test_nothing_works_in_the_jail_and_nobody_is_harmed(self: Any) -> None:
+        outcomes, report = self.probes(jailed=True)
+        self.assertGreaterEqual(len(outcomes), 60)
+        for name, outcome in outcomes.items():
+            with self.subTest(name):
+                self.assertTrue(outcome.startswith("failed"), outcome)
+        self.assertTrue(report["victim_lives"] and report["decoy_lives"])
+
+    def test_the_same_works_without_the_jail(self: Any) -> None:
+        outcomes, _ = self.probes(jailed=False)
+        self.assertEqual({name for name in ALWAYS_WORK if not outcomes[name].startswith("worked")}, set())
+        for name, outcome in outcomes.items():
+            with self.subTest(name):
+                if not outcome.startswith("worked"):
+                    self.skipTest("{} cannot be shown to work here without the jail: it {}".format(name, outcome))
+
+    def test_without_seccomp_and_landlock_the_rest_holds_and_the_audit_tells(self: Any) -> None:
+        # An audit denies nothing by these two: what fails now fails by namespaces, root, uid and capabilities alone.
+        report = self.attack("probes", victim=True, timeout=60, config={"jail": "audit"})
+        lines = [line.split(" ", 2) for line in report["said"].splitlines() if line.startswith("PROBE ")]
+        worked = {name for _, name, outcome in lines if outcome.startswith("worked")}
+        self.assertGreaterEqual(len(lines), 60, report)
+        self.assertEqual(worked - STOPPED_BY_SECCOMP_ALONE, set())
+        self.assertIn("new_process", worked)
+        self.assertTrue(report["victim_lives"] and report["decoy_lives"])
+
+    def test_processes_cannot_be_made_by_any_call(self: Any) -> None:
+        report = self.attack("forks")
+        self.assertEqual(report["said"].count("REFUSED"), 5, report)
+        self.assertNotIn("FORKED", report["said"])
+
+    def test_system_calls_of_32_bit_programs_end_it(self: Any) -> None:
+        report = self.attack("int80")
+        self.assertNotIn("INT80", report["said"])
+        self.assertIn("killed by SIGSYS", report["error"])
+
+    def test_open_files_end_at_the_limit(self: Any) -> None:
+        report = self.attack("files")
+        self.assertIn("Too many open files", report["said"])
+        # Standard streams and the two sockets are open already.
+        self.assertEqual(self.number(report, "FILES"), 200 - 5)
+
+    def test_disk_ends_at_its_size_and_nothing_else_can_be_written(self: Any) -> None:
+        report = self.attack("disk", limits={"disk_size_mb": 16})
+        self.assertAlmostEqual(self.number(report, "DISK"), 16 << 20, delta=0.1 * (16 << 20))
+        self.assertIn("REFUSED grow", report["said"])
+        self.assertNotIn("WROTE", report["said"])
+
+
+class AttacksAsRoot(Attacks, Arena):
+    """Root's VMMs have a uid, control groups and a user namespace of their own."""
+
+    def test_cpu_time_ends_at_the_quota(self) -> None:
+        report = self.attack("cpu", orders={"seconds": 6})
+        quota = 1.1
+        self.assertLess(self.number(report, "CPU"), 1.1 * quota)
+        # The same seen from outside, between two looks.
+        first, last = report["samples"][5], report["samples"][-1]
+        self.assertLess((last["cpu"] - first["cpu"]) / (last["time"] - first["time"]), 1.1 * quota)
+        if not last["throttled"]:
+            self.skipTest("this host had less CPU time to give than the quota; a smaller one is held by cargo test cgroup")
+
+    def test_cpu_without_a_jail_takes_more_than_the_quota(self) -> None:
+        report = self.attack("cpu", jailed=False, orders={"seconds": 6})
+        if self.number(report, "CPU") < 1.3:
+            self.skipTest("this host has too little CPU time to spare to show what the quota takes away")
+
+    def test_memory_ends_at_the_limit(self) -> None:
+        limit = 64 + 128
+        report = self.attack("memory", orders={"mib": 2 * limit})
+        self.assertAlmostEqual(self.number(report, "TOUCHED"), limit, delta=0.1 * limit)
+        self.assertIn("killed by SIGKILL", report["error"])
+
+    def test_memory_without_a_jail_has_no_such_end(self) -> None:
+        report = self.attack("memory", jailed=False, orders={"mib": 2 * (64 + 128)})
+        self.assertEqual(self.number(report, "HELD"), 2 * (64 + 128))
+
+    def test_threads_end_at_the_limit(self) -> None:
+        report = self.attack("threads")
+        # One for the vCPU, 80 for the VMM and its supervisor; the main thread and the supervisor are there already.
+        self.assertEqual(self.number(report, "THREADS"), 81 - 2)
+
+
+class AttacksAsUser(Attacks, Arena):
+    """An ordinary user's VMMs have his uid, alone in a user namespace; control groups only where some were delegated."""
+
+    uid = USER
+
+    def test_memory_ends_at_the_limit_on_data(self) -> None:
+        # RAM and overhead, and the stacks that the kernel counts before they are used.
+        limit = 64 + 128 + 8 * 81
+        report = self.attack("memory", orders={"mib": 2 * limit}, timeout=60)
+        self.assertIn("REFUSED", report["said"])
+        self.assertAlmostEqual(self.number(report, "HELD"), limit, delta=0.1 * limit)
+
+
+class AttacksWithoutNamespaces(Arena):
+    """Where the host denies namespaces to ordinary users, Landlock and seccomp hold alone."""
+
+    uid = USER
+    namespaces = False
+
+    def test_nothing_works_but_to_learn_the_hosts_name(self) -> None:
+        outcomes, report = self.probes(jailed=True)
+        worked = {name for name, outcome in outcomes.items() if outcome.startswith("worked")}
+        self.assertEqual(worked, {"host_name"})
+        self.assertTrue(report["victim_lives"] and report["decoy_lives"])
+
+
+def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: Dict[str, Any]) -> unittest.TestSuite:
+    """The table of attacks is no test case of its own."""
+    cases = (AttacksAsRoot, AttacksAsUser, AttacksWithoutNamespaces)
+    return unittest.TestSuite(loader.loadTestsFromTestCase(case) for case in cases)
