@@ -20,13 +20,16 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help setup guest jail wheel demo test bench stress network-many clean
+.PHONY: help setup guest jail wheel demo test bench fuzz traffic stress network-many clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
 	@echo 'make test    build all and run every test'
 	@echo 'make wheel   build the wheel into dist/'
-	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8; make network-many: COUNT=100'
+	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
+	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
+	@echo 'make traffic the long forms of the channel tests: 10,000 messages, 1 GiB of output'
+	@echo 'make network-many  COUNT=100 connected VMs at once, and what they leave behind'
 	@echo 'make setup | guest | jail | clean: the parts'
 
 setup: $(VENV)/ready
@@ -85,8 +88,32 @@ demo: wheel
 test: wheel
 	$(VENV)/bin/python tests/matrix.py --build $(BUILD) --cargo $(CARGO) --stubtest $(VENV)/bin/python dist/*.whl
 
-bench: guest jail
-	$(CARGO) bench --no-default-features --bench cold_start
+bench: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	$(BUILD)/venv-demo/bin/python -m thirstys_waterfall.security.microvm_isolation bench \
+	    --json $(BUILD)/bench.json --svg $(BUILD)/bench.svg
+	RUSTFLAGS='$(STATIC_FLAGS) $(AGENT_CIPHERS)' $(CARGO) build -p microvm-protocol --example guest_bench --profile agent --target $(HOST)
+	MICROVM_BENCH_GUEST=$(TARGET_DIR)/$(HOST)/agent/examples/guest_bench \
+	    MICROVM_BENCH_PYTHON=$(BUILD)/venv-demo/bin/python MICROVM_BENCH_JSON=$(BUILD)/bench-channel.json \
+	    $(CARGO) bench --no-default-features --bench channel
+
+# cargo-fuzz wants a nightly compiler; RUSTC_BOOTSTRAP=1 gives the stable one the flags that it needs. The targets have no
+# unsafe code below them, so no sanitizer is needed either.
+fuzz:
+	@command -v cargo-fuzz >/dev/null || $(CARGO) install -q cargo-fuzz
+	@for target in $(or $(TARGETS),frames handshake exchanges documents); do \
+	    echo "fuzzing $$target for $(or $(SECONDS),600) s"; \
+	    RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run -s none $$target -- -max_total_time=$(or $(SECONDS),600) \
+	        -rss_limit_mb=1024 -malloc_limit_mb=256 -timeout=10 -print_final_stats=1 2>&1 \
+	        | grep -E '^(stat::|Done|==|SUMMARY|.*(crash|leak|timeout|oom)-)|panicked'; done
+
+# The tests of the channel in the lengths that its issue names.
+traffic: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	MICROVM_CHANNEL_MESSAGES=$(or $(MESSAGES),10048) MICROVM_STREAM_MIB=$(or $(MIB),1024) \
+	    $(BUILD)/venv-demo/bin/python tests/runner.py 'test_channel.py'
 
 # Lives of VMs on 8 threads for SECONDS, and what they leave behind.
 stress: wheel

@@ -13,7 +13,6 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
-use tokio::task::AbortHandle;
 
 use super::link::{Asker, Link};
 use super::mailbox::Mailbox;
@@ -31,13 +30,11 @@ pub type Answer = Response;
 /// A session with one agent, for any number of callers. Dropping it closes the transport.
 pub struct Agent {
     link: Arc<Link>,
-    tasks: [AbortHandle; 3],
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
         self.link.close("the VM was stopped");
-        self.tasks.iter().for_each(AbortHandle::abort);
     }
 }
 
@@ -69,13 +66,13 @@ impl Agent {
     /// # Errors
     /// [`Error::HandshakeFailed`].
     pub async fn hello(vm_id: &VmId, stream: &mut UnixStream) -> Result<Vec<u8>> {
-        let failed = |reason: String| Error::HandshakeFailed { vm_id: vm_id.clone(), reason };
         let mut decoder = Decoder::default();
-        let hello = next_record(stream, &mut decoder).await.map_err(failed)?;
-        match decoder.next_record() {
-            // Nothing may follow before the host's OFFER.
-            Ok(None) => Ok(hello),
-            _ => Err(failed("the guest spoke out of turn".into())),
+        let hello = next_record(stream, &mut decoder).await.map_err(|reason| refused(vm_id, reason))?;
+        // Nothing may follow before the host's OFFER.
+        if decoder.is_empty() {
+            Ok(hello)
+        } else {
+            Err(refused(vm_id, "it spoke out of turn".into()))
         }
     }
 
@@ -86,20 +83,17 @@ impl Agent {
     /// failed in the guest.
     pub async fn connect(vm_id: VmId, mut stream: UnixStream, key: Key, hello: &[u8]) -> Result<Self> {
         let mut decoder = Decoder::default();
-        let (session, said) = shake_hands(&mut stream, &mut decoder, key, hello).await.map_err(|reason| {
-            log::warn!("{vm_id}: whoever is on the transport was refused: {reason}");
-            Error::HandshakeFailed { vm_id: vm_id.clone(), reason }
-        })?;
+        let shaken = shake_hands(&mut stream, &mut decoder, key, hello).await;
+        let (session, said) = shaken.map_err(|reason| refused(&vm_id, reason))?;
         match serde_json::from_slice(&said) {
             Ok(Outcome::Ready) => {}
             Ok(Outcome::Failed { stage, message }) => {
                 let reason = format!("{stage}: {message}");
                 return Err(Error::StartFailed { vm_id, stage: "guest setup", reason, tails: Box::default() });
             }
-            Err(error) => return Err(Error::HandshakeFailed { vm_id, reason: format!("ACCEPT: {error}") }),
+            Err(error) => return Err(refused(&vm_id, format!("ACCEPT: {error}"))),
         }
-        let (link, tasks) = Link::start(vm_id, stream, session, decoder);
-        Ok(Self { link, tasks })
+        Ok(Self { link: Link::start(vm_id, stream, session, decoder) })
     }
 
     /// How often in a row the agent, with nothing else to say, gave no sign of life when asked for one.
@@ -192,6 +186,11 @@ pub fn decode(vm_id: &VmId, body: &[u8]) -> Result<Answer> {
         return Err(unreadable("the answer holds too many values to be read".into()));
     }
     serde_json::from_slice(body).map_err(|error| unreadable(format!("the answer is not one: {error}")))
+}
+
+fn refused(vm_id: &VmId, reason: String) -> Error {
+    log::warn!("{vm_id}: whoever is on the transport was refused: {reason}");
+    Error::HandshakeFailed { vm_id: vm_id.clone(), reason }
 }
 
 async fn shake_hands(

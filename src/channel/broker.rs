@@ -172,7 +172,10 @@ fn failed(error: &Error) -> Value {
 }
 
 /// A client's message as the agent's action and parameters.
-fn parse(message: &Map<String, Value>) -> std::result::Result<(String, Value), String> {
+///
+/// # Errors
+/// What is wrong with it, for people.
+pub fn parse(message: &Map<String, Value>) -> std::result::Result<(String, Value), String> {
     let kind = message.get("type").and_then(Value::as_str).unwrap_or("nothing");
     if kind == "ping" {
         return Ok(("ping".into(), Value::Null));

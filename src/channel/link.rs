@@ -75,13 +75,15 @@ pub struct Link {
     heard: AtomicU64,
     strange: AtomicU64,
     resting: AtomicBool,
+    /// They hold the transport, too, and end with the session.
+    tasks: Mutex<Vec<AbortHandle>>,
     /// How often in a row the agent gave no sign of life.
     pub misses: watch::Sender<u32>,
 }
 
 impl Link {
     /// Takes over an established session.
-    pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> (Arc<Self>, [AbortHandle; 3]) {
+    pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> Arc<Self> {
         let stream = Arc::new(stream);
         let state = State { connection: Connection::new(session), open: HashMap::new(), closed: None };
         let link = Arc::new(Self {
@@ -94,6 +96,7 @@ impl Link {
             heard: AtomicU64::new(0),
             strange: AtomicU64::new(0),
             resting: AtomicBool::new(false),
+            tasks: Mutex::default(),
             misses: watch::Sender::new(0),
         });
         let tasks = [
@@ -101,7 +104,20 @@ impl Link {
             tokio::spawn(write(link.clone(), stream)).abort_handle(),
             tokio::spawn(keep_alive(link.clone())).abort_handle(),
         ];
-        (link, tasks)
+        link.tasks().extend(tasks);
+        // The session may have ended before its tasks were noted.
+        if link.state().closed.is_some() {
+            link.end_tasks();
+        }
+        link
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, Vec<AbortHandle>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end_tasks(&self) {
+        self.tasks().drain(..).for_each(|task| task.abort());
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -122,8 +138,8 @@ impl Link {
         }
         self.places.close();
         self.streams.close();
-        // The last reference but those of the tasks, which end with their agent.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner).stream = None;
+        self.end_tasks();
     }
 
     pub fn closed_reason(&self) -> String {
@@ -306,7 +322,9 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
             }
         }
         // Credit and the like.
-        link.flush();
+        if link.state().connection.exchanges.has_outgoing() {
+            link.flush();
+        }
         match stream.try_read(decoder.space()) {
             Ok(0) => break "the transport was closed".to_owned(),
             Ok(length) => decoder.filled(length),

@@ -13,7 +13,7 @@
 mod agent;
 mod broker;
 mod client;
-mod framing;
+pub mod framing;
 mod link;
 mod mailbox;
 mod process;
@@ -21,7 +21,7 @@ mod stream;
 mod transfer;
 
 pub use agent::{patience, Agent, Answer};
-pub use broker::Broker;
+pub use broker::{parse as parse_command, Broker};
 pub use client::Client;
 pub use mailbox::Piece;
 pub use process::{Exit, Process};

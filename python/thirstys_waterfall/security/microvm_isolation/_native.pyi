@@ -1,9 +1,9 @@
 import logging
 import os
 from types import TracebackType
-from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple, Type, Union, type_check_only
 
-from typing_extensions import Literal, Self, TypedDict, disjoint_base, final, type_check_only
+from typing_extensions import Literal, Self, TypedDict, disjoint_base, final
 
 from ._enums import IsolationType, VMBackend, VMState
 from ._errors import MicroVMError

@@ -18,8 +18,7 @@
 //! ```text
 //! guest -> host   HELLO    the generations it speaks
 //! host  -> guest  OFFER    the generation chosen, and proof of the VM's key
-//! guest -> host   ACCEPT   proof of the VM's key; from here on everything is sealed
-//! guest -> host   EVENT    {"event":"ready"}
+//! guest -> host   ACCEPT   proof of the VM's key, {"guest":"ready"}; from here on everything is sealed
 //! host  -> guest  REQUEST  1 {"action":"ping","params":null}
 //! guest -> host   RESPONSE 1 {"status":"ok","result":"pong"}
 //! ```

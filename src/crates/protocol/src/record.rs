@@ -62,6 +62,12 @@ impl Decoder {
         self.end += bytes.len();
     }
 
+    /// Whether all that came was taken.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
     fn make_room(&mut self, bytes: usize) {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);

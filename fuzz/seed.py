@@ -1,0 +1,52 @@
+"""Write the corpus that is kept in git: a few inputs of each kind, from which the fuzzer finds the others."""
+
+import json
+import struct
+from pathlib import Path
+
+CORPUS = Path(__file__).resolve().parent / "corpus"
+GOLDEN = Path(__file__).resolve().parent.parent / "src/crates/protocol/golden/generation-1.txt"
+
+
+def document(value: object) -> bytes:
+    body = json.dumps(value).encode()
+    return struct.pack(">I", len(body)) + body
+
+
+def frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
+    plain = struct.pack(">BBI", kind, flags, number) + payload
+    return struct.pack(">H", len(plain)) + plain
+
+
+RECORDED = {line.split()[1]: bytes.fromhex(line.split()[2]) for line in GOLDEN.read_text().splitlines()}
+FRAMES = b"".join(frame(kind, 1 if kind in (1, 2, 5) else 0, 1, b"\x01{}") for kind in range(1, 11))
+SEEDS = {
+    "frames": {"every-kind": FRAMES + b"\x07", "identity": b"TWMVCFG1\0\0\0\2{}\x20"},
+    "handshake": {
+        "hello": RECORDED["HELLO"],
+        "hello-accept": RECORDED["HELLO"] + RECORDED["ACCEPT"],
+        "offer": RECORDED["OFFER"][2:],
+        "future": b"\0\x08\1TWMV\x7e\x7f\0",
+    },
+    "exchanges": {"steps": bytes(range(256)) * 4, "requests": b"\0\0\0\0\1\0" * 40 + b"\x0a" * 100},
+    "documents": {
+        "ping": document({"type": "ping", "id": 1}),
+        "command": document({"type": "command", "command": "exec", "params": {"program": "ls"}}),
+        "legacy": document({"type": "command", "action": "render_page", "data": {}}) + document([1, None, 1e9]),
+        "not-json": struct.pack(">I", 3) + b"{x}" + document({}),
+        "too-long": b"\xff\xff\xff\xff{",
+        "answer": b'{"status":"error","error":{"code":"busy","message":"m"}}',
+        "outcome": b'{"guest":"failed","stage":"s","message":"m"}',
+    },
+}
+
+
+def main() -> None:
+    for target, seeds in SEEDS.items():
+        folder = CORPUS / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in seeds.items():
+            (folder / "seed-{}".format(name)).write_bytes(content)
+
+
+main()
