@@ -312,7 +312,7 @@ class Ends(NetworkTestCase):
 
     def test_start_that_fails_leaves_nothing(self) -> None:
         before = state()
-        manager = MicroVMIsolationManager({"start_timeout_s": 0.3, "default_memory_mb": 128})
+        manager = MicroVMIsolationManager({"templates": False, "start_timeout_s": 0.05, "default_memory_mb": 128})
         self.assertFalse(manager.start_vm(manager.create_vm("plugin", network_config=connected())))
         self.assertEqual(manager.last_error.code, "start_timeout")
         self.assertEqual(state(), before)
