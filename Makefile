@@ -20,7 +20,7 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help setup guest jail attackers wheel demo test bench fuzz traffic stress network-many clean
+.PHONY: help setup guest jail attackers wheel demo test bench fuzz traffic stress network-many network-bench clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
@@ -30,6 +30,7 @@ help:
 	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
 	@echo 'make traffic the long forms of the channel tests: 10,000 messages, 1 GiB of output'
 	@echo 'make network-many  COUNT=100 connected VMs at once, and what they leave behind'
+	@echo 'make network-bench N=30: what a network costs a VM, and what it carries'
 	@echo 'make setup | guest | jail | attackers | clean: the parts'
 
 setup: $(VENV)/ready
@@ -138,6 +139,12 @@ network-many: wheel
 	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
 	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
 	unshare --net --mount $(BUILD)/venv-demo/bin/python -m tests.network.many $(or $(COUNT),100)
+
+# What a network costs a VM, N times, and what it carries.
+network-bench: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	unshare --net --mount $(BUILD)/venv-demo/bin/python -m tests.network.measure $(or $(N),30)
 
 clean:
 	rm -rf dist $(BUILD)/venv $(BUILD)/venv-* $(DATA)

@@ -21,7 +21,7 @@ use microvm_jail::Layer;
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result, Tails};
-use crate::host::fork::{self, Concealed};
+use crate::host::net::Tap;
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade, VmId};
@@ -51,24 +51,12 @@ pub struct Drive {
 #[derive(Debug, Clone)]
 pub struct Nic {
     pub mac: String,
-    /// `None`: nothing is plugged in, as in a template.
-    pub tap: Option<Arc<TapEnd>>,
-}
-
-/// The host's end of a VM's wire, open: the VMM needs no right to open one.
-#[derive(Debug)]
-pub struct TapEnd {
-    // Let go of before the descriptor is closed.
-    _concealed: Concealed,
-    pub fd: OwnedFd,
+    /// The host's end of the wire, open: the VMM needs no right to open one. `None`: nothing is plugged in, as in a
+    /// template.
+    pub tap: Option<Arc<Tap>>,
 }
 
 impl Nic {
-    #[must_use]
-    pub fn new(mac: String, tap: OwnedFd) -> Self {
-        Self { mac, tap: Some(Arc::new(TapEnd { _concealed: fork::conceal(&tap), fd: tap })) }
-    }
-
     /// The device of all VMs that have one, without what is one VM's own.
     #[must_use]
     pub fn unplugged() -> Self {

@@ -6,15 +6,19 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::{facts, Refusal};
+use crate::host::fork::{self, Concealed};
 
 /// The clone device; tuntap.rst.
 const DEVICE: &str = "/dev/net/tun";
 /// linux/if_tun.h: `_IOW('T', 202, int)`, though it takes a `struct ifreq`.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 
-/// A tap that this process holds. One that it made vanishes with the last copy of the descriptor.
+/// A tap that this process holds, and no child that it forks. One that it made vanishes with the last copy of the
+/// descriptor.
 #[derive(Debug)]
 pub struct Tap {
+    // Let go of before the descriptor is closed.
+    _concealed: Concealed,
     pub fd: OwnedFd,
     pub name: String,
     pub index: u32,
@@ -48,6 +52,7 @@ impl Tap {
         for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
             *place = byte as libc::c_char;
         }
+        let _concealed = fork::conceal(&device);
         // No virtio header: every frame from the guest is a plain one, which the host need not take apart.
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
         // SAFETY: the descriptor is open, and the request reads and writes one ifreq.
@@ -71,6 +76,6 @@ impl Tap {
         let name = String::from_utf8_lossy(&bytes).into_owned();
         let gone = || Refusal::new(format!("tap {name:?} vanished as soon as it was made"), "try again");
         let index = facts::index_of(&name).ok_or_else(gone)?;
-        Ok(Self { fd: device.into(), name, index, existed })
+        Ok(Self { _concealed, fd: device.into(), name, index, existed })
     }
 }

@@ -144,19 +144,35 @@ fn try_connect(
     range: Ipv4Net,
     bandwidth_mbps: u64,
 ) -> std::result::Result<(Connection, Nic, GuestNetwork), Failed> {
-    let Home { rules, table, next_block } = home()?;
-    let Tap { fd, name, index, existed } = Tap::open(config.tap_device.as_deref().unwrap_or(net::GENERATED_TAP))?;
-    let up = existed && was_up(&name)?;
-    let mac = match &config.mac_address {
-        Some(mac) => mac.clone(),
-        None => net::generate_mac(clock::random()?),
+    let home = home()?;
+    let tap = Tap::open(config.tap_device.as_deref().unwrap_or(net::GENERATED_TAP))?;
+    let segment = Arc::new(plan(config, range, bandwidth_mbps, &tap, home)?);
+    let (undo, relay) = raise(&segment, home)?;
+    let Segment { mac, addresses, .. } = &*segment;
+    let guest = GuestNetwork {
+        mac_address: mac.clone(),
+        address: format!("{}/{}", addresses.address, addresses.prefix),
+        gateway: Some(addresses.gateway.to_string()),
+        dns_servers: segment.guest_servers().iter().map(ToString::to_string).collect(),
     };
+    let nic = Nic { mac: mac.clone(), tap: Some(Arc::new(tap)) };
+    Ok((Connection { segment, _relay: relay, _undo: undo }, nic, guest))
+}
+
+/// Decides everything about the segment behind `tap`.
+fn plan(
+    config: &NetworkConfig,
+    range: Ipv4Net,
+    bandwidth_mbps: u64,
+    tap: &Tap,
+    home: &Home,
+) -> std::result::Result<Segment, Failed> {
     let hosts = host::networks();
     // What an existing tap has already is its own affair.
-    let others = hosts.iter().filter(|(other, _, _)| *other != name);
-    let taken: Vec<(String, Ipv4Net)> = others.map(|(other, _, net)| (other.clone(), *net)).collect();
+    let others = hosts.iter().filter(|(name, _, _)| *name != tap.name);
+    let taken: Vec<(String, Ipv4Net)> = others.map(|(name, _, net)| (name.clone(), *net)).collect();
     let nets: Vec<Ipv4Net> = taken.iter().map(|(_, net)| *net).collect();
-    let seed = next_block.fetch_add(1, Ordering::Relaxed);
+    let seed = home.next_block.fetch_add(1, Ordering::Relaxed);
     let addresses = net::choose(config, range, &nets, seed)?.ok_or_else(|| {
         let remedy = "destroy VMs that are done, or set config[\"network_range\"] to a larger range";
         Refusal::new(format!("no address is left in {range}"), remedy)
@@ -164,32 +180,45 @@ fn try_connect(
     if let Some(reason) = net::conflict(&addresses, &taken) {
         return Err(Refusal::new(reason, "choose an ip_address and a gateway that this host has not").into());
     }
-    let had_gateway = |(other, host, net): &(String, Ipv4Addr, Ipv4Net)| {
-        *other == name && *host == addresses.gateway && net.prefix() == 32
+    let before = match tap.existed {
+        false => None,
+        true => {
+            let its_own = |(name, address, net): &(String, Ipv4Addr, Ipv4Net)| {
+                *name == tap.name && *address == addresses.gateway && net.prefix() == 32
+            };
+            Some(Before { up: was_up(&tap.name)?, gateway: hosts.iter().any(its_own) })
+        }
     };
-    let before = existed.then(|| Before { up, gateway: hosts.iter().any(had_gateway) });
+    let mac = match &config.mac_address {
+        Some(mac) => mac.clone(),
+        None => net::generate_mac(clock::random()?),
+    };
     let is_host = |address| hosts.iter().any(|(_, host, _)| *host == address);
     let resolution = Resolution::of(config, addresses.gateway, is_host);
-    let tap = Interface { name, index };
-    let segment = Arc::new(Segment::new(config, tap, before, mac, addresses, resolution, bandwidth_mbps)?);
+    let tap = Interface { name: tap.name.clone(), index: tap.index };
+    Ok(Segment::new(config, tap, before, mac, addresses, resolution, bandwidth_mbps)?)
+}
+
+/// Makes the host's end of a segment.
+fn raise(segment: &Arc<Segment>, home: &Home) -> std::result::Result<(Undo, Option<Relay>), Failed> {
+    let Home { rules, table, .. } = home;
     let listening = match &segment.resolution {
         Resolution::Direct(_) => None,
         Resolution::Relayed(upstream) => Some((host::listen_on(&segment.tap.name)?, upstream.clone())),
     };
     let port = listening.as_ref().map(|(listening, _)| listening.port);
-
     let mut undo = Undo::default();
     undo.push(Step::Batch(Tool::Ip, segment.ip_end()));
     Tool::Ip.run(&segment.ip_begin(rules.group()))?;
     for (path, value) in segment.settings() {
-        if let Some(before) = host::setting(&path).filter(|_| existed) {
+        if let Some(before) = host::setting(&path).filter(|_| segment.before.is_some()) {
             undo.push(Step::Setting(path.clone(), before));
         }
         host::set_setting(&path, value)?;
     }
     undo.push(Step::Batch(Tool::Tc, segment.tc_down()));
     Tool::Tc.run(&segment.tc())?;
-    let part = table.add(rules.add(&segment, port), rules.remove(&segment, port.is_some()))?;
+    let part = table.add(rules.add(segment, port), rules.remove(segment, port.is_some()))?;
     undo.push(Step::Rules(part));
     undo.push(Step::Batch(Tool::Ip, segment.ip_down()));
     Tool::Ip.run(&segment.ip_up()).map_err(|refusal| match refusal.reason.contains(TAKEN) {
@@ -204,15 +233,7 @@ fn try_connect(
             Refusal::new(format!("the DNS relay of {} does not start: {error}", segment.tap.name), "look at ulimit -n")
         })
     });
-    let relay = relay.transpose()?;
-    let nic = Nic::new(segment.mac.clone(), fd);
-    let guest = GuestNetwork {
-        mac_address: segment.mac.clone(),
-        address: format!("{}/{}", addresses.address, addresses.prefix),
-        gateway: Some(addresses.gateway.to_string()),
-        dns_servers: segment.guest_servers().iter().map(ToString::to_string).collect(),
-    };
-    Ok((Connection { segment, _relay: relay, _undo: undo }, nic, guest))
+    Ok((undo, relay.transpose()?))
 }
 
 /// Whether a tap that exists is up; one that belongs to a bridge has no addresses of its own.

@@ -56,8 +56,7 @@ pub fn set_up() -> Result<(), (&'static str, String)> {
     if let Some(device) = drive(ROOTFS_SERIAL) {
         enter_rootfs(&device, disk.is_some()).map_err(stage("rootfs"))?;
     }
-    // After the root is what it will be: what is written belongs into it.
-    network::prepare().map_err(stage("network"))?;
+    network::bring_up_loopback().map_err(stage("network"))?;
     // What is written now need not be written by every clone.
     nix::unistd::sync();
     Ok(())

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use identity::{Blank, HostTime};
 use microvm_protocol::message::Outcome;
+use network::Device;
 
 fn main() {
     let outcome = run();
@@ -33,9 +34,10 @@ fn main() {
 
 fn run() -> Result<(), String> {
     boot::mount_kernel_filesystems()?;
-    let outcome = match boot::set_up() {
-        Ok(()) => Outcome::Ready,
-        Err((stage, message)) => Outcome::Failed { stage: stage.into(), message: message.chars().take(1000).collect() },
+    let device = boot::set_up().and_then(|()| Device::open().map_err(|message| ("network", message)));
+    let (device, outcome) = match device {
+        Ok(device) => (device, Outcome::Ready),
+        Err((stage, message)) => (None, failed(stage, &message)),
     };
     let blank = Blank::open()?;
     children::start().map_err(|error| format!("the reaper: {error}"))?;
@@ -47,9 +49,14 @@ fn run() -> Result<(), String> {
     port.say_hello()?;
     let (offer, arrived) = port.wait_for_offer(|| rehearsal::rehearse(&blank))?;
     let identity = blank.read_identity()?;
-    if let Some(Err(message)) = identity.network.as_ref().filter(|_| is_ready).map(network::set_up) {
-        outcome = encode(&Outcome::Failed { stage: "network".into(), message })?;
+    if let Some(network) = identity.network.as_ref().filter(|_| is_ready) {
+        let joined = device.as_ref().map_or(Err("there is no network device".into()), |device| device.join(network));
+        outcome = joined.map_or_else(|message| encode(&failed("network", &message)), |()| Ok(outcome))?;
     }
     let (link, unix_time_ns) = port.shake_hands(&offer, &identity, &outcome)?;
     serve::serve(link, actions::Guest::new(blank.become_one(identity, HostTime { unix_time_ns, arrived })))
+}
+
+fn failed(stage: &str, message: &str) -> Outcome {
+    Outcome::Failed { stage: stage.into(), message: message.chars().take(1000).collect() }
 }

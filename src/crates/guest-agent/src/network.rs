@@ -1,49 +1,58 @@
 //! The guest's one network device: what the host says it is, and no more.
 
 use std::ffi::c_char;
-use std::fs;
+use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use microvm_protocol::identity::GuestNetwork;
 use nix::sys::socket::{socket, AddressFamily, SockFlag, SockType};
 
 const LOOPBACK: &str = "lo";
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// What is the same in every guest: the loopback, which programs expect, network or not; and a device without IPv6,
-/// which the host would not let pass.
-pub fn prepare() -> Result<(), String> {
-    Interface::open(LOOPBACK)?.up()?;
-    if let Some(device) = find() {
-        let path = format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6");
+/// Programs expect the loopback, whether there is a network or not.
+pub fn bring_up_loopback() -> Result<(), String> {
+    Interface::open(LOOPBACK)?.up()
+}
+
+/// The device before this guest knows who it is, ready for that.
+pub struct Device {
+    interface: Interface,
+    resolv_conf: File,
+}
+
+impl Device {
+    /// Opens the device, if there is one. It is up, so that its queues are filled; without an address nothing leaves by
+    /// it, and without IPv6, which the host would not let pass, it makes none up.
+    pub fn open() -> Result<Option<Self>, String> {
+        let Some(name) = find() else { return Ok(None) };
+        let path = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
         fs::write(&path, "1").map_err(|e| format!("{path}: {e}"))?;
+        let interface = Interface::open(&name)?;
+        interface.up()?;
+        fs::create_dir_all("/etc").map_err(|e| format!("mkdir /etc: {e}"))?;
+        // An image may have a link to a service's file here, which would be written in the service's place.
+        if fs::symlink_metadata(RESOLV_CONF).is_ok_and(|meta| meta.is_symlink()) {
+            fs::remove_file(RESOLV_CONF).map_err(|e| format!("{RESOLV_CONF}: {e}"))?;
+        }
+        let resolv_conf = File::create(RESOLV_CONF).map_err(|e| format!("{RESOLV_CONF}: {e}"))?;
+        Ok(Some(Self { interface, resolv_conf }))
     }
-    Ok(())
-}
 
-/// Configures the device and says whom to ask for names: a connected guest does so before it accepts its session.
-pub fn set_up(network: &GuestNetwork) -> Result<(), String> {
-    let (address, prefix) = parse_address(&network.address)?;
-    let mac = parse_mac(&network.mac_address)?;
-    let interface = Interface::open(&find().ok_or("there is no network device")?)?;
-    interface.set_mac(mac)?;
-    interface.set_address(address, prefix)?;
-    interface.up()?;
-    if let Some(gateway) = &network.gateway {
-        interface.route_by(gateway.parse().map_err(|_| format!("gateway {gateway:?} is no IPv4 address"))?)?;
+    /// Takes on the network of one VM: before the session is accepted, so that a start says what is wrong with it.
+    pub fn join(&self, network: &GuestNetwork) -> Result<(), String> {
+        let (address, prefix) = parse_address(&network.address)?;
+        self.interface.set_mac(parse_mac(&network.mac_address)?)?;
+        self.interface.set_address(address, prefix)?;
+        if let Some(gateway) = &network.gateway {
+            let gateway = gateway.parse().map_err(|_| format!("gateway {gateway:?} is no IPv4 address"))?;
+            self.interface.route_by(gateway)?;
+        }
+        let servers: String = network.dns_servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+        self.resolv_conf.write_all_at(servers.as_bytes(), 0).map_err(|e| format!("{RESOLV_CONF}: {e}"))
     }
-    let servers: String = network.dns_servers.iter().map(|server| format!("nameserver {server}\n")).collect();
-    write_resolv_conf(&servers)
-}
-
-/// An image may have a link to a service's file here, which would be written in the service's place.
-fn write_resolv_conf(text: &str) -> Result<(), String> {
-    const PATH: &str = "/etc/resolv.conf";
-    fs::create_dir_all("/etc").map_err(|e| format!("mkdir /etc: {e}"))?;
-    if fs::symlink_metadata(PATH).is_ok_and(|meta| meta.is_symlink()) {
-        fs::remove_file(PATH).map_err(|e| format!("{PATH}: {e}"))?;
-    }
-    fs::write(PATH, text).map_err(|e| format!("{PATH}: {e}"))
 }
 
 /// The name of the virtio network device.
@@ -109,7 +118,7 @@ impl Interface {
         self.ask("SIOCSIFFLAGS", libc::SIOCSIFFLAGS, &mut request)
     }
 
-    /// Only while it is down, and only if it has another one: a clone's device does.
+    /// If it has another one: a clone's device does. virtio-net takes a new one while it is up.
     fn set_mac(&self, mac: [u8; 6]) -> Result<(), String> {
         let mut request = self.request();
         self.ask("SIOCGIFHWADDR", libc::SIOCGIFHWADDR, &mut request)?;
