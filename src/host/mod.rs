@@ -18,6 +18,7 @@ pub mod private_dir;
 pub mod privileges;
 pub mod process;
 pub mod procfs;
+pub mod reflink;
 pub mod runtime_dir;
 pub mod tail;
 pub mod tsc;

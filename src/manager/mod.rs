@@ -3,6 +3,7 @@
 //! Architecture invariant: `registry` is held for a few instructions at a time, never across an await; what takes
 //! time happens on a VM of its own, so one slow VM never blocks another.
 
+mod kept;
 mod pool;
 
 use std::collections::BTreeMap;
@@ -16,15 +17,17 @@ use tokio::task::{AbortHandle, JoinSet};
 use crate::error::{Error, Result};
 use crate::host::memory::{self, HostMemory};
 use crate::host::{clock, private_dir, runtime_dir};
-use crate::image::template::{Store, StoreLimits};
+use crate::image::template::{Digests, Shelf, Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, VmId, VmState,
+    Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, TemplateName, VmId,
+    VmState,
 };
 use crate::vm::{self, network, MicroVm, Settings, Spec};
 use crate::vmm::{Binaries, COST_MIB};
 use pool::Pool;
 
+pub use kept::KeptEntry;
 pub use pool::ShelfUse;
 
 /// What `create` is asked for; absent parts come from the configuration.
@@ -37,6 +40,8 @@ pub struct CreateRequest {
     pub vm_id: Option<VmId>,
     pub kernel_path: Option<PathBuf>,
     pub rootfs_path: Option<PathBuf>,
+    /// One of the user's own.
+    pub template: Option<TemplateName>,
 }
 
 /// How many VMs there are, of which kind and in which state, and what they have reserved.
@@ -51,6 +56,9 @@ pub struct ResourceUsage {
     pub pool: Vec<ShelfUse>,
     /// How many templates are kept, and their bytes on disk.
     pub templates: (usize, u64),
+    /// The same of the user's own templates, and of suspended VMs.
+    pub snapshots: (usize, u64),
+    pub suspended: (usize, u64),
 }
 
 struct Registry {
@@ -61,6 +69,7 @@ struct Registry {
 
 /// The manager.
 pub struct Manager {
+    me: Weak<Self>,
     config: ManagerConfig,
     settings: Arc<Settings>,
     registry: Mutex<Registry>,
@@ -87,6 +96,9 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         base: config.runtime_dir.as_ref().map_or_else(runtime_dir::default_base, PathBuf::from),
         image,
         templates: config.templates.then(|| Arc::new(Store::new(&cache, limits))),
+        snapshots: Arc::new(Shelf::snapshots(&cache)),
+        suspended: Arc::new(Shelf::suspended(&cache)),
+        digests: Arc::new(Digests::default()),
         binaries: Binaries::from(config),
         min_isolation: config.min_isolation,
         jail: config.jail,
@@ -104,7 +116,14 @@ impl Manager {
         let registry = Registry { vms: Vec::new(), quota: Quota::new(config.max_vcpus, config.max_memory_mb) };
         let settings = Arc::new(settings(&config, image));
         let pool = Pool::new(&config.pool, config.default_backend, settings.clone());
-        Arc::new(Self { settings, config, registry: Mutex::new(registry), pool, tasks: Mutex::default() })
+        Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            settings,
+            config,
+            registry: Mutex::new(registry),
+            pool,
+            tasks: Mutex::default(),
+        })
     }
 
     #[must_use]
@@ -124,7 +143,9 @@ impl Manager {
     /// the pool; nothing when it runs already.
     pub async fn start(self: &Arc<Self>) {
         let (base, templates) = (self.settings.base.clone(), self.settings.templates.clone());
+        let shelves = [self.settings.snapshots.clone(), self.settings.suspended.clone()];
         let sweep = move || {
+            shelves.iter().for_each(|shelf| shelf.clean_up());
             if let Some(templates) = templates {
                 templates.clean_up();
             }
@@ -165,6 +186,7 @@ impl Manager {
             network: NetworkConfig::default(),
             kernel_path: shape.kernel_path.clone(),
             rootfs_path: shape.rootfs_path.clone(),
+            template: None,
         };
         vm::prepare_template(&spec, &self.settings).await
     }
@@ -191,8 +213,13 @@ impl Manager {
     ///
     /// # Errors
     /// [`Error::QuotaExceeded`], also when the host has not the memory for one more; [`Error::VmIdTaken`],
-    /// [`Error::InvalidValue`].
+    /// [`Error::InvalidValue`]; [`Error::TemplateNotFound`], [`Error::StateMismatch`], [`Error::StateDamaged`].
     pub fn create(&self, request: CreateRequest) -> Result<Arc<MicroVm>> {
+        let outline = request.template.as_ref().map(|name| self.outline(name)).transpose()?;
+        let request = match &outline {
+            Some(outline) => kept::fill(request, outline)?,
+            None => request,
+        };
         let limits = request.limits.unwrap_or_else(|| self.config.default_limits.clone());
         limits.check()?;
         let network = request.network.unwrap_or_default();
@@ -209,8 +236,27 @@ impl Manager {
             network,
             kernel_path: request.kernel_path,
             rootfs_path: request.rootfs_path,
+            template: request.template,
         };
-        let vm = MicroVm::new(spec, self.settings.clone(), Some(self.pool.clone()));
+        if let (Some(outline), Some(name)) = (&outline, &spec.template) {
+            kept::check(&spec, outline, name)?;
+        }
+        if self.settings.suspended.has(vm_id.as_str()) {
+            let owner = "a suspended VM: resume_vm() or destroy_vm() it".into();
+            return Err(Error::VmIdTaken { vm_id, owner });
+        }
+        let vm = self.vm(spec);
+        self.reserve(vm.spec(), Some(&vm))?;
+        Ok(vm)
+    }
+
+    fn vm(&self, spec: Spec) -> Arc<MicroVm> {
+        MicroVm::new(spec, self.settings.clone(), Some(self.pool.clone()), Some(self.me.clone()))
+    }
+
+    /// Reserves what the VM of `spec` needs, and takes `enter` into the registry.
+    fn reserve(&self, spec: &Spec, enter: Option<&Arc<MicroVm>>) -> Result<()> {
+        let (vm_id, limits) = (&spec.vm_id, &spec.limits);
         let host = memory::read().filter(|_| !self.config.overcommit_memory);
         // Looked up before the registry is locked; a VM that starts meanwhile is counted in full, which is safe.
         let taken: u64 = self.list(None, None).iter().map(|vm| vm.memory_taken_mib()).sum();
@@ -218,15 +264,19 @@ impl Manager {
             let mut registry = self.registry();
             if let Some(host) = host {
                 let cost = |memory_mb: u64| memory_mb + COST_MIB;
-                let promised: u64 = registry.vms.iter().map(|vm| cost(vm.spec().limits.memory_mb)).sum();
-                check_host_memory(&vm_id, cost(limits.memory_mb), promised.saturating_sub(taken), host)?;
+                let present = registry.vms.iter().filter(|vm| !vm.is_suspended());
+                let promised: u64 = present.map(|vm| cost(vm.spec().limits.memory_mb)).sum();
+                check_host_memory(vm_id, cost(limits.memory_mb), promised.saturating_sub(taken), host)?;
             }
-            registry.quota.reserve(&vm_id, &limits)?;
-            registry.vms.push(vm.clone());
+            if enter.is_some() && registry.vms.iter().any(|vm| vm.id() == vm_id) {
+                return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "this manager".into() });
+            }
+            registry.quota.reserve(vm_id, limits)?;
+            registry.vms.extend(enter.cloned());
             registry.quota.available()
         };
         self.pool.shrink_to(left);
-        Ok(vm)
+        Ok(())
     }
 
     #[must_use]
@@ -254,10 +304,14 @@ impl Manager {
     /// Removes a VM and every trace of it, and gives its quota back.
     ///
     /// # Errors
-    /// [`Error::VmNotFound`].
+    /// [`Error::VmNotFound`]; [`Error::VmIdTaken`] when it is suspended and someone resumes it.
     pub async fn destroy(&self, vm_id: &str) -> Result<()> {
-        let vm = self.find(vm_id)?;
+        let Some(vm) = self.get(vm_id) else { return self.destroy_suspended(vm_id).await };
+        let was_suspended = vm.is_suspended();
         self.remove(&vm).await;
+        if was_suspended {
+            vm::forget_suspended(&self.settings, vm.id()).await?;
+        }
         Ok(())
     }
 
@@ -293,8 +347,10 @@ impl Manager {
         };
         let templates = self.settings.templates.as_ref().map_or((0, 0), |store| store.usage());
         let pool = self.pool.usage();
+        let (snapshots, suspended) = (kept::usage(&self.settings.snapshots), kept::usage(&self.settings.suspended));
         let mut usage =
             ResourceUsage { total_vms: vms.len(), allocated, available, pool, templates, ..ResourceUsage::default() };
+        (usage.snapshots, usage.suspended) = (snapshots, suspended);
         for vm in vms {
             *usage.by_type.entry(vm.spec().isolation_type.as_str()).or_default() += 1;
             *usage.by_state.entry(vm.state().as_str()).or_default() += 1;

@@ -18,7 +18,7 @@ mod state;
 pub use budget::{Budget, CPU_PERIOD_US, VMM_CPU_PERCENT};
 pub use config::{ManagerConfig, CONFIG_KEYS};
 pub use egress::{EgressRule, EgressTarget, NamePattern};
-pub use id::VmId;
+pub use id::{TemplateName, VmId};
 pub use ipv4::Ipv4Net;
 pub use kinds::{Backend, Grade, IsolationType, JailMode};
 pub use limits::ResourceLimits;

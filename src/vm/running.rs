@@ -1,5 +1,6 @@
 //! What a VM owns while it runs.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,6 +9,7 @@ use tokio::sync::watch;
 
 use super::confine::Confinement;
 use super::network::Connection;
+use super::prepare::Ids;
 use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
@@ -32,7 +34,8 @@ pub struct Running {
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
     pub(super) confinement: Confinement,
-    /// `boot`, `clone` or `pool`.
+    pub(super) ids: Ids,
+    /// `boot`, `clone`, `pool` or `resume`.
     pub(super) origin: &'static str,
     pub(super) stages: Vec<(&'static str, Duration)>,
     pub(super) since: Instant,
@@ -82,6 +85,17 @@ impl Running {
         *self.dir.lock().unwrap_or_else(PoisonError::into_inner) = dir;
         self.vm_id = spec.vm_id.clone();
         Ok(())
+    }
+
+    /// One of its files, as this host names it; `None` once they are gone.
+    pub fn file(&self, name: &str) -> Option<PathBuf> {
+        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        dir.as_ref().map(|dir| dir.path().join(name))
+    }
+
+    /// Ends the VMM by force; its end is noticed as any other.
+    pub fn kill(&self) {
+        self.jailed.kill();
     }
 
     pub fn exit_receiver(&self) -> watch::Receiver<Option<Exit>> {

@@ -1,7 +1,7 @@
 //! Templates of VMs: which one fits, and how it is made.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use super::{Settings, Spec};
 use crate::channel::Agent;
 use crate::error::{Error, Result};
 use crate::host::kvm;
-use crate::image::template::{Fit, FitDrive, Store, Template, DISK, RAM, STATE};
-use crate::image::{self, GuestImage};
+use crate::image;
+use crate::image::template::{Fit, FitDrive, Template, DISK, RAM, STATE};
 use crate::vmm::{Drive, LaunchPlan, Launched, Nic, Origin};
 
 /// HELLOs asked for before the guest is frozen: it rehearses before each.
@@ -40,7 +40,7 @@ pub async fn find_or_make(
         return Ok(None);
     }
     let found = async {
-        let fit = fit(store, prepared).await?;
+        let fit = fit(settings, prepared).await?;
         store.find_or_make(&fit, |dir| async move { record(prepared, settings, progress, &dir).await }).await
     };
     match tokio::time::timeout(settings.start_timeout, found).await {
@@ -76,13 +76,13 @@ pub async fn discard(settings: &Settings, template: &Template) {
 }
 
 /// What a template of this VM depends on.
-async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
-    let (store, vmm, plan, sources) = (store.clone(), &prepared.vmm, prepared.plan.clone(), prepared.sources.clone());
+pub async fn fit(settings: &Settings, prepared: &Prepared) -> Result<Fit> {
+    let (digests, plan, sources) = (settings.digests.clone(), prepared.plan.clone(), prepared.sources.clone());
+    let vmm = &prepared.vmm;
     let binary = vmm.binary().to_owned();
     let (backend, accelerator, machine) = (vmm.backend(), vmm.accelerator(), vmm.machine(&plan));
     let looking = tokio::task::spawn_blocking(move || {
-        let digest =
-            |path: &Path| store.digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
+        let digest = |path: &Path| digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
         // A guest has the image mounted when it is frozen; its other drives are made for each clone.
         let drive = |drive: &Drive| {
             let image = sources.rootfs.as_deref().filter(|_| drive.serial == ROOTFS_SERIAL);
@@ -105,7 +105,9 @@ async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
 
 /// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
 async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
-    let (plan, origin) = blank(prepared, &settings.image, dir)?;
+    let (plan, ram) = blank(prepared, dir)?;
+    image::write_disk(&settings.image.disk_template, &dir.join(DISK))?;
+    let origin = Origin::Record { ram };
     let vm_id = &plan.vm_id;
     let Launched { jailed, agent: mut transport, control, tails } =
         prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
@@ -130,17 +132,23 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     let hello = attempt.race(frozen).await?;
     jailed.kill();
     jailed.reaped().await;
+    take_back(prepared, dir)?;
+    Ok(hello)
+}
+
+/// Makes the files that a jailed VMM wrote this user's own.
+pub fn take_back(prepared: &Prepared, dir: &Path) -> Result<()> {
     if prepared.held.uid().is_some() {
         let owner = nix::unistd::geteuid().as_raw();
         [RAM, DISK].iter().try_for_each(|name| image::give_to(owner, &dir.join(name)))?;
     }
     let config = dir.join(CONFIG_SERIAL);
-    std::fs::remove_file(&config).map_err(|error| Error::host("remove", config.display(), error))?;
-    Ok(hello)
+    std::fs::remove_file(&config).map_err(|error| Error::host("remove", config.display(), error))
 }
 
-/// The plan with files in `dir`: memory, a disk as every VM's begins, and a config drive that says nothing.
-fn blank(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<(LaunchPlan, Origin)> {
+/// The plan with files in `dir`: memory, whose path for the VMM is returned, an empty disk, and a config drive that says
+/// nothing.
+pub fn blank(prepared: &Prepared, dir: &Path) -> Result<(LaunchPlan, PathBuf)> {
     let mut plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..prepared.plan.clone() };
     let owner = prepared.held.uid();
     let ram = dir.join(RAM);
@@ -151,7 +159,6 @@ fn blank(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<(LaunchP
         image::create_drive(&own, drive.size, owner)?;
         drive.path = plan.jail.show_instead(drive.serial, &drive.path, &own)?;
     }
-    image::write_disk(&image.disk_template, &dir.join(DISK))?;
     plan.nic = plan.nic.map(|_| Nic::unplugged());
-    Ok((plan, Origin::Record { ram }))
+    Ok((plan, ram))
 }

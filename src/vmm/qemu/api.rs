@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use serde_json::{json, Value};
@@ -13,6 +14,8 @@ use crate::error::{Error, Result};
 use crate::model::VmId;
 use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
 
+/// Bytes per second of a VM's memory on its way to another process of this host: no limit. QEMU's own is 128 MiB/s.
+const BANDWIDTH: u64 = 1 << 40;
 /// The name under which QEMU keeps the descriptor of a template's device state.
 const STATE: &str = "s";
 
@@ -44,6 +47,15 @@ impl Qmp {
         operation: &'static str,
         work: impl AsyncFnOnce(&mut Line) -> std::result::Result<T, String>,
     ) -> Result<T> {
+        self.within(CONTROL_DEADLINE, operation, work).await
+    }
+
+    async fn within<T>(
+        &self,
+        deadline: Duration,
+        operation: &'static str,
+        work: impl AsyncFnOnce(&mut Line) -> std::result::Result<T, String>,
+    ) -> Result<T> {
         let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation, reason };
         let exchange = async {
             let mut line = self.line.lock().await;
@@ -53,9 +65,9 @@ impl Qmp {
             }
             work(&mut line).await
         };
-        match tokio::time::timeout(CONTROL_DEADLINE, exchange).await {
+        match tokio::time::timeout(deadline, exchange).await {
             Ok(answer) => answer.map_err(failed),
-            Err(_) => Err(failed(format!("QMP did not answer within {} s", CONTROL_DEADLINE.as_secs()))),
+            Err(_) => Err(failed(format!("QMP did not answer within {} s", deadline.as_secs_f64()))),
         }
     }
 
@@ -137,11 +149,13 @@ impl Line {
         }
     }
 
-    /// Memory in a shared file stays where it is; only the devices' state travels.
-    async fn prepare_transfer(&mut self, state: &OwnedFd) -> std::result::Result<(), String> {
-        let capabilities = ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
+    /// Names the stream. Without `with_memory`, memory in a shared file stays where it is, and only the devices' state
+    /// travels.
+    async fn prepare_transfer(&mut self, stream: &OwnedFd, with_memory: bool) -> std::result::Result<(), String> {
+        let capabilities = [("events", true), ("x-ignore-shared", !with_memory)]
+            .map(|(name, state)| json!({"capability": name, "state": state}));
         self.command("migrate-set-capabilities", json!({"capabilities": capabilities})).await?;
-        let id = self.send("getfd", json!({"fdname": STATE}), Some(state)).await?;
+        let id = self.send("getfd", json!({"fdname": STATE}), Some(stream)).await?;
         self.answer(id).await.map(drop)
     }
 }
@@ -168,7 +182,7 @@ impl Control for Qmp {
 
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("save", async move |line| {
-            line.prepare_transfer(&state).await?;
+            line.prepare_transfer(&state, false).await?;
             line.command("migrate", json!({"uri": format!("fd:{STATE}")})).await?;
             line.migrated().await
         }))
@@ -176,13 +190,30 @@ impl Control for Qmp {
 
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("load", async move |line| {
-            line.prepare_transfer(&state).await?;
+            line.prepare_transfer(&state, false).await?;
             line.command("migrate-incoming", json!({"uri": format!("fd:{STATE}")})).await?;
             line.migrated().await?;
             if run {
                 line.command("cont", Value::Null).await?;
             }
             Ok(())
+        }))
+    }
+
+    fn send(&self, stream: OwnedFd, deadline: Duration) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.within(deadline, "send", async move |line| {
+            line.prepare_transfer(&stream, true).await?;
+            line.command("migrate-set-parameters", json!({"max-bandwidth": BANDWIDTH})).await?;
+            line.command("migrate", json!({"uri": format!("fd:{STATE}")})).await?;
+            line.migrated().await
+        }))
+    }
+
+    fn receive(&self, stream: OwnedFd, deadline: Duration) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.within(deadline, "receive", async move |line| {
+            line.prepare_transfer(&stream, true).await?;
+            line.command("migrate-incoming", json!({"uri": format!("fd:{STATE}")})).await?;
+            line.migrated().await
         }))
     }
 

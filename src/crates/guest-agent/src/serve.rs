@@ -11,10 +11,10 @@ use microvm_protocol::message::{Code, Failure, Request, Response, FREEZE, MAX_ME
 use microvm_protocol::mux::Incoming;
 
 use crate::actions::Guest;
-use crate::{boot, freeze};
 use crate::job::Job;
 use crate::pool::Pool;
 use crate::port::{Link, Sender};
+use crate::{boot, freeze};
 
 /// Longer requests are parsed on the pool.
 const QUICK_BYTES: usize = 4096;
