@@ -17,6 +17,7 @@ pub mod net;
 pub mod private_dir;
 pub mod privileges;
 pub mod process;
+pub mod process_memory;
 pub mod procfs;
 pub mod reflink;
 pub mod runtime_dir;

@@ -316,6 +316,8 @@ impl Launching {
             accelerator: vmm.accelerator(),
             confinement,
             ids,
+            base: template.as_ref().map(|template| template.ram.clone()),
+            fit: template.as_ref().map(|template| template.manifest.fit.clone()),
             origin: if template.is_some() { "clone" } else { "boot" },
             stages: progress.lengths(),
             since: Instant::now(),

@@ -1,5 +1,6 @@
 //! What a VM owns while it runs.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
 use crate::host::runtime_dir::VmDir;
+use crate::image::template::Fit;
 use crate::model::{Backend, Grade, VmId};
 use crate::vmm::{Control, LiveTails};
 
@@ -35,6 +37,9 @@ pub struct Running {
     pub(super) accelerator: &'static str,
     pub(super) confinement: Confinement,
     pub(super) ids: Ids,
+    /// What its memory began as, and what that depends on; `None`: it booted.
+    pub(super) base: Option<Arc<OwnedFd>>,
+    pub(super) fit: Option<Fit>,
     /// `boot`, `clone`, `pool` or `resume`.
     pub(super) origin: &'static str,
     pub(super) stages: Vec<(&'static str, Duration)>,

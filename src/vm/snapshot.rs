@@ -1,33 +1,34 @@
 //! Templates of a user's own: a running VM is copied with all its programs, and clones of it start like any others.
 //!
 //! ```text
-//! the VM         runs ... frozen | its vCPUs stand still      | wakes: the same VM, new keys, what was under way goes on
-//!                                |   memory, devices, disk    |
-//! the receiver   starts ........ | ...........................| saves its devices' state, and ends
+//! runs          | frozen, its vCPUs stand still                                      | wakes: the same VM, with new keys;
+//! what its      | the pages that it wrote since (host/process_memory.rs), the       | what was under way goes on
+//! memory began  | devices' state, its disk                                           |
+//! as is copied  |                                                                    |
 //! ```
-//! The receiver is a VMM of the same kind. The VM's own memory is a private mapping, so all of it travels, once; in the
-//! receiver it is a file, which clones map. A clone settles as one of a booted template does; its guest is frozen where
-//! it was copied, so that no program takes a step before that.
+//! The VM's memory is a private mapping, of its template's if it is a clone: only what it wrote is copied while it stands
+//! still. A clone of the copy settles as one of a booted template does; its guest is frozen where it was copied, so that
+//! no program takes a step before that.
 
 use std::fs::File;
-use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL};
 
-use super::boot::{run, Attempt, Progress};
-use super::prepare::{self, prepare, Ids, Prepared};
+use super::boot::{run, Progress};
+use super::prepare::{self, prepare, Ids};
 use super::running::Running;
-use super::template::{blank, fit, take_back};
+use super::template::fit;
 use super::{MicroVm, Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
+use crate::host::process_memory::ProcessMemory;
 use crate::image;
-use crate::image::template::{differences, Fit, Kept, Making, Outline, Shelf, DISK, STATE};
-use crate::model::{NetworkConfig, TemplateName, VmId, VmState};
-use crate::vmm::{Launched, Nic, Origin};
+use crate::image::template::{differences, Fit, Kept, Making, Outline, Shelf, DISK, RAM, STATE};
+use crate::model::{NetworkConfig, ResourceLimits, TemplateName, VmId, VmState};
+use crate::vmm::Nic;
 
 /// How long a guest may take to stop its programs, and to shake hands once it is woken.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
@@ -115,19 +116,19 @@ impl MicroVm {
         let begun = Instant::now();
         let work = async {
             let making = begin(&self.settings.snapshots, name).await?;
-            let receiver = Receiver::launch(&self.spec, &self.settings, making.path()).await?;
+            let fit = fit_of(&running, &self.spec, &self.settings).await?;
+            let copy = Copy::begin(&running, &self.spec.limits, making.path()).await?;
             let hello = self.freeze(&running, state).await?;
             let stopped = Instant::now();
-            let taken = receiver.take(&running).await;
+            let taken = copy.take(&running).await;
             // Whatever became of the copy, the VM goes on.
             self.thaw(&running, &hello, state).await?;
             let still = stopped.elapsed();
             taken?;
-            let fit = receiver.save().await?;
             finish(making, fit, hello, self.outline(&running)).await?;
             Ok(still)
         };
-        let still = work.await.map_err(|error| self.failed_to("snapshot", error))?;
+        let still: Duration = work.await.map_err(|error: Error| error.of(self.id()))?;
         let (all, still) = (begun.elapsed().as_millis(), still.as_millis());
         log::info!("{}: template {name} taken in {all} ms; it stood still for {still} ms of them", self.id());
         Ok(())
@@ -214,20 +215,6 @@ impl MicroVm {
             created_unix_s: clock::unix_time_ns() / 1_000_000_000,
         }
     }
-
-    /// A receiver is a VMM like any other; its failures are this VM's.
-    pub(super) fn failed_to(&self, operation: &'static str, error: Error) -> Error {
-        match error {
-            Error::StartFailed { stage, reason, .. } => {
-                Error::Vmm { vm_id: self.id().clone(), operation, reason: format!("{stage}: {reason}") }
-            }
-            Error::StartTimeout { stage, limit_s, .. } => {
-                let reason = format!("{stage}: it took longer than {limit_s} s (start_timeout_s can be raised)");
-                Error::Vmm { vm_id: self.id().clone(), operation, reason }
-            }
-            other => other.of(self.id()),
-        }
-    }
 }
 
 /// Takes a name on the shelf of templates.
@@ -250,75 +237,71 @@ pub async fn finish(making: Making, fit: Fit, hello: Vec<u8>, outline: Outline) 
     finishing.await.map_err(|error| Error::host("keep", "a VM's state", error))?
 }
 
-/// A VMM that takes another one's state into the files of a folder.
-pub struct Receiver {
-    prepared: Prepared,
-    launched: Launched,
-    fit: Fit,
+/// The files of a copy; what does not change any more is in them before the VM stands still.
+pub struct Copy {
+    ram: File,
+    memory: ProcessMemory,
     dir: PathBuf,
-    progress: Progress,
-    limit: Duration,
 }
 
-impl Receiver {
-    /// Launches one for the VM of `spec`.
-    pub async fn launch(spec: &Spec, settings: &Settings, dir: &Path) -> Result<Self> {
-        let progress = Progress::begin("prepare a receiver");
-        let vm_id = VmId::parse(&format!("receiver-{}", clock::hex(&clock::random::<6>()?)))?;
-        let own = Spec { vm_id, network: NetworkConfig::default(), template: None, ..spec.clone() };
-        let mut prepared = prepare(&own, settings).await?;
-        // The same device, on no wire.
-        prepared.plan.nic = (!spec.network.isolated_network).then(Nic::unplugged);
-        let cannot = |reason| Error::Vmm { vm_id: spec.vm_id.clone(), operation: "copy", reason };
-        prepared.vmm.can_clone(&prepared.plan.jail).map_err(cannot)?;
-        let fit = fit(settings, &prepared).await?;
-        let (plan, ram) = blank(&prepared, dir)?;
-        progress.at("launch a receiver");
-        let launched = prepared.vmm.launch(&plan, &Origin::Receive { ram }, Box::new(prepared.held.clone()))?;
-        let receiver = Self { prepared, launched, fit, dir: dir.to_owned(), progress, limit: settings.start_timeout };
-        receiver.attempt().race(receiver.launched.control.connect()).await?;
-        Ok(receiver)
-    }
-
-    fn attempt(&self) -> Attempt<'_> {
-        let Self { prepared, launched: Launched { jailed, tails, .. }, progress, limit, .. } = self;
-        Attempt { vm_id: &prepared.plan.vm_id, progress, jailed, tails, limit: *limit }
-    }
-
-    /// Takes memory, devices and disk of a VM whose vCPUs stand still.
-    pub async fn take(&self, running: &Running) -> Result<()> {
-        self.progress.at("copy");
-        let failed = |error: std::io::Error| Error::host("copy", "a VM's disk", error);
-        let from = running.file(DISK_SERIAL).ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
-        let to = self.dir.join(DISK);
-        let copying = tokio::task::spawn_blocking(move || {
-            let disk = File::open(from).map_err(|error| Error::host("open", "a VM's disk", error))?;
-            image::copy_disk(&disk.into(), &to)
+impl Copy {
+    /// Writes what the VM's memory and disk began as.
+    pub async fn begin(running: &Running, limits: &ResourceLimits, dir: &Path) -> Result<Self> {
+        let (base, pid, dir) = (running.base.clone(), running.pid().unwrap_or(0), dir.to_owned());
+        let (memory_bytes, disk_bytes) = (limits.memory_mb << 20, limits.disk_size_mb << 20);
+        let beginning = tokio::task::spawn_blocking(move || {
+            let path = dir.join(RAM);
+            image::create_drive(&path, memory_bytes, None)?;
+            if let Some(base) = base {
+                image::copy_disk(&base, &path)?;
+            }
+            image::create_drive(&dir.join(DISK), disk_bytes, None)?;
+            let ram = File::options().write(true).open(&path).map_err(|e| Error::host("open", path.display(), e))?;
+            let memory = ProcessMemory::find(pid, memory_bytes);
+            let memory =
+                memory.map_err(|error| Error::host("look into", format!("the VMM's memory ({pid})"), error))?;
+            Ok(Self { ram, memory, dir })
         });
-        let (out, into) = StdStream::pair().map_err(|error| Error::host("socketpair", "a VM's state", error))?;
-        // All three to their ends: none may go on while the VM does.
-        let attempt = self.attempt();
-        let (sent, received, copied) = tokio::join!(
-            running.control().send(out.into(), self.limit),
-            attempt.race(self.launched.control.receive(into.into(), self.limit)),
-            copying
-        );
-        received?;
-        sent?;
-        copied.map_err(|error| Error::host("copy", "a VM's disk", error))?
+        beginning.await.map_err(|error| Error::host("begin", "a copy of a VM", error))?
     }
 
-    /// Writes the devices' state and ends; returns what the whole depends on.
-    pub async fn save(self) -> Result<Fit> {
-        self.progress.at("save");
+    /// Copies the rest of a VM whose vCPUs stand still.
+    pub async fn take(self, running: &Running) -> Result<()> {
+        let disk = running.file(DISK_SERIAL).ok_or_else(|| Error::host("copy", "a VM", "its files are gone"))?;
         let path = self.dir.join(STATE);
-        let state = File::create_new(&path).map_err(|error| Error::host("create", path.display(), error))?;
-        self.attempt().race(self.launched.control.save(state.into())).await?;
-        self.launched.jailed.kill();
-        self.launched.jailed.reaped().await;
-        take_back(&self.prepared, &self.dir)?;
-        Ok(self.fit)
+        let state = File::options()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(|error| Error::host("create", path.display(), error))?;
+        let copying = tokio::task::spawn_blocking(move || {
+            let pages = self.memory.copy_own_pages(&self.ram);
+            let pages = pages.map_err(|error| Error::host("copy", "a VM's memory", error))?;
+            let from = File::open(&disk).map_err(|error| Error::host("open", disk.display(), error))?;
+            image::copy_disk(&from.into(), &self.dir.join(DISK))?;
+            log::debug!("{pages} pages of memory copied");
+            Ok(())
+        });
+        // Both to their ends: neither may go on while the VM does.
+        let (saved, copied) = tokio::join!(running.control().save(state.into()), copying);
+        saved?;
+        copied.map_err(|error| Error::host("copy", "a VM", error))?
     }
+}
+
+/// What a copy of a VM depends on: what its template did, or what one would, had it not booted.
+pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings) -> Result<Fit> {
+    if let Some(fit) = &running.fit {
+        return Ok(fit.clone());
+    }
+    let vm_id = VmId::parse(&format!("fit-{}", clock::hex(&clock::random::<6>()?)))?;
+    let own = Spec { vm_id, network: NetworkConfig::default(), template: None, ..spec.clone() };
+    let mut prepared = prepare(&own, settings).await?;
+    // The same device, on no wire.
+    prepared.plan.nic = (!spec.network.isolated_network).then(Nic::unplugged);
+    let cannot = |reason| Error::Vmm { vm_id: spec.vm_id.clone(), operation: "copy", reason };
+    prepared.vmm.can_clone(&prepared.plan.jail).map_err(cannot)?;
+    fit(settings, &prepared).await
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::boot::Progress;
 use super::prepare::Ids;
 use super::running::Running;
-use super::snapshot::{finish, run_kept, Receiver};
+use super::snapshot::{finish, fit_of, run_kept, Copy};
 use super::{MicroVm, Settings};
 use crate::error::{Error, Result};
 use crate::image::template::{Held, Kept, Making};
@@ -52,7 +52,7 @@ impl MicroVm {
                 cell.state = state;
             }
             drop(cell);
-            return Err(self.failed_to("suspend", error));
+            return Err(error.of(self.id()));
         }
         {
             let mut cell = self.cell();
@@ -71,7 +71,8 @@ impl MicroVm {
     /// Keeps the VM's state; it stands still then. After an error it goes on.
     async fn put_away(&self, running: &Running, state: VmState) -> Result<()> {
         let making = self.begin_suspending().await?;
-        let receiver = Receiver::launch(&self.spec, &self.settings, making.path()).await?;
+        let fit = fit_of(running, &self.spec, &self.settings).await?;
+        let copy = Copy::begin(running, &self.spec.limits, making.path()).await?;
         // What waits in a VM that stands still would wait for ever.
         let open = if state == VmState::Running { running.agent().idle(IDLE_DEADLINE).await } else { 0 };
         if open > 0 {
@@ -82,8 +83,7 @@ impl MicroVm {
         }
         let hello = self.freeze(running, state).await?;
         let kept = async {
-            receiver.take(running).await?;
-            let fit = receiver.save().await?;
+            copy.take(running).await?;
             finish(making, fit, hello.clone(), self.outline(running)).await
         };
         let kept = kept.await;

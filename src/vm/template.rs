@@ -1,7 +1,7 @@
 //! Templates of VMs: which one fits, and how it is made.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use super::{Settings, Spec};
 use crate::channel::Agent;
 use crate::error::{Error, Result};
 use crate::host::kvm;
-use crate::image;
 use crate::image::template::{Fit, FitDrive, Template, DISK, RAM, STATE};
+use crate::image::{self, GuestImage};
 use crate::vmm::{Drive, LaunchPlan, Launched, Nic, Origin};
 
 /// HELLOs asked for before the guest is frozen: it rehearses before each.
@@ -105,14 +105,13 @@ pub async fn fit(settings: &Settings, prepared: &Prepared) -> Result<Fit> {
 
 /// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
 async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
-    let (plan, ram) = blank(prepared, dir)?;
-    image::write_disk(&settings.image.disk_template, &dir.join(DISK))?;
-    let origin = Origin::Record { ram };
+    let (plan, origin) = blank(prepared, &settings.image, dir)?;
     let vm_id = &plan.vm_id;
     let Launched { jailed, agent: mut transport, control, tails } =
         prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
-    let state = File::create_new(dir.join(STATE)).map_err(|error| Error::host("create", dir.display(), error))?;
+    let state = File::options().write(true).create_new(true).open(dir.join(STATE));
+    let state = state.map_err(|error| Error::host("create", dir.display(), error))?;
     let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;
     let frozen = async {
         let mut hello = Agent::hello(vm_id, &mut transport).await?;
@@ -132,23 +131,17 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     let hello = attempt.race(frozen).await?;
     jailed.kill();
     jailed.reaped().await;
-    take_back(prepared, dir)?;
-    Ok(hello)
-}
-
-/// Makes the files that a jailed VMM wrote this user's own.
-pub fn take_back(prepared: &Prepared, dir: &Path) -> Result<()> {
     if prepared.held.uid().is_some() {
         let owner = nix::unistd::geteuid().as_raw();
         [RAM, DISK].iter().try_for_each(|name| image::give_to(owner, &dir.join(name)))?;
     }
     let config = dir.join(CONFIG_SERIAL);
-    std::fs::remove_file(&config).map_err(|error| Error::host("remove", config.display(), error))
+    std::fs::remove_file(&config).map_err(|error| Error::host("remove", config.display(), error))?;
+    Ok(hello)
 }
 
-/// The plan with files in `dir`: memory, whose path for the VMM is returned, an empty disk, and a config drive that says
-/// nothing.
-pub fn blank(prepared: &Prepared, dir: &Path) -> Result<(LaunchPlan, PathBuf)> {
+/// The plan with files in `dir`: memory, a disk as every VM's begins, and a config drive that says nothing.
+fn blank(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<(LaunchPlan, Origin)> {
     let mut plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..prepared.plan.clone() };
     let owner = prepared.held.uid();
     let ram = dir.join(RAM);
@@ -159,6 +152,7 @@ pub fn blank(prepared: &Prepared, dir: &Path) -> Result<(LaunchPlan, PathBuf)> {
         image::create_drive(&own, drive.size, owner)?;
         drive.path = plan.jail.show_instead(drive.serial, &drive.path, &own)?;
     }
+    image::write_disk(&image.disk_template, &dir.join(DISK))?;
     plan.nic = plan.nic.map(|_| Nic::unplugged());
-    Ok((plan, ram))
+    Ok((plan, Origin::Record { ram }))
 }

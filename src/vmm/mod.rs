@@ -118,8 +118,6 @@ pub enum Origin {
     Boot,
     /// The kernel boots with its memory in this file, and [`Control::save`] makes a template of it.
     Record { ram: PathBuf },
-    /// [`Control::receive`] fills this file with another VMM's memory, and then [`Control::save`] makes a template of it.
-    Receive { ram: PathBuf },
     /// A clone of a template, whose memory it maps copy-on-write; it waits for [`Control::load`].
     Clone { ram: Arc<OwnedFd> },
 }
@@ -147,22 +145,10 @@ pub trait Control: Send + Sync {
     fn pause(&self) -> BoxFuture<'_, Result<()>>;
     /// Lets the vCPUs go on.
     fn resume(&self) -> BoxFuture<'_, Result<()>>;
-    /// Saves the device state of a VMM launched with [`Origin::Record`] or [`Origin::Receive`], which is of no use any
-    /// more afterwards.
+    /// Writes the device state of a VM to a file that is open for writing only; its vCPUs are stopped first.
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>>;
     /// Restores a VMM launched with [`Origin::Clone`] from what `save` wrote and, if asked to, lets it run.
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>>;
-    /// Sends all of a paused VM, memory included, to [`Control::receive`] at the other end of `stream`; it can be resumed
-    /// afterwards.
-    fn send(&self, stream: OwnedFd, deadline: Duration) -> BoxFuture<'_, Result<()>> {
-        let _ = (stream, deadline);
-        Box::pin(async { Err(Error::host("send", "a VM", "this backend has no clones")) })
-    }
-    /// Takes what [`Control::send`] sends, into a VMM launched with [`Origin::Receive`].
-    fn receive(&self, stream: OwnedFd, deadline: Duration) -> BoxFuture<'_, Result<()>> {
-        let _ = (stream, deadline);
-        Box::pin(async { Err(Error::host("receive", "a VM", "this backend has no clones")) })
-    }
     /// Ends the VMM without asking the guest.
     fn quit(&self) -> BoxFuture<'_, Result<()>>;
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>>;

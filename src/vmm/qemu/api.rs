@@ -2,7 +2,6 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::Duration;
 
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use serde_json::{json, Value};
@@ -14,8 +13,6 @@ use crate::error::{Error, Result};
 use crate::model::VmId;
 use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
 
-/// Bytes per second of a VM's memory on its way to another process of this host: no limit. QEMU's own is 128 MiB/s.
-const BANDWIDTH: u64 = 1 << 40;
 /// The name under which QEMU keeps the descriptor of a template's device state.
 const STATE: &str = "s";
 
@@ -47,15 +44,6 @@ impl Qmp {
         operation: &'static str,
         work: impl AsyncFnOnce(&mut Line) -> std::result::Result<T, String>,
     ) -> Result<T> {
-        self.within(CONTROL_DEADLINE, operation, work).await
-    }
-
-    async fn within<T>(
-        &self,
-        deadline: Duration,
-        operation: &'static str,
-        work: impl AsyncFnOnce(&mut Line) -> std::result::Result<T, String>,
-    ) -> Result<T> {
         let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation, reason };
         let exchange = async {
             let mut line = self.line.lock().await;
@@ -65,9 +53,9 @@ impl Qmp {
             }
             work(&mut line).await
         };
-        match tokio::time::timeout(deadline, exchange).await {
+        match tokio::time::timeout(CONTROL_DEADLINE, exchange).await {
             Ok(answer) => answer.map_err(failed),
-            Err(_) => Err(failed(format!("QMP did not answer within {} s", deadline.as_secs_f64()))),
+            Err(_) => Err(failed(format!("QMP did not answer within {} s", CONTROL_DEADLINE.as_secs()))),
         }
     }
 
@@ -122,7 +110,7 @@ impl Line {
         }
     }
 
-    /// Waits for the end of a migration, in either direction.
+    /// Waits for the end of an incoming migration.
     async fn migrated(&mut self) -> std::result::Result<(), String> {
         let status = |line: &Value| match (line["event"].as_str(), line["data"]["status"].as_str()) {
             (Some("MIGRATION"), Some(status @ ("completed" | "failed"))) => Some(status == "completed"),
@@ -148,16 +136,6 @@ impl Line {
             }
         }
     }
-
-    /// Names the stream. Without `with_memory`, memory in a shared file stays where it is, and only the devices' state
-    /// travels.
-    async fn prepare_transfer(&mut self, stream: &OwnedFd, with_memory: bool) -> std::result::Result<(), String> {
-        let capabilities = [("events", true), ("x-ignore-shared", !with_memory)]
-            .map(|(name, state)| json!({"capability": name, "state": state}));
-        self.command("migrate-set-capabilities", json!({"capabilities": capabilities})).await?;
-        let id = self.send("getfd", json!({"fdname": STATE}), Some(stream)).await?;
-        self.answer(id).await.map(drop)
-    }
 }
 
 fn send_with(stream: &UnixStream, bytes: &[u8], fd: &OwnedFd) -> io::Result<usize> {
@@ -180,40 +158,33 @@ impl Control for Qmp {
         Box::pin(async { self.execute("cont").await.map(drop) })
     }
 
+    /// The one command that writes the devices without the memory (QEMU QMP Reference Manual): Xen has nothing to do with
+    /// it. Not `live`: this VM goes on with its drives.
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("save", async move |line| {
-            line.prepare_transfer(&state, false).await?;
-            line.command("migrate", json!({"uri": format!("fd:{STATE}")})).await?;
-            line.migrated().await
+            line.command("stop", Value::Null).await?;
+            let id = line.send("add-fd", json!({}), Some(&state)).await?;
+            let set = line.answer(id).await?["fdset-id"].clone();
+            let arguments = json!({"filename": format!("/dev/fdset/{set}"), "live": false});
+            let saved = line.command("xen-save-devices-state", arguments).await;
+            line.command("remove-fd", json!({"fdset-id": set})).await?;
+            saved.map(drop)
         }))
     }
 
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("load", async move |line| {
-            line.prepare_transfer(&state, false).await?;
+            // Memory in a shared file stays where it is; only the devices' state is in the stream.
+            let capabilities = ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
+            line.command("migrate-set-capabilities", json!({"capabilities": capabilities})).await?;
+            let id = line.send("getfd", json!({"fdname": STATE}), Some(&state)).await?;
+            line.answer(id).await?;
             line.command("migrate-incoming", json!({"uri": format!("fd:{STATE}")})).await?;
             line.migrated().await?;
             if run {
                 line.command("cont", Value::Null).await?;
             }
             Ok(())
-        }))
-    }
-
-    fn send(&self, stream: OwnedFd, deadline: Duration) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.within(deadline, "send", async move |line| {
-            line.prepare_transfer(&stream, true).await?;
-            line.command("migrate-set-parameters", json!({"max-bandwidth": BANDWIDTH})).await?;
-            line.command("migrate", json!({"uri": format!("fd:{STATE}")})).await?;
-            line.migrated().await
-        }))
-    }
-
-    fn receive(&self, stream: OwnedFd, deadline: Duration) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.within(deadline, "receive", async move |line| {
-            line.prepare_transfer(&stream, true).await?;
-            line.command("migrate-incoming", json!({"uri": format!("fd:{STATE}")})).await?;
-            line.migrated().await
         }))
     }
 

@@ -117,7 +117,7 @@ impl Vmm for Qemu {
     fn launch(&self, plan: &LaunchPlan, origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {
         let mut jail = plan.jail.clone();
         let is_clone = matches!(origin, Origin::Clone { .. });
-        if is_clone || matches!(origin, Origin::Receive { .. }) {
+        if is_clone {
             jail.hide(&plan.kernel);
             jail.hide(&plan.initramfs);
         }
