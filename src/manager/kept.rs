@@ -97,11 +97,7 @@ impl Manager {
                 return Err(not_found());
             }
             let held = shelf.hold(&name)?.ok_or_else(taken)?;
-            if shelf.remove(&held, &name)? {
-                Ok(())
-            } else {
-                Err(not_found())
-            }
+            shelf.remove(&held, &name)?.map(drop).ok_or_else(not_found)
         });
         deleting.await.map_err(|error| Error::host("delete", "a template", error))?
     }

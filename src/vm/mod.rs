@@ -6,6 +6,7 @@
 
 mod boot;
 mod confine;
+mod copy;
 mod health;
 pub mod network;
 mod prepare;

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::boot::Progress;
+use super::copy::{fit_of, Copy};
 use super::prepare::Ids;
 use super::running::Running;
-use super::snapshot::{finish, fit_of, run_kept, Copy};
+use super::snapshot::{finish, run_kept};
 use super::{MicroVm, Settings};
 use crate::error::{Error, Result};
 use crate::image::template::{Held, Kept, Making};
@@ -170,7 +171,7 @@ pub async fn forget(settings: &Settings, vm_id: &VmId) -> Result<bool> {
             return Ok(false);
         }
         let held = shelf.hold(vm_id.as_str())?.ok_or_else(|| under_way(&vm_id))?;
-        shelf.remove(&held, vm_id.as_str())
+        shelf.remove(&held, vm_id.as_str()).map(|gone| gone.is_some())
     });
     forgetting.await.map_err(|error| Error::host("remove", name, error))?
 }
@@ -210,7 +211,8 @@ impl Claim {
         let Self { settings, vm_id, held, .. } = self;
         let removing = tokio::task::spawn_blocking(move || settings.suspended.remove(&held, vm_id.as_str()));
         match removing.await {
-            Ok(Ok(_)) => {}
+            // Nobody waits for the file system.
+            Ok(Ok(gone)) => drop(tokio::task::spawn_blocking(move || drop(gone))),
             Ok(Err(error)) => log::error!("{name}: it runs, but its suspended state was not removed: {error}"),
             Err(error) => log::error!("{name}: it runs, but its suspended state was not removed: {error}"),
         }

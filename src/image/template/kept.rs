@@ -5,8 +5,9 @@
 //!   <name>/                           appears whole, by a rename, and goes whole, by another one
 //!     manifest                        the BLAKE3 digest of the rest in hexadecimal, a line feed, JSON
 //!     ram, disk, state                as a template's
-//!   .new-<name>/                      being made, or thrown away; of no use without a lock that someone holds
+//!   .new-<name>/                      being made by whoever holds the lock
 //!   .lock-<name>                      held by whoever makes, resumes or removes it
+//!   .gone-<random>/                   thrown away; anyone may remove it
 //! ```
 //! Nothing here is pruned or made again: what is damaged is refused, and stays until its owner deletes it. Names never
 //! begin with a dot.
@@ -25,11 +26,12 @@ use super::files::{self, remove, Template, DISK, MANIFEST, RAM, STATE};
 use super::{Digest, Fit, Manifest};
 use crate::error::{Error, Result};
 use crate::host::fork::{self, Concealed};
-use crate::host::{lock, private_dir};
+use crate::host::{clock, lock, private_dir};
 use crate::model::{NetworkConfig, ResourceLimits};
 
 const LOCK: &str = ".lock-";
 const NEW: &str = ".new-";
+const GONE: &str = ".gone-";
 /// How often a lock is tried whose file its last holder removes at the same moment.
 const TRIES: usize = 8;
 
@@ -90,6 +92,19 @@ impl Drop for Held {
         // While it is still locked, so that nobody takes a name that is about to go.
         if let Err(error) = fs::remove_file(&self.path) {
             log::warn!("{}: {error}", self.path.display());
+        }
+    }
+}
+
+/// What was taken off a shelf. Dropping it removes the files, which may take a file system a second.
+#[derive(Debug)]
+pub struct Gone(PathBuf);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        // Another process that cleans up may do the same.
+        if let Err(error) = remove(&self.0) {
+            log::debug!("{}: {error}", self.0.display());
         }
     }
 }
@@ -205,20 +220,19 @@ impl Shelf {
         }
     }
 
-    /// Forgets and removes what is kept; false when nothing was. VMs that run keep what they have. Blocking.
+    /// Forgets what is kept and takes it off the shelf; `None` when nothing was there. VMs that run keep what they have.
+    /// Blocking.
     ///
     /// # Errors
     /// [`Error::Host`].
-    pub fn remove(&self, held: &Held, name: &str) -> Result<bool> {
-        let (place, gone) = (self.place(name), self.dir.join(format!("{NEW}{name}")));
+    pub fn remove(&self, held: &Held, name: &str) -> Result<Option<Gone>> {
+        let (place, gone) = (self.place(name), self.dir.join(format!("{GONE}{}", clock::hex(&clock::random::<8>()?))));
         debug_assert_eq!(held.path, self.dir.join(format!("{LOCK}{name}")));
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
-        let failed = |error: io::Error| Error::host("remove", place.display(), error);
-        remove(&gone).map_err(failed)?;
         match fs::rename(&place, &gone) {
-            Ok(()) => remove(&gone).map_err(failed).map(|()| true),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(failed(error)),
+            Ok(()) => Ok(Some(Gone(gone))),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::host("remove", place.display(), error)),
         }
     }
 
@@ -240,6 +254,10 @@ impl Shelf {
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let file_name = entry.file_name();
             let Some(name) = file_name.to_str() else { continue };
+            if name.starts_with(GONE) {
+                drop(Gone(entry.path()));
+                continue;
+            }
             let of = name.strip_prefix(NEW).or_else(|| name.strip_prefix(LOCK));
             // Dropping the lock removes its file, too.
             if let Some(Ok(Some(_held))) = of.map(|name| self.hold(name)) {
@@ -350,7 +368,7 @@ mod tests {
         assert!(Arc::ptr_eq(&kept.template, &shelf.load("a").await.unwrap().unwrap().template));
         assert_eq!((kept.outline, kept.template.manifest.hello.as_slice()), (outline(), &b"hello"[..]));
         let held = shelf.hold("a").unwrap().unwrap();
-        assert!(shelf.remove(&held, "a").unwrap() && !shelf.remove(&held, "a").unwrap());
+        assert!(shelf.remove(&held, "a").unwrap().is_some() && shelf.remove(&held, "a").unwrap().is_none());
         drop(held);
         assert!(shelf.load("a").await.unwrap().is_none() && shelf.outline("a").unwrap().is_none());
         assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 0);
@@ -371,7 +389,7 @@ mod tests {
             let error = shelf.load("a").await.unwrap_err();
             assert!(error.code() == "state_damaged" && error.to_string().contains("\"a\""), "{file}: {error}");
             assert!(shelf.read("a").is_err());
-            shelf.remove(&shelf.hold("a").unwrap().unwrap(), "a").unwrap();
+            drop(shelf.remove(&shelf.hold("a").unwrap().unwrap(), "a").unwrap());
         }
         fs::remove_dir_all(cache).unwrap();
     }
@@ -393,6 +411,7 @@ mod tests {
         let (cache, shelf) = shelf("given-up");
         drop(shelf.make(shelf.hold("a").unwrap().unwrap(), "a").unwrap());
         fs::create_dir(cache.join("snapshots/.new-b")).unwrap();
+        fs::create_dir(cache.join("snapshots/.gone-0123")).unwrap();
         fs::write(cache.join("snapshots/.lock-b"), b"").unwrap();
         let (held, mine) = (shelf.hold("c").unwrap(), cache.join("snapshots/.new-c"));
         fs::create_dir(&mine).unwrap();
