@@ -21,6 +21,8 @@ const PORT_DEADLINE: Duration = Duration::from_secs(10);
 /// The open port, before the handshake.
 pub struct Port {
     file: File,
+    /// The same open file for the session's other end.
+    reading: File,
     decoder: Decoder,
     handshake: GuestHandshake,
 }
@@ -33,7 +35,8 @@ pub fn open(set_up_failed: bool) -> Result<Port, String> {
         if let Some(name) = find() {
             let path = format!("/dev/{name}");
             let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"))?;
-            return Ok(Port { file, decoder: Decoder::default(), handshake });
+            let reading = file.try_clone().map_err(|e| format!("dup {path}: {e}"))?;
+            return Ok(Port { file, reading, decoder: Decoder::default(), handshake });
         }
         if begun.elapsed() > PORT_DEADLINE {
             return Err(format!("no virtio port is named {SERIAL_PORT_NAME}"));
@@ -81,9 +84,9 @@ impl Port {
 
     /// Has the host prove the key.
     pub fn take_offer(self, offer: &[u8], identity: &Identity) -> Result<Half, String> {
-        let Self { file, decoder, handshake } = self;
+        let Self { file, reading, decoder, handshake } = self;
         let offered = handshake.receive(offer, &identity.key, &identity.ephemeral).map_err(failed)?;
-        Ok(Half { file, decoder, offered })
+        Ok(Half { file, reading, decoder, offered })
     }
 }
 
@@ -94,6 +97,7 @@ fn failed(error: ProtocolError) -> String {
 /// A handshake in which the host has proved the key and the guest has not yet; its outcome says how the guest is.
 pub struct Half {
     file: File,
+    reading: File,
     decoder: Decoder,
     offered: Offered,
 }
@@ -108,10 +112,9 @@ impl Half {
     pub fn accept(mut self, outcome: &[u8]) -> Result<Link, String> {
         let (accept, session) = self.offered.accept(outcome).map_err(failed)?;
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
-        let reading = self.file.try_clone().map_err(|e| format!("dup: {e}"))?;
         let writing = Writing { file: self.file, bytes: Vec::new() };
         let shared = Shared { connection: Mutex::new(Connection::new(session)), writing: Mutex::new(writing) };
-        Ok(Link { sender: Sender(Arc::new(shared)), reading, decoder: self.decoder })
+        Ok(Link { sender: Sender(Arc::new(shared)), reading: self.reading, decoder: self.decoder })
     }
 
     /// Proves the key; the exchanges of `link` go on.
@@ -244,8 +247,9 @@ impl Link {
 
     /// The port for another handshake, once the session was laid down.
     pub fn port(&self) -> Result<Port, String> {
-        let file = self.reading.try_clone().map_err(|e| format!("dup: {e}"))?;
-        Ok(Port { file, decoder: Decoder::default(), handshake: GuestHandshake::new(false).map_err(failed)? })
+        let dup = || self.reading.try_clone().map_err(|e| format!("dup: {e}"));
+        let (file, reading) = (dup()?, dup()?);
+        Ok(Port { file, reading, decoder: Decoder::default(), handshake: GuestHandshake::new(false).map_err(failed)? })
     }
 
     /// What the host says next; `None` when it closed the port.
