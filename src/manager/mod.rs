@@ -195,6 +195,7 @@ impl Manager {
     pub async fn stop(&self) {
         self.stop_tasks();
         self.destroy_all().await;
+        self.settings.suspended.removed().await;
     }
 
     fn stop_tasks(&self) {

@@ -193,8 +193,10 @@ mod tests {
         let vm_id = VmId::parse("tab-1").unwrap();
         let mut seen = HashSet::new();
         for _ in 0..200 {
-            let (identity, key) = identity(&vm_id, &ResourceLimits::default(), None).unwrap();
-            assert_eq!(key.0, identity.key.0);
+            let ids = Ids::generate().unwrap();
+            let (identity, told) = identity(&vm_id, &ResourceLimits::default(), None, ids).unwrap();
+            assert_eq!((&told.key, told.ids), (&identity.key, ids));
+            assert_eq!((identity.machine_id, identity.boot_id), (ids.machine_id, ids.boot_id));
             let long = [identity.key.0, identity.ephemeral.secret.0, identity.ephemeral.public, identity.seed.0];
             let short = [identity.machine_id, identity.boot_id];
             let all = long.iter().map(|bytes| bytes.to_vec()).chain(short.iter().map(|bytes| bytes.to_vec()));

@@ -209,10 +209,12 @@ impl Claim {
     async fn consume(self) {
         let name = self.vm_id.to_string();
         let Self { settings, vm_id, held, .. } = self;
+        let shelf = settings.suspended.clone();
         let removing = tokio::task::spawn_blocking(move || settings.suspended.remove(&held, vm_id.as_str()));
         match removing.await {
             // Nobody waits for the file system.
-            Ok(Ok(gone)) => drop(tokio::task::spawn_blocking(move || drop(gone))),
+            Ok(Ok(Some(gone))) => shelf.remove_later(gone).await,
+            Ok(Ok(None)) => log::warn!("{name}: it runs, and its suspended state was gone already"),
             Ok(Err(error)) => log::error!("{name}: it runs, but its suspended state was not removed: {error}"),
             Err(error) => log::error!("{name}: it runs, but its suspended state was not removed: {error}"),
         }

@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
+use tokio::sync::RwLock;
 
 use super::files::{self, remove, Template, DISK, MANIFEST, RAM, STATE};
 use super::{Digest, Fit, Manifest};
@@ -77,6 +78,8 @@ pub struct Shelf {
     remedy: &'static str,
     /// One is read by one task at a time, and once for all clones of this process.
     slots: Mutex<HashMap<String, Slot>>,
+    /// Held for reading by whoever removes files that nobody waits for.
+    removing: Arc<RwLock<()>>,
 }
 
 /// The lock on one name. Dropping it lets go.
@@ -114,14 +117,18 @@ impl Shelf {
     #[must_use]
     pub fn snapshots(cache_dir: &Path) -> Self {
         let remedy = "delete_template() it and take another snapshot()";
-        Self { dir: cache_dir.join("snapshots"), what: "template", remedy, slots: Mutex::default() }
+        Self::new(cache_dir.join("snapshots"), "template", remedy)
     }
 
     /// Names the folder for suspended VMs.
     #[must_use]
     pub fn suspended(cache_dir: &Path) -> Self {
         let remedy = "destroy_vm() it: its state is lost";
-        Self { dir: cache_dir.join("suspended"), what: "suspended VM", remedy, slots: Mutex::default() }
+        Self::new(cache_dir.join("suspended"), "suspended VM", remedy)
+    }
+
+    fn new(dir: PathBuf, what: &'static str, remedy: &'static str) -> Self {
+        Self { dir, what, remedy, slots: Mutex::default(), removing: Arc::default() }
     }
 
     fn place(&self, name: &str) -> PathBuf {
@@ -234,6 +241,21 @@ impl Shelf {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::host("remove", place.display(), error)),
         }
+    }
+
+    /// Removes the files of what is gone while the caller goes on.
+    pub async fn remove_later(&self, gone: Gone) {
+        let removing = self.removing.clone().read_owned().await;
+        let work = move || {
+            drop(gone);
+            drop(removing);
+        };
+        drop(tokio::task::spawn_blocking(work));
+    }
+
+    /// Waits until nothing is being removed any more.
+    pub async fn removed(&self) {
+        drop(self.removing.write().await);
     }
 
     /// The names of what is kept, and their bytes on disk. Blocking.
