@@ -308,12 +308,9 @@ impl Manager {
     /// [`Error::VmNotFound`]; [`Error::VmIdTaken`] when it is suspended and someone resumes it.
     pub async fn destroy(&self, vm_id: &str) -> Result<()> {
         let Some(vm) = self.get(vm_id) else { return self.destroy_suspended(vm_id).await };
-        let was_suspended = vm.is_suspended();
         self.remove(&vm).await;
-        if was_suspended {
-            vm::forget_suspended(&self.settings, vm.id()).await?;
-        }
-        Ok(())
+        // Looked for afterwards: it may have been about to be suspended. The name is this VM's alone.
+        vm::forget_suspended(&self.settings, vm.id()).await.map(drop)
     }
 
     async fn remove(&self, vm: &Arc<MicroVm>) {
