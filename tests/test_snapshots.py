@@ -8,8 +8,9 @@ import sys
 import tempfile
 import threading
 import time
+import unittest
 from pathlib import Path
-from typing import Any, Dict, List, Set
+from typing import Any, Dict, List
 
 from thirstys_waterfall.security.microvm_isolation import (
     CommandError,
@@ -24,12 +25,31 @@ from thirstys_waterfall.security.microvm_isolation import (
     VMState,
 )
 
-from .support import IMPORT, QEMU, VMTestCase, alive, eventually, limits, make_rootfs, run_python, shell
-from .test_templates import random_program
+from .support import IMPORT, QEMU, VMTestCase, alive, eventually, find_tool, limits, make_rootfs, run_python, shell
+from .test_templates import ASK_FOR_RANDOM
 
 CACHE = ""
 # A program that counts in its memory, and says so in a file; it outlives the request that started it.
 COUNTER = "(i=0; while true; do i=$((i+1)); echo $i >/tmp/new; mv /tmp/new /tmp/count; sleep 0.02; done) </dev/null >/dev/null 2>&1 &"
+
+# As fast as it can: asks who it is. Once that has changed it says how many steps it took before, and random numbers.
+STEPS = r"""
+#include <stdio.h>
+#include <string.h>
+#include <sys/random.h>
+#include <unistd.h>
+int main(void) {
+    char first[65], now[65];
+    unsigned long steps = 0, number;
+    if (gethostname(first, sizeof first)) return 1;
+    do steps++; while (gethostname(now, sizeof now) == 0 && strcmp(first, now) == 0);
+    FILE *file = fopen("/tmp/new", "w");
+    if (!file) return 1;
+    fprintf(file, "%lu", steps);
+    for (int i = 0; i < 4 && getrandom(&number, sizeof number, 0) == sizeof number; i++) fprintf(file, " %016lx", number);
+    return fclose(file) || rename("/tmp/new", "/tmp/steps");
+}
+"""
 
 
 def setUpModule() -> None:
@@ -41,14 +61,26 @@ def tearDownModule() -> None:
     shutil.rmtree(CACHE)
 
 
+def static_program(folder: Path, source: str) -> Path:
+    """A program for the guest."""
+    compiler = find_tool("cc")
+    if compiler is None:
+        raise unittest.SkipTest("needs a C compiler (gcc) for a program of the guest's")
+    (folder / "program.c").write_text(source)
+    command = [compiler, "-static", "-O1", "-o", str(folder / "program"), str(folder / "program.c")]
+    subprocess.run(command, check=True, stderr=subprocess.PIPE)
+    return folder / "program"
+
+
 class SnapshotTestCase(VMTestCase):
     def setUp(self) -> None:
+        # Cleanups run from the last to the first: this one after the manager has stopped.
+        self.addCleanup(self.assert_nothing_kept)
         self.config = dict(self.config, cache_dir=CACHE)
         super().setUp()
-        self.addCleanup(self.assert_nothing_kept)
 
     def assert_nothing_kept(self) -> None:
-        """Runs after the manager has stopped: whatever a test leaves, it deletes itself."""
+        """Whatever a test keeps, it deletes itself."""
         folders = [Path(CACHE) / name for name in ("snapshots", "suspended")]
         left = [path for folder in folders if folder.exists() for path in folder.iterdir()]
         for path in left:
@@ -118,7 +150,7 @@ class Clones(SnapshotTestCase):
     def test_clones_share_nothing_that_tells_vms_apart(self) -> None:
         vm = self.counting()
         with tempfile.TemporaryDirectory() as folder:
-            vm.upload(str(random_program(Path(folder))), "/data/ask", mode=0o755)
+            vm.upload(str(static_program(Path(folder), ASK_FOR_RANDOM)), "/data/ask", mode=0o755)
         self.snapshot(vm)
         clones: List[Any] = []
         threads = [threading.Thread(target=lambda: clones.extend(self.clone() for _ in range(3))) for _ in range(2)]
@@ -138,24 +170,21 @@ class Clones(SnapshotTestCase):
 
     def test_no_program_takes_a_step_before_its_clone_has_settled(self) -> None:
         vm = self.running()
-        name = self.output(vm, "hostname").strip()
-        # As fast as it can: who it is, and a random number.
-        talk = 'while true; do echo "$(hostname) $(cat /etc/machine-id) $(head -c 8 /dev/urandom | od -An -tx1)"; done >/tmp/log'
-        self.output(vm, "({}) </dev/null >/dev/null 2>&1 &".format(talk))
-        self.assertTrue(eventually(lambda: int(self.output(vm, "wc -l </tmp/log")) > 3))
+        with tempfile.TemporaryDirectory() as folder:
+            vm.upload(str(static_program(Path(folder), STEPS)), "/data/steps", mode=0o755)
+        self.output(vm, "/data/steps </dev/null >/dev/null 2>&1 & sleep 0.3")
         self.snapshot(vm)
-        logs = []
-        for clone in (self.clone(), self.clone()):
-            own = self.output(clone, "hostname").strip()
-            self.assertTrue(eventually(lambda: int(self.output(clone, "grep -c {} /tmp/log || true".format(own))) > 5))
-            logs.append([line.split(None, 1) for line in self.output(clone, "cat /tmp/log").splitlines()])
-        before = [sum(1 for line in log if line[0] == name) for log in logs]
-        # Both were frozen at the same step, and after it neither was who it had been.
-        self.assertEqual(before[0], before[1])
-        # The line that was being put together then may have been half done.
-        after: List[Set[str]] = [{line[1] for line in log[before[0] + 1 : -1]} for log in logs]
-        self.assertTrue(after[0] and after[1])
-        self.assertFalse(after[0] & after[1])
+        told = []
+        for clone in (self.clone(), self.clone(), self.clone()):
+            self.assertTrue(eventually(lambda: self.output(clone, "cat /tmp/steps 2>/dev/null || true")))
+            told.append(self.output(clone, "cat /tmp/steps").split())
+        steps = [each[0] for each in told]
+        # All were frozen at the same step, and none took another one as who it had been.
+        self.assertEqual(len(set(steps)), 1, steps)
+        self.assertGreater(int(steps[0]), 100)
+        numbers = [number for each in told for number in each[1:]]
+        self.assertEqual((len(numbers), len(set(numbers))), (12, 12))
+        self.assertEqual(self.output(vm, "ls /tmp"), "")
 
     def test_what_was_under_way_is_answered_in_the_vm_and_cancelled_in_clones(self) -> None:
         vm = self.running()
