@@ -6,7 +6,9 @@
 
 mod boot;
 mod confine;
+mod events;
 mod health;
+mod monitor;
 pub mod network;
 mod prepare;
 mod running;
@@ -26,11 +28,15 @@ use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::image::template::Store;
 use crate::image::GuestImage;
-use crate::model::{Backend, Grade, Ipv4Net, IsolationType, JailMode, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::model::{
+    Backend, Grade, Happening, Ipv4Net, IsolationType, JailMode, NetworkConfig, ResourceLimits, VmId, VmState,
+};
 use crate::net::Segment;
 use crate::vmm::{Binaries, COST_MIB};
 
-pub use health::{Health, HealthStatus};
+pub use events::{Events, Heard, Hearer};
+pub use health::Health;
+pub use monitor::Heartbeat;
 use running::Running;
 pub use standby::Standby;
 pub use streams::Live;
@@ -66,6 +72,9 @@ pub struct Settings {
     pub start_timeout: Duration,
     pub command_timeout: Duration,
     pub network_range: Ipv4Net,
+    pub heartbeat: Heartbeat,
+    /// Where what happens to them is told.
+    pub events: Arc<Events>,
 }
 
 /// What a VM got, beyond what was asked for.
@@ -180,23 +189,75 @@ impl MicroVm {
         }
     }
 
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn now(&self) -> (VmState, Option<Arc<Running>>) {
+        let cell = self.cell();
+        (cell.state, cell.running.clone())
+    }
+
+    /// For how long it has run; `None` when it does not.
+    #[must_use]
+    pub fn running_for(&self) -> Option<Duration> {
+        self.now().1.map(|running| running.since.elapsed())
+    }
+
+    /// For how long nobody has used it; `None` when it does not run.
+    #[must_use]
+    pub fn idle_for(&self) -> Option<Duration> {
+        self.now().1.map(|running| running.agent().idle_for().min(running.since.elapsed()))
+    }
+
+    /// Tells those who listen what happened.
+    pub fn tell(&self, happening: Happening, detail: impl Into<String>) {
+        self.settings.events.tell(self.id(), self.spec.isolation_type, happening, detail);
+    }
+
     /// Changes the state if the table allows it.
     fn become_state(&self, operation: &'static str, next: VmState) -> Result<()> {
-        let mut cell = self.cell();
-        if cell.state.can_become(next) {
+        let from = {
+            let mut cell = self.cell();
+            let from = cell.state;
+            if !from.can_become(next) {
+                let allowed = VmState::predecessors_of(next);
+                return Err(Error::InvalidState { vm_id: self.id().clone(), operation, state: from, allowed });
+            }
             cell.state = next;
-            return Ok(());
-        }
-        let allowed = VmState::predecessors_of(next);
-        Err(Error::InvalidState { vm_id: self.id().clone(), operation, state: cell.state, allowed })
+            from
+        };
+        self.tell(Happening::State { from, to: next }, operation);
+        Ok(())
     }
 
     fn fail(&self, error: &Error) {
-        let mut cell = self.cell();
-        if cell.state.can_become(VmState::Error) {
+        let from = {
+            let mut cell = self.cell();
+            let from = cell.state;
+            if !from.can_become(VmState::Error) {
+                return;
+            }
             cell.state = VmState::Error;
             cell.last_error = Some(error.clone());
+            from
+        };
+        self.tell(Happening::State { from, to: VmState::Error }, error.to_string());
+    }
+
+    /// Ends a VM that runs but is of no use any more: it is in ERROR then, for `error`, and holds nothing.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] when it does not run.
+    pub async fn give_up(&self, error: Error) -> Result<()> {
+        let _operation = self.operation.lock().await;
+        if !matches!(self.state(), VmState::Running | VmState::Paused) {
+            return self.become_state("give up", VmState::Error);
         }
+        self.fail(&error);
+        self.tear_down(false).await;
+        self.cell().died = Some(Instant::now());
+        Ok(())
     }
 
     /// Boots the VM and waits until its agent is ready; `Ok` at once when it runs already.
@@ -210,6 +271,12 @@ impl MicroVm {
         }
         self.become_state("start", VmState::Starting)?;
         let abandoned = Abandoned(self);
+        // It died a moment ago, and what it held is not gone yet.
+        let remains = self.cell().running.take();
+        if let Some(remains) = remains {
+            remains.reaped().await;
+            remains.release().await;
+        }
         let mut destroying = self.destroying.subscribe();
         let begun = Instant::now();
         let under_way = self.supply.as_ref().map(UnderWay::new);
@@ -228,7 +295,11 @@ impl MicroVm {
             cell.running = Some(running.clone());
             cell.died = None;
         }
+        self.tell(Happening::State { from: VmState::Starting, to: VmState::Running }, "start");
         drop(operation);
+        if let Some(interval) = self.settings.heartbeat.interval {
+            tokio::spawn(monitor::watch(Arc::downgrade(self), Arc::downgrade(&running), interval));
+        }
         tokio::spawn(watch_over(Arc::downgrade(self), Arc::downgrade(&running), running.exit_receiver()));
         log::info!("{}: started in {} ms", self.id(), begun.elapsed().as_millis());
         Ok(())
@@ -275,7 +346,6 @@ impl MicroVm {
         let _operation = self.operation.lock().await;
         let running = self.running_in("pause", VmState::Running)?;
         running.control().pause().await.map_err(|error| error.of(self.id()))?;
-        running.agent().rest(true);
         self.become_state("pause", VmState::Paused)
     }
 
@@ -287,7 +357,6 @@ impl MicroVm {
         let _operation = self.operation.lock().await;
         let running = self.running_in("resume", VmState::Paused)?;
         running.control().resume().await.map_err(|error| error.of(self.id()))?;
-        running.agent().rest(false);
         self.become_state("resume", VmState::Running)?;
         let now = json!({"unix_time_ns": clock::unix_time_ns()});
         if let Err(error) = running.agent().request("set_clock", now, Duration::from_secs(5)).await {
@@ -311,10 +380,11 @@ impl MicroVm {
     pub async fn destroy(&self) {
         self.destroying.send_replace(true);
         let _operation = self.operation.lock().await;
-        if self.state() == VmState::Destroyed {
+        let from = std::mem::replace(&mut self.cell().state, VmState::Destroyed);
+        if from == VmState::Destroyed {
             return;
         }
-        self.cell().state = VmState::Destroyed;
+        self.tell(Happening::State { from, to: VmState::Destroyed }, "destroy");
         self.tear_down(false).await;
         log::info!("{}: destroyed", self.id());
     }
@@ -333,33 +403,24 @@ impl MicroVm {
         }
     }
 
-    /// A fresh look at the VM: its process, its drives and its agent.
-    pub async fn health(&self) -> Health {
-        let (state, running) = {
-            let cell = self.cell();
-            (cell.state, cell.running.clone())
-        };
-        match running {
-            Some(running) => health::of_running(&running, state).await,
-            None => Health::of_state(state),
-        }
-    }
-
     /// The VMM ended without being asked to.
     async fn on_exit(&self, running: &Arc<Running>, exit: &process::Exit) {
-        let error = {
+        let (from, error) = {
             let mut cell = self.cell();
             let same = cell.running.as_ref().is_some_and(|current| Arc::ptr_eq(current, running));
             if !same || !matches!(cell.state, VmState::Running | VmState::Paused) {
                 return;
             }
-            cell.state = VmState::Error;
+            let from = std::mem::replace(&mut cell.state, VmState::Error);
             cell.died = Some(Instant::now());
             let error = running.died(exit);
             cell.last_error = Some(error.clone());
-            error
+            (from, error)
         };
         log::error!("{error}");
+        self.tell(Happening::State { from, to: VmState::Error }, error.to_string());
+        // Whoever starts it again must find its name free.
+        let _operation = self.operation.lock().await;
         running.reaped().await;
         running.release().await;
         let mut cell = self.cell();

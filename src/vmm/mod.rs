@@ -152,6 +152,11 @@ pub trait Control: Send + Sync {
     /// Ends the VMM without asking the guest.
     fn quit(&self) -> BoxFuture<'_, Result<()>>;
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>>;
+    /// The VMM's own word for why the vCPUs stand still (`io-error`, `paused`, ...); `None` while they run, and from a VMM
+    /// that does not tell.
+    fn why_stopped(&self) -> BoxFuture<'_, Result<Option<String>>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
 }
 
 /// A backend that was found on this host.

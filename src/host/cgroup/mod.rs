@@ -5,6 +5,7 @@
 //! not be had is an answer, not an error: whoever asked decides.
 
 mod hierarchy;
+mod usage;
 mod v1;
 mod v2;
 
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use hierarchy::Hierarchies;
+pub use usage::{recorded, usage, GroupUse};
 
 /// Every group of ours begins with this; the sweep touches no other.
 const PREFIX: &str = "tw-microvm-";

@@ -193,6 +193,16 @@ impl Control for Qmp {
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>> {
         Box::pin(async { Ok(sum_block_stats(&self.execute("query-blockstats").await?)) })
     }
+
+    fn why_stopped(&self) -> BoxFuture<'_, Result<Option<String>>> {
+        Box::pin(async { Ok(why_stopped(&self.execute("query-status").await?)) })
+    }
+}
+
+/// The QMP reference's `StatusInfo`.
+fn why_stopped(status: &Value) -> Option<String> {
+    let is_running = status["running"].as_bool().unwrap_or(true);
+    (!is_running).then(|| status["status"].as_str().unwrap_or("stopped").to_owned())
 }
 
 fn sum_block_stats(answer: &Value) -> DiskIo {
@@ -241,6 +251,13 @@ mod tests {
     async fn test_execute_closed_in_the_middle_is_an_error() {
         let qmp = scripted(vec![]);
         assert_eq!(qmp.pause().await.unwrap_err().code(), "vmm_error");
+    }
+
+    #[test]
+    fn test_why_stopped_is_the_vmms_word() {
+        let of = |status: Value| why_stopped(&status);
+        assert_eq!(of(json!({"status": "running", "running": true, "singlestep": false})), None);
+        assert_eq!(of(json!({"status": "io-error", "running": false})), Some("io-error".into()));
     }
 
     #[test]

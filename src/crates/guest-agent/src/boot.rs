@@ -18,6 +18,8 @@ pub const DATA: &str = "/data";
 const LOWER: &str = "/mnt/lower";
 const ROOT: &str = "/mnt/root";
 const CGROUPS: &str = "/sys/fs/cgroup";
+/// How often its limit was hit.
+pub const PROCESS_EVENTS: &str = "/sys/fs/cgroup/work/pids.events";
 /// The group for everything that runs on request.
 const WORK_CGROUP: &str = "/sys/fs/cgroup/work";
 
