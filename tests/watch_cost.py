@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vms", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--intervals", type=float, nargs="+", default=[60.0, 30.0, 10.0])
+    parser.add_argument("--intervals", type=float, nargs="+", default=[30.0, 10.0])
     options = parser.parse_args()
     rows: List[Tuple[Optional[float], float, float]] = []
     for interval in [None] + options.intervals:

@@ -104,7 +104,7 @@ impl Default for ManagerConfig {
             start_timeout_s: 30.0,
             command_timeout_s: 30.0,
             cleanup_interval_s: 5.0,
-            health_interval_s: Some(30.0),
+            health_interval_s: Some(10.0),
             health_misses: 2,
             policies: Policies::new(),
             network_range: Ipv4Net::around(DEFAULT_RANGE.0, DEFAULT_RANGE.1).expect("the prefix is one of IPv4"),

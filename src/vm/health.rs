@@ -79,6 +79,9 @@ struct Brief {
 #[derive(Debug, Default)]
 pub struct Watch {
     groups: Option<Vec<PathBuf>>,
+    /// Heartbeats so far, and the records heard until the last one.
+    pub beats: u32,
+    pub heard: u64,
     pub last: Option<Health>,
     /// Since when the verdict is what it is, Unix seconds.
     pub since_unix_s: f64,
