@@ -7,17 +7,21 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 
 use super::{read, Outcome};
-use crate::boot::{DATA, PROCESS_EVENTS};
+use crate::boot::{DATA, MEMORY_EVENTS, PROCESS_EVENTS};
 use crate::identity::{self, Names, Own};
 
 fn proc(path: &str) -> String {
     fs::read_to_string(format!("/proc/{path}")).unwrap_or_default()
 }
 
-/// A value of /proc/meminfo or /proc/vmstat.
+/// A value of /proc/meminfo or of a control group's events.
 fn field(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find(|line| line.split([':', ' ']).next() == Some(name))?;
     line.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn counted(path: &str, name: &str) -> Option<u64> {
+    field(&fs::read_to_string(path).ok()?, name)
 }
 
 pub fn info(own: &Own) -> Outcome {
@@ -44,7 +48,7 @@ pub fn info(own: &Own) -> Outcome {
         "processes": processes,
         "memory_total_mb": field(&memory, "MemTotal").map(|kib| kib >> 10),
         "memory_available_mb": field(&memory, "MemAvailable").map(|kib| kib >> 10),
-        "oom_kills": field(&proc("vmstat"), "oom_kill"),
+        "oom_kills": counted(MEMORY_EVENTS, "oom_kill"),
         "disk_total_mb": disk.as_ref().map(|disk| mib(disk.blocks(), disk.fragment_size())),
         "disk_free_mb": disk.as_ref().map(|disk| mib(disk.blocks_available(), disk.fragment_size())),
         "network": identity.network.is_some(),
@@ -67,7 +71,6 @@ pub fn health() -> Outcome {
         (disk.blocks() * size, disk.blocks_available() * size)
     });
     let (disk_total, disk_free) = disk.unwrap_or((0, 0));
-    let refused = fs::read_to_string(PROCESS_EVENTS).ok().and_then(|text| field(&text, "max"));
     let pressure = ["cpu", "memory", "io"].map(|what| stalled(&proc(&format!("pressure/{what}"))));
     let pressure = match pressure {
         [Some(cpu), Some(memory), Some(io)] => Some([cpu, memory, io]),
@@ -84,8 +87,8 @@ pub fn health() -> Outcome {
         "memory_available_bytes": bytes("MemAvailable"),
         "disk_total_bytes": disk_total,
         "disk_free_bytes": disk_free,
-        "oom_kills": field(&proc("vmstat"), "oom_kill").unwrap_or(0),
-        "process_limit_hits": refused.unwrap_or(0),
+        "oom_kills": counted(MEMORY_EVENTS, "oom_kill").unwrap_or(0),
+        "process_limit_hits": counted(PROCESS_EVENTS, "max").unwrap_or(0),
         "pressure": pressure,
     }))
 }
