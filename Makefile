@@ -20,7 +20,7 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help setup guest jail attackers wheel demo test bench fuzz traffic stress network-many network-bench clean
+.PHONY: help setup guest jail janitor attackers wheel demo test bench fuzz traffic stress network-many network-bench clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
@@ -31,7 +31,7 @@ help:
 	@echo 'make traffic the long forms of the channel tests: 10,000 messages, 1 GiB of output'
 	@echo 'make network-many  COUNT=100 connected VMs at once, and what they leave behind'
 	@echo 'make network-bench N=30: what a network costs a VM, and what it carries'
-	@echo 'make setup | guest | jail | attackers | clean: the parts'
+	@echo 'make setup | guest | jail | janitor | attackers | clean: the parts'
 
 setup: $(VENV)/ready
 	@missing=$$(for package in $(PACKAGES); do \
@@ -76,6 +76,12 @@ jail: setup
 	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-jail --profile static --target $(HOST)
 	@install -m 755 $(TARGET_DIR)/$(HOST)/static/microvm-jail $(DATA)/microvm-jail
 
+# Who cleans up after a process that was killed: the core's own sweep, as a program.
+janitor: setup
+	@mkdir -p $(DATA)
+	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-janitor --profile janitor --target $(HOST)
+	@install -m 755 $(TARGET_DIR)/$(HOST)/janitor/microvm-janitor $(DATA)/microvm-janitor
+
 # What the tests need and the wheel does not have: the intruder that takes QEMU's place, and the core's own tests as one
 # program, for guests whose kernel has cgroup v2.
 attackers: setup
@@ -87,7 +93,7 @@ attackers: setup
 	    print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])'); \
 	install -m 755 "$$built" $(BUILD)/lab-tests
 
-wheel: guest jail
+wheel: guest jail janitor
 	@rm -rf dist
 	$(VENV)/bin/maturin build --release -o dist
 

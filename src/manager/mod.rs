@@ -24,7 +24,7 @@ use crate::model::{
     Backend, Happening, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, VmId,
     VmState,
 };
-use crate::vm::{self, network, Events, Heartbeat, MicroVm, Settings, Spec};
+use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings, Spec};
 use crate::vmm::{Binaries, COST_MIB};
 use policy::Treatments;
 use pool::Pool;
@@ -174,8 +174,7 @@ impl Manager {
             if let Some(templates) = templates {
                 templates.clean_up();
             }
-            network::sweep();
-            runtime_dir::sweep(&base)
+            janitor::sweep(&base)
         };
         match tokio::task::spawn_blocking(sweep).await {
             Ok(swept) if !swept.is_empty() => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),

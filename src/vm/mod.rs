@@ -2,12 +2,14 @@
 //!
 //! Architecture invariant: knows [`crate::vmm::Vmm`], never a backend. Two locks: `operation` (asynchronous) is held
 //! through start, stop, pause, resume and destroy, so they come one after the other; `cell` guards the state for a few
-//! instructions at a time and is never held across an await or a log call. `operation` is taken first.
+//! instructions at a time and is never held across an await or a log call. `operation` is taken first; events are told
+//! under `cell`.
 
 mod boot;
 mod confine;
 mod events;
 mod health;
+pub mod janitor;
 mod monitor;
 pub mod network;
 mod prepare;
@@ -217,32 +219,27 @@ impl MicroVm {
 
     /// Changes the state if the table allows it.
     fn become_state(&self, operation: &'static str, next: VmState) -> Result<()> {
-        let from = {
-            let mut cell = self.cell();
-            let from = cell.state;
-            if !from.can_become(next) {
-                let allowed = VmState::predecessors_of(next);
-                return Err(Error::InvalidState { vm_id: self.id().clone(), operation, state: from, allowed });
-            }
-            cell.state = next;
-            from
-        };
-        self.tell(Happening::State { from, to: next }, operation);
-        Ok(())
+        let mut cell = self.cell();
+        if cell.state.can_become(next) {
+            self.enter(&mut cell, next, operation);
+            return Ok(());
+        }
+        let allowed = VmState::predecessors_of(next);
+        Err(Error::InvalidState { vm_id: self.id().clone(), operation, state: cell.state, allowed })
     }
 
     fn fail(&self, error: &Error) {
-        let from = {
-            let mut cell = self.cell();
-            let from = cell.state;
-            if !from.can_become(VmState::Error) {
-                return;
-            }
-            cell.state = VmState::Error;
+        let mut cell = self.cell();
+        if cell.state.can_become(VmState::Error) {
             cell.last_error = Some(error.clone());
-            from
-        };
-        self.tell(Happening::State { from, to: VmState::Error }, error.to_string());
+            self.enter(&mut cell, VmState::Error, error.to_string());
+        }
+    }
+
+    /// Sets the state and tells of it, under the lock: states are told in the order in which they were.
+    fn enter(&self, cell: &mut Cell, next: VmState, why: impl Into<String>) {
+        let from = std::mem::replace(&mut cell.state, next);
+        self.tell(Happening::State { from, to: next }, why);
     }
 
     /// Ends a VM that runs but is of no use any more: it is in ERROR then, for `error`, and holds nothing.
@@ -291,11 +288,10 @@ impl MicroVm {
         let running = Arc::new(running);
         {
             let mut cell = self.cell();
-            cell.state = VmState::Running;
+            self.enter(&mut cell, VmState::Running, "start");
             cell.running = Some(running.clone());
             cell.died = None;
         }
-        self.tell(Happening::State { from: VmState::Starting, to: VmState::Running }, "start");
         drop(operation);
         if let Some(interval) = self.settings.heartbeat.interval {
             tokio::spawn(monitor::watch(Arc::downgrade(self), Arc::downgrade(&running), interval));
@@ -380,11 +376,13 @@ impl MicroVm {
     pub async fn destroy(&self) {
         self.destroying.send_replace(true);
         let _operation = self.operation.lock().await;
-        let from = std::mem::replace(&mut self.cell().state, VmState::Destroyed);
-        if from == VmState::Destroyed {
-            return;
+        {
+            let mut cell = self.cell();
+            if cell.state == VmState::Destroyed {
+                return;
+            }
+            self.enter(&mut cell, VmState::Destroyed, "destroy");
         }
-        self.tell(Happening::State { from, to: VmState::Destroyed }, "destroy");
         self.tear_down(false).await;
         log::info!("{}: destroyed", self.id());
     }
@@ -405,20 +403,19 @@ impl MicroVm {
 
     /// The VMM ended without being asked to.
     async fn on_exit(&self, running: &Arc<Running>, exit: &process::Exit) {
-        let (from, error) = {
+        let error = {
             let mut cell = self.cell();
             let same = cell.running.as_ref().is_some_and(|current| Arc::ptr_eq(current, running));
             if !same || !matches!(cell.state, VmState::Running | VmState::Paused) {
                 return;
             }
-            let from = std::mem::replace(&mut cell.state, VmState::Error);
             cell.died = Some(Instant::now());
             let error = running.died(exit);
             cell.last_error = Some(error.clone());
-            (from, error)
+            self.enter(&mut cell, VmState::Error, error.to_string());
+            error
         };
         log::error!("{error}");
-        self.tell(Happening::State { from, to: VmState::Error }, error.to_string());
         // Whoever starts it again must find its name free.
         let _operation = self.operation.lock().await;
         running.reaped().await;

@@ -112,7 +112,7 @@ impl MicroVm {
         let heard = running.agent().heard();
         let (is_due, has_talked) = {
             let mut watch = running.watch();
-            let is_due = watch.beats % FULL_LOOK_EVERY == 0;
+            let is_due = watch.beats.is_multiple_of(FULL_LOOK_EVERY);
             watch.beats = watch.beats.wrapping_add(1);
             let was_well = watch.last.as_ref().is_some_and(|last| last.round_trip_s.is_some());
             (is_due || !was_well, std::mem::replace(&mut watch.heard, heard) != heard)
