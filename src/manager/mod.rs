@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::error::{Error, Result};
@@ -31,6 +32,8 @@ use pool::Pool;
 
 pub use pool::ShelfUse;
 
+/// Starts at once, for each CPU: one computes while another waits for the kernel.
+const STARTS_PER_CPU: usize = 2;
 /// Events that may wait for the policies to be enforced.
 const POLICY_EVENTS: usize = 65_536;
 
@@ -124,6 +127,7 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
             misses: u32::try_from(config.health_misses).unwrap_or(u32::MAX),
         },
         events: Arc::default(),
+        starts: Arc::new(Semaphore::new(STARTS_PER_CPU * std::thread::available_parallelism().map_or(1, usize::from))),
     }
 }
 

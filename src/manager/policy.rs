@@ -155,7 +155,7 @@ async fn treat(manager: &Arc<Manager>, vm: &Arc<MicroVm>, on_failure: OnFailure,
         return vm.tell(Happening::Policy { action: "give_up", replacement: None }, said);
     }
     if before > 0 {
-        tokio::time::sleep(BACK_OFF * 2u32.pow(u32::try_from(before).unwrap_or(0))).await;
+        tokio::time::sleep(back_off(before)).await;
     }
     if matches!(vm.state(), VmState::Running | VmState::Paused) {
         let error = Error::VmDied { vm_id: vm.id().clone(), how: format!("ended: {why}"), tails: Box::default() };
@@ -173,12 +173,22 @@ async fn treat(manager: &Arc<Manager>, vm: &Arc<MicroVm>, on_failure: OnFailure,
         OnFailure::Restart => {
             log::warn!("{}: started again, as its policy says", vm.id());
             vm.tell(Happening::Policy { action: "restart", replacement: None }, why);
-            if let Err(error) = vm.start().await {
+            for attempt in before.. {
+                let Err(error) = vm.start().await else { return };
                 log::error!("{}: could not be started again: {error}", vm.id());
+                // Destroyed or started by its owner, or tried often enough.
+                if attempt >= MOST_RESTARTS || vm.state() != VmState::Error {
+                    return;
+                }
+                tokio::time::sleep(back_off(attempt)).await;
             }
         }
         OnFailure::Replace => replace(manager, vm, why).await,
     }
+}
+
+fn back_off(attempts: usize) -> Duration {
+    BACK_OFF * 2u32.pow(u32::try_from(attempts.min(MOST_RESTARTS)).unwrap_or(0))
 }
 
 async fn replace(manager: &Arc<Manager>, vm: &Arc<MicroVm>, why: &str) {

@@ -25,6 +25,9 @@ use crate::image::template;
 /// How long a process that closes its descriptors may take to be gone.
 const DEATH: Duration = Duration::from_secs(5);
 
+/// What a VMM that is still dying holds is free at the second or third look.
+const PASSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(150), Duration::from_millis(500)];
+
 /// The folders that the VMs of one manager have in use.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 struct Places {
@@ -46,8 +49,9 @@ static KEPT: Mutex<Option<Kept>> = Mutex::new(None);
 /// Removes what dead processes left in and for `runtime_dir`; returns the names of their VMs. Blocking.
 #[must_use]
 pub fn sweep(runtime_dir: &Path) -> Vec<String> {
-    network::sweep();
+    // First: it ends the VMMs, and a tap is somebody's as long as its VMM lives.
     let swept = runtime_dir::sweep(runtime_dir);
+    network::sweep();
     lease::sweep(Path::new(LEASES));
     swept
 }
@@ -115,11 +119,14 @@ pub fn serve() -> Result<()> {
     places.extend(lines.filter_map(|line| serde_json::from_str::<Places>(&line).ok()));
     // Its locks are free only when all its descriptors are closed.
     master.ended_within(DEATH);
-    for Places { runtime_dir, templates } in places {
-        let swept = sweep(&runtime_dir);
-        log::debug!("removed {}", swept.join(", "));
-        if let Some(templates) = templates {
-            template::remove_unfinished(&templates);
+    for pause in PASSES {
+        std::thread::sleep(pause);
+        for Places { runtime_dir, templates } in &places {
+            let swept = sweep(runtime_dir);
+            log::debug!("removed {}", swept.join(", "));
+            if let Some(templates) = templates {
+                template::remove_unfinished(templates);
+            }
         }
     }
     Ok(())

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
-use tokio::sync::watch;
+use tokio::sync::{watch, Semaphore};
 
 use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
@@ -75,6 +75,8 @@ pub struct Settings {
     pub command_timeout: Duration,
     pub network_range: Ipv4Net,
     pub heartbeat: Heartbeat,
+    /// Turns to start: more at once would make each slower and none faster.
+    pub starts: Arc<Semaphore>,
     /// Where what happens to them is told.
     pub events: Arc<Events>,
 }
@@ -278,8 +280,16 @@ impl MicroVm {
         let begun = Instant::now();
         let under_way = self.supply.as_ref().map(UnderWay::new);
         let standby = self.supply.as_ref().and_then(|supply| supply.take(&self.spec));
+        let in_turn = async {
+            // To wake one that stands by is little work.
+            let _turn = match standby {
+                Some(_) => None,
+                None => self.settings.starts.acquire().await.ok(),
+            };
+            boot::boot(&self.spec, &self.settings, standby).await
+        };
         let booted = tokio::select! {
-            booted = boot::boot(&self.spec, &self.settings, standby) => booted,
+            booted = in_turn => booted,
             _ = destroying.wait_for(|destroying| *destroying) => Err(self.cancelled("start")),
         };
         std::mem::forget(abandoned);

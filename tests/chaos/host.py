@@ -99,6 +99,8 @@ class Host:
     def __init__(self, runtime_dir: Path, prefix: str) -> None:
         self.runtime_dir, self.prefix = runtime_dir, prefix
         self.interfaces, self.tables, self.mounts = interfaces(), tables(), mounts()
+        # Of others on this machine.
+        self.leases = set(unheld_leases())
 
     def left(self, known: Set[Process]) -> List[str]:
         """Everything that should not be there when no VM is: words for people."""
@@ -110,5 +112,5 @@ class Host:
             + ["interface {}".format(link) for link in interfaces() - self.interfaces]
             + ["rules {}".format(table) for table in tables() - self.tables]
             + ["mount {}".format(mount) for mount in mounts() - self.mounts]
-            + unheld_leases()
+            + sorted(set(unheld_leases()) - self.leases)
         )
