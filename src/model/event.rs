@@ -24,7 +24,7 @@ pub enum Happening {
         place: &'static str,
         kills: u64,
     },
-    /// A limit was hit: `quota`, `processes`, `disk`.
+    /// A limit was hit: `quota`, `processes`, `host_disk`.
     Limit {
         what: &'static str,
     },

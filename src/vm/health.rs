@@ -27,6 +27,8 @@ pub struct Health {
     /// Resident memory of the VMM, MiB.
     pub memory_usage_mb: u64,
     pub disk_io_bytes: u64,
+    /// Writes of the guest that the host could not do.
+    pub failed_writes: u64,
     pub network_rx_bytes: u64,
     pub network_tx_bytes: u64,
     pub uptime_seconds: f64,
@@ -50,6 +52,7 @@ impl Health {
             cpu_s: 0.0,
             memory_usage_mb: 0,
             disk_io_bytes: 0,
+            failed_writes: 0,
             network_rx_bytes: 0,
             network_tx_bytes: 0,
             uptime_seconds: 0.0,
@@ -178,7 +181,9 @@ pub async fn look(running: &Running, state: VmState, deadline: Duration, allowed
         // The vCPUs of a paused VM stand still on request: its silence says nothing.
         (Some(_), VmState::Running) => {
             let (asked, disk) = tokio::join!(ask(running, deadline), disk_io(running, deadline));
-            health.disk_io_bytes = disk.unwrap_or_else(|| running.watch().last.as_ref().map_or(0, |l| l.disk_io_bytes));
+            // A VMM that does not answer has moved what it had.
+            let last = running.watch().last.as_ref().map(|last| (last.disk_io_bytes, last.failed_writes));
+            (health.disk_io_bytes, health.failed_writes) = disk.or(last).unwrap_or_default();
             asked
         }
         _ => (Sign::NotAsked, Heard::default()),
@@ -208,9 +213,10 @@ pub async fn look(running: &Running, state: VmState, deadline: Duration, allowed
     health
 }
 
-async fn disk_io(running: &Running, deadline: Duration) -> Option<u64> {
+/// Bytes that the drives moved, and writes that failed.
+async fn disk_io(running: &Running, deadline: Duration) -> Option<(u64, u64)> {
     match tokio::time::timeout(deadline, running.control().disk_io()).await {
-        Ok(Ok(disk)) => Some(disk.read_bytes + disk.written_bytes),
+        Ok(Ok(disk)) => Some((disk.read_bytes + disk.written_bytes, disk.failed_writes)),
         Ok(Err(error)) => {
             log::debug!("{error}");
             None

@@ -26,7 +26,7 @@ use crate::image::template;
 const DEATH: Duration = Duration::from_secs(5);
 
 /// What a VMM that is still dying holds is free at the second or third look.
-const PASSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(150), Duration::from_millis(500)];
+const PASSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(200)];
 
 /// The folders that the VMs of one manager have in use.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

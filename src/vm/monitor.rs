@@ -159,8 +159,10 @@ impl MicroVm {
             let detail = format!("max_processes: programs of the guest were refused a process {refused} times");
             self.tell(Happening::Limit { what: "processes" }, detail);
         }
-        if reason == Reason::VcpusStopped && was != Reason::VcpusStopped {
-            let detail = "the host has no room for what the guest writes to its disk, or failed to write it";
+        if let Some(failed) = grew(|health| Some(health.failed_writes)) {
+            let detail = format!(
+                "the host could not do {failed} writes to its disk, as when there is no room; the guest was told"
+            );
             self.tell(Happening::Limit { what: "host_disk" }, detail);
         }
     }
@@ -173,11 +175,6 @@ impl MicroVm {
                 let set = running.agent().probe("set_clock", now, REPAIR_DEADLINE).await;
                 log::info!("{}: its clock was set to the host's", self.id());
                 matches!(set, Some(Ok(_)))
-            }
-            // QEMU stops a guest whose write failed for want of room, and writes again when it goes on.
-            Reason::VcpusStopped => {
-                let resumed = tokio::time::timeout(REPAIR_DEADLINE, running.control().resume()).await;
-                matches!(resumed, Ok(Ok(())))
             }
             _ => false,
         }

@@ -135,6 +135,8 @@ pub struct Launched {
 pub struct DiskIo {
     pub read_bytes: u64,
     pub written_bytes: u64,
+    /// Writes that the host could not do, for want of room or otherwise; the guest was told.
+    pub failed_writes: u64,
 }
 
 /// The control API of one running VMM; each call has [`CONTROL_DEADLINE`].

@@ -208,9 +208,10 @@ fn why_stopped(status: &Value) -> Option<String> {
 fn sum_block_stats(answer: &Value) -> DiskIo {
     let mut sum = DiskIo::default();
     for device in answer.as_array().into_iter().flatten() {
-        let bytes = |field: &str| device["stats"][field].as_u64().unwrap_or(0);
-        sum.read_bytes += bytes("rd_bytes");
-        sum.written_bytes += bytes("wr_bytes");
+        let number = |field: &str| device["stats"][field].as_u64().unwrap_or(0);
+        sum.read_bytes += number("rd_bytes");
+        sum.written_bytes += number("wr_bytes");
+        sum.failed_writes += number("failed_wr_operations");
     }
     sum
 }
@@ -262,7 +263,8 @@ mod tests {
 
     #[test]
     fn test_sum_block_stats_adds_all_drives() {
-        let answer = json!([{"stats": {"rd_bytes": 1, "wr_bytes": 2}}, {"stats": {"rd_bytes": 10}}]);
-        assert_eq!(sum_block_stats(&answer), DiskIo { read_bytes: 11, written_bytes: 2 });
+        let answer =
+            json!([{"stats": {"rd_bytes": 1, "wr_bytes": 2}}, {"stats": {"rd_bytes": 10, "failed_wr_operations": 3}}]);
+        assert_eq!(sum_block_stats(&answer), DiskIo { read_bytes: 11, written_bytes: 2, failed_writes: 3 });
     }
 }
