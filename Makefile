@@ -20,8 +20,8 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help setup guest jail janitor attackers wheel demo test bench fuzz traffic stress network-many network-bench \
-    chaos chaos-kill watch-cost load soak clean
+.PHONY: help setup guest jail janitor attackers wheel demo test bench fuzz traffic clones cycles stress network-many \
+    network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
@@ -29,6 +29,8 @@ help:
 	@echo 'make wheel   build the wheel into dist/'
 	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
 	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
+	@echo 'make clones  the long forms of the template tests: CLONES=200 identities, KILLS=50 deaths'
+	@echo 'make cycles  COUNT=1000 lives of a VM one after the other, and how their latency drifts'
 	@echo 'make traffic the long forms of the channel tests: 10,000 messages, 1 GiB of output'
 	@echo 'make network-many  COUNT=100 connected VMs at once, and what they leave behind'
 	@echo 'make network-bench N=30: what a network costs a VM, and what it carries'
@@ -136,6 +138,19 @@ traffic: wheel
 	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
 	MICROVM_CHANNEL_MESSAGES=$(or $(MESSAGES),10048) MICROVM_STREAM_MIB=$(or $(MIB),1024) \
 	    $(BUILD)/venv-demo/bin/python tests/runner.py 'test_channel.py'
+
+# The tests of templates in the lengths that their issue names.
+clones: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	MICROVM_CLONES=$(or $(CLONES),200) MICROVM_KILLS=$(or $(KILLS),50) \
+	    $(BUILD)/venv-demo/bin/python tests/runner.py 'test_templates.py'
+
+# COUNT starts, commands and ends of a VM in a row.
+cycles: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	$(BUILD)/venv-demo/bin/python tests/cycles.py --count $(or $(COUNT),1000)
 
 # Lives of VMs on 8 threads for SECONDS, and what they leave behind.
 stress: wheel

@@ -150,3 +150,24 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let (limits, held) = (spec.limits.clone(), Arc::new(held));
     Ok(Prepared { dir, vmm, plan, sources, limits, network, held, confinement })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn test_identity_no_secret_or_name_is_given_twice() {
+        let vm_id = VmId::parse("tab-1").unwrap();
+        let mut seen = HashSet::new();
+        for _ in 0..200 {
+            let (identity, key) = identity(&vm_id, &ResourceLimits::default(), None).unwrap();
+            assert_eq!(key.0, identity.key.0);
+            let long = [identity.key.0, identity.ephemeral.secret.0, identity.ephemeral.public, identity.seed.0];
+            let short = [identity.machine_id, identity.boot_id];
+            let all = long.iter().map(|bytes| bytes.to_vec()).chain(short.iter().map(|bytes| bytes.to_vec()));
+            all.for_each(|bytes| assert!(seen.insert(bytes)));
+        }
+        assert_eq!(seen.len(), 200 * 6);
+    }
+}

@@ -21,6 +21,8 @@ const PORT_DEADLINE: Duration = Duration::from_secs(10);
 /// The open port, before the handshake.
 pub struct Port {
     file: File,
+    /// The same open file for the session's other end.
+    reading: File,
     decoder: Decoder,
     handshake: GuestHandshake,
 }
@@ -33,7 +35,8 @@ pub fn open(set_up_failed: bool) -> Result<Port, String> {
         if let Some(name) = find() {
             let path = format!("/dev/{name}");
             let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"))?;
-            return Ok(Port { file, decoder: Decoder::default(), handshake });
+            let reading = file.try_clone().map_err(|e| format!("dup {path}: {e}"))?;
+            return Ok(Port { file, reading, decoder: Decoder::default(), handshake });
         }
         if begun.elapsed() > PORT_DEADLINE {
             return Err(format!("no virtio port is named {SERIAL_PORT_NAME}"));
@@ -86,10 +89,9 @@ impl Port {
         let time = offered.unix_time_ns;
         let (accept, session) = offered.accept(outcome).map_err(failed)?;
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
-        let reading = self.file.try_clone().map_err(|e| format!("dup: {e}"))?;
         let writing = Writing { file: self.file, bytes: Vec::new() };
         let shared = Shared { connection: Mutex::new(Connection::new(session)), writing: Mutex::new(writing) };
-        Ok((Link { sender: Sender(Arc::new(shared)), reading, decoder: self.decoder }, time))
+        Ok((Link { sender: Sender(Arc::new(shared)), reading: self.reading, decoder: self.decoder }, time))
     }
 }
 
