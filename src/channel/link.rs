@@ -8,16 +8,16 @@
 //! an await or a log call.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use microvm_protocol::connection::Connection;
 use microvm_protocol::mux::{Cancelled, Incoming, Mux, MAX_EXCHANGES};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::Session;
 use tokio::net::UnixStream;
-use tokio::sync::{oneshot, watch, Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{oneshot, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 
 use super::mailbox::Mailbox;
@@ -31,8 +31,6 @@ const WRITE_CHUNK: usize = 64 * 1024;
 const ROUNDS: usize = 4;
 /// Streams at once; the other exchanges are kept for commands.
 const MAX_STREAMS: usize = MAX_EXCHANGES / 2;
-/// How often the session is looked at; an idle agent is asked for a sign of life every second time.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Events that are logged: a hostile guest fills no log.
 const STRANGE_EVENTS: u64 = 8;
 
@@ -47,13 +45,15 @@ pub enum Asker {
 
 pub(super) struct Open {
     asker: Asker,
+    /// Whether someone uses the VM by it; a look at its health is no use.
+    is_use: bool,
     /// Given back when the exchange is over, which may be long after its asker gave up.
     _place: OwnedSemaphorePermit,
 }
 
 impl Open {
-    pub(super) fn new(asker: Asker, place: OwnedSemaphorePermit) -> Self {
-        Self { asker, _place: place }
+    pub(super) fn new(asker: Asker, place: OwnedSemaphorePermit, is_use: bool) -> Self {
+        Self { asker, is_use, _place: place }
     }
 }
 
@@ -62,6 +62,8 @@ pub(super) struct State {
     pub(super) open: HashMap<u32, Open>,
     /// The guest is frozen, and there is no session.
     pub(super) recess: Option<Recess>,
+    /// When somebody last began or ended an exchange.
+    used: Instant,
     /// Why no answer will come any more.
     pub(super) closed: Option<String>,
 }
@@ -85,19 +87,20 @@ pub struct Link {
     streams: Arc<Semaphore>,
     /// Records that came.
     heard: AtomicU64,
+    /// Rings for each of them.
+    sign: Notify,
+    pings: AtomicU32,
     strange: AtomicU64,
-    resting: AtomicBool,
     /// They hold the transport, too, and end with the session.
     tasks: Mutex<Vec<AbortHandle>>,
-    /// How often in a row the agent gave no sign of life.
-    pub misses: watch::Sender<u32>,
 }
 
 impl Link {
     /// Takes over an established session.
     pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> Arc<Self> {
         let stream = Arc::new(stream);
-        let state = State { connection: Connection::new(session), open: HashMap::new(), recess: None, closed: None };
+        let connection = Connection::new(session);
+        let state = State { connection, open: HashMap::new(), recess: None, used: Instant::now(), closed: None };
         let link = Arc::new(Self {
             vm_id,
             state: Mutex::new(state),
@@ -107,15 +110,14 @@ impl Link {
             places: Arc::new(Semaphore::new(MAX_EXCHANGES)),
             streams: Arc::new(Semaphore::new(MAX_STREAMS)),
             heard: AtomicU64::new(0),
+            sign: Notify::new(),
+            pings: AtomicU32::new(0),
             strange: AtomicU64::new(0),
-            resting: AtomicBool::new(false),
             tasks: Mutex::default(),
-            misses: watch::Sender::new(0),
         });
         let tasks = [
             tokio::spawn(read(link.clone(), stream.clone(), decoder)).abort_handle(),
             tokio::spawn(write(link.clone(), stream)).abort_handle(),
-            tokio::spawn(keep_alive(link.clone())).abort_handle(),
         ];
         link.tasks().extend(tasks);
         // The session may have ended before its tasks were noted.
@@ -153,6 +155,7 @@ impl Link {
         }
         self.places.close();
         self.streams.close();
+        self.sign.notify_waiters();
         self.writer.lock().unwrap_or_else(PoisonError::into_inner).stream = None;
         self.end_tasks();
     }
@@ -165,9 +168,39 @@ impl Link {
         Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: self.closed_reason(), sent }
     }
 
-    /// While the vCPUs stand still, silence says nothing.
-    pub fn rest(&self, resting: bool) {
-        self.resting.store(resting, Ordering::Release);
+    /// Records that came so far.
+    pub fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed)
+    }
+
+    /// For how long nobody has used the VM: no exchange of a user's is open, and none was.
+    pub fn idle_for(&self) -> Duration {
+        let state = self.state();
+        match state.open.values().any(|open| open.is_use) {
+            true => Duration::ZERO,
+            false => state.used.elapsed(),
+        }
+    }
+
+    /// Asks for a sign of life, which any record is, and waits for it; a peer that talks anyway need not be asked.
+    pub async fn sign_of_life(&self) -> Result<()> {
+        let sign = self.sign.notified();
+        let token = self.pings.fetch_add(1, Ordering::Relaxed);
+        // A PING that was not answered yet will do as well.
+        self.with(|exchanges| exchanges.ping(token));
+        if self.state().closed.is_some() {
+            return Err(self.closed(true));
+        }
+        sign.await;
+        match self.state().closed.is_some() {
+            true => Err(self.closed(true)),
+            false => Ok(()),
+        }
+    }
+
+    /// A place for an exchange, if one is free.
+    pub fn place_now(&self) -> Option<OwnedSemaphorePermit> {
+        self.places.clone().try_acquire_owned().ok()
     }
 
     /// A place for an exchange; waits while all are taken.
@@ -181,7 +214,7 @@ impl Link {
     }
 
     /// Begins an exchange and sends what can be sent at once.
-    pub fn ask(&self, body: Vec<u8>, asker: Asker, place: OwnedSemaphorePermit) -> Result<u32> {
+    pub fn ask(&self, body: Vec<u8>, asker: Asker, place: OwnedSemaphorePermit, is_use: bool) -> Result<u32> {
         let id = {
             let mut state = self.state();
             if let Some(reason) = state.closed.clone() {
@@ -190,7 +223,10 @@ impl Link {
             let refused =
                 |error| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: format!("{error}"), sent: false };
             let id = state.connection.exchanges.request(body).map_err(refused)?;
-            state.open.insert(id, Open::new(asker, place));
+            state.open.insert(id, Open::new(asker, place, is_use));
+            if is_use {
+                state.used = Instant::now();
+            }
             id
         };
         self.flush();
@@ -273,6 +309,7 @@ impl Link {
     /// Takes one record. The error is the end of the session.
     fn take(&self, record: &[u8]) -> std::result::Result<(), String> {
         self.heard.fetch_add(1, Ordering::Relaxed);
+        self.sign.notify_waiters();
         let mut state = self.state();
         if let Some(recess) = state.recess.take() {
             let next = recess.take(record, &mut state.connection)?;
@@ -293,6 +330,9 @@ impl Link {
                 self.tell_idle(&state);
                 if let Asker::Recess(asker) = open.asker {
                     return state.begin_recess(&body, asker);
+                }
+                if open.is_use {
+                    state.used = Instant::now();
                 }
                 drop(state);
                 match open.asker {
@@ -383,25 +423,5 @@ async fn write(link: Arc<Link>, stream: Arc<UnixStream>) {
             return link.close(&error.to_string());
         }
         link.flush();
-    }
-}
-
-async fn keep_alive(link: Arc<Link>) {
-    let mut before = 0;
-    let mut token = 0u32;
-    loop {
-        tokio::time::sleep(KEEP_ALIVE).await;
-        let heard = link.heard.load(Ordering::Relaxed);
-        let quiet = std::mem::replace(&mut before, heard) == heard;
-        if !quiet || link.resting.load(Ordering::Acquire) {
-            link.misses.send_if_modified(|misses| std::mem::take(misses) > 0);
-            continue;
-        }
-        token = token.wrapping_add(1);
-        let asked = link.with(|exchanges| exchanges.ping(token));
-        if !asked {
-            // The last one was not answered yet.
-            link.misses.send_modify(|misses| *misses = misses.saturating_add(1));
-        }
     }
 }

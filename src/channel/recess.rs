@@ -89,7 +89,7 @@ impl Link {
                 return Err(refused(reason));
             }
             let id = state.connection.exchanges.request(body).map_err(|error| refused(error.to_string()))?;
-            state.open.insert(id, Open::new(Asker::Recess(asker), place));
+            state.open.insert(id, Open::new(Asker::Recess(asker), place, false));
             // After what is sealed already and not yet written.
             let concluded = state.connection.conclude(id, &mut writer.bytes);
             concluded.map_err(|error| refused(error.to_string()))?;

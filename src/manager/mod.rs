@@ -4,6 +4,8 @@
 //! time happens on a VM of its own, so one slow VM never blocks another.
 
 mod kept;
+mod metrics;
+mod policy;
 mod pool;
 
 use std::collections::BTreeMap;
@@ -12,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::error::{Error, Result};
@@ -20,15 +23,21 @@ use crate::host::{clock, private_dir, runtime_dir};
 use crate::image::template::{Digests, Shelf, Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, TemplateName, VmId,
-    VmState,
+    Backend, Happening, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape,
+    TemplateName, VmId, VmState,
 };
-use crate::vm::{self, network, MicroVm, Settings, Spec};
+use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings, Spec};
 use crate::vmm::{Binaries, COST_MIB};
+use policy::Treatments;
 use pool::Pool;
 
 pub use kept::KeptEntry;
 pub use pool::ShelfUse;
+
+/// Starts at once, for each CPU: one computes while another waits for the kernel.
+const STARTS_PER_CPU: usize = 2;
+/// Events that may wait for the policies to be enforced.
+const POLICY_EVENTS: usize = 65_536;
 
 /// What `create` is asked for; absent parts come from the configuration.
 #[derive(Debug, Clone)]
@@ -42,6 +51,22 @@ pub struct CreateRequest {
     pub rootfs_path: Option<PathBuf>,
     /// One of the user's own.
     pub template: Option<TemplateName>,
+}
+
+impl CreateRequest {
+    /// Another VM like one that was made from `spec`.
+    fn like(spec: &Spec) -> Self {
+        Self {
+            isolation_type: spec.isolation_type,
+            limits: Some(spec.limits.clone()),
+            backend: spec.backend,
+            network: Some(spec.network.clone()),
+            vm_id: None,
+            kernel_path: spec.kernel_path.clone(),
+            rootfs_path: spec.rootfs_path.clone(),
+            template: spec.template.clone(),
+        }
+    }
 }
 
 /// How many VMs there are, of which kind and in which state, and what they have reserved.
@@ -74,6 +99,7 @@ pub struct Manager {
     settings: Arc<Settings>,
     registry: Mutex<Registry>,
     pool: Arc<Pool>,
+    treatments: Treatments,
     /// What runs while the manager is started.
     tasks: Mutex<Vec<AbortHandle>>,
 }
@@ -81,6 +107,7 @@ pub struct Manager {
 impl Drop for Manager {
     fn drop(&mut self) {
         self.stop_tasks();
+        self.events().close();
     }
 }
 
@@ -107,6 +134,12 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
         command_timeout: Duration::from_secs_f64(config.command_timeout_s),
         network_range: config.network_range,
+        heartbeat: Heartbeat {
+            interval: config.health_interval_s.map(Duration::from_secs_f64),
+            misses: u32::try_from(config.health_misses).unwrap_or(u32::MAX),
+        },
+        events: Arc::default(),
+        starts: Arc::new(Semaphore::new(STARTS_PER_CPU * std::thread::available_parallelism().map_or(1, usize::from))),
     }
 }
 
@@ -116,19 +149,29 @@ impl Manager {
         let registry = Registry { vms: Vec::new(), quota: Quota::new(config.max_vcpus, config.max_memory_mb) };
         let settings = Arc::new(settings(&config, image));
         let pool = Pool::new(&config.pool, config.default_backend, settings.clone());
-        Arc::new_cyclic(|me| Self {
-            me: me.clone(),
-            settings,
-            config,
-            registry: Mutex::new(registry),
-            pool,
-            tasks: Mutex::default(),
-        })
+        let (registry, treatments, tasks) = (Mutex::new(registry), Treatments::default(), Mutex::default());
+        Arc::new_cyclic(|me| Self { me: me.clone(), settings, config, registry, pool, treatments, tasks })
     }
 
     #[must_use]
     pub fn config(&self) -> &ManagerConfig {
         &self.config
+    }
+
+    /// Where what happens to its VMs is told.
+    #[must_use]
+    pub fn events(&self) -> &Arc<Events> {
+        &self.settings.events
+    }
+
+    /// The manager and its VMs as OpenMetrics text.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        metrics::render(self)
+    }
+
+    fn treatments(&self) -> &Treatments {
+        &self.treatments
     }
 
     fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -149,8 +192,7 @@ impl Manager {
             if let Some(templates) = templates {
                 templates.clean_up();
             }
-            network::sweep();
-            runtime_dir::sweep(&base)
+            janitor::sweep(&base)
         };
         match tokio::task::spawn_blocking(sweep).await {
             Ok(swept) if !swept.is_empty() => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),
@@ -162,6 +204,10 @@ impl Manager {
             let interval = Duration::from_secs_f64(self.config.cleanup_interval_s);
             let (runtime, weak) = (Handle::current(), Arc::downgrade(self));
             tasks.push(runtime.spawn(clean_up(weak.clone(), interval)).abort_handle());
+            if !self.config.policies.is_empty() {
+                let hearer = self.events().listen(POLICY_EVENTS);
+                tasks.push(runtime.spawn(policy::enforce(weak.clone(), hearer)).abort_handle());
+            }
             if !self.config.prepare.is_empty() {
                 tasks.push(runtime.spawn(prepare_all(weak.clone())).abort_handle());
             }
@@ -196,6 +242,7 @@ impl Manager {
         self.stop_tasks();
         self.destroy_all().await;
         self.settings.suspended.removed().await;
+        self.events().close();
     }
 
     fn stop_tasks(&self) {
@@ -230,10 +277,10 @@ impl Manager {
             None => VmId::parse(&format!("{}-{}", request.isolation_type, clock::hex(&clock::random::<6>()?)))?,
         };
         let spec = Spec {
-            vm_id: vm_id.clone(),
+            vm_id,
             backend: request.backend.or(self.config.default_backend),
             isolation_type: request.isolation_type,
-            limits: limits.clone(),
+            limits,
             network,
             kernel_path: request.kernel_path,
             rootfs_path: request.rootfs_path,
@@ -242,13 +289,18 @@ impl Manager {
         if let (Some(outline), Some(name)) = (&outline, &spec.template) {
             kept::check(&spec, outline, name)?;
         }
-        if self.settings.suspended.has(vm_id.as_str()) {
+        if self.settings.suspended.has(spec.vm_id.as_str()) {
             let owner = "a suspended VM: resume_vm() or destroy_vm() it".into();
-            return Err(Error::VmIdTaken { vm_id, owner });
+            return Err(Error::VmIdTaken { vm_id: spec.vm_id, owner });
         }
         let vm = self.vm(spec);
-        self.reserve(vm.spec(), Some(&vm))?;
-        Ok(vm)
+        let admitted = self.reserve(vm.spec(), Some(&vm));
+        match &admitted {
+            Ok(()) => vm.tell(Happening::Created, ""),
+            Err(error @ Error::QuotaExceeded { .. }) => vm.tell(Happening::Limit { what: "quota" }, error.to_string()),
+            Err(_) => {}
+        }
+        admitted.map(|()| vm)
     }
 
     fn vm(&self, spec: Spec) -> Arc<MicroVm> {
@@ -315,13 +367,17 @@ impl Manager {
 
     async fn remove(&self, vm: &Arc<MicroVm>) {
         vm.destroy().await;
-        let mut registry = self.registry();
-        let before = registry.vms.len();
-        registry.vms.retain(|other| !Arc::ptr_eq(other, vm));
-        // Two callers may destroy the same VM: only the one that took it out releases, or it might be a namesake's.
-        if registry.vms.len() < before {
+        {
+            let mut registry = self.registry();
+            let before = registry.vms.len();
+            registry.vms.retain(|other| !Arc::ptr_eq(other, vm));
+            // Two callers may destroy the same VM: only the one that took it out releases, or it might be a namesake's.
+            if registry.vms.len() == before {
+                return;
+            }
             registry.quota.release(vm.id());
         }
+        vm.tell(Happening::Removed, "");
     }
 
     pub async fn destroy_all(&self) {
@@ -389,7 +445,7 @@ async fn clean_up(manager: Weak<Manager>, interval: Duration) {
         tokio::time::sleep(interval.min(Duration::from_secs(1))).await;
         let Some(manager) = manager.upgrade() else { return };
         for vm in manager.list(None, Some(VmState::Error)) {
-            if vm.dead_for().is_some_and(|dead| dead >= interval) {
+            if vm.dead_for().is_some_and(|dead| dead >= interval) && !manager.treatments.is_under_way(vm.id()) {
                 manager.remove(&vm).await;
                 log::info!("{}: removed, it was dead", vm.id());
             }

@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 use super::confine::Confinement;
 use super::network::Connection;
 use super::prepare::{self, prepare, Ids, Prepared, Told};
-use super::running::Running;
+use super::running::{Base, Running};
 use super::standby::Standby;
 use super::{snapshot, template, Settings, Spec};
 use crate::channel::Agent;
@@ -221,7 +221,8 @@ impl Launching {
             tails,
             confinement,
             connection,
-            template,
+            base: template
+                .map(|template| Box::new(Base { ram: template.ram.clone(), fit: template.manifest.fit.clone() })),
             progress,
             limit,
         })
@@ -316,12 +317,12 @@ impl Launching {
             accelerator: vmm.accelerator(),
             confinement,
             ids,
-            base: template.as_ref().map(|template| template.ram.clone()),
-            fit: template.as_ref().map(|template| template.manifest.fit.clone()),
             origin: if template.is_some() { "clone" } else { "boot" },
+            template,
             stages: progress.lengths(),
             since: Instant::now(),
             cpu_sample: Mutex::new((progress.begun, Usage::default())),
+            watch: Mutex::default(),
             broker: Mutex::new(None),
             agent,
             control,

@@ -35,7 +35,8 @@ pub struct Copy {
 impl Copy {
     /// Writes what the VM's memory and disk began as.
     pub async fn begin(running: &Running, limits: &ResourceLimits, dir: &Path) -> Result<Self> {
-        let (base, pid, dir) = (running.base.clone(), running.pid().unwrap_or(0), dir.to_owned());
+        let (base, pid, dir) =
+            (running.base.as_ref().map(|base| base.ram.clone()), running.pid().unwrap_or(0), dir.to_owned());
         let (memory_bytes, disk_bytes) = (limits.memory_mb << 20, limits.disk_size_mb << 20);
         let beginning = tokio::task::spawn_blocking(move || {
             let path = dir.join(RAM);
@@ -79,8 +80,8 @@ impl Copy {
 
 /// What a copy of a VM depends on: what its template did, or what one would, had it not booted.
 pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings) -> Result<Fit> {
-    if let Some(fit) = &running.fit {
-        return Ok(fit.clone());
+    if let Some(base) = &running.base {
+        return Ok(base.fit.clone());
     }
     let vm_id = VmId::parse(&format!("fit-{}", clock::hex(&clock::random::<6>()?)))?;
     let own = Spec { vm_id, network: NetworkConfig::default(), template: None, ..spec.clone() };

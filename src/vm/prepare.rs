@@ -10,7 +10,7 @@ use microvm_protocol::identity::{
 
 use super::confine::{confine, Confinement, Held};
 use super::network::{self, Connection};
-use super::{Settings, Spec};
+use super::{janitor, Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::host::runtime_dir::VmDir;
@@ -135,6 +135,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     }
     settings.image.check()?;
     let vmm = vmm::select(vm_id, spec.backend, settings.min_isolation, &settings.binaries)?;
+    janitor::keep(settings);
     let dir = VmDir::create(&settings.base, vm_id)?;
     let path = |name: &str| dir.path().join(name);
     let (mut jail, held, confinement) = confine(spec, settings, &dir, vmm.as_ref())?;

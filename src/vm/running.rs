@@ -9,15 +9,17 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::confine::Confinement;
+use super::health::Watch;
 use super::network::Connection;
 use super::prepare::Ids;
 use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
+use crate::host::cgroup;
 use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
-use crate::host::runtime_dir::VmDir;
+use crate::host::runtime_dir::{VmDir, GROUPS};
 use crate::image::template::Fit;
 use crate::model::{Backend, Grade, VmId};
 use crate::vmm::{Control, LiveTails};
@@ -29,6 +31,12 @@ const QUIT_DEADLINE: Duration = Duration::from_secs(2);
 /// How long the kernel may take to reap a killed jail.
 const REAP_DEADLINE: Duration = Duration::from_secs(5);
 
+/// What a clone's memory began as, and what that depends on. Not its template's disk: that may be removed by now.
+pub struct Base {
+    pub ram: Arc<OwnedFd>,
+    pub fit: Fit,
+}
+
 /// The parts of a running VM; fields drop in this order.
 pub struct Running {
     pub(super) vm_id: VmId,
@@ -37,14 +45,14 @@ pub struct Running {
     pub(super) accelerator: &'static str,
     pub(super) confinement: Confinement,
     pub(super) ids: Ids,
-    /// What its memory began as, and what that depends on; `None`: it booted.
-    pub(super) base: Option<Arc<OwnedFd>>,
-    pub(super) fit: Option<Fit>,
+    /// `None`: it booted.
+    pub(super) base: Option<Box<Base>>,
     /// `boot`, `clone`, `pool` or `resume`.
     pub(super) origin: &'static str,
     pub(super) stages: Vec<(&'static str, Duration)>,
     pub(super) since: Instant,
     pub(super) cpu_sample: Mutex<(Instant, Usage)>,
+    pub(super) watch: Mutex<Watch>,
     pub(super) broker: Mutex<Option<Broker>>,
     pub(super) agent: Arc<Agent>,
     pub(super) control: Box<dyn Control>,
@@ -168,6 +176,12 @@ impl Running {
     /// What the VM's network device moved, from the host's side; `None` without one.
     pub fn network_counters(&self) -> Option<Counters> {
         self.connection().as_ref().map(Connection::counters)
+    }
+
+    /// The folders of the VM's control groups.
+    pub fn groups(&self) -> Vec<PathBuf> {
+        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        dir.as_ref().map_or_else(Vec::new, |dir| cgroup::recorded(&dir.path().join(GROUPS)))
     }
 
     /// Removes the socket, the network and the files, even while someone still holds a reference.

@@ -145,12 +145,9 @@ impl MicroVm {
             if state == VmState::Paused {
                 running.control().resume().await?;
             }
-            running.agent().rest(true);
             let frozen = running.agent().freeze(FREEZE_DEADLINE).await;
             if frozen.is_ok() || state == VmState::Paused {
                 running.control().pause().await?;
-            } else {
-                running.agent().rest(false);
             }
             frozen
         };
@@ -177,10 +174,7 @@ impl MicroVm {
             image::wipe_config_drive(&config)?;
             match state {
                 VmState::Paused => running.control().pause().await,
-                _ => {
-                    running.agent().rest(false);
-                    Ok(())
-                }
+                _ => Ok(()),
             }
         };
         let thawed = thawed.await;

@@ -22,7 +22,8 @@ const IDLE_DEADLINE: Duration = Duration::from_secs(5);
 impl MicroVm {
     #[must_use]
     pub fn is_suspended(&self) -> bool {
-        self.cell().suspended
+        let cell = self.cell();
+        cell.suspended && cell.state == VmState::Paused
     }
 
     /// Makes a VM one that was suspended before this process knew it.
@@ -45,19 +46,23 @@ impl MicroVm {
         let (running, state) = self.live("suspend")?;
         let begun = Instant::now();
         // From here on nothing new is asked of it.
-        self.cell().state = VmState::Paused;
+        if state == VmState::Running {
+            self.become_state("suspend", VmState::Paused)?;
+        }
         if let Err(error) = self.put_away(&running, state).await {
-            let mut cell = self.cell();
-            // It may have died meanwhile.
-            if cell.state == VmState::Paused {
-                cell.state = state;
+            // Not if it died meanwhile.
+            if state == VmState::Running && self.state() == VmState::Paused {
+                self.become_state("suspend", VmState::Running)?;
             }
-            drop(cell);
             return Err(error.of(self.id()));
         }
         {
             let mut cell = self.cell();
-            (cell.state, cell.suspended, cell.running) = (VmState::Paused, true, None);
+            // It may have died at the last moment: its state is kept all the same.
+            if cell.state != VmState::Paused {
+                self.enter(&mut cell, VmState::Paused, "suspend");
+            }
+            (cell.suspended, cell.running) = (true, None);
         }
         running.kill();
         running.reaped().await;
@@ -129,7 +134,7 @@ impl MicroVm {
         match resumed {
             Ok(running) => {
                 claim.consume().await;
-                self.runs(running);
+                self.runs(running, "resume");
                 log::info!("{}: resumed in {} ms", self.id(), begun.elapsed().as_millis());
                 Ok(())
             }

@@ -27,4 +27,4 @@ pub use files::{Template, DISK, RAM, STATE};
 pub use fit::differences;
 pub use kept::{Held, Kept, Making, Outline, Shelf};
 pub use manifest::{Fit, FitDrive, Manifest};
-pub use store::{Store, StoreLimits};
+pub use store::{remove_unfinished, Store, StoreLimits};
