@@ -221,8 +221,7 @@ impl Launching {
             tails,
             confinement,
             connection,
-            base: template
-                .map(|template| Box::new(Base { ram: template.ram.clone(), fit: template.manifest.fit.clone() })),
+            template,
             progress,
             limit,
         })
@@ -318,7 +317,8 @@ impl Launching {
             confinement,
             ids,
             origin: if template.is_some() { "clone" } else { "boot" },
-            template,
+            base: template
+                .map(|template| Box::new(Base { ram: template.ram.clone(), fit: template.manifest.fit.clone() })),
             stages: progress.lengths(),
             since: Instant::now(),
             cpu_sample: Mutex::new((progress.begun, Usage::default())),

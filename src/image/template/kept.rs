@@ -131,6 +131,11 @@ impl Shelf {
         Self { dir, what, remedy, slots: Mutex::default(), removing: Arc::default() }
     }
 
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.dir
+    }
+
     fn place(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
@@ -291,6 +296,11 @@ impl Shelf {
             }
         }
     }
+}
+
+/// As [`Shelf::clean_up`], for the folder of one. Blocking.
+pub fn clean_up_folder(folder: &Path) {
+    Shelf::new(folder.to_owned(), "kept", "").clean_up();
 }
 
 fn parse(bytes: &[u8]) -> io::Result<Written> {
