@@ -301,6 +301,25 @@ class Booted(SnapshotTestCase):
         self.assertTrue(eventually(lambda: self.count(clone) > begun))
 
 
+class Pooled(SnapshotTestCase):
+    config = {"pool": {"vcpu_count": 1, "memory_mb": 128, "disk_size_mb": 64, "size": 1, "form": "ready"}}
+
+    def test_a_vm_that_stood_by_is_copied_under_the_name_that_it_got(self) -> None:
+        usage = self.manager.get_resource_usage
+        self.assertTrue(eventually(lambda: usage()["pool"][0]["ready"] == 1, 30.0))
+        vm = self.counting(vm_id="taken-{}".format(os.getpid()))
+        self.assertEqual(vm.get_info()["start"]["origin"], "pool")
+        names = self.output(vm, "hostname; cat /etc/machine-id")
+        self.snapshot(vm)
+        clone = self.clone()
+        self.assertEqual(clone.get_info()["start"]["origin"], "clone")
+        self.assertFalse(set(names.split()) & set(self.output(clone, "hostname; cat /etc/machine-id").split()))
+        self.assertTrue(vm.suspend(), vm.last_error)
+        self.assertTrue(vm.resume(), vm.last_error)
+        self.assertEqual(self.output(vm, "hostname; cat /etc/machine-id"), names)
+        self.assertEqual(self.result(vm, "system_info")["vm_id"], vm.vm_id)
+
+
 class Images(SnapshotTestCase):
     def test_a_vm_of_an_image_of_ones_own_and_a_changed_image(self) -> None:
         folder = tempfile.mkdtemp(prefix="snapshots-image-")
