@@ -147,7 +147,7 @@ pub trait Control: Send + Sync {
     fn pause(&self) -> BoxFuture<'_, Result<()>>;
     /// Lets the vCPUs go on.
     fn resume(&self) -> BoxFuture<'_, Result<()>>;
-    /// Saves the device state of a VMM launched with [`Origin::Record`], which is of no use any more afterwards.
+    /// Writes the device state of a VM to a file that is open for writing only; its vCPUs are stopped first.
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>>;
     /// Restores a VMM launched with [`Origin::Clone`] from what `save` wrote and, if asked to, lets it run.
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>>;
