@@ -144,14 +144,12 @@ class Traces(VMTestCase):
         pids = [self.running().get_info()["pid"] for _ in range(3)]
         self.assertEqual(len({Path("/proc/{}".format(pid)).stat().st_uid for pid in pids}), 3)
 
-    def test_groups_of_a_killed_manager_are_swept_by_the_next(self) -> None:
+    def test_groups_of_a_killed_manager_are_gone_within_a_second(self) -> None:
         done = run_python(RUNNING + "print(vm.vm_id, flush=True); os.kill(os.getpid(), 9)")
         self.assertEqual(done.returncode, -signal.SIGKILL)
         left = lambda: [group for group in our_groups() if done.stdout.strip() in group]
-        self.assertTrue(left() or os.geteuid() != 0)
-        self.manager.stop()
-        self.manager.start()
-        self.assertEqual(left(), [])
+        # Its janitor outlives it for that; tests/chaos/kill.py does it at random moments.
+        self.assertTrue(eventually(lambda: not left(), 1.0), left())
 
     def test_failed_start_leaves_nothing(self) -> None:
         manager = MicroVMIsolationManager({"qemu_binary": "/bin/false"})

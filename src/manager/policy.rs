@@ -204,3 +204,26 @@ async fn replace(manager: &Arc<Manager>, vm: &Arc<MicroVm>, why: &str) {
         log::error!("{}: could not be started: {error}", other.id());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_treatments_are_one_at_a_time_and_counted_until_forgotten() {
+        let (treatments, vm_id) = (Treatments::default(), VmId::parse("vm").unwrap());
+        assert_eq!((treatments.begin(&vm_id), treatments.begin(&vm_id)), (Some(0), None));
+        assert!(treatments.is_under_way(&vm_id));
+        treatments.end(&vm_id);
+        assert!(!treatments.is_under_way(&vm_id));
+        assert_eq!(treatments.begin(&vm_id), Some(1));
+        treatments.forget(&vm_id);
+        assert_eq!(treatments.begin(&vm_id), Some(0));
+    }
+
+    #[test]
+    fn test_back_off_doubles_and_ends() {
+        assert_eq!([1, 2, 3].map(back_off), [1, 2, 4].map(Duration::from_secs));
+        assert_eq!(back_off(usize::MAX), back_off(MOST_RESTARTS));
+    }
+}
