@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use microvm_protocol::identity::{Key, CONFIG_SERIAL};
-use tokio::net::UnixStream;
 
 use super::confine::Confinement;
 use super::network::Connection;
@@ -25,7 +24,7 @@ use crate::host::runtime_dir::VmDir;
 use crate::image;
 use crate::image::template::Template;
 use crate::model::{ResourceLimits, VmId};
-use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Vmm};
+use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm};
 
 /// How far a start has come, and how long each stage took.
 #[derive(Debug)]
@@ -176,7 +175,7 @@ pub struct Launching {
     limits: ResourceLimits,
     key: Key,
     jailed: Jailed,
-    transport: UnixStream,
+    transport: Transport,
     control: Box<dyn Control>,
     tails: LiveTails,
     confinement: Confinement,
@@ -233,9 +232,9 @@ impl Launching {
         self.attempt().race(self.control.connect()).await
     }
 
-    /// Restores a clone; nothing to do for a VM that boots.
+    /// Restores a clone; has any other boot.
     pub async fn load(&mut self, run: bool) -> Result<()> {
-        let Some(template) = &self.template else { return Ok(()) };
+        let Some(template) = &self.template else { return self.attempt().race(self.control.boot()).await };
         self.progress.at("restore");
         let restored = async {
             let state = memfd::reopen(&template.state).map_err(|e| Error::host("open", "a template's state", e))?;
@@ -280,7 +279,7 @@ impl Launching {
             plan,
             key,
             jailed,
-            mut transport,
+            transport,
             control,
             tails,
             confinement,
@@ -292,11 +291,12 @@ impl Launching {
         let vm_id = &plan.vm_id;
         let attempt = Attempt { vm_id, progress: &progress, jailed: &jailed, tails: &tails, limit };
         let in_guest = async {
+            if template.is_none() {
+                progress.at("guest boot");
+            }
+            let mut transport = transport.open().await?;
             let hello = match &template {
-                None => {
-                    progress.at("guest boot");
-                    Agent::hello(vm_id, &mut transport).await?
-                }
+                None => Agent::hello(vm_id, &mut transport).await?,
                 Some(template) => template.manifest.hello.clone(),
             };
             progress.at("handshake");

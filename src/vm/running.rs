@@ -122,8 +122,9 @@ impl Running {
             }
         }
         match self.control.quit().await {
-            Ok(()) if self.ends_within(QUIT_DEADLINE).await => return self.reaped().await,
-            Ok(()) => log::warn!("{}: the VMM did not end in time; killing it", self.vm_id),
+            Ok(true) if self.ends_within(QUIT_DEADLINE).await => return self.reaped().await,
+            Ok(false) => log::debug!("{}: the VMM is killed, it has no other end", self.vm_id),
+            Ok(true) => log::warn!("{}: the VMM did not end in time; killing it", self.vm_id),
             // The usual reason is that it has ended already.
             Err(error) => log::debug!("{error}"),
         }

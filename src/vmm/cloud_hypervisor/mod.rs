@@ -1,12 +1,97 @@
-//! Cloud Hypervisor: looked up and checked; VMs are not yet driven on it.
+//! Cloud Hypervisor, on KVM.
+//!
+//! It is given the listening socket of its API, gets its machine over that (`bodies`), and makes its vsock's socket in a
+//! folder of the jail. vmm/src/api/openapi and docs/api.md of its repository describe all of it.
 
-use crate::error::Result;
-use crate::model::Backend;
-use crate::vmm::{install, Binaries, Vmm};
+mod api;
+mod bodies;
 
-/// # Errors
-/// [`crate::error::Error::BackendUnavailable`]: the binary is missing, the host has no usable KVM, or this release
-/// does not drive the VMM.
-pub fn find(binaries: &Binaries) -> Result<Box<dyn Vmm>> {
-    Err(install::not_driven(binaries, Backend::CloudHypervisor))
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use microvm_jail::{Layer, Seccomp};
+
+use crate::error::{Error, Result};
+use crate::host::process::Jailed;
+use crate::host::socket_dir::SocketDir;
+use crate::host::tail::Tail;
+use crate::model::{Backend, Grade};
+use crate::vmm::install::needs_kvm;
+use crate::vmm::program::{library_path, Program};
+use crate::vmm::transport::Awaited;
+use crate::vmm::{Binaries, Capabilities, JailPlan, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds};
+use api::{Api, API};
+use bodies::API_FD;
+
+/// Cloud Hypervisor on this host.
+#[derive(Debug, Clone)]
+pub struct CloudHypervisor {
+    program: Arc<Program>,
+}
+
+impl CloudHypervisor {
+    /// # Errors
+    /// [`Error::BackendUnavailable`], [`Error::Host`].
+    pub fn find(binaries: &Binaries) -> Result<Self> {
+        let path = binaries.locate(Backend::CloudHypervisor)?;
+        needs_kvm(Backend::CloudHypervisor)?;
+        Ok(Self { program: Program::inspect(&path, |_| Vec::new())? })
+    }
+}
+
+impl Vmm for CloudHypervisor {
+    fn backend(&self) -> Backend {
+        Backend::CloudHypervisor
+    }
+
+    fn grade(&self) -> Grade {
+        Grade::Hardware
+    }
+
+    fn accelerator(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn binary(&self) -> &Path {
+        &self.program.binary
+    }
+
+    fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
+        bodies::machine(plan).into_iter().map(|call| format!("{call:?}")).collect()
+    }
+
+    fn needs(&self) -> VmmNeeds {
+        let layer =
+            Layer::Missing("its system calls were not measured: it gets the deny-list, and its own filters".into());
+        VmmNeeds { devices: vec!["/dev/kvm".into()], sockets: true, layers: vec![("seccomp_allow_list", layer)] }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        // vmm/src/config.rs: what KVM can have; the guest's kernel ends earlier.
+        Capabilities { clones: false, network: false, max_vcpus: 254, even_vcpus: false }
+    }
+
+    fn can_clone(&self, _jail: &JailPlan) -> std::result::Result<(), String> {
+        Err("this release makes no templates of Cloud Hypervisor's VMs".into())
+    }
+
+    fn launch(&self, plan: &LaunchPlan, _origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {
+        let missing = || Error::host("launch", "Cloud Hypervisor", "the plan has no folder for its sockets");
+        let folder = plan.sockets.as_ref().ok_or_else(missing)?;
+        let sockets = Arc::new(SocketDir::open(&folder.host, folder.owner)?);
+        let agent = Transport::Awaited(Awaited::listen(sockets.clone())?);
+        let listening = sockets.bind(API)?;
+        let mut jail = plan.jail.clone();
+        let program = self.program.show(&mut jail)?;
+        let env = if jail.own_root { vec![library_path()] } else { Vec::new() };
+        let mut spec = jail.spec(bodies::arguments(&program), env, Seccomp::DenyListForRustVmms);
+        spec.fds = vec![1, 2, API_FD];
+        let (console, console_end) = Tail::pipe()?;
+        let (vmm_stderr, stderr_end) = Tail::pipe()?;
+        let fds = [console_end.as_fd(), stderr_end.as_fd(), listening.as_fd()];
+        let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
+        let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan)));
+        Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
+    }
 }

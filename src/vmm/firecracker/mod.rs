@@ -1,12 +1,96 @@
-//! Firecracker: looked up and checked; VMs are not yet driven on it.
+//! Firecracker, on KVM.
+//!
+//! It gets its machine over its API (`bodies`), makes that socket and its vsock's in a folder of the jail, and writes its
+//! counters into a pipe there. docs/api_requests and src/firecracker/swagger of its repository describe all of it.
 
-use crate::error::Result;
-use crate::model::Backend;
-use crate::vmm::{install, Binaries, Vmm};
+mod api;
+mod bodies;
 
-/// # Errors
-/// [`crate::error::Error::BackendUnavailable`]: the binary is missing, the host has no usable KVM, or this release
-/// does not drive the VMM.
-pub fn find(binaries: &Binaries) -> Result<Box<dyn Vmm>> {
-    Err(install::not_driven(binaries, Backend::Firecracker))
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use microvm_jail::{Layer, Seccomp};
+
+use crate::error::{Error, Result};
+use crate::host::process::Jailed;
+use crate::host::socket_dir::SocketDir;
+use crate::host::tail::Tail;
+use crate::model::{Backend, Grade};
+use crate::vmm::install::needs_kvm;
+use crate::vmm::program::{library_path, Program};
+use crate::vmm::transport::Awaited;
+use crate::vmm::{Binaries, Capabilities, JailPlan, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds};
+use api::Api;
+
+/// Firecracker on this host.
+#[derive(Debug, Clone)]
+pub struct Firecracker {
+    program: Arc<Program>,
+}
+
+impl Firecracker {
+    /// # Errors
+    /// [`Error::BackendUnavailable`], [`Error::Host`].
+    pub fn find(binaries: &Binaries) -> Result<Self> {
+        let path = binaries.locate(Backend::Firecracker)?;
+        needs_kvm(Backend::Firecracker)?;
+        Ok(Self { program: Program::inspect(&path, |_| Vec::new())? })
+    }
+}
+
+impl Vmm for Firecracker {
+    fn backend(&self) -> Backend {
+        Backend::Firecracker
+    }
+
+    fn grade(&self) -> Grade {
+        Grade::Hardware
+    }
+
+    fn accelerator(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn binary(&self) -> &Path {
+        &self.program.binary
+    }
+
+    fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
+        bodies::machine(plan).into_iter().map(|call| format!("{call:?}")).collect()
+    }
+
+    fn needs(&self) -> VmmNeeds {
+        let layer = Layer::Missing("its system calls were not measured: it gets the deny-list".into());
+        VmmNeeds { devices: vec!["/dev/kvm".into()], sockets: true, layers: vec![("seccomp_allow_list", layer)] }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        // src/vmm/src/vmm_config/machine_config.rs: MAX_SUPPORTED_VCPUS, and either 1 or an even number.
+        Capabilities { clones: false, network: false, max_vcpus: 32, even_vcpus: true }
+    }
+
+    fn can_clone(&self, _jail: &JailPlan) -> std::result::Result<(), String> {
+        Err("this release makes no templates of Firecracker's VMs".into())
+    }
+
+    fn launch(&self, plan: &LaunchPlan, _origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {
+        let missing = || Error::host("launch", "Firecracker", "the plan has no folder for its sockets");
+        let folder = plan.sockets.as_ref().ok_or_else(missing)?;
+        let sockets = Arc::new(SocketDir::open(&folder.host, folder.owner)?);
+        let agent = Transport::Awaited(Awaited::listen(sockets.clone())?);
+        let metrics = sockets.pipe(bodies::METRICS)?;
+        let mut jail = plan.jail.clone();
+        let program = self.program.show(&mut jail)?;
+        let argv = bodies::arguments(&program, &folder.inside);
+        let env = if jail.own_root { vec![library_path()] } else { Vec::new() };
+        let mut spec = jail.spec(argv, env, Seccomp::DenyListForRustVmms);
+        spec.fds = vec![1, 2];
+        let (console, console_end) = Tail::pipe()?;
+        let (vmm_stderr, stderr_end) = Tail::pipe()?;
+        let fds = [console_end.as_fd(), stderr_end.as_fd()];
+        let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
+        let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan), metrics));
+        Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
+    }
 }

@@ -158,6 +158,10 @@ impl Control for Qmp {
         Box::pin(self.on_line("connect", async |_| Ok(())))
     }
 
+    fn boot(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
     fn pause(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { self.execute("stop").await.map(drop) })
     }
@@ -186,8 +190,8 @@ impl Control for Qmp {
         }))
     }
 
-    fn quit(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.execute("quit").await.map(drop) })
+    fn quit(&self) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async { self.execute("quit").await.map(|_| true) })
     }
 
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>> {

@@ -1,7 +1,10 @@
 //! The transport to the host, and the sealed link on top of it.
+//!
+//! The transport is a virtio-serial port, or a vsock connection where the VMM has no such port.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +15,9 @@ use microvm_protocol::message::Started;
 use microvm_protocol::mux::{Incoming, Mux};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::{ProtocolError, SERIAL_PORT_NAME};
+use nix::sys::socket::{self, socket, AddressFamily, SockFlag, SockType, VsockAddr};
+
+use crate::boot;
 
 /// Records are gathered up to about this many bytes for one write.
 const WRITE_CHUNK: usize = 64 * 1024;
@@ -25,15 +31,31 @@ pub struct Port {
     handshake: GuestHandshake,
 }
 
-/// Finds the virtio-serial port by its name.
+/// Opens the transport.
 pub fn open(set_up_failed: bool) -> Result<Port, String> {
     let handshake = GuestHandshake::new(set_up_failed).map_err(|e| e.to_string())?;
+    let file = match boot::machine().vsock_port {
+        Some(port) => connect(port)?,
+        None => open_serial()?,
+    };
+    Ok(Port { file, decoder: Decoder::default(), handshake })
+}
+
+/// Connects to the host, which listens before it lets this guest boot.
+fn connect(port: u32) -> Result<File, String> {
+    let failed = |e: nix::Error| format!("vsock port {port} of the host: {e}");
+    let socket = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;
+    socket::connect(socket.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_HOST, port)).map_err(failed)?;
+    Ok(File::from(socket))
+}
+
+/// Finds the virtio-serial port by its name.
+fn open_serial() -> Result<File, String> {
     let begun = Instant::now();
     loop {
         if let Some(name) = find() {
             let path = format!("/dev/{name}");
-            let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"))?;
-            return Ok(Port { file, decoder: Decoder::default(), handshake });
+            return OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"));
         }
         if begun.elapsed() > PORT_DEADLINE {
             return Err(format!("no virtio port is named {SERIAL_PORT_NAME}"));

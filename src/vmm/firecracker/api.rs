@@ -1,0 +1,191 @@
+//! Firecracker's API, over the socket that it makes; and its counters, from the pipe into which it writes them.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::bodies;
+use crate::error::{Error, Result};
+use crate::host::socket_dir::SocketDir;
+use crate::model::VmId;
+use crate::vmm::http::{Answer, Call, Client};
+use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
+
+/// What it says of a request that it refuses.
+#[derive(Debug, Deserialize)]
+struct Fault {
+    fault_message: String,
+}
+
+/// The control of one Firecracker.
+pub struct Api {
+    vm_id: VmId,
+    sockets: Arc<SocketDir>,
+    client: Client,
+    /// The requests that describe the machine.
+    machine: Vec<Call>,
+    counters: Counters,
+}
+
+/// Sums over the counters: each line tells what was added since the one before. It writes one a minute, too, so someone
+/// reads all the time.
+struct Counters {
+    told: watch::Receiver<Told>,
+    reading: JoinHandle<()>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Told {
+    lines: u64,
+    sum: DiskIo,
+}
+
+impl Drop for Counters {
+    fn drop(&mut self) {
+        self.reading.abort();
+    }
+}
+
+impl Api {
+    pub fn new(vm_id: VmId, sockets: Arc<SocketDir>, machine: Vec<Call>, metrics: pipe::Receiver) -> Self {
+        let (telling, told) = watch::channel(Told::default());
+        let reading = tokio::spawn(read_counters(vm_id.clone(), metrics, telling));
+        let counters = Counters { told, reading };
+        Self { vm_id, sockets, client: Client::new(CONTROL_DEADLINE), machine, counters }
+    }
+
+    async fn ask(&self, operation: &'static str, call: Call) -> Result<Answer> {
+        let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation, reason };
+        let connect = || async { self.sockets.connect(bodies::API).await.map_err(|error| error.to_string()) };
+        let named = format!("{} {}", call.method, call.path);
+        let answer = self.client.ask(call, connect).await.map_err(failed)?;
+        if answer.status.is_success() {
+            return Ok(answer);
+        }
+        Err(failed(format!("{named}: {}", refusal(&answer))))
+    }
+}
+
+/// Its words, or the status where it has none.
+fn refusal(answer: &Answer) -> String {
+    match serde_json::from_slice(&answer.body) {
+        Ok(Fault { fault_message }) => fault_message,
+        Err(_) => format!("{}: {}", answer.status, String::from_utf8_lossy(&answer.body).trim()),
+    }
+}
+
+impl Control for Api {
+    fn connect(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.ask("connect", Call::get("/version")).await.map(drop) })
+    }
+
+    fn boot(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            for call in &self.machine {
+                self.ask("configure", call.clone()).await?;
+            }
+            self.ask("boot", bodies::start()).await.map(drop)
+        })
+    }
+
+    fn pause(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.ask("pause", bodies::pause()).await.map(drop) })
+    }
+
+    fn resume(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.ask("resume", bodies::resume()).await.map(drop) })
+    }
+
+    fn save(&self, _state: OwnedFd) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Err(Error::host("save", &self.vm_id, "Firecracker's VMs make no templates in this release")) })
+    }
+
+    fn load(&self, _state: OwnedFd, _run: bool) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Err(Error::host("load", &self.vm_id, "Firecracker's VMs are no clones in this release")) })
+    }
+
+    fn quit(&self) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async { Ok(false) })
+    }
+
+    fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>> {
+        Box::pin(async {
+            let operation = "read the counters";
+            let mut told = self.counters.told.clone();
+            let before = told.borrow().lines;
+            self.ask(operation, bodies::flush_metrics()).await?;
+            let sum = match tokio::time::timeout(CONTROL_DEADLINE, told.wait_for(|told| told.lines > before)).await {
+                Ok(Ok(told)) => Some(told.sum),
+                Ok(Err(_)) | Err(_) => None,
+            };
+            let reason = "it wrote no counters into its pipe".to_owned();
+            sum.ok_or(Error::Vmm { vm_id: self.vm_id.clone(), operation, reason })
+        })
+    }
+}
+
+async fn read_counters(vm_id: VmId, metrics: pipe::Receiver, telling: watch::Sender<Told>) {
+    let mut lines = BufReader::new(metrics);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match lines.read_until(b'\n', &mut line).await {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) => return log::warn!("{vm_id}: Firecracker's counters cannot be read: {error}"),
+        }
+        match added(&line) {
+            Ok(more) => telling.send_modify(|told| {
+                told.lines += 1;
+                told.sum.read_bytes += more.read_bytes;
+                told.sum.written_bytes += more.written_bytes;
+            }),
+            Err(reason) => log::debug!("{vm_id}: {reason}"),
+        }
+    }
+}
+
+/// The drives' part of a line: `block` is the sum over `block_ID`.
+fn added(line: &[u8]) -> std::result::Result<DiskIo, String> {
+    #[derive(Deserialize)]
+    struct Line {
+        block: Block,
+    }
+    #[derive(Deserialize)]
+    struct Block {
+        read_bytes: u64,
+        write_bytes: u64,
+    }
+    let Line { block } = serde_json::from_slice(line).map_err(|error| format!("the counters: {error}"))?;
+    Ok(DiskIo { read_bytes: block.read_bytes, written_bytes: block.write_bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyper::StatusCode;
+
+    fn answer(status: u16, body: &'static str) -> Answer {
+        Answer { status: StatusCode::from_u16(status).unwrap(), body: body.into() }
+    }
+
+    #[test]
+    fn test_refusal_is_in_firecrackers_words() {
+        let body = r#"{"fault_message":"The requested operation is not supported after starting the microVM."}"#;
+        assert!(refusal(&answer(400, body)).starts_with("The requested operation is not supported"));
+        assert_eq!(refusal(&answer(500, "gone")), "500 Internal Server Error: gone");
+    }
+
+    #[test]
+    fn test_added_takes_the_sum_over_drives() {
+        let line =
+            br#"{"block":{"read_bytes":10,"write_bytes":3},"block_disk":{"read_bytes":10,"write_bytes":3},"x":{}}"#;
+        assert_eq!(added(line), Ok(DiskIo { read_bytes: 10, written_bytes: 3 }));
+        assert!(added(b"{}").unwrap_err().contains("block"));
+    }
+}
