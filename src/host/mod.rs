@@ -18,6 +18,7 @@ pub mod private_dir;
 pub mod privileges;
 pub mod process;
 pub mod procfs;
+pub mod rights;
 pub mod runtime_dir;
 pub mod socket_dir;
 pub mod tail;

@@ -44,7 +44,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     let launcher = &settings.image.launcher;
     let (first_uid, last_uid) = settings.uid_range;
     let host = vmm::host_jail(launcher, first_uid)?;
-    let needs = vmm.needs();
+    let needs = vmm.needs(!spec.network.isolated_network);
     let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
     let lease = match host.own_uid() {
         true => Some(Lease::take(Path::new(LEASES), first_uid, last_uid)?),

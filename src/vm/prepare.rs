@@ -110,12 +110,8 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         image::check_rootfs(path)?;
     }
     settings.image.check()?;
-    let wish = Wish {
-        backend: spec.backend,
-        min_isolation: settings.min_isolation,
-        vcpu_count: spec.limits.vcpu_count,
-        network: !spec.network.isolated_network,
-    };
+    let wish =
+        Wish { backend: spec.backend, min_isolation: settings.min_isolation, vcpu_count: spec.limits.vcpu_count };
     let Chosen { vmm, reason: chosen } = vmm::select(vm_id, &wish, &settings.binaries)?;
     log::debug!("{vm_id}: {}: {chosen}", vmm.backend());
     let dir = VmDir::create(&settings.base, vm_id)?;
@@ -146,11 +142,12 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         true => (None, None),
         false => {
             let limit = spec.limits.network_bandwidth_mbps;
-            let (connection, nic, guest) = network::connect(vm_id, &spec.network, settings.network_range, limit)?;
+            let (range, wire) = (settings.network_range, vmm.capabilities().wire);
+            let (connection, nic, guest) = network::connect(vm_id, &spec.network, range, limit, wire)?;
             (Some(Network { connection, guest }), Some(nic))
         }
     };
-    let sockets = match vmm.needs().sockets {
+    let sockets = match vmm.needs(nic.is_some()).sockets {
         true => Some(make_sockets(dir.path(), &mut jail, held.uid())?),
         false => None,
     };

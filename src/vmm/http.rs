@@ -4,6 +4,8 @@
 
 use std::borrow::Cow;
 use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
@@ -14,6 +16,8 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
+
+use crate::host::rights::{Carrier, Luggage};
 
 /// Answers are some kilobytes; no VMM gets to fill this process's memory.
 const MAX_ANSWER_BYTES: usize = 4 << 20;
@@ -67,21 +71,22 @@ pub struct Answer {
 /// The API of one VMM.
 pub struct Client {
     sender: Mutex<Option<SendRequest<Full<Bytes>>>>,
+    luggage: Luggage,
     deadline: Duration,
 }
 
 impl Client {
     #[must_use]
     pub fn new(deadline: Duration) -> Self {
-        Self { sender: Mutex::new(None), deadline }
+        Self { sender: Mutex::new(None), luggage: Luggage::default(), deadline }
     }
 
     /// Asks, over the connection that is there or one that `connect` makes. After an error the next call connects anew:
-    /// what was left of an answer belongs to nobody.
+    /// what was left of an answer belongs to nobody. `fd` goes along with the request.
     ///
     /// # Errors
     /// Text for people, which names the request.
-    pub async fn ask<C>(&self, call: Call, connect: impl Fn() -> C) -> Result<Answer, String>
+    pub async fn ask<C>(&self, call: Call, fd: Option<OwnedFd>, connect: impl Fn() -> C) -> Result<Answer, String>
     where
         C: Future<Output = Result<UnixStream, String>>,
     {
@@ -91,8 +96,9 @@ impl Client {
             // Taken out, so that giving up in the middle leaves none.
             let mut sender = match place.take().filter(|sender| !sender.is_closed()) {
                 Some(sender) => sender,
-                None => open(connect().await?).await?,
+                None => open(Carrier::new(connect().await?, self.luggage.clone())).await?,
             };
+            *self.luggage.lock().unwrap_or_else(PoisonError::into_inner) = fd;
             let answer = exchange(&mut sender, call).await?;
             *place = Some(sender);
             Ok(answer)
@@ -110,7 +116,7 @@ impl std::fmt::Debug for Client {
     }
 }
 
-async fn open(stream: UnixStream) -> Result<SendRequest<Full<Bytes>>, String> {
+async fn open(stream: Carrier) -> Result<SendRequest<Full<Bytes>>, String> {
     let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
     tokio::spawn(async move {
         if let Err(error) = connection.await {
@@ -179,7 +185,7 @@ mod tests {
     }
 
     async fn ask(client: &Client, peer: &Peer) -> Result<Answer, String> {
-        client.ask(Call::put("/vm", &serde_json::json!({"state": "Paused"})), || connection(peer)).await
+        client.ask(Call::put("/vm", &serde_json::json!({"state": "Paused"})), None, || connection(peer)).await
     }
 
     #[tokio::test]

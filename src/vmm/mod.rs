@@ -179,13 +179,23 @@ pub trait Control: Send + Sync {
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>>;
 }
 
+/// How a VMM takes its end of a tap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wire {
+    /// An open descriptor, of plain frames.
+    Plain,
+    /// An open descriptor, of frames with a virtio header before each.
+    WithHeaders,
+    /// A name: it opens the tap itself, in the network namespace where that is.
+    Named,
+}
+
 /// What a backend can do, where backends differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
     /// VMs can be clones of a template: they start in a twentieth of the time.
     pub clones: bool,
-    /// VMs can be on a network.
-    pub network: bool,
+    pub wire: Wire,
     pub max_vcpus: u64,
     /// It takes one vCPU or an even number.
     pub even_vcpus: bool,
@@ -201,7 +211,8 @@ pub trait Vmm: Send + Sync + Debug {
     fn binary(&self) -> &Path;
     /// The machine that `plan` describes, without the names of its files: what a template of it depends on.
     fn machine(&self, plan: &LaunchPlan) -> Vec<String>;
-    fn needs(&self) -> VmmNeeds;
+    /// `connected`: for a VM that is on a network.
+    fn needs(&self, connected: bool) -> VmmNeeds;
     fn capabilities(&self) -> Capabilities;
     /// Whether a VM in this jail can be a clone; `Err` says why not.
     fn can_clone(&self, jail: &JailPlan) -> std::result::Result<(), String>;

@@ -12,7 +12,6 @@ pub struct Wish {
     pub backend: Option<Backend>,
     pub min_isolation: Option<Grade>,
     pub vcpu_count: u64,
-    pub network: bool,
 }
 
 /// A backend, and in words why it is this one.
@@ -29,9 +28,6 @@ impl Wish {
     /// Why a backend cannot do what is asked for.
     fn refusal(&self, can: Capabilities) -> Option<String> {
         let vcpus = self.vcpu_count;
-        if self.network && !can.network {
-            return Some("it connects no VM to a network in this release".into());
-        }
         if vcpus > can.max_vcpus {
             return Some(format!("it has at most {} vCPUs, {vcpus} were asked for", can.max_vcpus));
         }
@@ -120,9 +116,10 @@ fn told(passed_over: &[(Backend, Error)]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::Wire;
 
-    const WISH: Wish = Wish { backend: None, min_isolation: None, vcpu_count: 3, network: false };
-    const CAN: Capabilities = Capabilities { clones: false, network: false, max_vcpus: 32, even_vcpus: true };
+    const WISH: Wish = Wish { backend: None, min_isolation: None, vcpu_count: 3 };
+    const CAN: Capabilities = Capabilities { clones: false, wire: Wire::Named, max_vcpus: 32, even_vcpus: true };
 
     #[test]
     fn test_refusal_names_what_the_backend_cannot_do() {
@@ -130,7 +127,6 @@ mod tests {
         assert!(refusal(WISH, CAN).contains("even number, 3 were"));
         assert_eq!(refusal(WISH, Capabilities { even_vcpus: false, ..CAN }), "");
         assert!(refusal(Wish { vcpu_count: 34, ..WISH }, CAN).contains("at most 32"));
-        assert!(refusal(Wish { network: true, ..WISH }, CAN).contains("network"));
         assert_eq!(refusal(Wish { vcpu_count: 1, ..WISH }, CAN), "");
     }
 

@@ -5,13 +5,14 @@ separated by commas) leaves others out. A backend that cannot run here is skippe
 """
 
 import os
+import tempfile
 import unittest
 from pathlib import Path
 from typing import Any, Dict, Optional, Type
 
 from thirstys_waterfall.security.microvm_isolation import VMBackend, doctor
 
-from ..support import VMTestCase
+from ..support import VMTestCase, make_rootfs
 
 BINARIES = {
     VMBackend.QEMU: ("qemu_binary", "qemu-system-x86_64"),
@@ -57,6 +58,17 @@ class BackendTestCase(VMTestCase):
         if reason:
             raise unittest.SkipTest("{}: {}".format(cls.backend.value, reason))
         cls.config = dict(config(cls.backend), **cls.config)
+
+    def folder(self) -> Path:
+        """A folder whose files root's VMs may read."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        os.chmod(folder.name, 0o755)
+        return Path(folder.name)
+
+    def rootfs(self) -> Path:
+        """An image of a root file system."""
+        return make_rootfs(self.folder() / "rootfs.ext4")
 
 
 def for_each_backend(*classes: Type[BackendTestCase]) -> Dict[str, Type[BackendTestCase]]:

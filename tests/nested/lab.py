@@ -58,6 +58,9 @@ def run(command: Sequence[str], timeout_s: float, folder: Path, cpus: int = 2, m
     """Boot, run, and say how it ended. Nothing is left running."""
     CACHE.mkdir(parents=True, exist_ok=True)
     unpacked = guest.kernel(CACHE)
+    status = folder / "status"
+    if status.exists():
+        status.unlink()
     initramfs = folder / "initramfs.gz"
     guest.initramfs(unpacked, initramfs)
     write_command(folder, command)
@@ -71,7 +74,6 @@ def run(command: Sequence[str], timeout_s: float, folder: Path, cpus: int = 2, m
     finally:
         process.kill()
         process.wait()
-    status = folder / "status"
     if not status.is_file():
         tail = (folder / "console.log").read_text(errors="replace").splitlines()[-20:]
         print("lab: the guest ended without a status; its console ends:\n" + "\n".join(tail), file=sys.stderr)

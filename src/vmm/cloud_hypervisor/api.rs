@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::bodies;
 use crate::error::{Error, Result};
+use crate::host::net::Tap;
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
 use crate::vmm::http::{Answer, Call, Client};
@@ -22,12 +23,14 @@ pub struct Api {
     sockets: Arc<SocketDir>,
     client: Client,
     /// The requests that make the machine and start it.
-    machine: Vec<Call>,
+    machine: [Call; 2],
+    /// What plugs it into its network, and the tap, until it is the VMM's alone.
+    nic: Mutex<Option<(Call, Arc<Tap>)>>,
 }
 
 impl Api {
-    pub fn new(vm_id: VmId, sockets: Arc<SocketDir>, machine: Vec<Call>) -> Self {
-        Self { vm_id, sockets, client: Client::new(CONTROL_DEADLINE), machine }
+    pub fn new(vm_id: VmId, sockets: Arc<SocketDir>, machine: [Call; 2], nic: Option<(Call, Arc<Tap>)>) -> Self {
+        Self { vm_id, sockets, client: Client::new(CONTROL_DEADLINE), machine, nic: Mutex::new(nic) }
     }
 
     fn failed(&self, operation: &'static str, reason: String) -> Error {
@@ -35,9 +38,13 @@ impl Api {
     }
 
     async fn ask(&self, operation: &'static str, call: Call) -> Result<Answer> {
+        self.ask_with(operation, call, None).await
+    }
+
+    async fn ask_with(&self, operation: &'static str, call: Call, fd: Option<OwnedFd>) -> Result<Answer> {
         let connect = || async { self.sockets.connect(API).await.map_err(|error| error.to_string()) };
         let named = format!("{} {}", call.method, call.path);
-        let answer = self.client.ask(call, connect).await.map_err(|reason| self.failed(operation, reason))?;
+        let answer = self.client.ask(call, fd, connect).await.map_err(|reason| self.failed(operation, reason))?;
         if answer.status.is_success() {
             return Ok(answer);
         }
@@ -60,10 +67,14 @@ impl Control for Api {
 
     fn boot(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            for call in &self.machine {
-                self.ask("boot", call.clone()).await?;
+            let [create, start] = self.machine.clone();
+            self.ask("create", create).await?;
+            let nic = self.nic.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some((call, tap)) = nic {
+                let fd = tap.fd.try_clone().map_err(|error| self.failed("connect", error.to_string()))?;
+                self.ask_with("connect", call, Some(fd)).await?;
             }
-            Ok(())
+            self.ask("boot", start).await.map(drop)
         })
     }
 

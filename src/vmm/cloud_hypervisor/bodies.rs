@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::vmm::http::Call;
 use crate::vmm::transport::VSOCK;
-use crate::vmm::{Drive, LaunchPlan};
+use crate::vmm::{Drive, LaunchPlan, Nic};
 
 /// The descriptor at which it finds the listening socket of its API.
 pub const API_FD: i32 = 3;
@@ -104,13 +104,24 @@ struct Vsock {
     socket: String,
 }
 
+/// The tap itself comes as a descriptor along with the request.
+#[derive(Debug, Serialize)]
+struct Net<'a> {
+    id: &'static str,
+    mac: &'a str,
+    /// Frames as they are on the wire: the host's filter and shaper look at each.
+    offload_tso: bool,
+    offload_ufo: bool,
+    offload_csum: bool,
+}
+
 /// The arguments.
 pub fn arguments(program: &Path) -> Vec<String> {
     vec![program.display().to_string(), "--api-socket".into(), format!("fd={API_FD}")]
 }
 
-/// The requests that make the machine and start it, in the order in which they are sent.
-pub fn machine(plan: &LaunchPlan) -> Vec<Call> {
+/// The requests that make the machine and then start it; what has descriptors goes between the two.
+pub fn machine(plan: &LaunchPlan) -> [Call; 2] {
     let folder = plan.sockets.as_ref().map(|sockets| sockets.inside.clone()).unwrap_or_default();
     let guest = GuestMachine { vsock_port: Some(VSOCK_HOST_PORT), drives: Vec::new(), power_off: true };
     let config = VmConfig {
@@ -128,7 +139,12 @@ pub fn machine(plan: &LaunchPlan) -> Vec<Call> {
         console: Console { mode: "Off" },
         vsock: Vsock { cid: GUEST_CID, socket: folder.join(VSOCK).display().to_string() },
     };
-    vec![Call::put("/api/v1/vm.create", &config), Call::put_nothing("/api/v1/vm.boot")]
+    [Call::put("/api/v1/vm.create", &config), Call::put_nothing("/api/v1/vm.boot")]
+}
+
+pub fn nic(nic: &Nic) -> Call {
+    let net = Net { id: "net", mac: &nic.mac, offload_tso: false, offload_ufo: false, offload_csum: false };
+    Call::put("/api/v1/vm.add-net", &net)
 }
 
 fn disk<'a>(drive: &'a Drive, plan: &LaunchPlan) -> Disk<'a> {
@@ -175,7 +191,7 @@ mod tests {
     use crate::vmm::golden::{assert_golden, calls, plan};
 
     fn all() -> Vec<Call> {
-        let rest = [ping(), pause(), resume(), counters(), shutdown()];
+        let rest = [nic(&Nic::unplugged()), ping(), pause(), resume(), counters(), shutdown()];
         machine(&plan()).into_iter().chain(rest).collect()
     }
 

@@ -20,7 +20,9 @@ use crate::model::{Backend, Grade};
 use crate::vmm::install::needs_kvm;
 use crate::vmm::program::{library_path, Program};
 use crate::vmm::transport::Awaited;
-use crate::vmm::{Binaries, Capabilities, JailPlan, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds};
+use crate::vmm::{
+    Binaries, Capabilities, JailPlan, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire,
+};
 use api::{Api, API};
 use bodies::API_FD;
 
@@ -61,7 +63,7 @@ impl Vmm for CloudHypervisor {
         bodies::machine(plan).into_iter().map(|call| format!("{call:?}")).collect()
     }
 
-    fn needs(&self) -> VmmNeeds {
+    fn needs(&self, _connected: bool) -> VmmNeeds {
         let layer =
             Layer::Missing("its system calls were not measured: it gets the deny-list, and its own filters".into());
         VmmNeeds { devices: vec!["/dev/kvm".into()], sockets: true, layers: vec![("seccomp_allow_list", layer)] }
@@ -69,7 +71,7 @@ impl Vmm for CloudHypervisor {
 
     fn capabilities(&self) -> Capabilities {
         // vmm/src/config.rs: what KVM can have; the guest's kernel ends earlier.
-        Capabilities { clones: false, network: false, max_vcpus: 254, even_vcpus: false }
+        Capabilities { clones: false, wire: Wire::WithHeaders, max_vcpus: 254, even_vcpus: false }
     }
 
     fn can_clone(&self, _jail: &JailPlan) -> std::result::Result<(), String> {
@@ -91,7 +93,8 @@ impl Vmm for CloudHypervisor {
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let fds = [console_end.as_fd(), stderr_end.as_fd(), listening.as_fd()];
         let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
-        let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan)));
+        let nic = plan.nic.as_ref().and_then(|nic| Some((bodies::nic(nic), nic.tap.clone()?)));
+        let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan), nic));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
     }
 }

@@ -1,7 +1,11 @@
 //! Firecracker's API, over the socket that it makes; and its counters, from the pipe into which it writes them.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
+
+use libc::{SIGCONT, SIGSTOP};
 
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -11,6 +15,8 @@ use tokio::task::JoinHandle;
 
 use super::bodies;
 use crate::error::{Error, Result};
+use crate::host::process::Signals;
+use crate::host::procfs;
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
 use crate::vmm::http::{Answer, Call, Client};
@@ -30,6 +36,14 @@ pub struct Api {
     /// The requests that describe the machine.
     machine: Vec<Call>,
     counters: Counters,
+    /// Pauses it where its own pause is not to be used.
+    stopper: Option<Stopper>,
+}
+
+/// Stops the process instead of the vCPUs: it leaves the vsock alone. The API sleeps, too.
+struct Stopper {
+    signals: Signals,
+    stopped: AtomicBool,
 }
 
 /// Sums over the counters: each line tells what was added since the one before. It writes one a minute, too, so someone
@@ -52,22 +66,54 @@ impl Drop for Counters {
 }
 
 impl Api {
-    pub fn new(vm_id: VmId, sockets: Arc<SocketDir>, machine: Vec<Call>, metrics: pipe::Receiver) -> Self {
+    pub fn new(
+        vm_id: VmId,
+        sockets: Arc<SocketDir>,
+        machine: Vec<Call>,
+        metrics: pipe::Receiver,
+        stopper: Option<Signals>,
+    ) -> Self {
         let (telling, told) = watch::channel(Told::default());
         let reading = tokio::spawn(read_counters(vm_id.clone(), metrics, telling));
         let counters = Counters { told, reading };
-        Self { vm_id, sockets, client: Client::new(CONTROL_DEADLINE), machine, counters }
+        let stopper = stopper.map(|signals| Stopper { signals, stopped: AtomicBool::new(false) });
+        Self { vm_id, sockets, client: Client::new(CONTROL_DEADLINE), machine, counters, stopper }
+    }
+
+    fn failed(&self, operation: &'static str, reason: String) -> Error {
+        Error::Vmm { vm_id: self.vm_id.clone(), operation, reason }
     }
 
     async fn ask(&self, operation: &'static str, call: Call) -> Result<Answer> {
-        let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation, reason };
+        let failed = |reason| self.failed(operation, reason);
         let connect = || async { self.sockets.connect(bodies::API).await.map_err(|error| error.to_string()) };
         let named = format!("{} {}", call.method, call.path);
-        let answer = self.client.ask(call, connect).await.map_err(failed)?;
+        let answer = self.client.ask(call, None, connect).await.map_err(failed)?;
         if answer.status.is_success() {
             return Ok(answer);
         }
         Err(failed(format!("{named}: {}", refusal(&answer))))
+    }
+}
+
+impl Stopper {
+    async fn stop(&self) -> std::result::Result<(), String> {
+        self.signals.send(SIGSTOP);
+        let stopped = async {
+            // Only a parent is told when a process stops, and that is the jail's supervisor.
+            while !self.signals.pid().is_some_and(procfs::is_stopped) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let done = tokio::time::timeout(CONTROL_DEADLINE, stopped).await;
+        done.map_err(|_| format!("the process did not stop within {} s", CONTROL_DEADLINE.as_secs()))?;
+        self.stopped.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn go_on(&self) {
+        self.signals.send(SIGCONT);
+        self.stopped.store(false, Ordering::Relaxed);
     }
 }
 
@@ -94,11 +140,24 @@ impl Control for Api {
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.ask("pause", bodies::pause()).await.map(drop) })
+        Box::pin(async {
+            match &self.stopper {
+                None => self.ask("pause", bodies::pause()).await.map(drop),
+                Some(stopper) => stopper.stop().await.map_err(|reason| self.failed("pause", reason)),
+            }
+        })
     }
 
     fn resume(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.ask("resume", bodies::resume()).await.map(drop) })
+        Box::pin(async {
+            match &self.stopper {
+                None => self.ask("resume", bodies::resume()).await.map(drop),
+                Some(stopper) => {
+                    stopper.go_on();
+                    Ok(())
+                }
+            }
+        })
     }
 
     fn save(&self, _state: OwnedFd) -> BoxFuture<'_, Result<()>> {
@@ -117,14 +176,17 @@ impl Control for Api {
         Box::pin(async {
             let operation = "read the counters";
             let mut told = self.counters.told.clone();
+            if self.stopper.as_ref().is_some_and(|stopper| stopper.stopped.load(Ordering::Relaxed)) {
+                // Nothing moves meanwhile.
+                return Ok(told.borrow().sum);
+            }
             let before = told.borrow().lines;
             self.ask(operation, bodies::flush_metrics()).await?;
             let sum = match tokio::time::timeout(CONTROL_DEADLINE, told.wait_for(|told| told.lines > before)).await {
                 Ok(Ok(told)) => Some(told.sum),
                 Ok(Err(_)) | Err(_) => None,
             };
-            let reason = "it wrote no counters into its pipe".to_owned();
-            sum.ok_or(Error::Vmm { vm_id: self.vm_id.clone(), operation, reason })
+            sum.ok_or_else(|| self.failed(operation, "it wrote no counters into its pipe".into()))
         })
     }
 }

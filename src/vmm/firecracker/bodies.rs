@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::vmm::http::Call;
 use crate::vmm::transport::VSOCK;
-use crate::vmm::{Drive, LaunchPlan};
+use crate::vmm::{Drive, LaunchPlan, Nic};
 
 /// Names in the folder for sockets.
 pub const API: &str = "api";
@@ -64,6 +64,13 @@ struct Vsock {
 }
 
 #[derive(Debug, Serialize)]
+struct NetworkInterface<'a> {
+    iface_id: &'static str,
+    guest_mac: &'a str,
+    host_dev_name: &'a str,
+}
+
+#[derive(Debug, Serialize)]
 struct Balloon {
     amount_mib: u64,
     deflate_on_oom: bool,
@@ -113,6 +120,11 @@ pub fn machine(plan: &LaunchPlan) -> Vec<Call> {
     for drive in &plan.drives {
         let rate_limiter = if drive.read_only { None } else { rate_limiter(plan) };
         calls.push(Call::put(drive_path(drive), &body(drive, rate_limiter)));
+    }
+    if let Some(Nic { mac, tap }) = &plan.nic {
+        let host_dev_name = tap.as_ref().map_or("", |tap| &tap.name);
+        let body = NetworkInterface { iface_id: "net", guest_mac: mac, host_dev_name };
+        calls.push(Call::put("/network-interfaces/net", &body));
     }
     let uds_path = folder.join(VSOCK).display().to_string();
     calls.push(Call::put("/vsock", &Vsock { guest_cid: GUEST_CID, uds_path }));
@@ -164,10 +176,14 @@ mod tests {
     use super::*;
     use crate::vmm::golden::{assert_golden, calls, plan};
 
+    fn all() -> Vec<Call> {
+        let connected = LaunchPlan { nic: Some(Nic::unplugged()), ..plan() };
+        machine(&connected).into_iter().chain([start(), pause(), resume(), flush_metrics()]).collect()
+    }
+
     #[test]
     fn test_requests_of_a_machine_are_golden() {
-        let all = machine(&plan()).into_iter().chain([start(), pause(), resume(), flush_metrics()]).collect::<Vec<_>>();
-        assert_golden("firecracker.requests", &calls(&all));
+        assert_golden("firecracker.requests", &calls(&all()));
     }
 
     #[test]
@@ -183,7 +199,6 @@ mod tests {
 
     #[test]
     fn test_requests_are_valid_by_the_specification() {
-        let all = machine(&plan()).into_iter().chain([start(), pause(), resume(), flush_metrics()]).collect::<Vec<_>>();
-        crate::vmm::spec::assert_valid("firecracker", &all);
+        crate::vmm::spec::assert_valid("firecracker", &all());
     }
 }

@@ -18,9 +18,11 @@ use crate::host::socket_dir::SocketDir;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade};
 use crate::vmm::install::needs_kvm;
-use crate::vmm::program::{library_path, Program};
+use crate::vmm::program::{library_path, parse_version, Program};
 use crate::vmm::transport::Awaited;
-use crate::vmm::{Binaries, Capabilities, JailPlan, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds};
+use crate::vmm::{
+    Binaries, Capabilities, JailPlan, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire,
+};
 use api::Api;
 
 /// Firecracker on this host.
@@ -36,6 +38,13 @@ impl Firecracker {
         let path = binaries.locate(Backend::Firecracker)?;
         needs_kvm(Backend::Firecracker)?;
         Ok(Self { program: Program::inspect(&path, |_| Vec::new())? })
+    }
+
+    /// Whether the vsock is deaf for ever after a pause and a resume by the API: so in 1.16.0 and 1.16.1
+    /// (firecracker#6100, mended behind those).
+    fn wedges_on_resume(&self) -> bool {
+        let version = self.program.version_line.as_deref();
+        version.and_then(|line| parse_version(line, "Firecracker v")) == Some((1, 16))
     }
 }
 
@@ -60,14 +69,23 @@ impl Vmm for Firecracker {
         bodies::machine(plan).into_iter().map(|call| format!("{call:?}")).collect()
     }
 
-    fn needs(&self) -> VmmNeeds {
+    fn needs(&self, connected: bool) -> VmmNeeds {
         let layer = Layer::Missing("its system calls were not measured: it gets the deny-list".into());
-        VmmNeeds { devices: vec!["/dev/kvm".into()], sockets: true, layers: vec![("seccomp_allow_list", layer)] }
+        let mut needs =
+            VmmNeeds { devices: vec!["/dev/kvm".into()], sockets: true, layers: vec![("seccomp_allow_list", layer)] };
+        if connected {
+            needs.devices.push("/dev/net/tun".into());
+            let why =
+                "Firecracker opens its tap by name, so it is in the host's network namespace; it can make no socket \
+                       there but Unix ones";
+            needs.layers.push(("network_namespace", Layer::Missing(why.into())));
+        }
+        needs
     }
 
     fn capabilities(&self) -> Capabilities {
         // src/vmm/src/vmm_config/machine_config.rs: MAX_SUPPORTED_VCPUS, and either 1 or an even number.
-        Capabilities { clones: false, network: false, max_vcpus: 32, even_vcpus: true }
+        Capabilities { clones: false, wire: Wire::Named, max_vcpus: 32, even_vcpus: true }
     }
 
     fn can_clone(&self, _jail: &JailPlan) -> std::result::Result<(), String> {
@@ -86,11 +104,18 @@ impl Vmm for Firecracker {
         let env = if jail.own_root { vec![library_path()] } else { Vec::new() };
         let mut spec = jail.spec(argv, env, Seccomp::DenyListForRustVmms);
         spec.fds = vec![1, 2];
+        if let Some(tap) = plan.nic.as_ref().and_then(|nic| nic.tap.as_ref()) {
+            // It opens its tap by name, where that is.
+            spec.namespaces.net = false;
+            let owner = folder.owner.unwrap_or_else(|| nix::unistd::geteuid().as_raw());
+            tap.hand_over(owner).map_err(|error| Error::host("hand over", &tap.name, error))?;
+        }
         let (console, console_end) = Tail::pipe()?;
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let fds = [console_end.as_fd(), stderr_end.as_fd()];
         let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
-        let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan), metrics));
+        let stopper = self.wedges_on_resume().then(|| jailed.signals());
+        let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan), metrics, stopper));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
     }
 }

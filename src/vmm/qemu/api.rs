@@ -1,15 +1,14 @@
 //! QMP, over the socket that QEMU was born with (QEMU Machine Protocol specification).
 
-use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use serde_json::{json, Value};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
 use crate::error::{Error, Result};
+use crate::host::rights::send_with;
 use crate::model::VmId;
 use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
 
@@ -144,13 +143,6 @@ impl Line {
         let id = self.send("getfd", json!({"fdname": STATE}), Some(state)).await?;
         self.answer(id).await.map(drop)
     }
-}
-
-fn send_with(stream: &UnixStream, bytes: &[u8], fd: &OwnedFd) -> io::Result<usize> {
-    let rights = [fd.as_raw_fd()];
-    let slices = [IoSlice::new(bytes)];
-    let message = [ControlMessage::ScmRights(&rights)];
-    Ok(sendmsg::<()>(stream.as_raw_fd(), &slices, &message, MsgFlags::MSG_NOSIGNAL, None)?)
 }
 
 impl Control for Qmp {

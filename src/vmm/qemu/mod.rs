@@ -17,6 +17,7 @@ use crate::host::{kvm, tsc};
 use crate::model::{Backend, Grade};
 use crate::vmm::{
     Binaries, Capabilities, Drive, JailPlan, LaunchPlan, Launched, LiveTails, Nic, Origin, Transport, Vmm, VmmNeeds,
+    Wire,
 };
 use api::Qmp;
 use args::{Accelerator, Host, AGENT_FD, QMP_FD, RAM_FD, TAP_FD};
@@ -101,7 +102,7 @@ impl Vmm for Qemu {
         args::arguments(&nameless, &Origin::Boot, Host { tsc_khz: coarse, ..self.host(None) })
     }
 
-    fn needs(&self) -> VmmNeeds {
+    fn needs(&self, _connected: bool) -> VmmNeeds {
         let devices = match self.accelerator {
             Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
             Accelerator::Tcg => Vec::new(),
@@ -111,7 +112,7 @@ impl Vmm for Qemu {
 
     fn capabilities(&self) -> Capabilities {
         // hw/i386/microvm.c: max_cpus.
-        Capabilities { clones: true, network: true, max_vcpus: 288, even_vcpus: false }
+        Capabilities { clones: true, wire: Wire::Plain, max_vcpus: 288, even_vcpus: false }
     }
 
     fn can_clone(&self, jail: &JailPlan) -> std::result::Result<(), String> {

@@ -371,7 +371,7 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
         sockets: None,
         jail,
     };
-    let wish = Wish { backend: Some(Backend::Qemu), min_isolation: None, vcpu_count: 1, network: false };
+    let wish = Wish { backend: Some(Backend::Qemu), min_isolation: None, vcpu_count: 1 };
     let chosen = vmm::select(&plan.vm_id, &wish, &Binaries::default()).expect("QEMU is installed");
     (chosen.vmm.launch(&plan, &Origin::Boot, Box::new(())).unwrap(), folder)
 }

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 import time
 import unittest
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from thirstys_waterfall.security.microvm_isolation import CommunicationChannel, VMState
 
-from ..support import DATA, alive, eventually, limits, make_rootfs, shell
+from ..support import DATA, alive, eventually, limits, shell
 from .case import BackendTestCase, for_each_backend, load_made
 
 
@@ -121,9 +120,7 @@ class Guest(BackendTestCase):
         self.assertEqual(self.result(vm, "exec", shell("rm /data/full && echo room >/data/small && cat /data/small"))["stdout"], "room\n")
 
     def test_custom_kernel_and_root_are_booted(self) -> None:
-        folder = self.folder()
-        rootfs = make_rootfs(folder / "rootfs.ext4")
-        vm = self.running(kernel_path=str(DATA / "vmlinux"), rootfs_path=str(rootfs))
+        vm = self.running(kernel_path=str(DATA / "vmlinux"), rootfs_path=str(self.rootfs()))
         self.assertEqual(self.result(vm, "exec", shell("cat /etc/made-by; touch /etc/new && echo writable"))["stdout"], "tests\nwritable\n")
 
     def test_kernel_that_is_none_is_refused_with_words(self) -> None:
@@ -134,13 +131,6 @@ class Guest(BackendTestCase):
         self.assertIn(vm.last_error.code, ("image_invalid", "start_failed"))
         self.assertTrue(str(vm.last_error))
         self.assertIs(vm.get_state(), VMState.ERROR)
-
-    def folder(self) -> Path:
-        """A folder whose files root's VMs may read."""
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        os.chmod(folder.name, 0o755)
-        return Path(folder.name)
 
 
 MADE = for_each_backend(Life, Guest)
