@@ -119,6 +119,16 @@ impl SocketDir {
         make().map_err(|error| self.failed("make a pipe at", name, &error))
     }
 
+    /// Makes an empty file that the VMM may read and write.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn file(&self, name: &str) -> Result<File> {
+        let made = OpenOptions::new().read(true).write(true).create_new(true).open(self.named(name));
+        let made = made.and_then(|file| self.give(name).map(|()| file));
+        made.map_err(|error| self.failed("make a file at", name, &error))
+    }
+
     /// Waits until the VMM has made the socket `name`, and connects to it. Has no deadline of its own.
     ///
     /// # Errors

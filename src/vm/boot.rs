@@ -294,10 +294,12 @@ impl Launching {
             if template.is_none() {
                 progress.at("guest boot");
             }
+            // Who connects says HELLO, a clone as well.
+            let said = template.as_ref().filter(|_| !transport.is_awaited()).map(|made| made.manifest.hello.clone());
             let mut transport = transport.open().await?;
-            let hello = match &template {
+            let hello = match said {
+                Some(hello) => hello,
                 None => Agent::hello(vm_id, &mut transport).await?,
-                Some(template) => template.manifest.hello.clone(),
             };
             progress.at("handshake");
             Agent::connect(vm_id.clone(), transport, key, &hello).await

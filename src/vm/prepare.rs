@@ -113,7 +113,8 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let wish =
         Wish { backend: spec.backend, min_isolation: settings.min_isolation, vcpu_count: spec.limits.vcpu_count };
     let Chosen { vmm, reason: chosen } = vmm::select(vm_id, &wish, &settings.binaries)?;
-    log::debug!("{vm_id}: {}: {chosen}", vmm.backend());
+    let level = if spec.backend.is_some() { log::Level::Debug } else { log::Level::Info };
+    log::log!(level, "{vm_id}: backend {}: {chosen}", vmm.backend());
     let dir = VmDir::create(&settings.base, vm_id)?;
     let path = |name: &str| dir.path().join(name);
     let (mut jail, held, confinement) = confine(spec, settings, &dir, vmm.as_ref())?;

@@ -38,7 +38,7 @@ pub async fn find_or_make(
     if !prepared.vmm.capabilities().clones {
         return Ok(None);
     }
-    if let Err(reason) = prepared.vmm.can_clone(&prepared.plan.jail) {
+    if let Err(reason) = prepared.vmm.can_clone(&prepared.plan) {
         log::warn!("{}: the VM boots: {reason}", prepared.plan.vm_id);
         return Ok(None);
     }

@@ -214,8 +214,8 @@ pub trait Vmm: Send + Sync + Debug {
     /// `connected`: for a VM that is on a network.
     fn needs(&self, connected: bool) -> VmmNeeds;
     fn capabilities(&self) -> Capabilities;
-    /// Whether a VM in this jail can be a clone; `Err` says why not.
-    fn can_clone(&self, jail: &JailPlan) -> std::result::Result<(), String>;
+    /// Whether this VM can be a clone; `Err` says why not.
+    fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String>;
     /// Launches the VMM; call on the runtime. Dropping what it returns kills the VMM; `held` is dropped once no process
     /// of it is left.
     ///

@@ -47,6 +47,12 @@ impl Drop for Awaited {
 }
 
 impl Transport {
+    /// Whether the agent is yet to connect, be it that of a clone.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        matches!(self, Transport::Awaited(_))
+    }
+
     /// Waits until the agent is connected. Has no deadline of its own.
     ///
     /// # Errors

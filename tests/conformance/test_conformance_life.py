@@ -7,7 +7,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-from thirstys_waterfall.security.microvm_isolation import CommunicationChannel, VMState
+from thirstys_waterfall.security.microvm_isolation import CommunicationChannel, VMBackend, VMState
 
 from ..support import DATA, alive, eventually, limits, shell
 from .case import BackendTestCase, for_each_backend, load_made
@@ -40,11 +40,14 @@ class Life(BackendTestCase):
         self.assertFalse(vm.start() or folder.exists())
 
     def test_stop_by_the_guest_is_quick_and_clean(self) -> None:
-        vm = self.running()
-        begun = time.monotonic()
-        self.assertTrue(vm.stop())
+        took = []
+        for _ in range(3):
+            vm = self.running()
+            begun = time.monotonic()
+            self.assertTrue(vm.stop(), vm.last_error)
+            took.append(time.monotonic() - begun)
         # A guest that does not end by itself is given three seconds before its VMM is ended for it.
-        self.assertLess(time.monotonic() - begun, 3.0)
+        self.assertLess(min(took), 2.5, took)
 
     def test_clock_is_the_hosts_after_a_pause(self) -> None:
         vm = self.running()
@@ -63,13 +66,12 @@ class Life(BackendTestCase):
         self.assertIn("SIGKILL", str(vm.last_error))
         self.assertTrue(eventually(lambda: not alive(pid)))
 
-    def test_guest_that_ends_itself_is_noticed(self) -> None:
+    def test_guest_that_reboots_has_ended(self) -> None:
         vm = self.running()
-        # The agent is PID 1: without it the kernel panics, and that ends the VM.
-        vm.send_command("exec", shell("echo c >/proc/sysrq-trigger || kill -9 1; sleep 5", timeout=2))
-        stopped = vm.send_command("shutdown")
-        self.assertTrue(stopped is None or stopped["status"] == "ok", stopped)
+        vm.send_command("exec", shell("busybox reboot -f || reboot -f; sleep 20", timeout=10))
         self.assertTrue(eventually(lambda: vm.get_state() is VMState.ERROR, 20), vm.get_state())
+        self.assertEqual(vm.last_error.code, "vm_died")
+        self.assertTrue(vm.start(), vm.last_error)
 
     def test_health_is_of_this_vm(self) -> None:
         vm = self.running()
@@ -101,6 +103,13 @@ class Guest(BackendTestCase):
         first, second = (self.result(self.running(), "exec", ask)["stdout"].splitlines() for _ in range(2))
         self.assertEqual(len(first), 4)
         self.assertTrue(all(mine != other for mine, other in zip(first, second)), (first, second))
+
+    def test_start_is_a_clone_where_the_backend_has_templates(self) -> None:
+        vm = self.running(resource_limits=limits(disk_bytes_per_s=64 << 20))
+        expected = "boot" if self.backend is VMBackend.CLOUD_HYPERVISOR else "clone"
+        self.assertEqual(vm.get_info()["start"]["origin"], expected)
+        self.assertTrue(vm.pause() and vm.resume(), vm.last_error)
+        self.assertEqual(self.result(vm, "ping"), "pong")
 
     def test_many_channels_and_large_messages(self) -> None:
         vm = self.running()

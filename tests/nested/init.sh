@@ -25,8 +25,9 @@ mount -t devpts -o mode=620,ptmxmode=666 pts /root/dev/pts
 mount -t tmpfs -o mode=1777 shm /root/dev/shm
 mount -t cgroup2 -o nosuid,nodev,noexec cgroup /root/sys/fs/cgroup
 mount -t 9p -o rw,trans=virtio,version=9p2000.L,msize=512000 lab /root/run/lab
-# As udev leaves it: a group's device.
+# As udev leaves them: a group's device, and everybody's.
 [ ! -e /root/dev/kvm ] || { chown 0:104 /root/dev/kvm; chmod 660 /root/dev/kvm; }
+[ ! -e /root/dev/net/tun ] || chmod 666 /root/dev/net/tun
 ip link set lo up
 hostname lab
 exec switch_root /root /bin/sh /run/lab/main.sh

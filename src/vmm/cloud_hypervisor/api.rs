@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::bodies;
 use crate::error::{Error, Result};
@@ -14,6 +15,8 @@ use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
 
 /// The API's name in the folder for sockets.
 pub const API: &str = "api";
+/// How long it may take to load a kernel and make a machine; the start has a deadline of its own besides.
+const BOOT_DEADLINE: Duration = Duration::from_secs(30);
 /// What a counter says before anything was counted.
 const NOTHING: u64 = u64::MAX;
 
@@ -38,13 +41,19 @@ impl Api {
     }
 
     async fn ask(&self, operation: &'static str, call: Call) -> Result<Answer> {
-        self.ask_with(operation, call, None).await
+        self.ask_by(&self.client, operation, call, None).await
     }
 
-    async fn ask_with(&self, operation: &'static str, call: Call, fd: Option<OwnedFd>) -> Result<Answer> {
+    async fn ask_by(
+        &self,
+        client: &Client,
+        operation: &'static str,
+        call: Call,
+        fd: Option<OwnedFd>,
+    ) -> Result<Answer> {
         let connect = || async { self.sockets.connect(API).await.map_err(|error| error.to_string()) };
         let named = format!("{} {}", call.method, call.path);
-        let answer = self.client.ask(call, fd, connect).await.map_err(|reason| self.failed(operation, reason))?;
+        let answer = client.ask(call, fd, connect).await.map_err(|reason| self.failed(operation, reason))?;
         if answer.status.is_success() {
             return Ok(answer);
         }
@@ -68,13 +77,14 @@ impl Control for Api {
     fn boot(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
             let [create, start] = self.machine.clone();
-            self.ask("create", create).await?;
+            let patient = Client::new(BOOT_DEADLINE);
+            self.ask_by(&patient, "create", create, None).await?;
             let nic = self.nic.lock().unwrap_or_else(PoisonError::into_inner).take();
             if let Some((call, tap)) = nic {
                 let fd = tap.fd.try_clone().map_err(|error| self.failed("connect", error.to_string()))?;
-                self.ask_with("connect", call, Some(fd)).await?;
+                self.ask_by(&patient, "connect", call, Some(fd)).await?;
             }
-            self.ask("boot", start).await.map(drop)
+            self.ask_by(&patient, "boot", start, None).await.map(drop)
         })
     }
 

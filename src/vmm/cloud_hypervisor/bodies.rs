@@ -15,6 +15,8 @@ use crate::vmm::{Drive, LaunchPlan, Nic};
 
 /// The descriptor at which it finds the listening socket of its API.
 pub const API_FD: i32 = 3;
+/// And at which it writes its events.
+pub const EVENTS_FD: i32 = 4;
 /// Any number from 3 up: this vsock knows no other guest.
 const GUEST_CID: u32 = 3;
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
@@ -63,6 +65,8 @@ struct Disk<'a> {
     readonly: bool,
     /// Never looked up in the file itself, which the guest writes: it could make a header there that names another file.
     image_type: &'static str,
+    /// Holes are the host's affair; asked for, it warns that its own I/O cannot make them.
+    sparse: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_limiter_config: Option<RateLimiter>,
 }
@@ -117,7 +121,8 @@ struct Net<'a> {
 
 /// The arguments.
 pub fn arguments(program: &Path) -> Vec<String> {
-    vec![program.display().to_string(), "--api-socket".into(), format!("fd={API_FD}")]
+    let (api, events) = (format!("fd={API_FD}"), format!("fd={EVENTS_FD}"));
+    [&program.display().to_string(), "--api-socket", &api, "--event-monitor", &events].map(str::to_owned).into()
 }
 
 /// The requests that make the machine and then start it; what has descriptors goes between the two.
@@ -154,6 +159,7 @@ fn disk<'a>(drive: &'a Drive, plan: &LaunchPlan) -> Disk<'a> {
         path: drive.path.display().to_string(),
         readonly: drive.read_only,
         image_type: "Raw",
+        sparse: false,
         rate_limiter_config: if drive.read_only { None } else { rate_limiter(plan) },
     }
 }

@@ -5,6 +5,7 @@
 
 mod api;
 mod bodies;
+mod events;
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -20,11 +21,10 @@ use crate::model::{Backend, Grade};
 use crate::vmm::install::needs_kvm;
 use crate::vmm::program::{library_path, Program};
 use crate::vmm::transport::Awaited;
-use crate::vmm::{
-    Binaries, Capabilities, JailPlan, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire,
-};
+use crate::vmm::{Binaries, Capabilities, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire};
 use api::{Api, API};
-use bodies::API_FD;
+use bodies::{API_FD, EVENTS_FD};
+use events::Events;
 
 /// Cloud Hypervisor on this host.
 #[derive(Debug, Clone)]
@@ -74,7 +74,7 @@ impl Vmm for CloudHypervisor {
         Capabilities { clones: false, wire: Wire::WithHeaders, max_vcpus: 254, even_vcpus: false }
     }
 
-    fn can_clone(&self, _jail: &JailPlan) -> std::result::Result<(), String> {
+    fn can_clone(&self, _plan: &LaunchPlan) -> std::result::Result<(), String> {
         Err("this release makes no templates of Cloud Hypervisor's VMs".into())
     }
 
@@ -88,11 +88,14 @@ impl Vmm for CloudHypervisor {
         let program = self.program.show(&mut jail)?;
         let env = if jail.own_root { vec![library_path()] } else { Vec::new() };
         let mut spec = jail.spec(bodies::arguments(&program), env, Seccomp::DenyListForRustVmms);
-        spec.fds = vec![1, 2, API_FD];
+        spec.fds = vec![1, 2, API_FD, EVENTS_FD];
         let (console, console_end) = Tail::pipe()?;
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
-        let fds = [console_end.as_fd(), stderr_end.as_fd(), listening.as_fd()];
+        let (events, events_end) = Events::pipe()?;
+        let fds = [console_end.as_fd(), stderr_end.as_fd(), listening.as_fd(), events_end.as_fd()];
         let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
+        // Ends with the VMM.
+        tokio::spawn(events.watch(plan.vm_id.clone(), jailed.signals()));
         let nic = plan.nic.as_ref().and_then(|nic| Some((bodies::nic(nic), nic.tap.clone()?)));
         let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan), nic));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })

@@ -1,6 +1,8 @@
 //! Firecracker's API, over the socket that it makes; and its counters, from the pipe into which it writes them.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +22,12 @@ use crate::host::procfs;
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
 use crate::vmm::http::{Answer, Call, Client};
-use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
+use crate::vmm::{BoxFuture, Control, DiskIo, LaunchPlan, Origin, CONTROL_DEADLINE};
+
+/// How long it may take to load a kernel and make a machine; the start has a deadline of its own besides.
+const BOOT_DEADLINE: Duration = Duration::from_secs(30);
+/// How long it may take to write a guest's memory.
+const SAVE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What it says of a request that it refuses.
 #[derive(Debug, Deserialize)]
@@ -32,9 +39,17 @@ struct Fault {
 pub struct Api {
     vm_id: VmId,
     sockets: Arc<SocketDir>,
+    /// The folder for sockets, as the VMM finds it.
+    folder: PathBuf,
     client: Client,
     /// The requests that describe the machine.
     machine: Vec<Call>,
+    /// What gives a clone's disk its limits.
+    disk_limit: Option<Call>,
+    /// Where a template's memory goes.
+    ram: PathBuf,
+    /// A clone that has never run is paused by the API, whatever pauses it later.
+    is_loaded_only: AtomicBool,
     counters: Counters,
     /// Pauses it where its own pause is not to be used.
     stopper: Option<Stopper>,
@@ -67,17 +82,28 @@ impl Drop for Counters {
 
 impl Api {
     pub fn new(
-        vm_id: VmId,
+        plan: &LaunchPlan,
+        origin: &Origin,
         sockets: Arc<SocketDir>,
-        machine: Vec<Call>,
+        folder: PathBuf,
         metrics: pipe::Receiver,
         stopper: Option<Signals>,
     ) -> Self {
+        let vm_id = plan.vm_id.clone();
         let (telling, told) = watch::channel(Told::default());
         let reading = tokio::spawn(read_counters(vm_id.clone(), metrics, telling));
-        let counters = Counters { told, reading };
-        let stopper = stopper.map(|signals| Stopper { signals, stopped: AtomicBool::new(false) });
-        Self { vm_id, sockets, client: Client::new(CONTROL_DEADLINE), machine, counters, stopper }
+        Self {
+            vm_id,
+            sockets,
+            folder,
+            client: Client::new(CONTROL_DEADLINE),
+            machine: bodies::machine(plan),
+            disk_limit: bodies::limit_disk(plan),
+            ram: if let Origin::Record { ram } = origin { ram.clone() } else { PathBuf::new() },
+            is_loaded_only: AtomicBool::new(false),
+            counters: Counters { told, reading },
+            stopper: stopper.map(|signals| Stopper { signals, stopped: AtomicBool::new(false) }),
+        }
     }
 
     fn failed(&self, operation: &'static str, reason: String) -> Error {
@@ -85,10 +111,14 @@ impl Api {
     }
 
     async fn ask(&self, operation: &'static str, call: Call) -> Result<Answer> {
+        self.ask_by(&self.client, operation, call).await
+    }
+
+    async fn ask_by(&self, client: &Client, operation: &'static str, call: Call) -> Result<Answer> {
         let failed = |reason| self.failed(operation, reason);
         let connect = || async { self.sockets.connect(bodies::API).await.map_err(|error| error.to_string()) };
         let named = format!("{} {}", call.method, call.path);
-        let answer = self.client.ask(call, None, connect).await.map_err(failed)?;
+        let answer = client.ask(call, None, connect).await.map_err(failed)?;
         if answer.status.is_success() {
             return Ok(answer);
         }
@@ -132,10 +162,11 @@ impl Control for Api {
 
     fn boot(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
+            let patient = Client::new(BOOT_DEADLINE);
             for call in &self.machine {
-                self.ask("configure", call.clone()).await?;
+                self.ask_by(&patient, "configure", call.clone()).await?;
             }
-            self.ask("boot", bodies::start()).await.map(drop)
+            self.ask_by(&patient, "boot", bodies::start()).await.map(drop)
         })
     }
 
@@ -151,21 +182,44 @@ impl Control for Api {
     fn resume(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
             match &self.stopper {
-                None => self.ask("resume", bodies::resume()).await.map(drop),
-                Some(stopper) => {
+                Some(stopper) if !self.is_loaded_only.swap(false, Ordering::Relaxed) => {
                     stopper.go_on();
                     Ok(())
                 }
+                _ => self.ask("resume", bodies::resume()).await.map(drop),
             }
         })
     }
 
-    fn save(&self, _state: OwnedFd) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { Err(Error::host("save", &self.vm_id, "Firecracker's VMs make no templates in this release")) })
+    fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let failed = |error: std::io::Error| self.failed("save", error.to_string());
+            let mut written = self.sockets.file(bodies::STATE)?;
+            // This pause is for good: what the API's resume does to the vsock does not matter.
+            self.ask("save", bodies::pause()).await?;
+            let patient = Client::new(SAVE_DEADLINE);
+            self.ask_by(&patient, "save", bodies::create_snapshot(&self.folder, &self.ram)).await?;
+            let mut state = File::from(state);
+            std::io::copy(&mut written, &mut state).map(drop).map_err(failed)
+        })
     }
 
-    fn load(&self, _state: OwnedFd, _run: bool) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { Err(Error::host("load", &self.vm_id, "Firecracker's VMs are no clones in this release")) })
+    fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let failed = |error: std::io::Error| self.failed("load", error.to_string());
+            let mut given = self.sockets.file(bodies::STATE)?;
+            std::io::copy(&mut File::from(state), &mut given).map_err(failed)?;
+            let at_once = run && self.disk_limit.is_none();
+            self.is_loaded_only.store(!at_once, Ordering::Relaxed);
+            self.ask("load", bodies::load_snapshot(&self.folder, at_once)).await?;
+            if let Some(limit) = &self.disk_limit {
+                self.ask("load", limit.clone()).await?;
+            }
+            if run && !at_once {
+                self.resume().await?;
+            }
+            Ok(())
+        })
     }
 
     fn quit(&self) -> BoxFuture<'_, Result<bool>> {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use microvm_protocol::cmdline::Machine as GuestMachine;
+use microvm_protocol::identity::DISK_SERIAL;
 use microvm_protocol::VSOCK_HOST_PORT;
 use serde::Serialize;
 
@@ -13,6 +14,9 @@ use crate::vmm::{Drive, LaunchPlan, Nic};
 /// Names in the folder for sockets.
 pub const API: &str = "api";
 pub const METRICS: &str = "metrics";
+pub const STATE: &str = "state";
+/// The descriptor at which a clone finds its template's memory.
+pub const RAM_FD: i32 = 3;
 /// Any number from 3 up: this vsock knows no other guest.
 const GUEST_CID: u32 = 3;
 /// A reboot by the keyboard controller is what ends Firecracker; there is no PCI bus to look at.
@@ -78,6 +82,33 @@ struct Balloon {
 
 #[derive(Debug, Serialize)]
 struct Entropy {}
+
+#[derive(Debug, Serialize)]
+struct PartialDrive {
+    drive_id: &'static str,
+    rate_limiter: RateLimiter,
+}
+
+#[derive(Debug, Serialize)]
+struct SnapshotCreate {
+    /// Without tracking of writes, all pages that were ever touched: the others stay holes.
+    snapshot_type: &'static str,
+    snapshot_path: String,
+    mem_file_path: String,
+}
+
+#[derive(Debug, Serialize)]
+struct SnapshotLoad {
+    snapshot_path: String,
+    mem_backend: MemoryBackend,
+    resume_vm: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct MemoryBackend {
+    backend_type: &'static str,
+    backend_path: String,
+}
 
 #[derive(Debug, Serialize)]
 struct Action {
@@ -155,6 +186,26 @@ fn rate_limiter(plan: &LaunchPlan) -> Option<RateLimiter> {
     (bandwidth.is_some() || ops.is_some()).then_some(RateLimiter { bandwidth, ops })
 }
 
+/// Gives a clone's disk the limits of its VM; its template has none.
+pub fn limit_disk(plan: &LaunchPlan) -> Option<Call> {
+    let rate_limiter = rate_limiter(plan)?;
+    Some(Call::patch(format!("/drives/{DISK_SERIAL}"), &PartialDrive { drive_id: DISK_SERIAL, rate_limiter }))
+}
+
+/// Writes the state of a paused VM into `folder`, and its memory into `ram`.
+pub fn create_snapshot(folder: &Path, ram: &Path) -> Call {
+    let snapshot_path = folder.join(STATE).display().to_string();
+    let mem_file_path = ram.display().to_string();
+    Call::put("/snapshot/create", &SnapshotCreate { snapshot_type: "Diff", snapshot_path, mem_file_path })
+}
+
+/// Restores a VM from the state in `folder` and the memory at [`RAM_FD`].
+pub fn load_snapshot(folder: &Path, resume_vm: bool) -> Call {
+    let snapshot_path = folder.join(STATE).display().to_string();
+    let mem_backend = MemoryBackend { backend_type: "File", backend_path: format!("/proc/self/fd/{RAM_FD}") };
+    Call::put("/snapshot/load", &SnapshotLoad { snapshot_path, mem_backend, resume_vm })
+}
+
 pub fn start() -> Call {
     Call::put("/actions", &Action { action_type: "InstanceStart" })
 }
@@ -178,7 +229,10 @@ mod tests {
 
     fn all() -> Vec<Call> {
         let connected = LaunchPlan { nic: Some(Nic::unplugged()), ..plan() };
-        machine(&connected).into_iter().chain([start(), pause(), resume(), flush_metrics()]).collect()
+        let folder = Path::new("/run");
+        let template = [create_snapshot(folder, Path::new("/vm/ram")), load_snapshot(folder, true)];
+        let rest = [start(), pause(), resume(), flush_metrics(), limit_disk(&plan()).unwrap()];
+        machine(&connected).into_iter().chain(rest).chain(template).collect()
     }
 
     #[test]

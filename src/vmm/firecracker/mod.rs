@@ -20,10 +20,9 @@ use crate::model::{Backend, Grade};
 use crate::vmm::install::needs_kvm;
 use crate::vmm::program::{library_path, parse_version, Program};
 use crate::vmm::transport::Awaited;
-use crate::vmm::{
-    Binaries, Capabilities, JailPlan, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire,
-};
+use crate::vmm::{Binaries, Capabilities, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire};
 use api::Api;
+use bodies::RAM_FD;
 
 /// Firecracker on this host.
 #[derive(Debug, Clone)]
@@ -66,7 +65,9 @@ impl Vmm for Firecracker {
     }
 
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
-        bodies::machine(plan).into_iter().map(|call| format!("{call:?}")).collect()
+        // The limits are a clone's own.
+        let plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..plan.clone() };
+        bodies::machine(&plan).into_iter().map(|call| format!("{call:?}")).collect()
     }
 
     fn needs(&self, connected: bool) -> VmmNeeds {
@@ -85,24 +86,42 @@ impl Vmm for Firecracker {
 
     fn capabilities(&self) -> Capabilities {
         // src/vmm/src/vmm_config/machine_config.rs: MAX_SUPPORTED_VCPUS, and either 1 or an even number.
-        Capabilities { clones: false, wire: Wire::Named, max_vcpus: 32, even_vcpus: true }
+        Capabilities { clones: true, wire: Wire::Named, max_vcpus: 32, even_vcpus: true }
     }
 
-    fn can_clone(&self, _jail: &JailPlan) -> std::result::Result<(), String> {
-        Err("this release makes no templates of Firecracker's VMs".into())
+    fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String> {
+        if let Some(reason) = &plan.jail.no_proc {
+            return Err(format!("a clone's memory needs a /proc in its jail: {reason}"));
+        }
+        if !plan.jail.own_root {
+            return Err("a template names its files by their places in a root of its own".into());
+        }
+        match plan.nic {
+            None => Ok(()),
+            Some(_) => Err("Firecracker's templates have no network device: it knows none without a tap".into()),
+        }
     }
 
-    fn launch(&self, plan: &LaunchPlan, _origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {
+    fn launch(&self, plan: &LaunchPlan, origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {
         let missing = || Error::host("launch", "Firecracker", "the plan has no folder for its sockets");
         let folder = plan.sockets.as_ref().ok_or_else(missing)?;
         let sockets = Arc::new(SocketDir::open(&folder.host, folder.owner)?);
         let agent = Transport::Awaited(Awaited::listen(sockets.clone())?);
         let metrics = sockets.pipe(bodies::METRICS)?;
         let mut jail = plan.jail.clone();
+        let is_clone = matches!(origin, Origin::Clone { .. });
+        if is_clone {
+            jail.hide(&plan.kernel);
+            jail.hide(&plan.initramfs);
+        }
+        if let Origin::Record { .. } = origin {
+            jail.allow_files_of(plan.memory_mib << 20);
+        }
         let program = self.program.show(&mut jail)?;
         let argv = bodies::arguments(&program, &folder.inside);
         let env = if jail.own_root { vec![library_path()] } else { Vec::new() };
         let mut spec = jail.spec(argv, env, Seccomp::DenyListForRustVmms);
+        spec.proc = is_clone;
         spec.fds = vec![1, 2];
         if let Some(tap) = plan.nic.as_ref().and_then(|nic| nic.tap.as_ref()) {
             // It opens its tap by name, where that is.
@@ -112,10 +131,14 @@ impl Vmm for Firecracker {
         }
         let (console, console_end) = Tail::pipe()?;
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
-        let fds = [console_end.as_fd(), stderr_end.as_fd()];
+        let mut fds = vec![console_end.as_fd(), stderr_end.as_fd()];
+        if let Origin::Clone { ram } = origin {
+            spec.fds.push(RAM_FD);
+            fds.push(ram.as_fd());
+        }
         let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
         let stopper = self.wedges_on_resume().then(|| jailed.signals());
-        let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan), metrics, stopper));
+        let control = Box::new(Api::new(plan, origin, sockets, folder.inside.clone(), metrics, stopper));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
     }
 }

@@ -16,8 +16,7 @@ use crate::host::tail::Tail;
 use crate::host::{kvm, tsc};
 use crate::model::{Backend, Grade};
 use crate::vmm::{
-    Binaries, Capabilities, Drive, JailPlan, LaunchPlan, Launched, LiveTails, Nic, Origin, Transport, Vmm, VmmNeeds,
-    Wire,
+    Binaries, Capabilities, Drive, LaunchPlan, Launched, LiveTails, Nic, Origin, Transport, Vmm, VmmNeeds, Wire,
 };
 use api::Qmp;
 use args::{Accelerator, Host, AGENT_FD, QMP_FD, RAM_FD, TAP_FD};
@@ -115,10 +114,10 @@ impl Vmm for Qemu {
         Capabilities { clones: true, wire: Wire::Plain, max_vcpus: 288, even_vcpus: false }
     }
 
-    fn can_clone(&self, jail: &JailPlan) -> std::result::Result<(), String> {
+    fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String> {
         // QEMU opens the memory by a name, and a sealed one has no other.
         let why = |reason: &String| Err(format!("a clone's memory needs a /proc in its jail: {reason}"));
-        jail.no_proc.as_ref().map_or(Ok(()), why)
+        plan.jail.no_proc.as_ref().map_or(Ok(()), why)
     }
 
     fn launch(&self, plan: &LaunchPlan, origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {

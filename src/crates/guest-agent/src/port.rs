@@ -93,12 +93,29 @@ impl Port {
                         self.say_hello()?;
                     }
                 },
-                None => match self.file.read(self.decoder.space()).map_err(|e| format!("handshake: {e}"))? {
-                    0 => return Err("handshake: the host closed the port".into()),
-                    length => self.decoder.filled(length),
+                None => match (self.file.read(self.decoder.space()), boot::machine().vsock_port) {
+                    (Ok(length @ 1..), _) => self.decoder.filled(length),
+                    (Ok(_) | Err(_), Some(port)) => self.connect_again(port)?,
+                    (Ok(_), None) => return Err("handshake: the host closed the port".into()),
+                    (Err(error), None) => return Err(format!("handshake: {error}")),
                 },
             }
         }
+    }
+
+    /// A clone wakes up without the connection that its template had.
+    fn connect_again(&mut self, port: u32) -> Result<(), String> {
+        let begun = Instant::now();
+        self.file = loop {
+            match connect(port) {
+                Ok(file) => break file,
+                Err(error) if begun.elapsed() > PORT_DEADLINE => return Err(error),
+                // The device is being reset: the host listens already.
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        self.decoder = Decoder::default();
+        self.say_hello()
     }
 
     /// Has the host prove the key, and then proves it; `outcome` says how the guest is.

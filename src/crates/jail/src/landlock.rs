@@ -58,7 +58,7 @@ fn rights(access: Access, is_dir: bool) -> BitFlags<AccessFs> {
         Access::Execute => read | AccessFs::Execute,
         Access::Write => read | AccessFs::WriteFile | AccessFs::Truncate,
         Access::Device => read | AccessFs::WriteFile | AccessFs::IoctlDev,
-        Access::Sockets => read | AccessFs::WriteFile | AccessFs::MakeSock | AccessFs::RemoveFile,
+        Access::Sockets => read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeSock | AccessFs::RemoveFile,
     }
 }
 

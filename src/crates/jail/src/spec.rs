@@ -98,7 +98,7 @@ pub enum Access {
     Write,
     /// A device node: read, write, ioctl.
     Device,
-    /// A folder for sockets: they can be made and removed in it, and the pipes in it read and written; no file can be made.
+    /// A folder for sockets: they can be made and removed in it, and what else is in it read and written; no file can be made.
     Sockets,
 }
 
