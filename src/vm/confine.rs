@@ -73,7 +73,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     )?;
     groups.record(&dir.path().join(runtime_dir::GROUPS))?;
     plan.cgroup_procs = groups.procs();
-    plan.rlimits = rlimits(&budget, identity.is_some());
+    plan.rlimits = rlimits(&budget, needs.open_files, identity.is_some());
     plan.audit = settings.jail == JailMode::Audit;
     let mut layers = layers(&host, identity);
     layers.extend(needs.layers);
@@ -116,11 +116,11 @@ fn io_limit(limits: &ResourceLimits, dir: &Path) -> Option<(Device, Option<u64>,
     (device.major != 0 && (bytes.is_some() || operations.is_some())).then_some((device, bytes, operations))
 }
 
-fn rlimits(budget: &Budget, own_uid: bool) -> Vec<Rlimit> {
+fn rlimits(budget: &Budget, more_files: u64, own_uid: bool) -> Vec<Rlimit> {
     let mut rlimits = vec![
         Rlimit::both(Resource::Core, 0),
         Rlimit::both(Resource::Memlock, 0),
-        Rlimit::both(Resource::Nofile, budget.open_files),
+        Rlimit::both(Resource::Nofile, budget.open_files + more_files),
         Rlimit::both(Resource::Fsize, budget.file_bytes),
         Rlimit::both(Resource::Data, budget.data_bytes),
     ];
@@ -203,7 +203,7 @@ fn limits(
         fixed.iter().cloned().chain(more.into_iter().flatten()).collect()
     };
     let rate = |value: Option<u64>, what: &str| match value {
-        Some(value) => list(&[format!("VMM: QEMU's block layer, {value} {what}")], vec![by(Controller::Io)]),
+        Some(value) => list(&[format!("VMM: its limiter of the disk, {value} {what}")], vec![by(Controller::Io)]),
         None => vec!["not limited: none was asked for".to_owned()],
     };
     let mib = budget.memory_bytes >> 20;

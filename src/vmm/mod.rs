@@ -115,6 +115,8 @@ pub struct VmmNeeds {
     pub devices: Vec<PathBuf>,
     /// A folder in which it can make sockets.
     pub sockets: bool,
+    /// Descriptors beyond those that QEMU was measured to need.
+    pub open_files: u64,
     /// Layers of the jail that depend on the VMM.
     pub layers: Vec<(&'static str, Layer)>,
 }

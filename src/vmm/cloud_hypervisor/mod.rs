@@ -26,6 +26,10 @@ use api::{Api, API};
 use bodies::{API_FD, EVENTS_FD};
 use events::Events;
 
+/// Each of its PCI devices has event descriptors for every vector and queue: of six devices it held 230, and refused one
+/// more at 200.
+const MORE_FILES: u64 = 512;
+
 /// Cloud Hypervisor on this host.
 #[derive(Debug, Clone)]
 pub struct CloudHypervisor {
@@ -66,7 +70,12 @@ impl Vmm for CloudHypervisor {
     fn needs(&self, _connected: bool) -> VmmNeeds {
         let layer =
             Layer::Missing("its system calls were not measured: it gets the deny-list, and its own filters".into());
-        VmmNeeds { devices: vec!["/dev/kvm".into()], sockets: true, layers: vec![("seccomp_allow_list", layer)] }
+        VmmNeeds {
+            devices: vec!["/dev/kvm".into()],
+            sockets: true,
+            open_files: MORE_FILES,
+            layers: vec![("seccomp_allow_list", layer)],
+        }
     }
 
     fn capabilities(&self) -> Capabilities {

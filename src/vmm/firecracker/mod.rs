@@ -72,8 +72,12 @@ impl Vmm for Firecracker {
 
     fn needs(&self, connected: bool) -> VmmNeeds {
         let layer = Layer::Missing("its system calls were not measured: it gets the deny-list".into());
-        let mut needs =
-            VmmNeeds { devices: vec!["/dev/kvm".into()], sockets: true, layers: vec![("seccomp_allow_list", layer)] };
+        let mut needs = VmmNeeds {
+            devices: vec!["/dev/kvm".into()],
+            sockets: true,
+            open_files: 0,
+            layers: vec![("seccomp_allow_list", layer)],
+        };
         if connected {
             needs.devices.push("/dev/net/tun".into());
             let why =

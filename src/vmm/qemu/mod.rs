@@ -106,7 +106,7 @@ impl Vmm for Qemu {
             Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
             Accelerator::Tcg => Vec::new(),
         };
-        VmmNeeds { devices, sockets: false, layers: self.program.layers() }
+        VmmNeeds { devices, sockets: false, open_files: 0, layers: self.program.layers() }
     }
 
     fn capabilities(&self) -> Capabilities {
