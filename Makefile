@@ -20,7 +20,8 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help setup guest jail attackers wheel demo test test-nested bench fuzz traffic stress network-many network-bench clean
+.PHONY: help setup guest jail janitor attackers wheel demo test test-nested bench fuzz traffic clones cycles stress network-many \
+    network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
@@ -29,10 +30,14 @@ help:
 	@echo 'make test-nested  the conformance suite on every backend, in a guest with KVM: TIMES=5 MICROVM_TEST_BIN=FOLDER'
 	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
 	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
+	@echo 'make clones  the long forms of the template tests: CLONES=200 identities, KILLS=50 deaths'
+	@echo 'make cycles  COUNT=1000 lives of a VM one after the other, and how their latency drifts'
 	@echo 'make traffic the long forms of the channel tests: 10,000 messages, 1 GiB of output'
 	@echo 'make network-many  COUNT=100 connected VMs at once, and what they leave behind'
 	@echo 'make network-bench N=30: what a network costs a VM, and what it carries'
-	@echo 'make setup | guest | jail | attackers | clean: the parts'
+	@echo 'make chaos   SECONDS=1800 VMS=50 SEED=: random faults; make chaos-kill: TIMES=100'
+	@echo 'make load    VMS=100 MINUTES=30; make soak: VMS=20 MINUTES=60; make watch-cost: VMS=100'
+	@echo 'make setup | guest | jail | janitor | attackers | clean: the parts'
 
 setup: $(VENV)/ready
 	@missing=$$(for package in $(PACKAGES); do \
@@ -77,6 +82,12 @@ jail: setup
 	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-jail --profile static --target $(HOST)
 	@install -m 755 $(TARGET_DIR)/$(HOST)/static/microvm-jail $(DATA)/microvm-jail
 
+# Who cleans up after a process that was killed: the core's own sweep, as a program.
+janitor: setup
+	@mkdir -p $(DATA)
+	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-janitor --profile janitor --target $(HOST)
+	@install -m 755 $(TARGET_DIR)/$(HOST)/janitor/microvm-janitor $(DATA)/microvm-janitor
+
 # What the tests need and the wheel does not have: the intruder that takes QEMU's place, and the core's own tests as one
 # program, for guests whose kernel has cgroup v2.
 attackers: setup
@@ -88,7 +99,7 @@ attackers: setup
 	    print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])'); \
 	install -m 755 "$$built" $(BUILD)/lab-tests
 
-wheel: guest jail
+wheel: guest jail janitor
 	@rm -rf dist
 	$(VENV)/bin/maturin build --release -o dist
 
@@ -139,6 +150,19 @@ traffic: wheel
 	MICROVM_CHANNEL_MESSAGES=$(or $(MESSAGES),10048) MICROVM_STREAM_MIB=$(or $(MIB),1024) \
 	    $(BUILD)/venv-demo/bin/python tests/runner.py 'test_channel.py'
 
+# The tests of templates in the lengths that their issue names.
+clones: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	MICROVM_CLONES=$(or $(CLONES),200) MICROVM_KILLS=$(or $(KILLS),50) \
+	    $(BUILD)/venv-demo/bin/python tests/runner.py 'test_templates.py'
+
+# COUNT starts, commands and ends of a VM in a row.
+cycles: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	$(BUILD)/venv-demo/bin/python tests/cycles.py --count $(or $(COUNT),1000)
+
 # Lives of VMs on 8 threads for SECONDS, and what they leave behind.
 stress: wheel
 	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
@@ -156,6 +180,35 @@ network-bench: wheel
 	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
 	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
 	unshare --net --mount $(BUILD)/venv-demo/bin/python -m tests.network.measure $(or $(N),30)
+
+# Random faults on VMS VMs under load for SECONDS, a small tmpfs that fills up below them, some with a network; SEED.
+chaos: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	@mkdir -p $(BUILD)/chaos
+	unshare --net --mount sh -c 'mount -t tmpfs -o size=$$((64 + 12 * $(or $(VMS),50)))m tmpfs $(BUILD)/chaos && \
+	    TMPDIR=$(BUILD)/chaos exec $(BUILD)/venv-demo/bin/python tests/chaos/storm.py --connected --fill \
+	    --seconds $(or $(SECONDS),1800) --vms $(or $(VMS),50) $(if $(SEED),--seed $(SEED))'
+
+# A process with VMs under load, killed at TIMES random moments, and what is left of it a second later.
+chaos-kill: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	unshare --net --mount $(BUILD)/venv-demo/bin/python tests/chaos/kill.py --connected --times $(or $(TIMES),100) \
+	    $(if $(SEED),--seed $(SEED))
+
+# What the watch over VMS idle VMs costs.
+watch-cost: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	$(BUILD)/venv-demo/bin/python tests/watch_cost.py --vms $(or $(VMS),100) --seconds $(or $(SECONDS),60)
+
+# VMS busy VMs for MINUTES: lost or crossed answers, round trips, growth. `soak` is the same with VMs that come and go.
+soak load: wheel
+	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
+	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+	$(BUILD)/venv-demo/bin/python tests/load.py $@ --vms $(or $(VMS),$(if $(filter load,$@),100,20)) \
+	    --minutes $(or $(MINUTES),30) --report $(BUILD)/$@.json
 
 clean:
 	rm -rf dist $(BUILD)/venv $(BUILD)/venv-* $(DATA)

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import List
 
-from .support import IMPORT, VMTestCase, alive, eventually, limits, open_files, run_python
+from .support import IMPORT, VMTestCase, alive, children, eventually, limits, open_files, run_python
 
 HEAD = """
 import os, signal, sys, threading, time
@@ -92,6 +94,74 @@ class Signals(VMTestCase):
     def test_interrupted_command_leaves_the_vm_running(self) -> None:
         command = "vm.send_command('exec', {'program': 'sleep', 'args': ['20']})"
         self.assertEqual(self.interrupt(command), ["True", "running", "True", "pong"])
+
+
+class Pools(VMTestCase):
+    """The standard library's ways to do things at once."""
+
+    config = {"max_vcpus": 64}
+
+    def test_concurrent_futures_start_and_use_many_vms(self) -> None:
+        def life(number: int) -> str:
+            vm = self.manager.get_vm(self.create())
+            assert vm.start(), vm.last_error
+            said = self.result(vm, "exec", {"program": "echo", "args": [str(number)]})["stdout"]
+            assert self.manager.destroy_vm(vm.vm_id)
+            return str(said).strip()
+
+        with ThreadPoolExecutor(12) as pool:
+            self.assertEqual(list(pool.map(life, range(24))), [str(number) for number in range(24)])
+
+    def test_multiprocessing_children_have_managers_of_their_own(self) -> None:
+        code = (
+            "import multiprocessing, sys\nfrom {} import *\n"
+            "def child(number):\n"
+            "    with MicroVMIsolationManager({{'default_memory_mb': 128, 'default_disk_size_mb': 64}}) as manager:\n"
+            "        vm = manager.get_vm(manager.create_vm('plugin'))\n        assert vm.start(), vm.last_error\n"
+            "        return vm.send_command('ping')['result']\n"
+            "if __name__ == '__main__':\n    with multiprocessing.get_context('spawn').Pool(2) as pool:\n"
+            "        print(pool.map(child, range(3)))\n"
+        ).format(IMPORT)
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+            script.write(code)
+            script.flush()
+            done = subprocess.run([sys.executable, script.name], stdout=subprocess.PIPE, timeout=120)
+        self.assertEqual((done.returncode, done.stdout), (0, b"['pong', 'pong', 'pong']\n"))
+
+    def test_multiprocessing_by_fork_ends_cleanly_beside_a_running_vm(self) -> None:
+        code = RUNNING + (
+            "import multiprocessing\nmanager.on_event(lambda event: None)\n"
+            "with multiprocessing.get_context('fork').Pool(2) as pool:\n    print(pool.map(abs, [-1, -2]))\n"
+            "print(vm.send_command('ping')['result'], pid)"
+        )
+        done = run_python(code)
+        self.assertEqual((done.returncode, done.stdout.split()[:3]), (0, ["[1,", "2]", "pong"]), done.stderr)
+        self.assertFalse(left_of(done.stdout))
+
+
+class Janitors(VMTestCase):
+    def test_there_is_one_and_it_ends_with_its_process(self) -> None:
+        code = RUNNING + (
+            "names = {}\n"
+            "for entry in os.listdir('/proc'):\n    if entry.isdigit():\n        try:\n"
+            "            fields = open('/proc/%s/stat' % entry).read()\n        except OSError:\n            continue\n"
+            "        if 'microvm-janitor' in fields and int(fields.rpartition(')')[2].split()[1]) == os.getpid():\n"
+            "            names[entry] = fields\n"
+            "other = MicroVMIsolationManager()\nprint(len(names), *names)"
+        )
+        done = run_python(code)
+        count, janitor = map(int, done.stdout.split())
+        self.assertEqual(count, 1)
+        self.assertTrue(eventually(lambda: not alive(janitor), 3.0))
+
+    def test_killed_janitor_is_replaced_when_the_next_vm_starts(self) -> None:
+        self.running()
+        janitor = [pid for pid in children() if b"microvm-janitor" in Path("/proc/{}/cmdline".format(pid)).read_bytes()]
+        os.kill(janitor[0], signal.SIGKILL)
+        self.assertTrue(eventually(lambda: not alive(janitor[0])))
+        self.running()
+        now = [pid for pid in children() if b"microvm-janitor" in Path("/proc/{}/cmdline".format(pid)).read_bytes()]
+        self.assertEqual((len(janitor), len(now), now == janitor), (1, 1, False))
 
 
 class Boots(VMTestCase):

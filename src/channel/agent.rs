@@ -12,7 +12,7 @@ use microvm_protocol::ProtocolError;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{oneshot, OwnedSemaphorePermit};
 
 use super::link::{Asker, Link};
 use super::mailbox::Mailbox;
@@ -96,15 +96,45 @@ impl Agent {
         Ok(Self { link: Link::start(vm_id, stream, session, decoder) })
     }
 
-    /// How often in a row the agent, with nothing else to say, gave no sign of life when asked for one.
+    /// Records that came from the agent so far.
     #[must_use]
-    pub fn misses(&self) -> watch::Receiver<u32> {
-        self.link.misses.subscribe()
+    pub fn heard(&self) -> u64 {
+        self.link.heard()
     }
 
-    /// To be told when the vCPUs are stopped and go on: a silent agent that cannot speak is not missed.
-    pub fn rest(&self, resting: bool) {
-        self.link.rest(resting);
+    /// For how long nobody has used the VM; zero while a command or a stream is open.
+    #[must_use]
+    pub fn idle_for(&self) -> Duration {
+        self.link.idle_for()
+    }
+
+    /// Asks for a sign of life, apart from all exchanges: an agent that is busy gives one, too.
+    ///
+    /// # Errors
+    /// [`Error::ChannelTimeout`], [`Error::ChannelClosed`].
+    pub async fn sign_of_life(&self, deadline: Duration) -> Result<()> {
+        let waited = tokio::time::timeout(deadline, self.link.sign_of_life()).await;
+        waited.map_err(|_| Error::ChannelTimeout {
+            vm_id: self.link.vm_id.to_string(),
+            what: "a sign of life".into(),
+            limit_s: deadline.as_secs_f64(),
+            sent: true,
+        })?
+    }
+
+    /// As [`Agent::request`], but it does not count as use of the VM, and waits for no place: `None` when none is free.
+    ///
+    /// # Errors
+    /// As [`Agent::request`]'s.
+    pub async fn probe(&self, action: &str, params: Value, deadline: Duration) -> Option<Result<Answer>> {
+        let place = self.link.place_now()?;
+        let request = Request { action: action.to_owned(), params, stream: false };
+        let body = match self.encode(&request) {
+            Ok(body) => body,
+            Err(error) => return Some(Err(error)),
+        };
+        let until = tokio::time::Instant::now() + deadline;
+        Some(self.exchange(action, body, place, (deadline, until), false).await)
     }
 
     /// Asks the agent for `action` and waits for the answer, at most `deadline`.
@@ -116,23 +146,38 @@ impl Agent {
         let request = Request { action: action.to_owned(), params, stream: false };
         let body = self.encode(&request)?;
         let until = tokio::time::Instant::now() + deadline;
-        let timeout = |sent| Error::ChannelTimeout {
-            vm_id: self.link.vm_id.to_string(),
-            what: format!("command {action:?}"),
-            limit_s: deadline.as_secs_f64(),
-            sent,
-        };
-        let place = tokio::time::timeout_at(until, self.link.place()).await.map_err(|_| timeout(false))??;
+        let place = tokio::time::timeout_at(until, self.link.place()).await;
+        let place = place.map_err(|_| self.timeout(action, deadline, false))??;
+        self.exchange(action, body, place, (deadline, until), true).await
+    }
+
+    async fn exchange(
+        &self,
+        action: &str,
+        body: Vec<u8>,
+        place: OwnedSemaphorePermit,
+        (deadline, until): (Duration, tokio::time::Instant),
+        is_use: bool,
+    ) -> Result<Answer> {
         let (asker, mut answer) = oneshot::channel();
-        let id = self.link.ask(body, Asker::Once(asker), place)?;
+        let id = self.link.ask(body, Asker::Once(asker), place, is_use)?;
         let mut asking = Asking { link: &self.link, id, armed: true };
         let body = match tokio::time::timeout_at(until, &mut answer).await {
             Ok(Ok(body)) => body,
             Ok(Err(_)) => return Err(self.link.closed(asking.give_up())),
-            Err(_) => return Err(timeout(asking.give_up())),
+            Err(_) => return Err(self.timeout(action, deadline, asking.give_up())),
         };
         asking.armed = false;
         decode(&self.link.vm_id, &body)
+    }
+
+    fn timeout(&self, action: &str, deadline: Duration, sent: bool) -> Error {
+        Error::ChannelTimeout {
+            vm_id: self.link.vm_id.to_string(),
+            what: format!("command {action:?}"),
+            limit_s: deadline.as_secs_f64(),
+            sent,
+        }
     }
 
     /// Begins an exchange whose channels stay open: see [`Stream`].
@@ -151,7 +196,7 @@ impl Agent {
         };
         let (stream_place, place) = tokio::time::timeout(deadline, places).await.map_err(timeout)??;
         let mailbox = Arc::new(Mailbox::default());
-        let id = self.link.ask(body, Asker::Stream(mailbox.clone()), place)?;
+        let id = self.link.ask(body, Asker::Stream(mailbox.clone()), place, true)?;
         Ok(Stream::new(self.link.clone(), id, mailbox, action.to_owned(), stream_place))
     }
 

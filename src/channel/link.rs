@@ -8,16 +8,16 @@
 //! an await or a log call.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use microvm_protocol::connection::Connection;
 use microvm_protocol::mux::{Cancelled, Incoming, Mux, MAX_EXCHANGES};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::Session;
 use tokio::net::UnixStream;
-use tokio::sync::{oneshot, watch, Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{oneshot, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 
 use super::mailbox::Mailbox;
@@ -30,8 +30,6 @@ const WRITE_CHUNK: usize = 64 * 1024;
 const ROUNDS: usize = 4;
 /// Streams at once; the other exchanges are kept for commands.
 const MAX_STREAMS: usize = MAX_EXCHANGES / 2;
-/// How often the session is looked at; an idle agent is asked for a sign of life every second time.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Events that are logged: a hostile guest fills no log.
 const STRANGE_EVENTS: u64 = 8;
 
@@ -45,6 +43,8 @@ pub enum Asker {
 
 struct Open {
     asker: Asker,
+    /// Whether someone uses the VM by it; a look at its health is no use.
+    is_use: bool,
     /// Given back when the exchange is over, which may be long after its asker gave up.
     _place: OwnedSemaphorePermit,
 }
@@ -52,6 +52,8 @@ struct Open {
 struct State {
     connection: Connection,
     open: HashMap<u32, Open>,
+    /// When somebody last began or ended an exchange.
+    used: Instant,
     /// Why no answer will come any more.
     closed: Option<String>,
 }
@@ -73,19 +75,20 @@ pub struct Link {
     streams: Arc<Semaphore>,
     /// Records that came.
     heard: AtomicU64,
+    /// Rings for each of them.
+    sign: Notify,
+    pings: AtomicU32,
     strange: AtomicU64,
-    resting: AtomicBool,
     /// They hold the transport, too, and end with the session.
     tasks: Mutex<Vec<AbortHandle>>,
-    /// How often in a row the agent gave no sign of life.
-    pub misses: watch::Sender<u32>,
 }
 
 impl Link {
     /// Takes over an established session.
     pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> Arc<Self> {
         let stream = Arc::new(stream);
-        let state = State { connection: Connection::new(session), open: HashMap::new(), closed: None };
+        let connection = Connection::new(session);
+        let state = State { connection, open: HashMap::new(), used: Instant::now(), closed: None };
         let link = Arc::new(Self {
             vm_id,
             state: Mutex::new(state),
@@ -94,15 +97,14 @@ impl Link {
             places: Arc::new(Semaphore::new(MAX_EXCHANGES)),
             streams: Arc::new(Semaphore::new(MAX_STREAMS)),
             heard: AtomicU64::new(0),
+            sign: Notify::new(),
+            pings: AtomicU32::new(0),
             strange: AtomicU64::new(0),
-            resting: AtomicBool::new(false),
             tasks: Mutex::default(),
-            misses: watch::Sender::new(0),
         });
         let tasks = [
             tokio::spawn(read(link.clone(), stream.clone(), decoder)).abort_handle(),
             tokio::spawn(write(link.clone(), stream)).abort_handle(),
-            tokio::spawn(keep_alive(link.clone())).abort_handle(),
         ];
         link.tasks().extend(tasks);
         // The session may have ended before its tasks were noted.
@@ -138,6 +140,7 @@ impl Link {
         }
         self.places.close();
         self.streams.close();
+        self.sign.notify_waiters();
         self.writer.lock().unwrap_or_else(PoisonError::into_inner).stream = None;
         self.end_tasks();
     }
@@ -150,9 +153,39 @@ impl Link {
         Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: self.closed_reason(), sent }
     }
 
-    /// While the vCPUs stand still, silence says nothing.
-    pub fn rest(&self, resting: bool) {
-        self.resting.store(resting, Ordering::Release);
+    /// Records that came so far.
+    pub fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed)
+    }
+
+    /// For how long nobody has used the VM: no exchange of a user's is open, and none was.
+    pub fn idle_for(&self) -> Duration {
+        let state = self.state();
+        match state.open.values().any(|open| open.is_use) {
+            true => Duration::ZERO,
+            false => state.used.elapsed(),
+        }
+    }
+
+    /// Asks for a sign of life, which any record is, and waits for it; a peer that talks anyway need not be asked.
+    pub async fn sign_of_life(&self) -> Result<()> {
+        let sign = self.sign.notified();
+        let token = self.pings.fetch_add(1, Ordering::Relaxed);
+        // A PING that was not answered yet will do as well.
+        self.with(|exchanges| exchanges.ping(token));
+        if self.state().closed.is_some() {
+            return Err(self.closed(true));
+        }
+        sign.await;
+        match self.state().closed.is_some() {
+            true => Err(self.closed(true)),
+            false => Ok(()),
+        }
+    }
+
+    /// A place for an exchange, if one is free.
+    pub fn place_now(&self) -> Option<OwnedSemaphorePermit> {
+        self.places.clone().try_acquire_owned().ok()
     }
 
     /// A place for an exchange; waits while all are taken.
@@ -166,7 +199,7 @@ impl Link {
     }
 
     /// Begins an exchange and sends what can be sent at once.
-    pub fn ask(&self, body: Vec<u8>, asker: Asker, place: OwnedSemaphorePermit) -> Result<u32> {
+    pub fn ask(&self, body: Vec<u8>, asker: Asker, place: OwnedSemaphorePermit, is_use: bool) -> Result<u32> {
         let id = {
             let mut state = self.state();
             if let Some(reason) = state.closed.clone() {
@@ -175,7 +208,10 @@ impl Link {
             let refused =
                 |error| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: format!("{error}"), sent: false };
             let id = state.connection.exchanges.request(body).map_err(refused)?;
-            state.open.insert(id, Open { asker, _place: place });
+            state.open.insert(id, Open { asker, is_use, _place: place });
+            if is_use {
+                state.used = Instant::now();
+            }
             id
         };
         self.flush();
@@ -251,6 +287,7 @@ impl Link {
     /// Takes one record. The error is the end of the session.
     fn take(&self, record: &[u8]) -> std::result::Result<(), String> {
         self.heard.fetch_add(1, Ordering::Relaxed);
+        self.sign.notify_waiters();
         let mut state = self.state();
         let Some(incoming) = state.connection.receive(record).map_err(|error| error.to_string())? else {
             return Ok(());
@@ -262,6 +299,9 @@ impl Link {
         match incoming {
             Incoming::Response { id, body } => {
                 let Some(open) = state.open.remove(&id) else { return Ok(()) };
+                if open.is_use {
+                    state.used = Instant::now();
+                }
                 drop(state);
                 match open.asker {
                     // Gave up this very moment: then the answer is dropped.
@@ -351,25 +391,5 @@ async fn write(link: Arc<Link>, stream: Arc<UnixStream>) {
             return link.close(&error.to_string());
         }
         link.flush();
-    }
-}
-
-async fn keep_alive(link: Arc<Link>) {
-    let mut before = 0;
-    let mut token = 0u32;
-    loop {
-        tokio::time::sleep(KEEP_ALIVE).await;
-        let heard = link.heard.load(Ordering::Relaxed);
-        let quiet = std::mem::replace(&mut before, heard) == heard;
-        if !quiet || link.resting.load(Ordering::Acquire) {
-            link.misses.send_if_modified(|misses| std::mem::take(misses) > 0);
-            continue;
-        }
-        token = token.wrapping_add(1);
-        let asked = link.with(|exchanges| exchanges.ping(token));
-        if !asked {
-            // The last one was not answered yet.
-            link.misses.send_modify(|misses| *misses = misses.saturating_add(1));
-        }
     }
 }

@@ -75,6 +75,19 @@ impl Drop for Lease {
     }
 }
 
+/// Removes the leases of processes that died.
+pub fn sweep(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let Some(uid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        match Lease::try_take(folder, uid) {
+            // Dropped, and so removed.
+            Ok(Some(_stale)) => {}
+            Ok(None) => {}
+            Err(error) => log::debug!("{}: not looked at: {error}", entry.path().display()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,5 +105,20 @@ mod tests {
         drop(second);
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
         fs::remove_dir(folder).unwrap();
+    }
+
+    #[test]
+    fn test_sweep_removes_what_nobody_holds_and_nothing_else() {
+        let folder = std::env::temp_dir().join(format!("leases-swept-{}", std::process::id()));
+        let held = Lease::take(&folder, 7, 7).unwrap();
+        for name in ["8", "readme"] {
+            fs::write(folder.join(name), "").unwrap();
+        }
+        sweep(&folder);
+        let mut left: Vec<_> = fs::read_dir(&folder).unwrap().flatten().map(|entry| entry.file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["7", "readme"]);
+        drop(held);
+        fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -3,12 +3,14 @@
 //! The socket is the leash: when this side closes, for whatever reason, the launcher's supervisor kills all it holds.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use microvm_jail::{Confined, JailEvent, JailRequest, LaunchSpec};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{
     recvmsg, sendmsg, setsockopt, shutdown, socketpair, sockopt, AddressFamily, ControlMessage, ControlMessageOwned,
     MsgFlags, Shutdown, SockFlag, SockType,
@@ -80,6 +82,35 @@ struct Told {
 
 fn lock(told: &Mutex<Told>) -> std::sync::MutexGuard<'_, Told> {
     told.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Another process, whose end can be waited for.
+#[derive(Debug)]
+pub struct Watched(OwnedFd);
+
+impl Watched {
+    /// The process that started this one.
+    ///
+    /// # Errors
+    /// [`Error::Host`]; the kernel has process descriptors from 5.3 on.
+    pub fn parent() -> Result<Self> {
+        let pid = nix::unistd::getppid();
+        // SAFETY: pidfd_open(2) takes two numbers and returns a new descriptor or -1.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+        let fd = RawFd::try_from(fd).unwrap_or(-1);
+        if fd < 0 {
+            return Err(Error::host("pidfd_open", pid, std::io::Error::last_os_error()));
+        }
+        // SAFETY: it was opened above and belongs to nobody else.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Waits until it has ended with all its threads, and all its descriptors are closed.
+    pub fn ended_within(&self, deadline: Duration) -> bool {
+        let timeout = PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, timeout), Ok(1))
+    }
 }
 
 /// A running jail. Dropping it kills what is inside.

@@ -11,6 +11,15 @@ pub struct Usage {
     pub rss_bytes: u64,
 }
 
+/// How the kernel's scheduler has treated a process.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Scheduling {
+    /// Time that its threads were ready to run and did not, seconds; of all of them together.
+    pub waited_s: f64,
+    /// Whether it was stopped by a signal or a tracer.
+    pub is_stopped: bool,
+}
+
 /// Clock ticks per second in `/proc/*/stat`; USER_HZ is 100 on every x86-64 kernel.
 const USER_HZ: f64 = 100.0;
 /// The page size on x86-64.
@@ -43,6 +52,23 @@ fn parse_state(stat: &str) -> Option<char> {
     stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
+/// Reads how a process was scheduled; `None` when it is gone.
+#[must_use]
+pub fn scheduling(pid: i32) -> Option<Scheduling> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let state = stat.rsplit_once(')')?.1.split_whitespace().next()?.to_owned();
+    // A thread that ends meanwhile takes its account with it.
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+    let waited = tasks.filter_map(|task| fs::read_to_string(task.path().join("schedstat")).ok());
+    let waited_s = waited.filter_map(|text| parse_schedstat(&text)).sum();
+    Some(Scheduling { waited_s, is_stopped: matches!(state.as_str(), "T" | "t") })
+}
+
+/// Documentation/scheduler/sched-stats.rst: time on a CPU and time waited for one, nanoseconds; time slices.
+fn parse_schedstat(schedstat: &str) -> Option<f64> {
+    schedstat.split_whitespace().nth(1)?.parse::<u64>().ok().map(|waited_ns| waited_ns as f64 / 1e9)
+}
+
 /// proc_pid_statm(5): size, resident, shared.
 fn parse_statm(statm: &str) -> Option<u64> {
     let mut fields = statm.split_whitespace().skip(1).map_while(|field| field.parse::<u64>().ok());
@@ -63,6 +89,24 @@ mod tests {
     #[test]
     fn test_usage_of_this_process_is_above_zero() {
         assert!(usage(std::process::id() as i32).unwrap().rss_bytes > 1 << 20);
+    }
+
+    #[test]
+    fn test_scheduling_of_this_process_and_of_a_stopped_one() {
+        assert!(!scheduling(std::process::id() as i32).unwrap().is_stopped);
+        assert_eq!(parse_schedstat("100 1500000000 3"), Some(1.5));
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+        let stopped = || scheduling(pid.as_raw()).is_some_and(|scheduling| scheduling.is_stopped);
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while !stopped() && std::time::Instant::now() < end {
+            std::thread::yield_now();
+        }
+        let was_stopped = stopped();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(was_stopped);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::host::binary;
 
-/// The packaged guest and the launcher of its jail.
+/// The packaged guest, the launcher of its jail, and who cleans up after a process that was killed.
 #[derive(Debug, Clone)]
 pub struct GuestImage {
     pub kernel: PathBuf,
@@ -13,6 +13,7 @@ pub struct GuestImage {
     /// A small ext4 file system that every VM's disk begins as.
     pub disk_template: PathBuf,
     pub launcher: PathBuf,
+    pub janitor: PathBuf,
 }
 
 impl GuestImage {
@@ -24,6 +25,7 @@ impl GuestImage {
             initramfs: directory.join("initramfs.cpio"),
             disk_template: directory.join("disk.ext4"),
             launcher: directory.join("microvm-jail"),
+            janitor: directory.join("microvm-janitor"),
         }
     }
 

@@ -3,6 +3,8 @@
 //! Architecture invariant: `registry` is held for a few instructions at a time, never across an await; what takes
 //! time happens on a VM of its own, so one slow VM never blocks another.
 
+mod metrics;
+mod policy;
 mod pool;
 
 use std::collections::BTreeMap;
@@ -11,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::error::{Error, Result};
@@ -19,13 +22,20 @@ use crate::host::{clock, private_dir, runtime_dir};
 use crate::image::template::{Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, VmId, VmState,
+    Backend, Happening, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, VmId,
+    VmState,
 };
-use crate::vm::{self, network, MicroVm, Settings, Spec};
+use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings, Spec};
 use crate::vmm::{Binaries, COST_MIB};
+use policy::Treatments;
 use pool::Pool;
 
 pub use pool::ShelfUse;
+
+/// Starts at once, for each CPU: one computes while another waits for the kernel.
+const STARTS_PER_CPU: usize = 2;
+/// Events that may wait for the policies to be enforced.
+const POLICY_EVENTS: usize = 65_536;
 
 /// What `create` is asked for; absent parts come from the configuration.
 #[derive(Debug, Clone)]
@@ -37,6 +47,21 @@ pub struct CreateRequest {
     pub vm_id: Option<VmId>,
     pub kernel_path: Option<PathBuf>,
     pub rootfs_path: Option<PathBuf>,
+}
+
+impl CreateRequest {
+    /// Another VM like one that was made from `spec`.
+    fn like(spec: &Spec) -> Self {
+        Self {
+            isolation_type: spec.isolation_type,
+            limits: Some(spec.limits.clone()),
+            backend: spec.backend,
+            network: Some(spec.network.clone()),
+            vm_id: None,
+            kernel_path: spec.kernel_path.clone(),
+            rootfs_path: spec.rootfs_path.clone(),
+        }
+    }
 }
 
 /// How many VMs there are, of which kind and in which state, and what they have reserved.
@@ -65,6 +90,7 @@ pub struct Manager {
     settings: Arc<Settings>,
     registry: Mutex<Registry>,
     pool: Arc<Pool>,
+    treatments: Treatments,
     /// What runs while the manager is started.
     tasks: Mutex<Vec<AbortHandle>>,
 }
@@ -72,6 +98,7 @@ pub struct Manager {
 impl Drop for Manager {
     fn drop(&mut self) {
         self.stop_tasks();
+        self.events().close();
     }
 }
 
@@ -95,6 +122,12 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
         command_timeout: Duration::from_secs_f64(config.command_timeout_s),
         network_range: config.network_range,
+        heartbeat: Heartbeat {
+            interval: config.health_interval_s.map(Duration::from_secs_f64),
+            misses: u32::try_from(config.health_misses).unwrap_or(u32::MAX),
+        },
+        events: Arc::default(),
+        starts: Arc::new(Semaphore::new(STARTS_PER_CPU * std::thread::available_parallelism().map_or(1, usize::from))),
     }
 }
 
@@ -104,12 +137,29 @@ impl Manager {
         let registry = Registry { vms: Vec::new(), quota: Quota::new(config.max_vcpus, config.max_memory_mb) };
         let settings = Arc::new(settings(&config, image));
         let pool = Pool::new(&config.pool, config.default_backend, settings.clone());
-        Arc::new(Self { settings, config, registry: Mutex::new(registry), pool, tasks: Mutex::default() })
+        let (registry, treatments, tasks) = (Mutex::new(registry), Treatments::default(), Mutex::default());
+        Arc::new(Self { settings, config, registry, pool, treatments, tasks })
     }
 
     #[must_use]
     pub fn config(&self) -> &ManagerConfig {
         &self.config
+    }
+
+    /// Where what happens to its VMs is told.
+    #[must_use]
+    pub fn events(&self) -> &Arc<Events> {
+        &self.settings.events
+    }
+
+    /// The manager and its VMs as OpenMetrics text.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        metrics::render(self)
+    }
+
+    fn treatments(&self) -> &Treatments {
+        &self.treatments
     }
 
     fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -128,8 +178,7 @@ impl Manager {
             if let Some(templates) = templates {
                 templates.clean_up();
             }
-            network::sweep();
-            runtime_dir::sweep(&base)
+            janitor::sweep(&base)
         };
         match tokio::task::spawn_blocking(sweep).await {
             Ok(swept) if !swept.is_empty() => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),
@@ -141,6 +190,10 @@ impl Manager {
             let interval = Duration::from_secs_f64(self.config.cleanup_interval_s);
             let (runtime, weak) = (Handle::current(), Arc::downgrade(self));
             tasks.push(runtime.spawn(clean_up(weak.clone(), interval)).abort_handle());
+            if !self.config.policies.is_empty() {
+                let hearer = self.events().listen(POLICY_EVENTS);
+                tasks.push(runtime.spawn(policy::enforce(weak.clone(), hearer)).abort_handle());
+            }
             if !self.config.prepare.is_empty() {
                 tasks.push(runtime.spawn(prepare_all(weak.clone())).abort_handle());
             }
@@ -173,6 +226,7 @@ impl Manager {
     pub async fn stop(&self) {
         self.stop_tasks();
         self.destroy_all().await;
+        self.events().close();
     }
 
     fn stop_tasks(&self) {
@@ -202,15 +256,27 @@ impl Manager {
             None => VmId::parse(&format!("{}-{}", request.isolation_type, clock::hex(&clock::random::<6>()?)))?,
         };
         let spec = Spec {
-            vm_id: vm_id.clone(),
+            vm_id,
             backend: request.backend.or(self.config.default_backend),
             isolation_type: request.isolation_type,
-            limits: limits.clone(),
+            limits,
             network,
             kernel_path: request.kernel_path,
             rootfs_path: request.rootfs_path,
         };
         let vm = MicroVm::new(spec, self.settings.clone(), Some(self.pool.clone()));
+        let admitted = self.admit(&vm);
+        match &admitted {
+            Ok(()) => vm.tell(Happening::Created, ""),
+            Err(error @ Error::QuotaExceeded { .. }) => vm.tell(Happening::Limit { what: "quota" }, error.to_string()),
+            Err(_) => {}
+        }
+        admitted.map(|()| vm)
+    }
+
+    /// Takes a VM into the registry and reserves what it needs.
+    fn admit(&self, vm: &Arc<MicroVm>) -> Result<()> {
+        let (vm_id, limits) = (vm.id(), &vm.spec().limits);
         let host = memory::read().filter(|_| !self.config.overcommit_memory);
         // Looked up before the registry is locked; a VM that starts meanwhile is counted in full, which is safe.
         let taken: u64 = self.list(None, None).iter().map(|vm| vm.memory_taken_mib()).sum();
@@ -219,14 +285,14 @@ impl Manager {
             if let Some(host) = host {
                 let cost = |memory_mb: u64| memory_mb + COST_MIB;
                 let promised: u64 = registry.vms.iter().map(|vm| cost(vm.spec().limits.memory_mb)).sum();
-                check_host_memory(&vm_id, cost(limits.memory_mb), promised.saturating_sub(taken), host)?;
+                check_host_memory(vm_id, cost(limits.memory_mb), promised.saturating_sub(taken), host)?;
             }
-            registry.quota.reserve(&vm_id, &limits)?;
+            registry.quota.reserve(vm_id, limits)?;
             registry.vms.push(vm.clone());
             registry.quota.available()
         };
         self.pool.shrink_to(left);
-        Ok(vm)
+        Ok(())
     }
 
     #[must_use]
@@ -263,13 +329,17 @@ impl Manager {
 
     async fn remove(&self, vm: &Arc<MicroVm>) {
         vm.destroy().await;
-        let mut registry = self.registry();
-        let before = registry.vms.len();
-        registry.vms.retain(|other| !Arc::ptr_eq(other, vm));
-        // Two callers may destroy the same VM: only the one that took it out releases, or it might be a namesake's.
-        if registry.vms.len() < before {
+        {
+            let mut registry = self.registry();
+            let before = registry.vms.len();
+            registry.vms.retain(|other| !Arc::ptr_eq(other, vm));
+            // Two callers may destroy the same VM: only the one that took it out releases, or it might be a namesake's.
+            if registry.vms.len() == before {
+                return;
+            }
             registry.quota.release(vm.id());
         }
+        vm.tell(Happening::Removed, "");
     }
 
     pub async fn destroy_all(&self) {
@@ -335,7 +405,7 @@ async fn clean_up(manager: Weak<Manager>, interval: Duration) {
         tokio::time::sleep(interval.min(Duration::from_secs(1))).await;
         let Some(manager) = manager.upgrade() else { return };
         for vm in manager.list(None, Some(VmState::Error)) {
-            if vm.dead_for().is_some_and(|dead| dead >= interval) {
+            if vm.dead_for().is_some_and(|dead| dead >= interval) && !manager.treatments.is_under_way(vm.id()) {
                 manager.remove(&vm).await;
                 log::info!("{}: removed, it was dead", vm.id());
             }

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use serde_json::{Map, Value};
 
-use super::{shapes, Backend, Grade, Ipv4Net, JailMode, PoolSpec, ResourceLimits, Shape};
+use super::{policy, shapes, Backend, Grade, Ipv4Net, JailMode, Policies, PoolSpec, ResourceLimits, Shape};
 use crate::error::{Error, Result};
 
 /// Private (RFC 1918), and not what the usual neighbours take: container engines, libvirt, Kubernetes, home routers.
@@ -34,6 +34,9 @@ pub const CONFIG_KEYS: &[&str] = &[
     "start_timeout_s",
     "command_timeout_s",
     "cleanup_interval_s",
+    "health_interval_s",
+    "health_misses",
+    "policies",
     "network_range",
     "qemu_binary",
     "firecracker_binary",
@@ -66,6 +69,11 @@ pub struct ManagerConfig {
     pub start_timeout_s: f64,
     pub command_timeout_s: f64,
     pub cleanup_interval_s: f64,
+    /// How often each VM is looked at; `None`: only when somebody asks.
+    pub health_interval_s: Option<f64>,
+    /// How many looks in a row an agent may leave without a sign of life.
+    pub health_misses: u64,
+    pub policies: Policies,
     /// Where connected VMs get their addresses from.
     pub network_range: Ipv4Net,
     pub qemu_binary: Option<String>,
@@ -96,6 +104,9 @@ impl Default for ManagerConfig {
             start_timeout_s: 30.0,
             command_timeout_s: 30.0,
             cleanup_interval_s: 5.0,
+            health_interval_s: Some(10.0),
+            health_misses: 2,
+            policies: Policies::new(),
             network_range: Ipv4Net::around(DEFAULT_RANGE.0, DEFAULT_RANGE.1).expect("the prefix is one of IPv4"),
             qemu_binary: None,
             firecracker_binary: None,
@@ -149,6 +160,11 @@ impl ManagerConfig {
                 "start_timeout_s" => out.start_timeout_s = seconds(key, value)?,
                 "command_timeout_s" => out.command_timeout_s = seconds(key, value)?,
                 "cleanup_interval_s" => out.cleanup_interval_s = seconds(key, value)?,
+                "health_interval_s" => {
+                    out.health_interval_s = if value.is_null() { None } else { Some(seconds(key, value)?) }
+                }
+                "health_misses" => out.health_misses = whole(key, value, 0, 1000)?,
+                "policies" => out.policies = policy::policies(key, value)?,
                 "network_range" => out.network_range = private_range(key, value)?,
                 "qemu_binary" => out.qemu_binary = optional_text(key, value)?,
                 "firecracker_binary" => out.firecracker_binary = optional_text(key, value)?,
@@ -235,7 +251,7 @@ fn uids(key: &str, value: &Value) -> Result<(u32, u32)> {
     }
 }
 
-fn seconds(key: &str, value: &Value) -> Result<f64> {
+pub(super) fn seconds(key: &str, value: &Value) -> Result<f64> {
     let allowed = "a number of seconds above 0, at most 86400";
     let number = value.as_f64().ok_or_else(|| wrong_type(key, value, allowed))?;
     if number > 0.0 && number <= 86_400.0 {

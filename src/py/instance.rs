@@ -31,7 +31,32 @@ pub fn health_json(health: &Health) -> Value {
         "network_tx_bytes": health.network_tx_bytes,
         "uptime_seconds": health.uptime_seconds,
         "last_health_check": health.last_health_check,
-        "health_status": health.status.as_str(),
+        "health_status": health.verdict.status.as_str(),
+    })
+}
+
+/// What there is to say beyond the metrics: why, and what guest and host count.
+fn health_info(vm: &MicroVm, health: &Health) -> Value {
+    let verdict = &health.verdict;
+    let (since, history) = vm.history_json();
+    json!({
+        "status": verdict.status.as_str(),
+        "reason": verdict.reason.as_str(),
+        "detail": verdict.detail,
+        "since": since,
+        "heartbeats_missed": verdict.missed,
+        "round_trip_seconds": health.round_trip_s,
+        "clock_offset_seconds": health.clock_offset_s,
+        "guest": health.guest.as_ref().map(crate::model::GuestUse::to_json),
+        "host": {
+            "cpu_seconds": health.cpu_s,
+            "resident_memory_mb": health.memory_usage_mb,
+            "group_memory_bytes": health.group.memory_bytes,
+            "oom_kills": health.group.oom_kills,
+            "throttled_seconds": health.group.throttled_us.map(|us| us as f64 / 1e6),
+            "memory_pressure_percent": health.group.memory_pressure_centi.map(|centi| centi as f64 / 100.0),
+        },
+        "history": history,
     })
 }
 
@@ -71,7 +96,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
     let (spec, facts) = (vm.spec(), vm.facts());
     let segment = facts.segment.as_deref();
     let mut metrics = health_json(&health);
-    metrics["status"] = json!(health.status.as_str());
+    metrics["status"] = json!(health.verdict.status.as_str());
     metrics["cpu_usage"] = json!(health.cpu_usage_percent);
     json!({
         "vm_id": spec.vm_id.as_str(),
@@ -90,6 +115,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "limits": facts.limits,
         "network_config": network_info(&spec.network, segment),
         "health_metrics": metrics,
+        "health": health_info(&vm, &health),
         "last_error": vm.last_error().map(|error| json!({"code": error.code(), "message": error.to_string()})),
     })
 }

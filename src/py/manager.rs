@@ -9,13 +9,18 @@ use pyo3::types::PyDict;
 use serde_json::{json, Map, Value};
 use tokio::task::JoinSet;
 
+use super::events::{self, EventStream};
 use super::gate::{self, OnInterrupt, Owned};
 use super::instance::{self, MicroVMInstance};
 use super::{convert, errors, logging};
 use crate::error::Error;
 use crate::manager::{CreateRequest, Manager, ShelfUse};
-use crate::model::{ManagerConfig, PoolSpec, Shape};
-use crate::vm::{HealthStatus, MicroVm};
+use crate::model::{HealthStatus, ManagerConfig, PoolSpec, Shape};
+use crate::vm::MicroVm;
+
+/// How many events wait to be taken, unless a caller says otherwise; and at most.
+const EVENTS: u64 = 1024;
+const MOST_EVENTS: u64 = 1 << 20;
 
 /// Creates, finds and destroys microVMs within one quota.
 #[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
@@ -302,7 +307,7 @@ impl MicroVMIsolationManager {
         let statuses = gate::wait(py, OnInterrupt::Abandon, async move {
             let mut asking = JoinSet::new();
             for vm in vms {
-                asking.spawn(async move { vm.health().await.status });
+                asking.spawn(async move { vm.health().await.verdict.status });
             }
             asking.join_all().await
         })?;
@@ -313,6 +318,37 @@ impl MicroVMIsolationManager {
         report.set_item("unhealthy_vms", count(&[HealthStatus::Unhealthy, HealthStatus::Dead]))?;
         report.set_item("resource_usage", self.get_resource_usage(py)?)?;
         Ok(report.into_any())
+    }
+
+    /// What happens from now on, as an iterator of dicts; it ends with the manager, or when `timeout` passes without one.
+    #[pyo3(signature = (timeout=None, capacity=None), text_signature = "($self, timeout=None, capacity=1024)")]
+    fn events(
+        &self,
+        py: Python<'_>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        capacity: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<EventStream> {
+        let timeout = timeout.filter(|t| !t.is_none()).map(|t| convert::seconds("timeout", t)).transpose()?;
+        let capacity = capacity.map(|c| convert::whole_in("capacity", c, 1, MOST_EVENTS)).transpose()?;
+        let capacity = usize::try_from(capacity.unwrap_or(EVENTS)).unwrap_or(usize::MAX);
+        Ok(EventStream::new(self.manager.get(py)?.events().listen(capacity), timeout))
+    }
+
+    /// Calls `callback` with each event from now on, on a thread of its own, until the subscription is closed.
+    #[pyo3(signature = (callback, capacity=None), text_signature = "($self, callback, capacity=1024)")]
+    fn on_event<'py>(
+        &self,
+        py: Python<'py>,
+        callback: &Bound<'py, PyAny>,
+        capacity: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        events::serve(py, self.events(py, None, capacity)?, callback)
+    }
+
+    /// The manager and its VMs as OpenMetrics text; asks no VM anything.
+    fn metrics(&self, py: Python<'_>) -> PyResult<String> {
+        let manager = self.manager.get(py)?.clone();
+        Ok(py.detach(|| manager.metrics()))
     }
 
     #[getter]

@@ -7,6 +7,7 @@ mod channel;
 mod convert;
 mod doctor;
 mod errors;
+mod events;
 mod gate;
 mod instance;
 mod logging;
@@ -62,12 +63,14 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<instance::MicroVMInstance>()?;
     module.add_class::<channel::CommunicationChannel>()?;
     module.add_class::<stream::ProcessStream>()?;
+    module.add_class::<events::EventStream>()?;
     module.add_function(wrap_pyfunction!(check_resource_limits, module)?)?;
     module.add_function(wrap_pyfunction!(check_network_config, module)?)?;
     module.add_function(wrap_pyfunction!(check_vm_id, module)?)?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_function(wrap_pyfunction!(logging::next_log_records, module)?)?;
     module.add_function(wrap_pyfunction!(logging::close_log, module)?)?;
+    module.add_function(wrap_pyfunction!(events::close_events, module)?)?;
     module.add_function(wrap_pyfunction!(gate::shutdown, module)?)?;
     Ok(())
 }

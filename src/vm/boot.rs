@@ -317,6 +317,7 @@ impl Launching {
             stages: progress.lengths(),
             since: Instant::now(),
             cpu_sample: Mutex::new((progress.begun, Usage::default())),
+            watch: Mutex::default(),
             broker: Mutex::new(None),
             agent,
             control,

@@ -20,7 +20,7 @@ use crate::model::{Budget, JailMode, NetworkConfig, ResourceLimits, CPU_PERIOD_U
 use crate::vmm::{self, HostJail, JailPlan, Vmm, OVERHEAD_MIB};
 
 /// The same for every manager of root's, whatever its runtime directory: uids are the host's.
-const LEASES: &str = "/run/tw-microvm-uids";
+pub const LEASES: &str = "/run/tw-microvm-uids";
 
 /// What the processes of one VM hold on the host until the last of them is gone.
 pub struct Held {
@@ -59,6 +59,11 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     let mut plan = JailPlan::new(launcher, &host, identity, &needs.devices)?;
     let common = ["/dev/null", "/dev/urandom"].iter().filter_map(|path| device(Path::new(path)));
     let name = format!("{}-{}", spec.vm_id, clock::hex(&clock::random::<4>()?));
+    // In the journal before it exists: this process may be killed in between.
+    cgroup::record(
+        &cgroup::candidates(&name, settings.cgroup_parent.as_deref()),
+        &dir.path().join(runtime_dir::GROUPS),
+    )?;
     let groups = Groups::create(
         &name,
         settings.cgroup_parent.as_deref(),

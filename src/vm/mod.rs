@@ -2,11 +2,15 @@
 //!
 //! Architecture invariant: knows [`crate::vmm::Vmm`], never a backend. Two locks: `operation` (asynchronous) is held
 //! through start, stop, pause, resume and destroy, so they come one after the other; `cell` guards the state for a few
-//! instructions at a time and is never held across an await or a log call. `operation` is taken first.
+//! instructions at a time and is never held across an await or a log call. `operation` is taken first; events are told
+//! under `cell`.
 
 mod boot;
 mod confine;
+mod events;
 mod health;
+pub mod janitor;
+mod monitor;
 pub mod network;
 mod prepare;
 mod running;
@@ -19,18 +23,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
-use tokio::sync::watch;
+use tokio::sync::{watch, Semaphore};
 
 use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::image::template::Store;
 use crate::image::GuestImage;
-use crate::model::{Backend, Grade, Ipv4Net, IsolationType, JailMode, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::model::{
+    Backend, Grade, Happening, Ipv4Net, IsolationType, JailMode, NetworkConfig, ResourceLimits, VmId, VmState,
+};
 use crate::net::Segment;
 use crate::vmm::{Binaries, COST_MIB};
 
-pub use health::{Health, HealthStatus};
+pub use events::{Events, Heard, Hearer};
+pub use health::Health;
+pub use monitor::Heartbeat;
 use running::Running;
 pub use standby::Standby;
 pub use streams::Live;
@@ -66,6 +74,11 @@ pub struct Settings {
     pub start_timeout: Duration,
     pub command_timeout: Duration,
     pub network_range: Ipv4Net,
+    pub heartbeat: Heartbeat,
+    /// Turns to start: more at once would make each slower and none faster.
+    pub starts: Arc<Semaphore>,
+    /// Where what happens to them is told.
+    pub events: Arc<Events>,
 }
 
 /// What a VM got, beyond what was asked for.
@@ -180,11 +193,37 @@ impl MicroVm {
         }
     }
 
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn now(&self) -> (VmState, Option<Arc<Running>>) {
+        let cell = self.cell();
+        (cell.state, cell.running.clone())
+    }
+
+    /// For how long it has run; `None` when it does not.
+    #[must_use]
+    pub fn running_for(&self) -> Option<Duration> {
+        self.now().1.map(|running| running.since.elapsed())
+    }
+
+    /// For how long nobody has used it; `None` when it does not run.
+    #[must_use]
+    pub fn idle_for(&self) -> Option<Duration> {
+        self.now().1.map(|running| running.agent().idle_for().min(running.since.elapsed()))
+    }
+
+    /// Tells those who listen what happened.
+    pub fn tell(&self, happening: Happening, detail: impl Into<String>) {
+        self.settings.events.tell(self.id(), self.spec.isolation_type, happening, detail);
+    }
+
     /// Changes the state if the table allows it.
     fn become_state(&self, operation: &'static str, next: VmState) -> Result<()> {
         let mut cell = self.cell();
         if cell.state.can_become(next) {
-            cell.state = next;
+            self.enter(&mut cell, next, operation);
             return Ok(());
         }
         let allowed = VmState::predecessors_of(next);
@@ -194,9 +233,30 @@ impl MicroVm {
     fn fail(&self, error: &Error) {
         let mut cell = self.cell();
         if cell.state.can_become(VmState::Error) {
-            cell.state = VmState::Error;
             cell.last_error = Some(error.clone());
+            self.enter(&mut cell, VmState::Error, error.to_string());
         }
+    }
+
+    /// Sets the state and tells of it, under the lock: states are told in the order in which they were.
+    fn enter(&self, cell: &mut Cell, next: VmState, why: impl Into<String>) {
+        let from = std::mem::replace(&mut cell.state, next);
+        self.tell(Happening::State { from, to: next }, why);
+    }
+
+    /// Ends a VM that runs but is of no use any more: it is in ERROR then, for `error`, and holds nothing.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] when it does not run.
+    pub async fn give_up(&self, error: Error) -> Result<()> {
+        let _operation = self.operation.lock().await;
+        if !matches!(self.state(), VmState::Running | VmState::Paused) {
+            return self.become_state("give up", VmState::Error);
+        }
+        self.fail(&error);
+        self.tear_down(false).await;
+        self.cell().died = Some(Instant::now());
+        Ok(())
     }
 
     /// Boots the VM and waits until its agent is ready; `Ok` at once when it runs already.
@@ -210,12 +270,26 @@ impl MicroVm {
         }
         self.become_state("start", VmState::Starting)?;
         let abandoned = Abandoned(self);
+        // It died a moment ago, and what it held is not gone yet.
+        let remains = self.cell().running.take();
+        if let Some(remains) = remains {
+            remains.reaped().await;
+            remains.release().await;
+        }
         let mut destroying = self.destroying.subscribe();
         let begun = Instant::now();
         let under_way = self.supply.as_ref().map(UnderWay::new);
         let standby = self.supply.as_ref().and_then(|supply| supply.take(&self.spec));
+        let in_turn = async {
+            // To wake one that stands by is little work.
+            let _turn = match standby {
+                Some(_) => None,
+                None => self.settings.starts.acquire().await.ok(),
+            };
+            boot::boot(&self.spec, &self.settings, standby).await
+        };
         let booted = tokio::select! {
-            booted = boot::boot(&self.spec, &self.settings, standby) => booted,
+            booted = in_turn => booted,
             _ = destroying.wait_for(|destroying| *destroying) => Err(self.cancelled("start")),
         };
         std::mem::forget(abandoned);
@@ -224,11 +298,14 @@ impl MicroVm {
         let running = Arc::new(running);
         {
             let mut cell = self.cell();
-            cell.state = VmState::Running;
+            self.enter(&mut cell, VmState::Running, "start");
             cell.running = Some(running.clone());
             cell.died = None;
         }
         drop(operation);
+        if let Some(interval) = self.settings.heartbeat.interval {
+            tokio::spawn(monitor::watch(Arc::downgrade(self), Arc::downgrade(&running), interval));
+        }
         tokio::spawn(watch_over(Arc::downgrade(self), Arc::downgrade(&running), running.exit_receiver()));
         log::info!("{}: started in {} ms", self.id(), begun.elapsed().as_millis());
         Ok(())
@@ -275,7 +352,6 @@ impl MicroVm {
         let _operation = self.operation.lock().await;
         let running = self.running_in("pause", VmState::Running)?;
         running.control().pause().await.map_err(|error| error.of(self.id()))?;
-        running.agent().rest(true);
         self.become_state("pause", VmState::Paused)
     }
 
@@ -287,7 +363,6 @@ impl MicroVm {
         let _operation = self.operation.lock().await;
         let running = self.running_in("resume", VmState::Paused)?;
         running.control().resume().await.map_err(|error| error.of(self.id()))?;
-        running.agent().rest(false);
         self.become_state("resume", VmState::Running)?;
         let now = json!({"unix_time_ns": clock::unix_time_ns()});
         if let Err(error) = running.agent().request("set_clock", now, Duration::from_secs(5)).await {
@@ -311,10 +386,13 @@ impl MicroVm {
     pub async fn destroy(&self) {
         self.destroying.send_replace(true);
         let _operation = self.operation.lock().await;
-        if self.state() == VmState::Destroyed {
-            return;
+        {
+            let mut cell = self.cell();
+            if cell.state == VmState::Destroyed {
+                return;
+            }
+            self.enter(&mut cell, VmState::Destroyed, "destroy");
         }
-        self.cell().state = VmState::Destroyed;
         self.tear_down(false).await;
         log::info!("{}: destroyed", self.id());
     }
@@ -333,18 +411,6 @@ impl MicroVm {
         }
     }
 
-    /// A fresh look at the VM: its process, its drives and its agent.
-    pub async fn health(&self) -> Health {
-        let (state, running) = {
-            let cell = self.cell();
-            (cell.state, cell.running.clone())
-        };
-        match running {
-            Some(running) => health::of_running(&running, state).await,
-            None => Health::of_state(state),
-        }
-    }
-
     /// The VMM ended without being asked to.
     async fn on_exit(&self, running: &Arc<Running>, exit: &process::Exit) {
         let error = {
@@ -353,13 +419,15 @@ impl MicroVm {
             if !same || !matches!(cell.state, VmState::Running | VmState::Paused) {
                 return;
             }
-            cell.state = VmState::Error;
             cell.died = Some(Instant::now());
             let error = running.died(exit);
             cell.last_error = Some(error.clone());
+            self.enter(&mut cell, VmState::Error, error.to_string());
             error
         };
         log::error!("{error}");
+        // Whoever starts it again must find its name free.
+        let _operation = self.operation.lock().await;
         running.reaped().await;
         running.release().await;
         let mut cell = self.cell();

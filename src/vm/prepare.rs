@@ -10,7 +10,7 @@ use microvm_protocol::identity::{
 
 use super::confine::{confine, Confinement, Held};
 use super::network::{self, Connection};
-use super::{Settings, Spec};
+use super::{janitor, Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::host::runtime_dir::VmDir;
@@ -115,6 +115,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let Chosen { vmm, reason: chosen } = vmm::select(vm_id, &wish, &settings.binaries)?;
     let level = if spec.backend.is_some() { log::Level::Debug } else { log::Level::Info };
     log::log!(level, "{vm_id}: backend {}: {chosen}", vmm.backend());
+    janitor::keep(settings);
     let dir = VmDir::create(&settings.base, vm_id)?;
     let path = |name: &str| dir.path().join(name);
     let (mut jail, held, confinement) = confine(spec, settings, &dir, vmm.as_ref())?;
@@ -167,4 +168,25 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     };
     let (limits, held) = (spec.limits.clone(), Arc::new(held));
     Ok(Prepared { dir, vmm, plan, sources, limits, network, held, confinement })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn test_identity_no_secret_or_name_is_given_twice() {
+        let vm_id = VmId::parse("tab-1").unwrap();
+        let mut seen = HashSet::new();
+        for _ in 0..200 {
+            let (identity, key) = identity(&vm_id, &ResourceLimits::default(), None).unwrap();
+            assert_eq!(key.0, identity.key.0);
+            let long = [identity.key.0, identity.ephemeral.secret.0, identity.ephemeral.public, identity.seed.0];
+            let short = [identity.machine_id, identity.boot_id];
+            let all = long.iter().map(|bytes| bytes.to_vec()).chain(short.iter().map(|bytes| bytes.to_vec()));
+            all.for_each(|bytes| assert!(seen.insert(bytes)));
+        }
+        assert_eq!(seen.len(), 200 * 6);
+    }
 }

@@ -1,5 +1,6 @@
 //! What a VM owns while it runs.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -7,14 +8,16 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::confine::Confinement;
+use super::health::Watch;
 use super::network::Connection;
 use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
+use crate::host::cgroup;
 use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
-use crate::host::runtime_dir::VmDir;
+use crate::host::runtime_dir::{VmDir, GROUPS};
 use crate::model::{Backend, Grade, VmId};
 use crate::vmm::{Control, LiveTails};
 
@@ -37,6 +40,7 @@ pub struct Running {
     pub(super) stages: Vec<(&'static str, Duration)>,
     pub(super) since: Instant,
     pub(super) cpu_sample: Mutex<(Instant, Usage)>,
+    pub(super) watch: Mutex<Watch>,
     pub(super) broker: Mutex<Option<Broker>>,
     pub(super) agent: Arc<Agent>,
     pub(super) control: Box<dyn Control>,
@@ -150,6 +154,12 @@ impl Running {
     /// What the VM's network device moved, from the host's side; `None` without one.
     pub fn network_counters(&self) -> Option<Counters> {
         self.connection().as_ref().map(Connection::counters)
+    }
+
+    /// The folders of the VM's control groups.
+    pub fn groups(&self) -> Vec<PathBuf> {
+        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        dir.as_ref().map_or_else(Vec::new, |dir| cgroup::recorded(&dir.path().join(GROUPS)))
     }
 
     /// Removes the socket, the network and the files, even while someone still holds a reference.

@@ -159,6 +159,8 @@ pub struct Launched {
 pub struct DiskIo {
     pub read_bytes: u64,
     pub written_bytes: u64,
+    /// Writes that the host could not do, for want of room or otherwise; the guest was told.
+    pub failed_writes: u64,
 }
 
 /// The control API of one running VMM; each call has [`CONTROL_DEADLINE`].
@@ -179,6 +181,11 @@ pub trait Control: Send + Sync {
     /// Ends the VMM without asking the guest; `false`: it has no such request, and is to be killed.
     fn quit(&self) -> BoxFuture<'_, Result<bool>>;
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>>;
+    /// The VMM's own word for why the vCPUs stand still (`io-error`, `paused`, ...); `None` while they run, and from a VMM
+    /// that does not tell.
+    fn why_stopped(&self) -> BoxFuture<'_, Result<Option<String>>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
 }
 
 /// How a VMM takes its end of a tap.

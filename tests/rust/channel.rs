@@ -216,20 +216,36 @@ async fn test_many_askers_of_one_agent_get_their_own_answers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn test_silent_agent_is_missed_and_a_resting_one_is_not() {
+async fn test_sign_of_life_a_silent_agent_gives_none_and_any_record_is_one() {
     let _turn = support::turn().await;
     let (agent, guest) = connect("silent", KEY).await;
     let (agent, mut guest) = (agent.unwrap(), guest.unwrap());
-    let mut misses = agent.misses();
-    agent.rest(true);
-    tokio::time::sleep(Duration::from_secs(60)).await;
-    assert_eq!(*misses.borrow(), 0);
-    agent.rest(false);
-    misses.wait_for(|misses| *misses >= 2).await.unwrap();
+    let silent = agent.sign_of_life(Duration::from_secs(2)).await.unwrap_err();
+    assert_eq!(silent.code(), "channel_timeout");
     let ping = guest.hear().await;
     assert_eq!(ping.kind, Kind::Ping);
-    guest.say(Kind::Pong, false, ping.id, b"").await;
-    misses.wait_for(|misses| *misses == 0).await.unwrap();
+    let (sign, ()) =
+        tokio::join!(agent.sign_of_life(Duration::from_secs(2)), guest.say(Kind::Pong, false, ping.id, b""));
+    sign.unwrap();
+    drop(guest);
+    assert_eq!(agent.sign_of_life(LONG).await.unwrap_err().code(), "channel_closed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn test_idle_for_counts_from_the_last_use_and_a_probe_is_none() {
+    let _turn = support::turn().await;
+    let (agent, guest) = connect("idle", KEY).await;
+    let (agent, mut guest) = (agent.unwrap(), guest.unwrap());
+    let echo = tokio::spawn(async move { guest.echo_for_ever().await });
+    agent.request("echo", json!({}), LONG).await.unwrap();
+    let before = agent.idle_for();
+    std::thread::sleep(Duration::from_millis(30));
+    agent.probe("health", json!({}), LONG).await.unwrap().unwrap();
+    assert!(agent.idle_for() >= before + Duration::from_millis(30));
+    let open = agent.open("stream", json!({}), LONG).await.unwrap();
+    assert_eq!(agent.idle_for(), Duration::ZERO);
+    drop(open);
+    echo.abort();
 }
 
 #[tokio::test]

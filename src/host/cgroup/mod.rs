@@ -5,6 +5,7 @@
 //! not be had is an answer, not an error: whoever asked decides.
 
 mod hierarchy;
+mod usage;
 mod v1;
 mod v2;
 
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use hierarchy::Hierarchies;
+pub use usage::{recorded, usage, GroupUse};
 
 /// Every group of ours begins with this; the sweep touches no other.
 const PREFIX: &str = "tw-microvm-";
@@ -151,8 +153,7 @@ impl Groups {
     /// # Errors
     /// [`Error::Host`].
     pub fn record(&self, file: &Path) -> Result<()> {
-        let lines: String = self.folders.iter().map(|folder| format!("{}\n", folder.display())).collect();
-        fs::write(file, lines).map_err(|error| Error::host("write", file.display(), error))
+        record(&self.folders, file)
     }
 }
 
@@ -164,6 +165,27 @@ impl Drop for Groups {
             }
         }
     }
+}
+
+/// Every folder that [`Groups::create`] may make for `name`.
+#[must_use]
+pub fn candidates(name: &str, parent: Option<&Path>) -> Vec<PathBuf> {
+    let (hierarchies, name) = (Hierarchies::read(), format!("{PREFIX}{name}"));
+    let v1 = Controller::ALL.into_iter().filter_map(|controller| hierarchies.v1(controller));
+    let v2 = hierarchies.v2().map_or_else(Vec::new, |v2| v2::candidates(v2, parent));
+    let mut folders: Vec<PathBuf> = v1.chain(v2).map(|own| own.join(&name)).collect();
+    folders.sort();
+    folders.dedup();
+    folders
+}
+
+/// Notes the folders of groups in a file.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn record(folders: &[PathBuf], file: &Path) -> Result<()> {
+    let lines: String = folders.iter().map(|folder| format!("{}\n", folder.display())).collect();
+    fs::write(file, lines).map_err(|error| Error::host("write", file.display(), error))
 }
 
 /// Removes the groups that a dead process noted in `file`; killing what may be left in them.
@@ -281,6 +303,8 @@ mod tests {
         assert_eq!(told, [Controller::Cpu, Controller::Memory, Controller::Pids, Controller::Devices]);
         assert!(groups.procs().iter().all(|procs| procs.is_file()), "{groups:?}");
         let folders = groups.folders.clone();
+        let told = candidates(&format!("test-{}", std::process::id()), None);
+        assert!(folders.iter().all(|folder| told.contains(folder)), "{folders:?} {told:?}");
         drop(groups);
         assert!(folders.iter().all(|folder| !folder.exists()), "{folders:?}");
     }

@@ -17,12 +17,9 @@ pub struct Made {
 /// A group with processes in it cannot give controllers to its children ("no internal processes"), except the root: so
 /// the process's own group seldom serves, and its siblings are next.
 pub fn create(v2: &Unified, parent: Option<&Path>, name: &str, wanted: &[Controller], limits: &Limits) -> Made {
-    let candidates: Vec<&Path> = match parent {
-        Some(parent) => vec![parent],
-        None => v2.own.ancestors().take_while(|folder| folder.starts_with(&v2.mount)).collect(),
-    };
+    let candidates = candidates(v2, parent);
     let (mut best, mut reason) = (None, "there is no group to divide".to_owned());
-    for candidate in candidates {
+    for candidate in &candidates {
         let (given, why) = divide(&v2.mount, candidate, wanted);
         reason = why.unwrap_or(reason);
         if given > best.map_or(0, |(_, most)| most) {
@@ -48,6 +45,14 @@ pub fn create(v2: &Unified, parent: Option<&Path>, name: &str, wanted: &[Control
     };
     let outcomes = wanted.iter().map(|controller| (*controller, outcome(controller))).collect();
     Made { folder: made, outcomes }
+}
+
+/// Below which groups one may be made, the first choice first.
+pub fn candidates(v2: &Unified, parent: Option<&Path>) -> Vec<PathBuf> {
+    match parent {
+        Some(parent) => vec![parent.to_owned()],
+        None => v2.own.ancestors().take_while(|folder| folder.starts_with(&v2.mount)).map(Path::to_owned).collect(),
+    }
 }
 
 /// Gives a group's children the controllers that they do not have yet, and its ancestors' children before; answers with

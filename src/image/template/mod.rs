@@ -21,4 +21,4 @@ mod store;
 
 pub use digest::{Digest, Digests, FileId};
 pub use manifest::{Fit, FitDrive, Manifest};
-pub use store::{Store, StoreLimits, Template, DISK, RAM, STATE};
+pub use store::{remove_unfinished, Store, StoreLimits, Template, DISK, RAM, STATE};

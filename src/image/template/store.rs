@@ -72,6 +72,12 @@ impl Store {
         Self { dir, limits, slots: Mutex::default(), digests: Digests::default() }
     }
 
+    /// Where the templates are.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.dir
+    }
+
     fn slot(&self, key: &str) -> Slot {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(key.to_owned()).or_default().clone()
     }
@@ -174,16 +180,7 @@ impl Store {
 
     /// Removes what dead makers left, and what is too old or too much. Blocking.
     pub fn clean_up(&self) {
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if path.extension().is_some_and(|extension| extension == "new") {
-                if let Ok(Some(_held)) = lock::try_exclusive(&path.with_extension("lock")) {
-                    if let Err(error) = remove(&path) {
-                        log::warn!("{}: {error}", path.display());
-                    }
-                }
-            }
-        }
+        remove_unfinished(&self.dir);
         prune(&self.dir, self.limits, None);
     }
 
@@ -192,6 +189,20 @@ impl Store {
     pub fn usage(&self) -> (usize, u64) {
         let kept = kept(&self.dir);
         (kept.len(), kept.iter().map(|kept| kept.bytes).sum())
+    }
+}
+
+/// Removes from the folder of a store what dead makers left. Blocking.
+pub fn remove_unfinished(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == "new") {
+            if let Ok(Some(_held)) = lock::try_exclusive(&path.with_extension("lock")) {
+                if let Err(error) = remove(&path) {
+                    log::warn!("{}: {error}", path.display());
+                }
+            }
+        }
     }
 }
 

@@ -127,7 +127,8 @@ fn sum(body: &[u8]) -> std::result::Result<DiskIo, String> {
         let values = devices.values().filter_map(|counters| counters.get(field).copied());
         values.filter(|value| *value != NOTHING).fold(0u64, u64::saturating_add)
     };
-    Ok(DiskIo { read_bytes: total("read_bytes"), written_bytes: total("write_bytes") })
+    // It counts no failures.
+    Ok(DiskIo { read_bytes: total("read_bytes"), written_bytes: total("write_bytes"), failed_writes: 0 })
 }
 
 #[cfg(test)]
@@ -151,7 +152,7 @@ mod tests {
     fn test_sum_adds_drives_and_leaves_out_what_was_never_counted() {
         let body = br#"{"disk": {"read_bytes": 5, "write_bytes": 7, "read_latency_min": 18446744073709551615},
             "config": {"read_bytes": 1, "write_bytes": 18446744073709551615}, "net": {"rx_bytes": 3}}"#;
-        assert_eq!(sum(body), Ok(DiskIo { read_bytes: 6, written_bytes: 7 }));
+        assert_eq!(sum(body), Ok(DiskIo { read_bytes: 6, written_bytes: 7, failed_writes: 0 }));
         assert!(sum(b"[]").is_err());
     }
 }

@@ -260,6 +260,7 @@ async fn read_counters(vm_id: VmId, metrics: pipe::Receiver, telling: watch::Sen
                 told.lines += 1;
                 told.sum.read_bytes += more.read_bytes;
                 told.sum.written_bytes += more.written_bytes;
+                told.sum.failed_writes += more.failed_writes;
             }),
             Err(reason) => log::debug!("{vm_id}: {reason}"),
         }
@@ -276,9 +277,12 @@ fn added(line: &[u8]) -> std::result::Result<DiskIo, String> {
     struct Block {
         read_bytes: u64,
         write_bytes: u64,
+        /// What ended in an error of the host's, too.
+        invalid_reqs_count: u64,
     }
     let Line { block } = serde_json::from_slice(line).map_err(|error| format!("the counters: {error}"))?;
-    Ok(DiskIo { read_bytes: block.read_bytes, written_bytes: block.write_bytes })
+    let Block { read_bytes, write_bytes: written_bytes, invalid_reqs_count: failed_writes } = block;
+    Ok(DiskIo { read_bytes, written_bytes, failed_writes })
 }
 
 #[cfg(test)]
@@ -300,8 +304,8 @@ mod tests {
     #[test]
     fn test_added_takes_the_sum_over_drives() {
         let line =
-            br#"{"block":{"read_bytes":10,"write_bytes":3},"block_disk":{"read_bytes":10,"write_bytes":3},"x":{}}"#;
-        assert_eq!(added(line), Ok(DiskIo { read_bytes: 10, written_bytes: 3 }));
+            br#"{"block":{"read_bytes":10,"write_bytes":3,"invalid_reqs_count":1},"block_disk":{"read_bytes":10},"x":{}}"#;
+        assert_eq!(added(line), Ok(DiskIo { read_bytes: 10, written_bytes: 3, failed_writes: 1 }));
         assert!(added(b"{}").unwrap_err().contains("block"));
     }
 }

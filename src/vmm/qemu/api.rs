@@ -189,14 +189,25 @@ impl Control for Qmp {
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>> {
         Box::pin(async { Ok(sum_block_stats(&self.execute("query-blockstats").await?)) })
     }
+
+    fn why_stopped(&self) -> BoxFuture<'_, Result<Option<String>>> {
+        Box::pin(async { Ok(why_stopped(&self.execute("query-status").await?)) })
+    }
+}
+
+/// The QMP reference's `StatusInfo`.
+fn why_stopped(status: &Value) -> Option<String> {
+    let is_running = status["running"].as_bool().unwrap_or(true);
+    (!is_running).then(|| status["status"].as_str().unwrap_or("stopped").to_owned())
 }
 
 fn sum_block_stats(answer: &Value) -> DiskIo {
     let mut sum = DiskIo::default();
     for device in answer.as_array().into_iter().flatten() {
-        let bytes = |field: &str| device["stats"][field].as_u64().unwrap_or(0);
-        sum.read_bytes += bytes("rd_bytes");
-        sum.written_bytes += bytes("wr_bytes");
+        let number = |field: &str| device["stats"][field].as_u64().unwrap_or(0);
+        sum.read_bytes += number("rd_bytes");
+        sum.written_bytes += number("wr_bytes");
+        sum.failed_writes += number("failed_wr_operations");
     }
     sum
 }
@@ -240,8 +251,16 @@ mod tests {
     }
 
     #[test]
+    fn test_why_stopped_is_the_vmms_word() {
+        let of = |status: Value| why_stopped(&status);
+        assert_eq!(of(json!({"status": "running", "running": true, "singlestep": false})), None);
+        assert_eq!(of(json!({"status": "io-error", "running": false})), Some("io-error".into()));
+    }
+
+    #[test]
     fn test_sum_block_stats_adds_all_drives() {
-        let answer = json!([{"stats": {"rd_bytes": 1, "wr_bytes": 2}}, {"stats": {"rd_bytes": 10}}]);
-        assert_eq!(sum_block_stats(&answer), DiskIo { read_bytes: 11, written_bytes: 2 });
+        let answer =
+            json!([{"stats": {"rd_bytes": 1, "wr_bytes": 2}}, {"stats": {"rd_bytes": 10, "failed_wr_operations": 3}}]);
+        assert_eq!(sum_block_stats(&answer), DiskIo { read_bytes: 11, written_bytes: 2, failed_writes: 3 });
     }
 }

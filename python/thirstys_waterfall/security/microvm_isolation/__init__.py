@@ -30,8 +30,16 @@ from ._errors import (
     VmIdTakenError,
     VmNotFoundError,
 )
+from ._events import EventSubscription
 from ._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
-from ._native import CommunicationChannel, MicroVMInstance, MicroVMIsolationManager, ProcessStream, doctor
+from ._native import (
+    CommunicationChannel,
+    EventStream,
+    MicroVMInstance,
+    MicroVMIsolationManager,
+    ProcessStream,
+    doctor,
+)
 
 __all__ = [
     "BackendUnavailableError",
@@ -39,6 +47,8 @@ __all__ = [
     "ChannelError",
     "CommandError",
     "CommunicationChannel",
+    "EventStream",
+    "EventSubscription",
     "ForkedProcessError",
     "HostError",
     "ImageError",

@@ -19,6 +19,9 @@ pub const DATA: &str = "/data";
 const LOWER: &str = "/mnt/lower";
 const ROOT: &str = "/mnt/root";
 const CGROUPS: &str = "/sys/fs/cgroup";
+/// How often its limit was hit, and how many of it were killed for want of memory (this kernel counts that nowhere else).
+pub const PROCESS_EVENTS: &str = "/sys/fs/cgroup/work/pids.events";
+pub const MEMORY_EVENTS: &str = "/sys/fs/cgroup/work/memory.events";
 /// The group for everything that runs on request.
 const WORK_CGROUP: &str = "/sys/fs/cgroup/work";
 
@@ -86,7 +89,7 @@ fn mount_scratch() -> Result<(), String> {
 
 fn make_work_cgroup() -> Result<(), String> {
     let control = format!("{CGROUPS}/cgroup.subtree_control");
-    fs::write(&control, "+pids").map_err(|e| format!("{control}: {e}"))?;
+    fs::write(&control, "+pids +memory").map_err(|e| format!("{control}: {e}"))?;
     fs::create_dir_all(WORK_CGROUP).map_err(|e| format!("mkdir {WORK_CGROUP}: {e}"))
 }
 

@@ -55,6 +55,7 @@ struct Block([u8; DRIVE_BYTES]);
 /// A guest that can become any VM.
 pub struct Blank {
     config: File,
+    block: Mutex<Box<Block>>,
     random: File,
     machine_id: Name,
     hostname: Name,
@@ -76,6 +77,7 @@ impl Blank {
             .map_err(|e| format!("bind {shown}: {e}"))?;
         Ok(Self {
             config: config.map_err(|e| format!("{device}: {e}"))?,
+            block: Mutex::new(Box::new(Block([0; DRIVE_BYTES]))),
             random: random.map_err(|e| format!("/dev/urandom: {e}"))?,
             machine_id: Name::open("/etc/machine-id")?,
             hostname: Name::open("/etc/hostname")?,
@@ -85,7 +87,7 @@ impl Blank {
     }
 
     pub fn read_identity(&self) -> Result<Identity, String> {
-        let mut block = Box::new(Block([0; DRIVE_BYTES]));
+        let mut block = self.block.lock().unwrap_or_else(PoisonError::into_inner);
         self.config.read_exact_at(&mut block.0, 0).map_err(|e| format!("the config drive: {e}"))?;
         let identity = Identity::from_drive(&block.0).map_err(|e| e.to_string());
         block.0.fill(0);

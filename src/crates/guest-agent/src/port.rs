@@ -27,6 +27,8 @@ const PORT_DEADLINE: Duration = Duration::from_secs(10);
 /// The open port, before the handshake.
 pub struct Port {
     file: File,
+    /// The same open file for the session's other end.
+    reading: File,
     decoder: Decoder,
     handshake: GuestHandshake,
 }
@@ -38,7 +40,12 @@ pub fn open(set_up_failed: bool) -> Result<Port, String> {
         Some(port) => connect(port)?,
         None => open_serial()?,
     };
-    Ok(Port { file, decoder: Decoder::default(), handshake })
+    let reading = duplicate(&file)?;
+    Ok(Port { file, reading, decoder: Decoder::default(), handshake })
+}
+
+fn duplicate(file: &File) -> Result<File, String> {
+    file.try_clone().map_err(|e| format!("dup: {e}"))
 }
 
 /// Connects to the host, which listens before it lets this guest boot.
@@ -114,6 +121,7 @@ impl Port {
                 Err(_) => std::thread::sleep(Duration::from_millis(1)),
             }
         };
+        self.reading = duplicate(&self.file)?;
         self.decoder = Decoder::default();
         self.say_hello()
     }
@@ -125,10 +133,9 @@ impl Port {
         let time = offered.unix_time_ns;
         let (accept, session) = offered.accept(outcome).map_err(failed)?;
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
-        let reading = self.file.try_clone().map_err(|e| format!("dup: {e}"))?;
         let writing = Writing { file: self.file, bytes: Vec::new() };
         let shared = Shared { connection: Mutex::new(Connection::new(session)), writing: Mutex::new(writing) };
-        Ok((Link { sender: Sender(Arc::new(shared)), reading, decoder: self.decoder }, time))
+        Ok((Link { sender: Sender(Arc::new(shared)), reading: self.reading, decoder: self.decoder }, time))
     }
 }
 

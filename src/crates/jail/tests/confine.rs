@@ -241,7 +241,8 @@ fn test_folder_for_sockets_takes_sockets_alone() {
     let folder = std::env::temp_dir().join(format!("jail-sockets-{}", std::process::id()));
     std::fs::create_dir(&folder).unwrap();
     std::fs::write(folder.join("there"), "old\n").unwrap();
-    let text = "read was </run/there; echo $was; echo new >/run/there; read is </run/there; echo $is; echo x >/run/made";
+    let text =
+        "read was </run/there; echo $was; echo new >/run/there; read is </run/there; echo $is; echo x >/run/made";
     let Some(mut spec) = script(text) else { return };
     spec.files.push(file(&folder.display().to_string(), "/run", Access::Sockets));
     let outcome = run(spec);

@@ -26,8 +26,8 @@ class Machine:
     def __init__(self, pid: int, program: str) -> None:
         arguments = Path("/proc/{}/cmdline".format(pid)).read_bytes().decode().split("\0")[1:-1]
         pairs = zip([""] + arguments, arguments)
-        jail = lambda option, argument: option in JAIL_OPTIONS or argument in JAIL_OPTIONS
-        self.arguments = [program] + [argument for option, argument in pairs if not jail(option, argument)]
+        ours = [argument for pair in pairs for argument in pair[1:] if not set(pair) & set(JAIL_OPTIONS)]
+        self.arguments = [program] + ours
 
     def launch(self, drives: Dict[str, Path], ram: Optional[Path], more: Dict[str, str]) -> "Running":
         """Start QEMU with drives by their ids; ``more`` maps an option to the value it gets instead of its own."""
@@ -91,6 +91,15 @@ class Running:
                 assert line["data"]["status"] == "completed", line
                 break
         self._command("cont")
+
+    def stop(self) -> None:
+        self._command("stop")
+
+    def resume(self) -> float:
+        """Seconds for QEMU to let the vCPUs go on."""
+        begun = time.perf_counter()
+        self._command("cont")
+        return time.perf_counter() - begun
 
     def echo(self) -> float:
         """Seconds for one question and its answer over the bare transport."""

@@ -20,9 +20,10 @@ use crate::job::Job;
 pub type Outcome = Result<Value, Failure>;
 
 /// The actions that every guest has; `shutdown` answers before it happens.
-const BUILT_IN: [&str; 11] = [
+const BUILT_IN: [&str; 12] = [
     "exec",
     "execute",
+    "health",
     "list_actions",
     "ping",
     "process_request",
@@ -93,6 +94,7 @@ impl Guest {
             "write_file" => files::write_file(params),
             "render_page" => on_big_stack(|| render::render_page(params, identity.network.is_some())),
             "process_request" => fetch::process_request(params, identity.network.is_some()),
+            "health" => no_params(params).and_then(|()| system::health()),
             "set_clock" => system::set_clock(params),
             "adopt" => system::adopt(params, &self.own),
             "shutdown" => no_params(params).map(|()| json!({})),

@@ -1,0 +1,82 @@
+"""Callbacks for a manager's events, each on a Python thread of its own.
+
+The core's worker threads never touch the interpreter: a thread here takes the events and makes the calls. It is a daemon
+that ends with its manager, with :meth:`EventSubscription.close`, and before the interpreter finalizes.
+"""
+
+import atexit
+import logging
+import os
+import threading
+import weakref
+from typing import Any, Callable, Dict
+
+from . import _native
+from ._logging import LOGGER_NAME
+
+# How long an exit, or `close`, waits for a callback that is under way.
+_JOIN_S = 2.0
+
+_home_pid = os.getpid()
+_live: "weakref.WeakSet[EventSubscription]" = weakref.WeakSet()
+
+
+class EventSubscription:
+    """Calls a function with each event of a manager, in their order, until it is closed.
+
+    An exception of the function is logged and the next event is delivered. Made by
+    ``MicroVMIsolationManager.on_event``.
+    """
+
+    def __init__(self, stream: "_native.EventStream", callback: Callable[[Dict[str, Any]], Any]) -> None:
+        self._stream = stream
+        self._thread = threading.Thread(
+            target=_serve, args=(stream, callback), name="microvm-isolation-events", daemon=True
+        )
+        self._thread.start()
+        _live.add(self)
+
+    @property
+    def dropped(self) -> int:
+        """Events that were lost because the function was too slow to take them."""
+        return self._stream.dropped
+
+    @property
+    def active(self) -> bool:
+        """Whether events are still delivered."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Deliver what has come so far, and no more; waits at most 2 s for that. May be called twice, and from the callback."""
+        self._stream.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_JOIN_S)
+
+    def __enter__(self) -> "EventSubscription":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _serve(stream: "_native.EventStream", callback: Callable[[Dict[str, Any]], Any]) -> None:
+    while True:
+        event = stream._wait()
+        if event is None:
+            return
+        try:
+            callback(event)
+        except Exception:
+            logging.getLogger(LOGGER_NAME).exception("a callback for events failed on %s", event)
+
+
+def _stop() -> None:
+    if os.getpid() != _home_pid:
+        return
+    _native.close_events()
+    for subscription in list(_live):
+        if subscription._thread is not threading.current_thread():
+            subscription._thread.join(_JOIN_S)
+
+
+atexit.register(_stop)

@@ -1,0 +1,311 @@
+//! The verdict on a VM's health, from what was seen of it. Pure.
+
+use serde::Deserialize;
+use serde_json::{json, Value};
+
+use super::VmState;
+
+/// Below this share of the guest's memory or disk the VM is unhealthy, in per cent.
+const NEARLY_GONE_PERCENT: u64 = 5;
+/// A guest's clock may be this far from the host's: commands wait as long on a busy host.
+const CLOCK_TOLERANCE_S: f64 = 2.0;
+/// A VM that waited for a CPU for this share of the time could not have answered.
+const STARVED_SHARE: f64 = 0.5;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HealthStatus {
+    Unknown,
+    Healthy,
+    Unhealthy,
+    Dead,
+}
+
+impl HealthStatus {
+    pub const ALL: [Self; 4] = [Self::Unknown, Self::Healthy, Self::Unhealthy, Self::Dead];
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            HealthStatus::Unknown => "unknown",
+            HealthStatus::Healthy => "healthy",
+            HealthStatus::Unhealthy => "unhealthy",
+            HealthStatus::Dead => "dead",
+        }
+    }
+}
+
+/// Why a verdict is what it is; one word for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    Ok,
+    /// It was not started, or is not any more.
+    NotRunning,
+    /// Its vCPUs stand still because somebody paused it.
+    Paused,
+    /// It gave no sign of life, but had no CPU to give one with: says nothing.
+    HostSlow,
+    /// It has missed a beat, or a few, but not as many as make it unhealthy.
+    Late,
+    /// It had the CPU, and gave no sign of life.
+    AgentSilent,
+    ChannelClosed,
+    /// The VMM's process was stopped by a signal.
+    VmmStopped,
+    /// The VMM has stopped the vCPUs by itself; the detail has its word for why.
+    VcpusStopped,
+    MemoryLow,
+    DiskLow,
+    ClockOff,
+    VmmDead,
+}
+
+impl Reason {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Reason::Ok => "ok",
+            Reason::NotRunning => "not_running",
+            Reason::Paused => "paused",
+            Reason::HostSlow => "host_slow",
+            Reason::Late => "late",
+            Reason::AgentSilent => "agent_silent",
+            Reason::ChannelClosed => "channel_closed",
+            Reason::VmmStopped => "vmm_stopped",
+            Reason::VcpusStopped => "vcpus_stopped",
+            Reason::MemoryLow => "memory_low",
+            Reason::DiskLow => "disk_low",
+            Reason::ClockOff => "clock_off",
+            Reason::VmmDead => "vmm_dead",
+        }
+    }
+
+    /// Whether the VM is of no use any more and does not get better by itself: what `on_failure` is for.
+    #[must_use]
+    pub fn is_failure(self) -> bool {
+        matches!(self, Reason::AgentSilent | Reason::ChannelClosed | Reason::VmmStopped | Reason::VmmDead)
+    }
+}
+
+/// What the guest says of itself; all of it is a guest's word.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct GuestUse {
+    pub unix_time_ns: u64,
+    pub uptime_s: f64,
+    /// Time that its CPUs worked, seconds of one.
+    pub cpu_s: f64,
+    pub load: [f64; 3],
+    pub processes: u64,
+    pub memory_total_bytes: u64,
+    pub memory_available_bytes: u64,
+    pub disk_total_bytes: u64,
+    pub disk_free_bytes: u64,
+    pub oom_kills: u64,
+    /// How often a program was refused a process for `max_processes`.
+    pub process_limit_hits: u64,
+    /// The share of the last 10 s in which some task stalled for cpu, memory or io, per cent; `None` without PSI.
+    pub pressure: Option<[f64; 3]>,
+}
+
+impl GuestUse {
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let pressure = self.pressure.map(|[cpu, memory, io]| json!({"cpu": cpu, "memory": memory, "io": io}));
+        json!({
+            "uptime_seconds": self.uptime_s,
+            "cpu_seconds": self.cpu_s,
+            "load": self.load,
+            "processes": self.processes,
+            "memory_total_bytes": self.memory_total_bytes,
+            "memory_available_bytes": self.memory_available_bytes,
+            "disk_total_bytes": self.disk_total_bytes,
+            "disk_free_bytes": self.disk_free_bytes,
+            "oom_kills": self.oom_kills,
+            "process_limit_hits": self.process_limit_hits,
+            "pressure_percent": pressure,
+        })
+    }
+}
+
+/// What became of the question for a sign of life.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Sign {
+    /// Its vCPUs stand still on request.
+    NotAsked,
+    /// The longest that it took, seconds.
+    Given(f64),
+    /// None came; the share of the time that the VM waited for a CPU.
+    None {
+        starved_share: f64,
+    },
+    Closed(String),
+}
+
+/// What was seen of a VM.
+#[derive(Debug, Clone)]
+pub struct Look {
+    pub state: VmState,
+    pub is_vmm_alive: bool,
+    /// Whether the VMM's process was stopped by a signal.
+    pub is_vmm_stopped: bool,
+    pub sign: Sign,
+    /// The VMM's word for why its vCPUs do not run, when it was asked and they do not.
+    pub vcpus_stopped: Option<String>,
+    /// The guest's clock minus the host's, seconds.
+    pub clock_offset_s: Option<f64>,
+    pub guest: Option<GuestUse>,
+    /// Beats missed in a row before this one, and how many make the VM unhealthy.
+    pub missed: u32,
+    pub allowed: u32,
+}
+
+/// A status and its reason, for programs and for people.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verdict {
+    pub status: HealthStatus,
+    pub reason: Reason,
+    pub detail: String,
+    /// Beats missed in a row.
+    pub missed: u32,
+}
+
+impl Verdict {
+    fn of(status: HealthStatus, reason: Reason, detail: impl Into<String>) -> Self {
+        Self { status, reason, detail: detail.into(), missed: 0 }
+    }
+
+    /// What can be said of a VM that does not run.
+    #[must_use]
+    pub fn of_state(state: VmState) -> Self {
+        match state {
+            VmState::Error => Self::of(HealthStatus::Dead, Reason::VmmDead, "it ended without being asked to"),
+            _ => Self::of(HealthStatus::Unknown, Reason::NotRunning, format!("it is {state}")),
+        }
+    }
+}
+
+/// The verdict; `before` is the last one.
+#[must_use]
+pub fn judge(look: &Look, before: HealthStatus) -> Verdict {
+    use HealthStatus::{Dead, Healthy, Unhealthy};
+    if !look.is_vmm_alive {
+        return Verdict::of(Dead, Reason::VmmDead, "its VMM's process has ended");
+    }
+    let missed = look.missed + 1;
+    let silent = |status, reason, detail: String| Verdict { missed, ..Verdict::of(status, reason, detail) };
+    match &look.sign {
+        Sign::NotAsked => return Verdict::of(Healthy, Reason::Paused, "it is paused"),
+        Sign::Closed(why) => return Verdict::of(Unhealthy, Reason::ChannelClosed, why.clone()),
+        Sign::None { .. } if look.is_vmm_stopped => {
+            return silent(Unhealthy, Reason::VmmStopped, "its VMM's process is stopped by a signal".into());
+        }
+        Sign::None { starved_share } if *starved_share >= STARVED_SHARE => {
+            let detail = format!("it waited for a CPU for {:.0} % of the time", 100.0 * starved_share);
+            // Neither better nor worse than it was.
+            return Verdict { missed: look.missed, ..Verdict::of(before, Reason::HostSlow, detail) };
+        }
+        Sign::None { .. } => {
+            if let Some(why) = &look.vcpus_stopped {
+                return silent(Unhealthy, Reason::VcpusStopped, format!("the VMM says: {why}"));
+            }
+            let detail = format!("{missed} times in a row it gave no sign of life, {} are allowed", look.allowed);
+            return match missed > look.allowed {
+                true => silent(Unhealthy, Reason::AgentSilent, detail),
+                false => silent(before, Reason::Late, detail),
+            };
+        }
+        Sign::Given(_) => {}
+    }
+    if let Some(offset) = look.clock_offset_s.filter(|offset| offset.abs() > CLOCK_TOLERANCE_S) {
+        return Verdict::of(Unhealthy, Reason::ClockOff, format!("its clock is {offset:+.1} s from the host's"));
+    }
+    let Some(guest) = &look.guest else { return Verdict::of(Healthy, Reason::Ok, "") };
+    let short = |what: &str, left: u64, of: u64| {
+        let is_short = of > 0 && left < of / 100 * NEARLY_GONE_PERCENT;
+        is_short.then(|| format!("{} of {} MiB {what} are left", left >> 20, of >> 20))
+    };
+    if let Some(detail) = short("memory", guest.memory_available_bytes, guest.memory_total_bytes) {
+        return Verdict::of(Unhealthy, Reason::MemoryLow, detail);
+    }
+    if let Some(detail) = short("disk", guest.disk_free_bytes, guest.disk_total_bytes) {
+        return Verdict::of(Unhealthy, Reason::DiskLow, detail);
+    }
+    Verdict::of(Healthy, Reason::Ok, "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look(sign: Sign) -> Look {
+        Look {
+            state: VmState::Running,
+            is_vmm_alive: true,
+            is_vmm_stopped: false,
+            sign,
+            vcpus_stopped: None,
+            clock_offset_s: None,
+            guest: None,
+            missed: 0,
+            allowed: 2,
+        }
+    }
+
+    fn verdict(look: &Look) -> (HealthStatus, Reason, u32) {
+        let Verdict { status, reason, missed, .. } = judge(look, HealthStatus::Healthy);
+        (status, reason, missed)
+    }
+
+    #[test]
+    fn test_judge_silence_counts_only_when_the_vm_had_a_cpu() {
+        use HealthStatus::{Healthy, Unhealthy};
+        let silent = |starved_share, missed| Look { missed, ..look(Sign::None { starved_share }) };
+        assert_eq!(verdict(&silent(0.1, 0)), (Healthy, Reason::Late, 1));
+        assert_eq!(verdict(&silent(0.1, 1)), (Healthy, Reason::Late, 2));
+        assert_eq!(verdict(&silent(0.1, 2)), (Unhealthy, Reason::AgentSilent, 3));
+        assert_eq!(verdict(&silent(0.9, 7)), (Healthy, Reason::HostSlow, 7));
+    }
+
+    #[test]
+    fn test_judge_a_paused_vm_is_healthy_and_a_stopped_one_is_not() {
+        assert_eq!(verdict(&look(Sign::NotAsked)), (HealthStatus::Healthy, Reason::Paused, 0));
+        let stopped = Look { is_vmm_stopped: true, ..look(Sign::None { starved_share: 0.0 }) };
+        assert_eq!(verdict(&stopped), (HealthStatus::Unhealthy, Reason::VmmStopped, 1));
+        let io = Look { vcpus_stopped: Some("io-error".into()), ..look(Sign::None { starved_share: 0.0 }) };
+        assert_eq!(verdict(&io), (HealthStatus::Unhealthy, Reason::VcpusStopped, 1));
+    }
+
+    #[test]
+    fn test_judge_nearly_gone_resources_are_told_and_enough_is_healthy() {
+        let guest = GuestUse {
+            memory_total_bytes: 100 << 20,
+            memory_available_bytes: 50 << 20,
+            disk_total_bytes: 100 << 20,
+            disk_free_bytes: 50 << 20,
+            ..GuestUse::default()
+        };
+        let of = |guest: &GuestUse| verdict(&Look { guest: Some(guest.clone()), ..look(Sign::Given(0.1)) }).1;
+        assert_eq!(of(&guest), Reason::Ok);
+        assert_eq!(of(&GuestUse { memory_available_bytes: 4 << 20, ..guest.clone() }), Reason::MemoryLow);
+        assert_eq!(of(&GuestUse { disk_free_bytes: 4 << 20, ..guest.clone() }), Reason::DiskLow);
+        // A guest without a disk.
+        assert_eq!(of(&GuestUse { disk_total_bytes: 0, disk_free_bytes: 0, ..guest }), Reason::Ok);
+    }
+
+    #[test]
+    fn test_judge_a_clock_may_be_two_seconds_off() {
+        let off = |offset| verdict(&Look { clock_offset_s: Some(offset), ..look(Sign::Given(0.1)) }).1;
+        assert_eq!(
+            [off(1.9), off(-1.9), off(2.1), off(-86_400.0)],
+            [Reason::Ok, Reason::Ok, Reason::ClockOff, Reason::ClockOff]
+        );
+    }
+
+    #[test]
+    fn test_guest_use_hostile_documents_are_refused_or_harmless() {
+        assert!(serde_json::from_value::<GuestUse>(json!({"load": [1]})).is_err());
+        assert!(serde_json::from_value::<GuestUse>(json!({"oom_kills": -1})).is_err());
+        let odd: GuestUse = serde_json::from_value(json!({"disk_total_bytes": u64::MAX, "new": 1})).unwrap();
+        assert_eq!(verdict(&Look { guest: Some(odd), ..look(Sign::Given(0.0)) }).1, Reason::DiskLow);
+    }
+}

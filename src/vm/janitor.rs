@@ -1,0 +1,133 @@
+//! What dead processes left of their VMs, and the process that outlives ours to remove it.
+//!
+//! A process that is killed cannot clean up. So beside it a small one waits (`microvm-janitor`, one for each process that
+//! has VMs): it is told which folders are in use, and when its socket ends it does what the next manager's start would do.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::confine::LEASES;
+use super::{network, Settings};
+use crate::error::{Error, Result};
+use crate::host::fork::{self, Concealed};
+use crate::host::{lease, process, runtime_dir};
+use crate::image::template;
+
+/// How long a process that closes its descriptors may take to be gone.
+const DEATH: Duration = Duration::from_secs(5);
+
+/// What a VMM that is still dying holds is free at the second or third look.
+const PASSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(200)];
+
+/// The folders that the VMs of one manager have in use.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+struct Places {
+    runtime_dir: PathBuf,
+    templates: Option<PathBuf>,
+}
+
+/// The janitor of this process.
+struct Kept {
+    made_in: u32,
+    child: Child,
+    leash: UnixStream,
+    _concealed: Concealed,
+    told: BTreeSet<Places>,
+}
+
+static KEPT: Mutex<Option<Kept>> = Mutex::new(None);
+
+/// Removes what dead processes left in and for `runtime_dir`; returns the names of their VMs. Blocking.
+#[must_use]
+pub fn sweep(runtime_dir: &Path) -> Vec<String> {
+    // First: it ends the VMMs, and a tap is somebody's as long as its VMM lives.
+    let swept = runtime_dir::sweep(runtime_dir);
+    network::sweep();
+    lease::sweep(Path::new(LEASES));
+    swept
+}
+
+/// Sees to it that somebody cleans up after this process, before it has anything. Blocking; where it fails, the next
+/// manager's start does it, and a warning says so.
+pub fn keep(settings: &Settings) {
+    let templates = settings.templates.as_ref().map(|store| store.folder().to_owned());
+    let places = Places { runtime_dir: settings.base.clone(), templates };
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    let told = try_keep(&mut kept, &settings.image.janitor, places);
+    drop(kept);
+    if let Err(error) = told {
+        log::warn!("{error}; if this process is killed, only the next manager's start cleans up after it");
+    }
+}
+
+fn try_keep(kept: &mut Option<Kept>, program: &Path, places: Places) -> Result<()> {
+    let failed = |error: &dyn std::fmt::Display| Error::host("tell", "the janitor", error);
+    let own = std::process::id();
+    let is_of_use = kept.as_mut().is_some_and(|kept| kept.made_in == own && matches!(kept.child.try_wait(), Ok(None)));
+    let mut told = BTreeSet::new();
+    if !is_of_use {
+        // A forked child leaves its parent's alone: dropping the handle ends nothing.
+        told = kept.take().filter(|kept| kept.made_in == own).map(|kept| kept.told).unwrap_or_default();
+        *kept = Some(spawn(program)?);
+    }
+    let Some(kept) = kept.as_mut() else { return Ok(()) };
+    told.insert(places);
+    for places in told {
+        if kept.told.contains(&places) {
+            continue;
+        }
+        let line = serde_json::to_string(&places).map_err(|error| failed(&error))? + "\n";
+        kept.leash.write_all(line.as_bytes()).map_err(|error| failed(&error))?;
+        kept.told.insert(places);
+    }
+    Ok(())
+}
+
+fn spawn(program: &Path) -> Result<Kept> {
+    let failed = |error: std::io::Error| Error::host("start", program.display(), error);
+    let (leash, theirs) = UnixStream::pair().map_err(failed)?;
+    let child = Command::new(program)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .current_dir("/")
+        // Ctrl-C is for those who have a terminal.
+        .process_group(0)
+        .spawn()
+        .map_err(failed)?;
+    let _concealed = fork::conceal(&leash);
+    Ok(Kept { made_in: std::process::id(), child, leash, _concealed, told: BTreeSet::new() })
+}
+
+/// The janitor itself: hears of folders on its standard input until that ends, then removes what is left.
+///
+/// # Errors
+/// [`Error::Host`] when it cannot tell whose janitor it is.
+pub fn serve() -> Result<()> {
+    let master = process::Watched::parent()?;
+    let mut places = BTreeSet::new();
+    let lines = BufReader::new(std::io::stdin()).lines().map_while(std::result::Result::ok);
+    places.extend(lines.filter_map(|line| serde_json::from_str::<Places>(&line).ok()));
+    // Its locks are free only when all its descriptors are closed.
+    master.ended_within(DEATH);
+    for pause in PASSES {
+        std::thread::sleep(pause);
+        for Places { runtime_dir, templates } in &places {
+            let swept = sweep(runtime_dir);
+            log::debug!("removed {}", swept.join(", "));
+            if let Some(templates) = templates {
+                template::remove_unfinished(templates);
+            }
+        }
+    }
+    Ok(())
+}

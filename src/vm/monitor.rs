@@ -1,0 +1,182 @@
+//! The watch over a running VM: its heartbeat, what is told of it, and what is mended.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use serde_json::{json, Value};
+
+use super::health::{look, Health};
+use super::running::Running;
+use super::MicroVm;
+use crate::host::{clock, process};
+use crate::model::{Happening, HealthStatus, Reason, VmState};
+
+/// How long an agent may take to answer; an emulated guest on a busy host is slow, not ill.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Every so many heartbeats the guest is asked for its figures; in between a sign of life will do, which costs an
+/// emulated guest a third (docs/reliability.md).
+const FULL_LOOK_EVERY: u32 = 3;
+/// For short intervals.
+const LEAST_PATIENCE: Duration = Duration::from_millis(500);
+/// How long a repair may take.
+const REPAIR_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How VMs are watched.
+#[derive(Debug, Clone, Copy)]
+pub struct Heartbeat {
+    /// `None`: a VM is looked at only when somebody asks.
+    pub interval: Option<Duration>,
+    /// How many looks in a row an agent may leave without a sign of life.
+    pub misses: u32,
+}
+
+/// Looks at the VM once an interval, until it ends.
+pub async fn watch(vm: Weak<MicroVm>, running: Weak<Running>, interval: Duration) {
+    let Some(mut exit) = running.upgrade().map(|running| running.exit_receiver()) else { return };
+    // VMs that were started together are not looked at together.
+    let phase = clock::random::<2>().map_or(0.5, |random| f64::from(u16::from_ne_bytes(random)) / 65_536.0);
+    let mut pause = interval.mul_f64(phase);
+    loop {
+        tokio::select! {
+            _ = process::wait_exit(exit.clone()) => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+        let (Some(vm), Some(running)) = (vm.upgrade(), running.upgrade()) else { return };
+        if exit.borrow_and_update().is_some() {
+            return;
+        }
+        vm.beat(&running, interval).await;
+        pause = interval;
+    }
+}
+
+impl MicroVm {
+    /// A fresh look at the VM: its process, its drives and its agent.
+    pub async fn health(&self) -> Health {
+        let (state, running) = self.now();
+        match running {
+            // Whoever asks wants to know about now: there is no second chance.
+            Some(running) => look(&running, state, PATIENCE, 0).await,
+            None => Health::of_state(state),
+        }
+    }
+
+    /// The last look of the watch, if it has looked yet.
+    #[must_use]
+    pub fn last_health(&self) -> Option<Health> {
+        self.now().1.and_then(|running| running.watch().last.clone())
+    }
+
+    /// What the watch has seen: since when the verdict holds, and the last looks.
+    #[must_use]
+    pub fn history_json(&self) -> (Option<f64>, Value) {
+        match self.now().1 {
+            None => (None, json!([])),
+            Some(running) => {
+                let watch = running.watch();
+                (watch.last.as_ref().map(|_| watch.since_unix_s), watch.history_json())
+            }
+        }
+    }
+
+    async fn beat(&self, running: &Arc<Running>, interval: Duration) {
+        let patience = interval.clamp(LEAST_PATIENCE, PATIENCE);
+        let misses = self.settings().heartbeat.misses;
+        if self.is_alive_as_before(running, patience).await {
+            return;
+        }
+        for is_second_look in [false, true] {
+            let (state, current) = self.now();
+            let is_current =
+                |current: &Option<Arc<Running>>| current.as_ref().is_some_and(|current| Arc::ptr_eq(current, running));
+            if !is_current(&current) || !matches!(state, VmState::Running | VmState::Paused) {
+                return;
+            }
+            let health = look(running, state, patience, misses).await;
+            // Paused, stopped or dead meanwhile: what was seen is of no VM in one state.
+            let (after, current) = self.now();
+            if after != state || !is_current(&current) {
+                return;
+            }
+            let verdict = health.verdict.clone();
+            let before = running.watch().note(health.clone());
+            self.tell_health(before.as_ref(), &health);
+            if is_second_look || !self.mend(running, verdict.reason).await {
+                return;
+            }
+        }
+    }
+
+    /// A sign of life, where no more is due and all was well before. An agent that talks anyway is not asked for one.
+    async fn is_alive_as_before(&self, running: &Running, patience: Duration) -> bool {
+        let heard = running.agent().heard();
+        let (is_due, has_talked) = {
+            let mut watch = running.watch();
+            let is_due = watch.beats.is_multiple_of(FULL_LOOK_EVERY);
+            watch.beats = watch.beats.wrapping_add(1);
+            let was_well = watch.last.as_ref().is_some_and(|last| last.round_trip_s.is_some());
+            (is_due || !was_well, std::mem::replace(&mut watch.heard, heard) != heard)
+        };
+        if is_due || self.state() != VmState::Running {
+            return false;
+        }
+        has_talked || {
+            let is_alive = running.agent().sign_of_life(patience).await.is_ok();
+            running.watch().heard = running.agent().heard();
+            is_alive
+        }
+    }
+
+    fn tell_health(&self, before: Option<&Health>, now: &Health) {
+        let (from, was) = before.map_or((HealthStatus::Unknown, Reason::NotRunning), |health| {
+            (health.verdict.status, health.verdict.reason)
+        });
+        let (to, reason) = (now.verdict.status, now.verdict.reason);
+        if from != to || (to == HealthStatus::Unhealthy && was != reason) {
+            let detail = now.verdict.detail.clone();
+            match to {
+                HealthStatus::Healthy if from == HealthStatus::Unknown => {}
+                HealthStatus::Healthy => log::info!("{}: healthy again", self.id()),
+                _ => log::warn!("{}: {} ({}): {detail}", self.id(), to.as_str(), reason.as_str()),
+            }
+            self.tell(Happening::Health { from, to, reason }, detail);
+        }
+        // A guest can count as it likes, but only up.
+        let grew = |count: fn(&Health) -> Option<u64>| {
+            let before = before.and_then(count).unwrap_or(0);
+            count(now).and_then(|now| now.checked_sub(before)).filter(|more| *more > 0)
+        };
+        if let Some(kills) = grew(|health| Some(health.guest.as_ref()?.oom_kills)) {
+            self.tell(
+                Happening::Oom { place: "guest", kills },
+                "the guest's kernel killed programs for want of memory",
+            );
+        }
+        if let Some(kills) = grew(|health| health.group.oom_kills) {
+            self.tell(Happening::Oom { place: "host", kills }, "the host's kernel killed a process of the VM's group");
+        }
+        if let Some(refused) = grew(|health| Some(health.guest.as_ref()?.process_limit_hits)) {
+            let detail = format!("max_processes: programs of the guest were refused a process {refused} times");
+            self.tell(Happening::Limit { what: "processes" }, detail);
+        }
+        if let Some(failed) = grew(|health| Some(health.failed_writes)) {
+            let detail = format!(
+                "the host could not do {failed} writes to its disk, as when there is no room; the guest was told"
+            );
+            self.tell(Happening::Limit { what: "host_disk" }, detail);
+        }
+    }
+
+    /// Mends what can be; whether it is worth another look.
+    async fn mend(&self, running: &Running, reason: Reason) -> bool {
+        match reason {
+            Reason::ClockOff => {
+                let now = json!({"unix_time_ns": clock::unix_time_ns()});
+                let set = running.agent().probe("set_clock", now, REPAIR_DEADLINE).await;
+                log::info!("{}: its clock was set to the host's", self.id());
+                matches!(set, Some(Ok(_)))
+            }
+            _ => false,
+        }
+    }
+}
