@@ -4,6 +4,8 @@
 //! [`Control`]. It owns no files, holds no state of a VM's life, and nobody above knows which backend it is.
 
 mod cloud_hypervisor;
+#[cfg(test)]
+mod fake;
 mod firecracker;
 #[cfg(test)]
 mod golden;

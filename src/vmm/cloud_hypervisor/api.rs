@@ -134,6 +134,8 @@ fn sum(body: &[u8]) -> std::result::Result<DiskIo, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::fake::{Does, Fake};
+    use crate::vmm::golden::plan;
     use hyper::StatusCode;
 
     fn answer(status: u16, body: &'static str) -> Answer {
@@ -154,5 +156,26 @@ mod tests {
             "config": {"read_bytes": 1, "write_bytes": 18446744073709551615}, "net": {"rx_bytes": 3}}"#;
         assert_eq!(sum(body), Ok(DiskIo { read_bytes: 6, written_bytes: 7, failed_writes: 0 }));
         assert!(sum(b"[]").is_err());
+    }
+
+    fn api(fake: &Fake) -> Api {
+        Api::new(plan().vm_id, fake.sockets.clone(), bodies::machine(&plan()), None)
+    }
+
+    #[tokio::test]
+    async fn test_refused_boot_keeps_the_whole_chain() {
+        let chain = r#"["The VM could not boot","Cannot load the kernel into memory","Invalid ELF magic number"]"#;
+        let fake = Fake::serve("ch-refused", vec![Does::Answers(204, ""), Does::Answers(500, chain)]);
+        let text = api(&fake).boot().await.unwrap_err().to_string();
+        let expected = "PUT /api/v1/vm.boot: The VM could not boot: Cannot load the kernel into memory: Invalid ELF";
+        assert!(text.contains(expected), "{text}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn test_api_that_sleeps_is_given_up_and_asked_anew() {
+        let fake = Fake::serve("ch-sleeps", vec![Does::HangsUp, Does::Sleeps]);
+        let api = api(&fake);
+        assert!(api.resume().await.is_err());
+        assert!(api.quit().await.unwrap_err().to_string().contains("no answer within 5 s"));
     }
 }

@@ -288,6 +288,8 @@ fn added(line: &[u8]) -> std::result::Result<DiskIo, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::fake::{Does, Fake};
+    use crate::vmm::golden::plan;
     use hyper::StatusCode;
 
     fn answer(status: u16, body: &'static str) -> Answer {
@@ -307,5 +309,43 @@ mod tests {
             br#"{"block":{"read_bytes":10,"write_bytes":3,"invalid_reqs_count":1},"block_disk":{"read_bytes":10},"x":{}}"#;
         assert_eq!(added(line), Ok(DiskIo { read_bytes: 10, written_bytes: 3, failed_writes: 1 }));
         assert!(added(b"{}").unwrap_err().contains("block"));
+    }
+
+    fn api(fake: &Fake) -> Api {
+        let metrics = fake.sockets.pipe(bodies::METRICS).unwrap();
+        Api::new(&plan(), &Origin::Boot, fake.sockets.clone(), "/run".into(), metrics, None)
+    }
+
+    #[tokio::test]
+    async fn test_refused_boot_names_the_request_and_keeps_the_words() {
+        let fault = r#"{"fault_message":"The kernel file cannot be opened: No such file or directory (os error 2)"}"#;
+        let fake = Fake::serve("fc-refused", vec![Does::Answers(204, ""), Does::Answers(400, fault)]);
+        let error = api(&fake).boot().await.unwrap_err();
+        assert_eq!(error.code(), "vmm_error");
+        let text = error.to_string();
+        assert!(text.contains("PUT /boot-source: The kernel file cannot be opened"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn test_api_that_goes_in_the_middle_is_an_error_and_is_asked_anew() {
+        let fake = Fake::serve("fc-gone", vec![Does::HangsUp, Does::Answers(204, "")]);
+        let api = api(&fake);
+        assert!(api.pause().await.unwrap_err().to_string().contains("PATCH /vm"));
+        api.resume().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_counters_that_never_come_are_an_error() {
+        let fake = Fake::serve("fc-counters", vec![Does::Answers(204, ""), Does::Answers(204, "")]);
+        let api = api(&fake);
+        let line = "{\"block\":{\"read_bytes\":7,\"write_bytes\":1,\"invalid_reqs_count\":0}}\n";
+        let pipe = fake.path().join(bodies::METRICS);
+        let (told, ()) = tokio::join!(api.disk_io(), async {
+            let mut pipe = pipe::OpenOptions::new().open_sender(&pipe).unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut pipe, line.as_bytes()).await.unwrap();
+        });
+        assert_eq!(told.unwrap().read_bytes, 7);
+        tokio::time::pause();
+        assert!(api.disk_io().await.unwrap_err().to_string().contains("counters"));
     }
 }
