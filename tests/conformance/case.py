@@ -32,19 +32,24 @@ def config(backend: VMBackend) -> Dict[str, Any]:
     return settings
 
 
+def told_of(backend: VMBackend) -> Dict[str, Any]:
+    """What doctor tells of this backend; it looks on ``PATH`` alone."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("MICROVM_TEST_BIN"), before]))
+    try:
+        told: Dict[str, Any] = next(entry for entry in doctor()["backends"] if entry["backend"] == backend.value)
+        return told
+    finally:
+        os.environ["PATH"] = before
+
+
 def why_not(backend: VMBackend) -> Optional[str]:
     """Why this backend cannot be tested here."""
     asked = os.environ.get("MICROVM_TEST_BACKENDS")
     if asked and backend.value not in asked.split(","):
         return "MICROVM_TEST_BACKENDS leaves it out"
-    before = os.environ.get("PATH", "")
-    # doctor looks on PATH alone.
-    os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("MICROVM_TEST_BIN"), before]))
-    try:
-        found = next(entry for entry in doctor()["backends"] if entry["backend"] == backend.value)
-    finally:
-        os.environ["PATH"] = before
-    return None if found["available"] else str(found["reason"])
+    told = told_of(backend)
+    return None if told["available"] else str(told["reason"])
 
 
 class BackendTestCase(VMTestCase):

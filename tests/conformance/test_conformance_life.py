@@ -10,7 +10,7 @@ from typing import Any
 from thirstys_waterfall.security.microvm_isolation import CommunicationChannel, VMBackend, VMState
 
 from ..support import DATA, alive, eventually, limits, shell
-from .case import BackendTestCase, for_each_backend, load_made
+from .case import BackendTestCase, for_each_backend, load_made, told_of
 
 
 class Life(BackendTestCase):
@@ -56,6 +56,12 @@ class Life(BackendTestCase):
         self.assertTrue(vm.resume())
         told = self.result(vm, "exec", shell("date +%s"))["stdout"]
         self.assertLess(abs(int(told) - time.time()), 1.5)
+
+    def test_doctor_tells_what_the_vm_gets(self) -> None:
+        told, info = told_of(self.backend), self.running().get_info()
+        self.assertRegex(told["version"], r"(QEMU|Firecracker|cloud-hypervisor).*\d+\.\d+")
+        self.assertEqual(told["accelerator"], info["accelerator"])
+        self.assertEqual(told["isolation_grade"], info["isolation_grade"])
 
     def test_killed_vmm_is_an_error_and_can_be_started_again(self) -> None:
         vm = self.running()
