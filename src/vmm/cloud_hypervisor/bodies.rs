@@ -57,6 +57,7 @@ struct Payload {
     cmdline: String,
 }
 
+/// `sparse` stays at its default, true, though it warns that it cannot make holes: `false` would fill the whole disk.
 #[derive(Debug, Serialize)]
 struct Disk<'a> {
     id: &'a str,
@@ -65,8 +66,6 @@ struct Disk<'a> {
     readonly: bool,
     /// Never looked up in the file itself, which the guest writes: it could make a header there that names another file.
     image_type: &'static str,
-    /// Holes are the host's affair; asked for, it warns that its own I/O cannot make them.
-    sparse: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_limiter_config: Option<RateLimiter>,
 }
@@ -159,7 +158,6 @@ fn disk<'a>(drive: &'a Drive, plan: &LaunchPlan) -> Disk<'a> {
         path: drive.path.display().to_string(),
         readonly: drive.read_only,
         image_type: "Raw",
-        sparse: false,
         rate_limiter_config: if drive.read_only { None } else { rate_limiter(plan) },
     }
 }
