@@ -1,4 +1,4 @@
-"""Health: of all VMs at once, and the figures of one."""
+"""Health: of all VMs at once, the figures of one, and what is told of them meanwhile."""
 
 import sys
 
@@ -10,7 +10,9 @@ from thirstys_waterfall.security.microvm_isolation import (
 
 
 def main() -> int:
-    with MicroVMIsolationManager({"raise_on_error": True}) as manager:
+    config = {"raise_on_error": True, "health_interval_s": 1, "policies": {"session": {"on_failure": "restart"}}}
+    with MicroVMIsolationManager(config) as manager:
+        events = manager.events(timeout=5)
         vm_id = manager.create_vm(IsolationType.SESSION, VMResourceLimits(memory_mb=128, disk_size_mb=64))
         assert vm_id is not None
         manager.start_vm(vm_id)
@@ -26,6 +28,13 @@ def main() -> int:
         print("Memory Usage: {} MB".format(metrics.memory_usage_mb))
         print("Uptime: {:.1f}s".format(metrics.uptime_seconds))
         print("Status: {}".format(metrics.health_status))
+
+        # Until the first heartbeat; without the break it would end with the manager, or 5 s after the last event.
+        for event in events:
+            print("{kind}: {detail}".format(**event))
+            if event["kind"] == "health":
+                break
+        print([line for line in manager.metrics().splitlines() if line.startswith("microvm_vms{") and not line.endswith(" 0.0")])
     return 0
 
 

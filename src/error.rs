@@ -28,6 +28,14 @@ pub enum Error {
     VmIdTaken { vm_id: VmId, owner: String },
     #[error("there is no VM {vm_id:?}; list_vms() names those there are")]
     VmNotFound { vm_id: String },
+    #[error("there is no template {name:?}; list_templates() names those there are")]
+    TemplateNotFound { name: String },
+    #[error("template {name:?} {reason}; choose another name or delete_template() it")]
+    TemplateTaken { name: String, reason: &'static str },
+    #[error("{what} does not fit: {}", differences.join("; "))]
+    StateMismatch { what: String, differences: Vec<String> },
+    #[error("{what} is damaged and is not used: {reason}; {remedy}")]
+    StateDamaged { what: String, reason: String, remedy: &'static str },
     #[error("{vm_id}: cannot {operation} a VM that is {state}; allowed from: {allowed}")]
     InvalidState { vm_id: VmId, operation: &'static str, state: VmState, allowed: String },
     #[error("backend {backend} cannot be used: {reason}; {remedy}")]
@@ -88,6 +96,10 @@ impl Error {
             Error::QuotaExceeded { .. } => "quota_exceeded",
             Error::VmIdTaken { .. } => "vm_id_taken",
             Error::VmNotFound { .. } => "vm_not_found",
+            Error::TemplateNotFound { .. } => "template_not_found",
+            Error::TemplateTaken { .. } => "template_taken",
+            Error::StateMismatch { .. } => "state_mismatch",
+            Error::StateDamaged { .. } => "state_damaged",
             Error::InvalidState { .. } => "invalid_state",
             Error::BackendUnavailable { .. } => "backend_unavailable",
             Error::IsolationUnavailable { .. } => "isolation_unavailable",
@@ -126,6 +138,7 @@ impl Error {
             Error::QuotaExceeded { what, needed, available, limit, .. } => {
                 json!({"what": what, "needed": needed, "available": available, "limit": limit})
             }
+            Error::StateMismatch { differences, .. } => json!({"differences": differences}),
             Error::NetworkUnavailable { reason, remedy, .. } => json!({"reason": reason, "remedy": remedy}),
             Error::ChannelClosed { sent, .. } | Error::ChannelTimeout { sent, .. } => json!({"sent": sent}),
             Error::MessageTooLarge { .. } => json!({"sent": false}),

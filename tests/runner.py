@@ -1,6 +1,6 @@
 """Runs every test of this folder and prints ``N passed, N failed, N skipped``, with the reason of each skip.
 
-``python3 tests/runner.py [--totals FILE] [PATTERN]``; the wheel must be installed in this interpreter.
+``python3 tests/runner.py [--totals FILE] [PATTERN ...]``; the wheel must be installed in this interpreter.
 """
 
 import argparse
@@ -29,10 +29,12 @@ class Counting(unittest.TextTestResult):
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--totals", help="write the three numbers to this file, too")
-    parser.add_argument("pattern", nargs="?", default="test_*.py")
+    parser.add_argument("patterns", nargs="*", default=["test_*.py"])
     options = parser.parse_args(arguments)
     sys.path[0] = str(ROOT)
-    suite = unittest.defaultTestLoader.discover(str(ROOT / "tests"), options.pattern, str(ROOT))
+    loader = unittest.defaultTestLoader
+    found = [loader.discover(str(ROOT / "tests"), pattern, str(ROOT)) for pattern in options.patterns]
+    suite = unittest.TestSuite(found)
     runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Counting)
     result = runner.run(suite)
     assert isinstance(result, Counting)

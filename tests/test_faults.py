@@ -9,7 +9,7 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict, List
 
-from .support import IMPORT, VMTestCase, eventually, find_tool, run_python
+from .support import IMPORT, VMTestCase, eventually, find_tool, run_python, shell
 
 HEAD = """
 import os, sys

@@ -29,7 +29,7 @@ pub type Answer = Response;
 
 /// A session with one agent, for any number of callers. Dropping it closes the transport.
 pub struct Agent {
-    link: Arc<Link>,
+    pub(super) link: Arc<Link>,
 }
 
 impl Drop for Agent {

@@ -21,6 +21,7 @@ use tokio::sync::{oneshot, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 
 use super::mailbox::Mailbox;
+use super::recess::{Recess, RecessAsker};
 use crate::error::{Error, Result};
 use crate::model::VmId;
 
@@ -37,11 +38,12 @@ const STRANGE_EVENTS: u64 = 8;
 pub enum Asker {
     Once(oneshot::Sender<Vec<u8>>),
     Stream(Arc<Mailbox>),
+    Recess(RecessAsker),
     /// The one who did gave up.
     Nobody,
 }
 
-struct Open {
+pub(super) struct Open {
     asker: Asker,
     /// Whether someone uses the VM by it; a look at its health is no use.
     is_use: bool,
@@ -49,28 +51,38 @@ struct Open {
     _place: OwnedSemaphorePermit,
 }
 
-struct State {
-    connection: Connection,
-    open: HashMap<u32, Open>,
+impl Open {
+    pub(super) fn new(asker: Asker, place: OwnedSemaphorePermit, is_use: bool) -> Self {
+        Self { asker, is_use, _place: place }
+    }
+}
+
+pub(super) struct State {
+    pub(super) connection: Connection,
+    pub(super) open: HashMap<u32, Open>,
+    /// The guest is frozen, and there is no session.
+    pub(super) recess: Option<Recess>,
     /// When somebody last began or ended an exchange.
     used: Instant,
     /// Why no answer will come any more.
-    closed: Option<String>,
+    pub(super) closed: Option<String>,
 }
 
 /// Everything about the transport's writing end.
-struct Writer {
+pub(super) struct Writer {
     /// `None` once the session is closed.
     stream: Option<Arc<UnixStream>>,
-    bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     written: usize,
 }
 
 pub struct Link {
     pub vm_id: VmId,
     state: Mutex<State>,
-    writer: Mutex<Writer>,
+    pub(super) writer: Mutex<Writer>,
     blocked: Notify,
+    /// The last exchange is over.
+    pub(super) idle: Notify,
     places: Arc<Semaphore>,
     streams: Arc<Semaphore>,
     /// Records that came.
@@ -88,12 +100,13 @@ impl Link {
     pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> Arc<Self> {
         let stream = Arc::new(stream);
         let connection = Connection::new(session);
-        let state = State { connection, open: HashMap::new(), used: Instant::now(), closed: None };
+        let state = State { connection, open: HashMap::new(), recess: None, used: Instant::now(), closed: None };
         let link = Arc::new(Self {
             vm_id,
             state: Mutex::new(state),
             writer: Mutex::new(Writer { stream: Some(stream.clone()), bytes: Vec::new(), written: 0 }),
             blocked: Notify::new(),
+            idle: Notify::new(),
             places: Arc::new(Semaphore::new(MAX_EXCHANGES)),
             streams: Arc::new(Semaphore::new(MAX_STREAMS)),
             heard: AtomicU64::new(0),
@@ -122,7 +135,7 @@ impl Link {
         self.tasks().drain(..).for_each(|task| task.abort());
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -131,8 +144,10 @@ impl Link {
         let askers = {
             let mut state = self.state();
             state.closed.get_or_insert_with(|| reason.to_owned());
+            state.recess = None;
             std::mem::take(&mut state.open)
         };
+        self.idle.notify_waiters();
         for open in askers.into_values() {
             if let Asker::Stream(mailbox) = open.asker {
                 mailbox.close();
@@ -208,7 +223,7 @@ impl Link {
             let refused =
                 |error| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: format!("{error}"), sent: false };
             let id = state.connection.exchanges.request(body).map_err(refused)?;
-            state.open.insert(id, Open { asker, is_use, _place: place });
+            state.open.insert(id, Open::new(asker, place, is_use));
             if is_use {
                 state.used = Instant::now();
             }
@@ -227,11 +242,18 @@ impl Link {
                 open.asker = Asker::Nobody;
             } else {
                 state.open.remove(&id);
+                self.tell_idle(&state);
             }
             sent
         };
         self.flush();
         sent
+    }
+
+    fn tell_idle(&self, state: &State) {
+        if state.open.is_empty() {
+            self.idle.notify_waiters();
+        }
     }
 
     /// Does something to the exchanges and sends what comes of it.
@@ -242,7 +264,7 @@ impl Link {
     }
 
     /// Writes what waits, as far as the transport takes it. Never blocks.
-    fn flush(&self) {
+    pub(super) fn flush(&self) {
         for _ in 0..ROUNDS {
             let mut writer = match self.writer.try_lock() {
                 Ok(writer) => writer,
@@ -260,7 +282,7 @@ impl Link {
             if is_stuck {
                 break;
             }
-            if !self.state().connection.exchanges.has_outgoing() {
+            if !self.state().connection.has_outgoing() {
                 return;
             }
         }
@@ -289,6 +311,12 @@ impl Link {
         self.heard.fetch_add(1, Ordering::Relaxed);
         self.sign.notify_waiters();
         let mut state = self.state();
+        if let Some(recess) = state.recess.take() {
+            let next = recess.take(record, &mut state.connection)?;
+            // It may have been closed meanwhile.
+            state.recess = next.filter(|_| state.closed.is_none());
+            return Ok(());
+        }
         let Some(incoming) = state.connection.receive(record).map_err(|error| error.to_string())? else {
             return Ok(());
         };
@@ -299,6 +327,10 @@ impl Link {
         match incoming {
             Incoming::Response { id, body } => {
                 let Some(open) = state.open.remove(&id) else { return Ok(()) };
+                self.tell_idle(&state);
+                if let Asker::Recess(asker) = open.asker {
+                    return state.begin_recess(&body, asker);
+                }
                 if open.is_use {
                     state.used = Instant::now();
                 }
@@ -307,7 +339,7 @@ impl Link {
                     // Gave up this very moment: then the answer is dropped.
                     Asker::Once(asker) => drop(asker.send(body)),
                     Asker::Stream(mailbox) => mailbox.respond(body),
-                    Asker::Nobody => {}
+                    Asker::Nobody | Asker::Recess(_) => {}
                 }
             }
             // A command that streams is heard by nobody, and gets no more credit.
@@ -362,7 +394,7 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
             }
         }
         // Credit and the like.
-        if link.state().connection.exchanges.has_outgoing() {
+        if link.state().connection.has_outgoing() {
             link.flush();
         }
         match stream.try_read(decoder.space()) {

@@ -17,6 +17,7 @@ pub mod framing;
 mod link;
 mod mailbox;
 mod process;
+mod recess;
 mod stream;
 mod transfer;
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use microvm_protocol::identity::{Identity, DRIVE_BYTES};
 
 use crate::error::{Error, Result};
-use crate::host::memfd;
+use crate::host::{memfd, reflink};
 
 /// The unit in which the template is copied; what is zero in it stays a hole.
 const CHUNK: usize = 64 * 1024;
@@ -58,7 +58,8 @@ pub fn write_disk(template: &Path, path: &Path) -> Result<()> {
     }
 }
 
-/// Fills an empty disk of the same size as the template's with what that holds.
+/// Fills an empty disk of the same size as the template's with what that holds: sharing its blocks where the file system
+/// can, else block by block.
 ///
 /// # Errors
 /// [`Error::Host`].
@@ -68,6 +69,9 @@ pub fn copy_disk(template: &OwnedFd, path: &Path) -> Result<()> {
         let source = File::from(template.try_clone()?);
         let length = source.metadata()?.len();
         let disk = open(path)?;
+        if reflink::share(&source, &disk).is_ok() {
+            return Ok(());
+        }
         let mut chunk = vec![0; CHUNK];
         for extent in memfd::data_extents(&source, length)? {
             for at in extent.clone().step_by(CHUNK) {

@@ -3,6 +3,7 @@
 //! Architecture invariant: `registry` is held for a few instructions at a time, never across an await; what takes
 //! time happens on a VM of its own, so one slow VM never blocks another.
 
+mod kept;
 mod metrics;
 mod policy;
 mod pool;
@@ -19,17 +20,18 @@ use tokio::task::{AbortHandle, JoinSet};
 use crate::error::{Error, Result};
 use crate::host::memory::{self, HostMemory};
 use crate::host::{clock, private_dir, runtime_dir};
-use crate::image::template::{Store, StoreLimits};
+use crate::image::template::{Digests, Shelf, Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, Happening, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape, VmId,
-    VmState,
+    Backend, Happening, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape,
+    TemplateName, VmId, VmState,
 };
 use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings, Spec};
 use crate::vmm::{Binaries, COST_MIB};
 use policy::Treatments;
 use pool::Pool;
 
+pub use kept::KeptEntry;
 pub use pool::ShelfUse;
 
 /// Starts at once, for each CPU: one computes while another waits for the kernel.
@@ -47,6 +49,8 @@ pub struct CreateRequest {
     pub vm_id: Option<VmId>,
     pub kernel_path: Option<PathBuf>,
     pub rootfs_path: Option<PathBuf>,
+    /// One of the user's own.
+    pub template: Option<TemplateName>,
 }
 
 impl CreateRequest {
@@ -60,6 +64,7 @@ impl CreateRequest {
             vm_id: None,
             kernel_path: spec.kernel_path.clone(),
             rootfs_path: spec.rootfs_path.clone(),
+            template: spec.template.clone(),
         }
     }
 }
@@ -76,6 +81,9 @@ pub struct ResourceUsage {
     pub pool: Vec<ShelfUse>,
     /// How many templates are kept, and their bytes on disk.
     pub templates: (usize, u64),
+    /// The same of the user's own templates, and of suspended VMs.
+    pub snapshots: (usize, u64),
+    pub suspended: (usize, u64),
 }
 
 struct Registry {
@@ -86,6 +94,7 @@ struct Registry {
 
 /// The manager.
 pub struct Manager {
+    me: Weak<Self>,
     config: ManagerConfig,
     settings: Arc<Settings>,
     registry: Mutex<Registry>,
@@ -114,6 +123,9 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         base: config.runtime_dir.as_ref().map_or_else(runtime_dir::default_base, PathBuf::from),
         image,
         templates: config.templates.then(|| Arc::new(Store::new(&cache, limits))),
+        snapshots: Arc::new(Shelf::snapshots(&cache)),
+        suspended: Arc::new(Shelf::suspended(&cache)),
+        digests: Arc::new(Digests::default()),
         binaries: Binaries::from(config),
         min_isolation: config.min_isolation,
         jail: config.jail,
@@ -138,7 +150,7 @@ impl Manager {
         let settings = Arc::new(settings(&config, image));
         let pool = Pool::new(&config.pool, config.default_backend, settings.clone());
         let (registry, treatments, tasks) = (Mutex::new(registry), Treatments::default(), Mutex::default());
-        Arc::new(Self { settings, config, registry, pool, treatments, tasks })
+        Arc::new_cyclic(|me| Self { me: me.clone(), settings, config, registry, pool, treatments, tasks })
     }
 
     #[must_use]
@@ -174,7 +186,9 @@ impl Manager {
     /// the pool; nothing when it runs already.
     pub async fn start(self: &Arc<Self>) {
         let (base, templates) = (self.settings.base.clone(), self.settings.templates.clone());
+        let shelves = [self.settings.snapshots.clone(), self.settings.suspended.clone()];
         let sweep = move || {
+            shelves.iter().for_each(|shelf| shelf.clean_up());
             if let Some(templates) = templates {
                 templates.clean_up();
             }
@@ -218,6 +232,7 @@ impl Manager {
             network: NetworkConfig::default(),
             kernel_path: shape.kernel_path.clone(),
             rootfs_path: shape.rootfs_path.clone(),
+            template: None,
         };
         vm::prepare_template(&spec, &self.settings).await
     }
@@ -226,6 +241,7 @@ impl Manager {
     pub async fn stop(&self) {
         self.stop_tasks();
         self.destroy_all().await;
+        self.settings.suspended.removed().await;
         self.events().close();
     }
 
@@ -245,8 +261,13 @@ impl Manager {
     ///
     /// # Errors
     /// [`Error::QuotaExceeded`], also when the host has not the memory for one more; [`Error::VmIdTaken`],
-    /// [`Error::InvalidValue`].
+    /// [`Error::InvalidValue`]; [`Error::TemplateNotFound`], [`Error::StateMismatch`], [`Error::StateDamaged`].
     pub fn create(&self, request: CreateRequest) -> Result<Arc<MicroVm>> {
+        let outline = request.template.as_ref().map(|name| self.outline(name)).transpose()?;
+        let request = match &outline {
+            Some(outline) => kept::fill(request, outline)?,
+            None => request,
+        };
         let limits = request.limits.unwrap_or_else(|| self.config.default_limits.clone());
         limits.check()?;
         let network = request.network.unwrap_or_default();
@@ -263,9 +284,17 @@ impl Manager {
             network,
             kernel_path: request.kernel_path,
             rootfs_path: request.rootfs_path,
+            template: request.template,
         };
-        let vm = MicroVm::new(spec, self.settings.clone(), Some(self.pool.clone()));
-        let admitted = self.admit(&vm);
+        if let (Some(outline), Some(name)) = (&outline, &spec.template) {
+            kept::check(&spec, outline, name)?;
+        }
+        if self.settings.suspended.has(spec.vm_id.as_str()) {
+            let owner = "a suspended VM: resume_vm() or destroy_vm() it".into();
+            return Err(Error::VmIdTaken { vm_id: spec.vm_id, owner });
+        }
+        let vm = self.vm(spec);
+        let admitted = self.reserve(vm.spec(), Some(&vm));
         match &admitted {
             Ok(()) => vm.tell(Happening::Created, ""),
             Err(error @ Error::QuotaExceeded { .. }) => vm.tell(Happening::Limit { what: "quota" }, error.to_string()),
@@ -274,9 +303,13 @@ impl Manager {
         admitted.map(|()| vm)
     }
 
-    /// Takes a VM into the registry and reserves what it needs.
-    fn admit(&self, vm: &Arc<MicroVm>) -> Result<()> {
-        let (vm_id, limits) = (vm.id(), &vm.spec().limits);
+    fn vm(&self, spec: Spec) -> Arc<MicroVm> {
+        MicroVm::new(spec, self.settings.clone(), Some(self.pool.clone()), Some(self.me.clone()))
+    }
+
+    /// Reserves what the VM of `spec` needs, and takes `enter` into the registry.
+    fn reserve(&self, spec: &Spec, enter: Option<&Arc<MicroVm>>) -> Result<()> {
+        let (vm_id, limits) = (&spec.vm_id, &spec.limits);
         let host = memory::read().filter(|_| !self.config.overcommit_memory);
         // Looked up before the registry is locked; a VM that starts meanwhile is counted in full, which is safe.
         let taken: u64 = self.list(None, None).iter().map(|vm| vm.memory_taken_mib()).sum();
@@ -284,11 +317,15 @@ impl Manager {
             let mut registry = self.registry();
             if let Some(host) = host {
                 let cost = |memory_mb: u64| memory_mb + COST_MIB;
-                let promised: u64 = registry.vms.iter().map(|vm| cost(vm.spec().limits.memory_mb)).sum();
+                let present = registry.vms.iter().filter(|vm| !vm.is_suspended());
+                let promised: u64 = present.map(|vm| cost(vm.spec().limits.memory_mb)).sum();
                 check_host_memory(vm_id, cost(limits.memory_mb), promised.saturating_sub(taken), host)?;
             }
+            if enter.is_some() && registry.vms.iter().any(|vm| vm.id() == vm_id) {
+                return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "this manager".into() });
+            }
             registry.quota.reserve(vm_id, limits)?;
-            registry.vms.push(vm.clone());
+            registry.vms.extend(enter.cloned());
             registry.quota.available()
         };
         self.pool.shrink_to(left);
@@ -320,11 +357,12 @@ impl Manager {
     /// Removes a VM and every trace of it, and gives its quota back.
     ///
     /// # Errors
-    /// [`Error::VmNotFound`].
+    /// [`Error::VmNotFound`]; [`Error::VmIdTaken`] when it is suspended and someone resumes it.
     pub async fn destroy(&self, vm_id: &str) -> Result<()> {
-        let vm = self.find(vm_id)?;
+        let Some(vm) = self.get(vm_id) else { return self.destroy_suspended(vm_id).await };
         self.remove(&vm).await;
-        Ok(())
+        // Looked for afterwards: it may have been about to be suspended. The name is this VM's alone.
+        vm::forget_suspended(&self.settings, vm.id()).await.map(drop)
     }
 
     async fn remove(&self, vm: &Arc<MicroVm>) {
@@ -363,8 +401,10 @@ impl Manager {
         };
         let templates = self.settings.templates.as_ref().map_or((0, 0), |store| store.usage());
         let pool = self.pool.usage();
+        let (snapshots, suspended) = (kept::usage(&self.settings.snapshots), kept::usage(&self.settings.suspended));
         let mut usage =
             ResourceUsage { total_vms: vms.len(), allocated, available, pool, templates, ..ResourceUsage::default() };
+        (usage.snapshots, usage.suspended) = (snapshots, suspended);
         for vm in vms {
             *usage.by_type.entry(vm.spec().isolation_type.as_str()).or_default() += 1;
             *usage.by_state.entry(vm.state().as_str()).or_default() += 1;

@@ -191,6 +191,7 @@ impl Pool {
             network: NetworkConfig::default(),
             kernel_path: pool.shape.kernel_path.clone(),
             rootfs_path: pool.shape.rootfs_path.clone(),
+            template: None,
         })
     }
 
@@ -204,7 +205,7 @@ impl Pool {
 impl Supply for Pool {
     fn take(&self, spec: &Spec) -> Option<Standby> {
         // A network is a VM's own from its first packet on; nothing of that can be made ahead.
-        if !spec.network.isolated_network || spec.backend != self.backend {
+        if !spec.network.isolated_network || spec.backend != self.backend || spec.template.is_some() {
             return None;
         }
         let is_it = |shelf: &&mut Shelf| {

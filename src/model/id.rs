@@ -1,4 +1,4 @@
-//! The name of a VM.
+//! The names of VMs and templates.
 
 use std::fmt;
 
@@ -14,17 +14,7 @@ impl VmId {
     /// # Errors
     /// [`Error::InvalidValue`] naming `vm_id`.
     pub fn parse(text: &str) -> Result<Self> {
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        let fits = (1..=Self::MAX_LENGTH).contains(&text.len());
-        if fits && text.chars().all(allowed) && !text.starts_with(['.', '-']) {
-            return Ok(Self(text.to_owned()));
-        }
-        let shown: String = text.chars().take(80).collect();
-        Err(Error::InvalidValue {
-            field: "vm_id".into(),
-            value: format!("{shown:?}"),
-            allowed: "1 to 64 of the letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'".into(),
-        })
+        check("vm_id", text).map(|()| Self(text.to_owned()))
     }
 
     #[must_use]
@@ -45,7 +35,44 @@ impl VmId {
     }
 }
 
+/// The name of a template of the user's own, of the same letters as a VM's.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct TemplateName(String);
+
+impl TemplateName {
+    /// # Errors
+    /// [`Error::InvalidValue`] naming `field`.
+    pub fn parse(field: &str, text: &str) -> Result<Self> {
+        check(field, text).map(|()| Self(text.to_owned()))
+    }
+
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+fn check(field: &str, text: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let fits = (1..=VmId::MAX_LENGTH).contains(&text.len());
+    if fits && text.chars().all(allowed) && !text.starts_with(['.', '-']) {
+        return Ok(());
+    }
+    let shown: String = text.chars().take(80).collect();
+    Err(Error::InvalidValue {
+        field: field.into(),
+        value: format!("{shown:?}"),
+        allowed: "1 to 64 of the letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'".into(),
+    })
+}
+
 impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for TemplateName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -66,6 +93,8 @@ mod tests {
     fn test_vm_id_bad_forms_are_refused() {
         for bad in ["", "a/b", "..", ".a", "-a", "a b", "ä", "a\0b", &"x".repeat(65)] {
             assert!(VmId::parse(bad).is_err(), "{bad:?}");
+            let message = TemplateName::parse("template", bad).unwrap_err().to_string();
+            assert!(message.starts_with("template="), "{message}");
         }
     }
 

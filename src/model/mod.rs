@@ -23,7 +23,7 @@ pub use config::{ManagerConfig, CONFIG_KEYS};
 pub use egress::{EgressRule, EgressTarget, NamePattern};
 pub use event::{Event, Happening};
 pub use health::{judge, GuestUse, HealthStatus, Look, Reason, Sign, Verdict};
-pub use id::VmId;
+pub use id::{TemplateName, VmId};
 pub use ipv4::Ipv4Net;
 pub use kinds::{Backend, Grade, IsolationType, JailMode};
 pub use limits::ResourceLimits;

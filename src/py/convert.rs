@@ -10,7 +10,7 @@ use serde_json::{json, Map, Number, Value};
 use super::errors;
 use crate::error::Error;
 use crate::image::GuestImage;
-use crate::model::{Backend, IsolationType, NetworkConfig, ResourceLimits, VmId, VmState};
+use crate::model::{Backend, IsolationType, NetworkConfig, ResourceLimits, TemplateName, VmId, VmState};
 
 const PACKAGE: &str = "thirstys_waterfall.security.microvm_isolation";
 /// Nesting of a JSON document; the parser on the other side stops at 128.
@@ -77,6 +77,15 @@ pub fn vm_state(value: &Bound<'_, PyAny>) -> PyResult<VmState> {
 pub fn vm_id(value: &Bound<'_, PyAny>) -> PyResult<VmId> {
     let text = text("vm_id", value)?;
     VmId::parse(&text).map_err(|error| errors::raise(value.py(), &error))
+}
+
+pub fn template(field: &str, value: &Bound<'_, PyAny>) -> PyResult<TemplateName> {
+    let name = text(field, value)?;
+    TemplateName::parse(field, &name).map_err(|error| errors::raise(value.py(), &error))
+}
+
+pub fn optional_template(field: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<TemplateName>> {
+    value.filter(|value| !value.is_none()).map(|value| template(field, value)).transpose()
 }
 
 pub fn text(field: &str, value: &Bound<'_, PyAny>) -> PyResult<String> {

@@ -106,6 +106,8 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "accelerator": facts.accelerator,
         "start": facts.origin.map(|origin| start_json(origin, &facts.stages)),
         "state": vm.state().as_str(),
+        "suspended": vm.is_suspended(),
+        "template": spec.template.as_ref().map(|name| name.as_str()),
         "pid": facts.pid,
         "socket_path": facts.socket,
         "kernel_path": spec.kernel_path,
@@ -158,7 +160,8 @@ impl MicroVMInstance {
 #[pymethods]
 impl MicroVMInstance {
     #[new]
-    #[pyo3(signature = (vm_id, backend, isolation_type, resource_limits, network_config=None, kernel_path=None, rootfs_path=None))]
+    #[pyo3(signature = (vm_id, backend, isolation_type, resource_limits, network_config=None, kernel_path=None, rootfs_path=None, template=None))]
+    #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn new(
         vm_id: &Bound<'_, PyAny>,
         backend: &Bound<'_, PyAny>,
@@ -167,6 +170,7 @@ impl MicroVMInstance {
         network_config: Option<&Bound<'_, PyAny>>,
         kernel_path: Option<&Bound<'_, PyAny>>,
         rootfs_path: Option<&Bound<'_, PyAny>>,
+        template: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = vm_id.py();
         let spec = Spec {
@@ -177,10 +181,11 @@ impl MicroVMInstance {
             network: network_config.map(convert::network).transpose()?.unwrap_or_default(),
             kernel_path: convert::optional_path("kernel_path", kernel_path)?,
             rootfs_path: convert::optional_path("rootfs_path", rootfs_path)?,
+            template: convert::optional_template("template", template)?,
         };
         logging::start(py)?;
         let settings = manager::settings(&ManagerConfig::default(), convert::guest_image(py)?);
-        Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings), None), false))
+        Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings), None, None), false))
     }
 
     /// Boots the VM and waits for its agent; `False` with `last_error` when it does not come up.
@@ -198,9 +203,21 @@ impl MicroVMInstance {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.pause().await })
     }
 
-    /// Lets the vCPUs go on and sets the guest's clock.
+    /// Lets the vCPUs go on and sets the guest's clock; brings a suspended VM back.
     fn resume(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.resume().await })
+    }
+
+    /// Makes a template of the VM as it is now, under a name; the VM goes on. Raises when it fails.
+    fn snapshot(&self, py: Python<'_>, name: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (vm, name) = (self.vm.get(py)?.clone(), convert::template("name", name)?);
+        let taken = gate::wait(py, OnInterrupt::Finish, async move { vm.snapshot(&name).await })?;
+        self.raise(py, taken)
+    }
+
+    /// Writes the VM's state to disk and ends its process; `resume` brings it back.
+    fn suspend(&self, py: Python<'_>) -> PyResult<bool> {
+        self.change(py, OnInterrupt::Finish, |vm| async move { vm.suspend().await })
     }
 
     fn get_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {

@@ -14,7 +14,7 @@ use super::gate::{self, OnInterrupt, Owned};
 use super::instance::{self, MicroVMInstance};
 use super::{convert, errors, logging};
 use crate::error::Error;
-use crate::manager::{CreateRequest, Manager, ShelfUse};
+use crate::manager::{CreateRequest, KeptEntry, Manager, ShelfUse};
 use crate::model::{HealthStatus, ManagerConfig, PoolSpec, Shape};
 use crate::vm::MicroVm;
 
@@ -142,7 +142,7 @@ impl MicroVMIsolationManager {
     }
 
     /// Reserves quota for a VM and names it; `None` with `last_error` when there is no room or the name is taken.
-    #[pyo3(signature = (isolation_type, resource_limits=None, backend=None, network_config=None, vm_id=None, kernel_path=None, rootfs_path=None))]
+    #[pyo3(signature = (isolation_type, resource_limits=None, backend=None, network_config=None, vm_id=None, kernel_path=None, rootfs_path=None, template=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn create_vm(
         &self,
@@ -154,6 +154,7 @@ impl MicroVMIsolationManager {
         vm_id: Option<&Bound<'_, PyAny>>,
         kernel_path: Option<&Bound<'_, PyAny>>,
         rootfs_path: Option<&Bound<'_, PyAny>>,
+        template: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Option<String>> {
         let manager = self.manager.get(py)?;
         let request = CreateRequest {
@@ -164,6 +165,7 @@ impl MicroVMIsolationManager {
             vm_id: vm_id.map(convert::vm_id).transpose()?,
             kernel_path: convert::optional_path("kernel_path", kernel_path)?,
             rootfs_path: convert::optional_path("rootfs_path", rootfs_path)?,
+            template: convert::optional_template("template", template)?,
         };
         let Some(vm) = self.settle(py, manager.create(request))? else { return Ok(None) };
         logging::on_this_thread(py, "info", &format!("{}: created", vm.id()))?;
@@ -187,9 +189,39 @@ impl MicroVMIsolationManager {
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.pause().await })
     }
 
+    /// Lets a paused VM go on, and brings a suspended one back, also one that another manager suspended.
     fn resume_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let vm_id = convert::text("vm_id", vm_id)?;
+        let manager = self.manager.get(py)?.clone();
+        let resumed = gate::wait(py, OnInterrupt::Finish, async move { manager.resume(&vm_id).await })?;
+        let Some(vm) = self.settle(py, resumed)? else { return Ok(false) };
+        self.handle(py, vm)?;
+        Ok(true)
+    }
+
+    /// Writes a VM's state to disk and ends its process; see `MicroVMInstance.suspend`.
+    fn suspend_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
-        self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.resume().await })
+        self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.suspend().await })
+    }
+
+    /// The suspended VMs of this user, whichever manager they were of.
+    fn list_suspended<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let manager = self.manager.get(py)?.clone();
+        kept_list(py, "vm_id", move || manager.list_suspended())
+    }
+
+    /// The templates of the user's own.
+    fn list_templates<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let manager = self.manager.get(py)?.clone();
+        kept_list(py, "name", move || manager.list_templates())
+    }
+
+    /// Removes a template of the user's own; its clones run on.
+    fn delete_template(&self, py: Python<'_>, name: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let (manager, name) = (self.manager.get(py)?.clone(), convert::template("name", name)?);
+        let deleted = gate::wait(py, OnInterrupt::Finish, async move { manager.delete_template(&name).await })?;
+        Ok(self.settle(py, deleted)?.is_some())
     }
 
     /// Removes a VM, in whatever state, and every trace of it.
@@ -277,6 +309,8 @@ impl MicroVMIsolationManager {
             "vms_by_state": usage.by_state,
             "pool": usage.pool.iter().map(shelf_json).collect::<Vec<_>>(),
             "templates": {"count": usage.templates.0, "disk_bytes": usage.templates.1},
+            "own_templates": {"count": usage.snapshots.0, "disk_bytes": usage.snapshots.1},
+            "suspended": {"count": usage.suspended.0, "disk_bytes": usage.suspended.1},
         });
         convert::from_json(py, &report)
     }
@@ -381,6 +415,37 @@ impl MicroVMIsolationManager {
     fn _cleanup_active(&self) -> bool {
         self.manager.peek().is_cleaning_up()
     }
+}
+
+fn kept_list<'py>(
+    py: Python<'py>,
+    key: &'static str,
+    list: impl FnOnce() -> Vec<KeptEntry> + Send + 'static,
+) -> PyResult<Bound<'py, PyAny>> {
+    let listed = gate::wait(py, OnInterrupt::Abandon, async move { tokio::task::spawn_blocking(list).await })?;
+    let entries = listed.map_err(|error| errors::raise(py, &Error::host("list", "what is kept", error)))?;
+    convert::from_json(py, &entries.iter().map(|entry| kept_json(key, entry)).collect())
+}
+
+fn kept_json(key: &str, entry: &KeptEntry) -> Value {
+    let mut kept = match &entry.outline {
+        Ok(outline) => json!({
+            "backend": outline.backend,
+            "isolation_type": outline.isolation_type,
+            "resource_limits": convert::limits_json(&outline.limits),
+            "isolated_network": outline.network.isolated_network,
+            "kernel_path": outline.kernel_path,
+            "rootfs_path": outline.rootfs_path,
+            "created": outline.created_unix_s,
+            "damaged": false,
+        }),
+        Err(error) => json!({"damaged": true, "reason": error.to_string()}),
+    };
+    if let (Ok(outline), "name") = (&entry.outline, key) {
+        kept["source_vm_id"] = json!(outline.vm_id);
+    }
+    (kept[key], kept["disk_bytes"]) = (json!(entry.name), json!(entry.disk_bytes));
+    kept
 }
 
 fn shelf_json(shelf: &ShelfUse) -> Value {

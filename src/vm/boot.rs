@@ -7,14 +7,14 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use microvm_protocol::identity::{Key, CONFIG_SERIAL};
+use microvm_protocol::identity::CONFIG_SERIAL;
 
 use super::confine::Confinement;
 use super::network::Connection;
-use super::prepare::{self, prepare, Prepared};
-use super::running::Running;
+use super::prepare::{self, prepare, Ids, Prepared, Told};
+use super::running::{Base, Running};
 use super::standby::Standby;
-use super::{template, Settings, Spec};
+use super::{snapshot, template, Settings, Spec};
 use crate::channel::Agent;
 use crate::error::{Error, Result, Tails};
 use crate::host::memfd;
@@ -132,6 +132,9 @@ fn with_tails(error: Error, said: Tails) -> Error {
 /// Starts a VM and waits for its agent, at most `start_timeout`.
 pub async fn boot(spec: &Spec, settings: &Settings, standby: Option<Standby>) -> Result<Running> {
     let begun = Instant::now();
+    if let Some(name) = &spec.template {
+        return snapshot::clone_of(name, spec, settings).await;
+    }
     if let Some(standby) = standby {
         match standby.become_vm(spec, settings).await {
             Ok(running) => return Ok(running),
@@ -154,7 +157,8 @@ pub async fn boot(spec: &Spec, settings: &Settings, standby: Option<Standby>) ->
     run(prepare(spec, settings).await?, settings, progress, None).await
 }
 
-async fn run(
+/// Launches what is prepared and brings it up.
+pub async fn run(
     prepared: Prepared,
     settings: &Settings,
     progress: Progress,
@@ -173,7 +177,7 @@ pub struct Launching {
     vmm: Box<dyn Vmm>,
     plan: LaunchPlan,
     limits: ResourceLimits,
-    key: Key,
+    told: Told,
     jailed: Jailed,
     transport: Transport,
     control: Box<dyn Control>,
@@ -195,7 +199,7 @@ impl Launching {
         template: Option<Arc<Template>>,
     ) -> Result<Self> {
         progress.at("drives");
-        let (prepared, key) = prepared.write_drives(settings, template.clone()).await?;
+        let (prepared, told) = prepared.write_drives(settings, template.clone()).await?;
         let Prepared { dir, vmm, mut plan, limits, network, held, confinement, .. } = prepared;
         progress.at("launch");
         let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
@@ -209,7 +213,7 @@ impl Launching {
             vmm,
             plan,
             limits,
-            key,
+            told,
             jailed,
             transport,
             control,
@@ -259,10 +263,10 @@ impl Launching {
         let (vm_id, base) = (spec.vm_id.clone(), settings.base.clone());
         let renaming = tokio::task::spawn_blocking(move || {
             self.dir.rename(&base, &vm_id)?;
-            let (identity, key) = prepare::identity(&vm_id, &self.limits, None)?;
+            let (identity, told) = prepare::identity(&vm_id, &self.limits, None, Ids::generate()?)?;
             image::write_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
             self.plan.vm_id = vm_id;
-            self.key = key;
+            self.told = told;
             self.progress = Progress::since(begun, "take");
             Ok(self)
         });
@@ -277,7 +281,7 @@ impl Launching {
             dir,
             vmm,
             plan,
-            key,
+            told: Told { key, ids },
             jailed,
             transport,
             control,
@@ -310,10 +314,14 @@ impl Launching {
         Ok(Running {
             vm_id: vm_id.clone(),
             backend: vmm.backend(),
+            capabilities: vmm.capabilities(),
             grade: vmm.grade(),
             accelerator: vmm.accelerator(),
             confinement,
+            ids,
             origin: if template.is_some() { "clone" } else { "boot" },
+            base: template
+                .map(|template| Box::new(Base { ram: template.ram.clone(), fit: template.manifest.fit.clone() })),
             stages: progress.lengths(),
             since: Instant::now(),
             cpu_sample: Mutex::new((progress.begun, Usage::default())),

@@ -33,6 +33,8 @@ const PASSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Durat
 struct Places {
     runtime_dir: PathBuf,
     templates: Option<PathBuf>,
+    /// Of snapshots and suspended VMs.
+    shelves: Vec<PathBuf>,
 }
 
 /// The janitor of this process.
@@ -60,7 +62,8 @@ pub fn sweep(runtime_dir: &Path) -> Vec<String> {
 /// manager's start does it, and a warning says so.
 pub fn keep(settings: &Settings) {
     let templates = settings.templates.as_ref().map(|store| store.folder().to_owned());
-    let places = Places { runtime_dir: settings.base.clone(), templates };
+    let shelves = [&settings.snapshots, &settings.suspended].map(|shelf| shelf.folder().to_owned()).into();
+    let places = Places { runtime_dir: settings.base.clone(), templates, shelves };
     let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
     let told = try_keep(&mut kept, &settings.image.janitor, places);
     drop(kept);
@@ -121,12 +124,13 @@ pub fn serve() -> Result<()> {
     master.ended_within(DEATH);
     for pause in PASSES {
         std::thread::sleep(pause);
-        for Places { runtime_dir, templates } in &places {
+        for Places { runtime_dir, templates, shelves } in &places {
             let swept = sweep(runtime_dir);
             log::debug!("removed {}", swept.join(", "));
             if let Some(templates) = templates {
                 template::remove_unfinished(templates);
             }
+            shelves.iter().for_each(|shelf| template::clean_up_folder(shelf));
         }
     }
     Ok(())

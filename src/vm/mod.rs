@@ -7,6 +7,7 @@
 
 mod boot;
 mod confine;
+mod copy;
 mod events;
 mod health;
 pub mod janitor;
@@ -14,12 +15,14 @@ mod monitor;
 pub mod network;
 mod prepare;
 mod running;
+mod snapshot;
 mod standby;
 mod streams;
+mod suspend;
 mod template;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
@@ -28,10 +31,11 @@ use tokio::sync::{watch, Semaphore};
 use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
 use crate::host::{clock, process};
-use crate::image::template::Store;
+use crate::image::template::{Digests, Shelf, Store};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, Grade, Happening, Ipv4Net, IsolationType, JailMode, NetworkConfig, ResourceLimits, VmId, VmState,
+    Backend, Grade, Happening, Ipv4Net, IsolationType, JailMode, NetworkConfig, ResourceLimits, TemplateName, VmId,
+    VmState,
 };
 use crate::net::Segment;
 use crate::vmm::{Binaries, COST_MIB};
@@ -40,8 +44,10 @@ pub use events::{Events, Heard, Hearer};
 pub use health::Health;
 pub use monitor::Heartbeat;
 use running::Running;
+pub use snapshot::mismatches;
 pub use standby::Standby;
 pub use streams::Live;
+pub use suspend::forget as forget_suspended;
 pub use template::prepare as prepare_template;
 
 /// What a VM is to be, as its maker wrote it.
@@ -55,6 +61,8 @@ pub struct Spec {
     pub network: NetworkConfig,
     pub kernel_path: Option<PathBuf>,
     pub rootfs_path: Option<PathBuf>,
+    /// One of the user's own that it is a clone of.
+    pub template: Option<TemplateName>,
 }
 
 /// What the VMs of one manager have in common.
@@ -64,6 +72,10 @@ pub struct Settings {
     pub image: GuestImage,
     /// `None`: every VM boots.
     pub templates: Option<Arc<Store>>,
+    /// Templates of the users' own, and VMs that are away.
+    pub snapshots: Arc<Shelf>,
+    pub suspended: Arc<Shelf>,
+    pub digests: Arc<Digests>,
     pub binaries: Binaries,
     pub min_isolation: Option<Grade>,
     pub jail: JailMode,
@@ -88,7 +100,7 @@ pub struct Facts {
     pub backend: Option<Backend>,
     pub grade: Option<Grade>,
     pub accelerator: Option<&'static str>,
-    /// `boot`, `clone` or `pool`.
+    /// `boot`, `clone`, `pool` or `resume`.
     pub origin: Option<&'static str>,
     /// The stages of its start and how long each took.
     pub stages: Vec<(&'static str, Duration)>,
@@ -108,8 +120,20 @@ pub trait Supply: Send + Sync {
     fn starting(&self, begins: bool);
 }
 
+/// Who counts what VMs have reserved.
+pub trait Ledger: Send + Sync {
+    /// Reserves what `spec` needs, again.
+    ///
+    /// # Errors
+    /// [`Error::QuotaExceeded`].
+    fn reserve(&self, spec: &Spec) -> Result<()>;
+    fn give_back(&self, vm_id: &VmId);
+}
+
 struct Cell {
     state: VmState,
+    /// PAUSED, and its state is on disk.
+    suspended: bool,
     running: Option<Arc<Running>>,
     last_error: Option<Error>,
     /// When a VM that ran was found dead.
@@ -121,6 +145,7 @@ pub struct MicroVm {
     spec: Spec,
     settings: Arc<Settings>,
     supply: Option<Arc<dyn Supply>>,
+    ledger: Option<Weak<dyn Ledger>>,
     operation: tokio::sync::Mutex<()>,
     cell: Mutex<Cell>,
     destroying: watch::Sender<bool>,
@@ -128,12 +153,18 @@ pub struct MicroVm {
 
 impl MicroVm {
     #[must_use]
-    pub fn new(spec: Spec, settings: Arc<Settings>, supply: Option<Arc<dyn Supply>>) -> Arc<Self> {
-        let cell = Cell { state: VmState::Created, running: None, last_error: None, died: None };
+    pub fn new(
+        spec: Spec,
+        settings: Arc<Settings>,
+        supply: Option<Arc<dyn Supply>>,
+        ledger: Option<Weak<dyn Ledger>>,
+    ) -> Arc<Self> {
+        let cell = Cell { state: VmState::Created, suspended: false, running: None, last_error: None, died: None };
         Arc::new(Self {
             spec,
             settings,
             supply,
+            ledger,
             operation: tokio::sync::Mutex::new(()),
             cell: Mutex::new(cell),
             destroying: watch::Sender::new(false),
@@ -294,21 +325,25 @@ impl MicroVm {
         };
         std::mem::forget(abandoned);
         drop(under_way);
-        let running = booted.inspect_err(|error| self.fail(error))?;
+        self.runs(booted.inspect_err(|error| self.fail(error))?, "start");
+        drop(operation);
+        log::info!("{}: started in {} ms", self.id(), begun.elapsed().as_millis());
+        Ok(())
+    }
+
+    fn runs(self: &Arc<Self>, running: Running, why: &'static str) {
         let running = Arc::new(running);
         {
             let mut cell = self.cell();
-            self.enter(&mut cell, VmState::Running, "start");
+            self.enter(&mut cell, VmState::Running, why);
+            cell.suspended = false;
             cell.running = Some(running.clone());
             cell.died = None;
         }
-        drop(operation);
         if let Some(interval) = self.settings.heartbeat.interval {
             tokio::spawn(monitor::watch(Arc::downgrade(self), Arc::downgrade(&running), interval));
         }
         tokio::spawn(watch_over(Arc::downgrade(self), Arc::downgrade(&running), running.exit_receiver()));
-        log::info!("{}: started in {} ms", self.id(), begun.elapsed().as_millis());
-        Ok(())
     }
 
     fn cancelled(&self, operation: &'static str) -> Error {
@@ -328,8 +363,12 @@ impl MicroVm {
         if state == VmState::Error {
             return self.become_state("stop", VmState::Stopped);
         }
+        let was_suspended = self.is_suspended();
         self.become_state("stop", VmState::Stopping)?;
         self.tear_down(state == VmState::Running).await;
+        if was_suspended {
+            self.throw_away().await;
+        }
         self.become_state("stop", VmState::Stopped)?;
         log::info!("{}: stopped", self.id());
         Ok(())
@@ -355,12 +394,16 @@ impl MicroVm {
         self.become_state("pause", VmState::Paused)
     }
 
-    /// Lets the vCPUs go on and sets the guest's clock.
+    /// Lets the vCPUs go on and sets the guest's clock; brings a suspended VM back.
     ///
     /// # Errors
-    /// [`Error::InvalidState`], [`Error::Vmm`].
-    pub async fn resume(&self) -> Result<()> {
+    /// [`Error::InvalidState`], [`Error::Vmm`]; for a suspended VM those of a start, which leave it suspended, and
+    /// [`Error::VmNotFound`] when its state is gone.
+    pub async fn resume(self: &Arc<Self>) -> Result<()> {
         let _operation = self.operation.lock().await;
+        if self.is_suspended() {
+            return self.restore().await;
+        }
         let running = self.running_in("resume", VmState::Paused)?;
         running.control().resume().await.map_err(|error| error.of(self.id()))?;
         self.become_state("resume", VmState::Running)?;
@@ -471,11 +514,7 @@ impl Drop for Abandoned<'_> {
     }
 }
 
-async fn watch_over(
-    vm: std::sync::Weak<MicroVm>,
-    running: std::sync::Weak<Running>,
-    exit: watch::Receiver<Option<process::Exit>>,
-) {
+async fn watch_over(vm: Weak<MicroVm>, running: Weak<Running>, exit: watch::Receiver<Option<process::Exit>>) {
     let exit = process::wait_exit(exit).await;
     if let (Some(vm), Some(running)) = (vm.upgrade(), running.upgrade()) {
         vm.on_exit(&running, &exit).await;

@@ -28,6 +28,8 @@ pub struct Prepared {
     pub sources: Sources,
     pub limits: ResourceLimits,
     pub network: Option<Network>,
+    /// Those of a VM that was away; `None`: new ones.
+    pub ids: Option<Ids>,
     /// Shared with every VMM that is launched in this jail.
     pub held: Arc<Held>,
     pub confinement: Confinement,
@@ -56,41 +58,72 @@ pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
 }
 
 impl Prepared {
-    /// Fills the drives: who the guest is, and a disk, which is the template's where there is one. Returns the guest's
-    /// key.
-    pub async fn write_drives(self, settings: &Settings, template: Option<Arc<Template>>) -> Result<(Self, Key)> {
+    /// Fills the drives: who the guest is, and a disk, which is the template's where there is one. Returns what the guest
+    /// is told.
+    pub async fn write_drives(self, settings: &Settings, template: Option<Arc<Template>>) -> Result<(Self, Told)> {
         let (vm_id, image) = (self.plan.vm_id.clone(), settings.image.disk_template.clone());
         let writing = tokio::task::spawn_blocking(move || {
             let network = self.network.as_ref().map(|network| network.guest.clone());
-            let (identity, key) = identity(&self.plan.vm_id, &self.limits, network)?;
+            let ids = self.ids.map_or_else(Ids::generate, Ok)?;
+            let (identity, told) = identity(&self.plan.vm_id, &self.limits, network, ids)?;
             image::write_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
             let disk = self.dir.path().join(DISK_SERIAL);
             match template {
-                Some(template) => image::copy_disk(&template.disk, &disk)?,
+                Some(template) => {
+                    image::copy_disk(&template.disk, &disk)?;
+                    if !template.is_unchanged() {
+                        return Err(Error::host("copy", "a template's disk", "the template changed meanwhile"));
+                    }
+                }
                 None => image::write_disk(&image, &disk)?,
             }
-            Ok((self, key))
+            Ok((self, told))
         });
         writing.await.map_err(|error| Error::host("write the drives of", vm_id, error))?
     }
 }
 
-/// A new identity, and the key that is part of it.
-pub fn identity(vm_id: &VmId, limits: &ResourceLimits, network: Option<GuestNetwork>) -> Result<(Identity, Key)> {
+/// The names of a guest that it keeps for as long as it is the same VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ids {
+    pub machine_id: [u8; 16],
+    pub boot_id: [u8; 16],
+}
+
+impl Ids {
+    pub fn generate() -> Result<Self> {
+        Ok(Self { machine_id: clock::random()?, boot_id: clock::random()? })
+    }
+}
+
+/// What the host keeps of an identity.
+pub struct Told {
+    pub key: Key,
+    pub ids: Ids,
+}
+
+/// An identity with new keys and a new seed.
+pub fn identity(
+    vm_id: &VmId,
+    limits: &ResourceLimits,
+    network: Option<GuestNetwork>,
+    ids: Ids,
+) -> Result<(Identity, Told)> {
     let key = Key(clock::random()?);
     let identity = Identity {
         key: key.clone(),
         ephemeral: KeyPair::of(Key(clock::random()?)),
         seed: Key(clock::random()?),
-        machine_id: clock::random()?,
-        boot_id: clock::random()?,
+        machine_id: ids.machine_id,
+        boot_id: ids.boot_id,
         max_file_handles: limits.max_file_handles,
         max_processes: limits.max_processes,
         vm_id: vm_id.to_string(),
         hostname: vm_id.hostname(),
         network,
+        keeps_exchanges: false,
     };
-    Ok((identity, key))
+    Ok((identity, Told { key, ids }))
 }
 
 /// The folder in which the VMM makes its sockets.
@@ -167,7 +200,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         jail,
     };
     let (limits, held) = (spec.limits.clone(), Arc::new(held));
-    Ok(Prepared { dir, vmm, plan, sources, limits, network, held, confinement })
+    Ok(Prepared { dir, vmm, plan, sources, limits, network, ids: None, held, confinement })
 }
 
 #[cfg(test)]
@@ -180,8 +213,10 @@ mod tests {
         let vm_id = VmId::parse("tab-1").unwrap();
         let mut seen = HashSet::new();
         for _ in 0..200 {
-            let (identity, key) = identity(&vm_id, &ResourceLimits::default(), None).unwrap();
-            assert_eq!(key.0, identity.key.0);
+            let ids = Ids::generate().unwrap();
+            let (identity, told) = identity(&vm_id, &ResourceLimits::default(), None, ids).unwrap();
+            assert_eq!((&told.key, told.ids), (&identity.key, ids));
+            assert_eq!((identity.machine_id, identity.boot_id), (ids.machine_id, ids.boot_id));
             let long = [identity.key.0, identity.ephemeral.secret.0, identity.ephemeral.public, identity.seed.0];
             let short = [identity.machine_id, identity.boot_id];
             let all = long.iter().map(|bytes| bytes.to_vec()).chain(short.iter().map(|bytes| bytes.to_vec()));

@@ -1,5 +1,6 @@
 //! What a VM owns while it runs.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use tokio::sync::watch;
 use super::confine::Confinement;
 use super::health::Watch;
 use super::network::Connection;
+use super::prepare::Ids;
 use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
@@ -18,8 +20,9 @@ use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
 use crate::host::runtime_dir::{VmDir, GROUPS};
+use crate::image::template::Fit;
 use crate::model::{Backend, Grade, VmId};
-use crate::vmm::{Control, LiveTails};
+use crate::vmm::{Capabilities, Control, LiveTails};
 
 /// How long the guest may take to answer that it shuts down, and then to do it.
 const GUEST_DEADLINE: Duration = Duration::from_secs(3);
@@ -28,14 +31,24 @@ const QUIT_DEADLINE: Duration = Duration::from_secs(2);
 /// How long the kernel may take to reap a killed jail.
 const REAP_DEADLINE: Duration = Duration::from_secs(5);
 
+/// What a clone's memory began as, and what that depends on. Not its template's disk: that may be removed by now.
+pub struct Base {
+    pub ram: Arc<OwnedFd>,
+    pub fit: Fit,
+}
+
 /// The parts of a running VM; fields drop in this order.
 pub struct Running {
     pub(super) vm_id: VmId,
     pub(super) backend: Backend,
+    pub(super) capabilities: Capabilities,
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
     pub(super) confinement: Confinement,
-    /// `boot`, `clone` or `pool`.
+    pub(super) ids: Ids,
+    /// `None`: it booted.
+    pub(super) base: Option<Box<Base>>,
+    /// `boot`, `clone`, `pool` or `resume`.
     pub(super) origin: &'static str,
     pub(super) stages: Vec<(&'static str, Duration)>,
     pub(super) since: Instant,
@@ -86,6 +99,17 @@ impl Running {
         *self.dir.lock().unwrap_or_else(PoisonError::into_inner) = dir;
         self.vm_id = spec.vm_id.clone();
         Ok(())
+    }
+
+    /// One of its files, as this host names it; `None` once they are gone.
+    pub fn file(&self, name: &str) -> Option<PathBuf> {
+        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        dir.as_ref().map(|dir| dir.path().join(name))
+    }
+
+    /// Ends the VMM by force; its end is noticed as any other.
+    pub fn kill(&self) {
+        self.jailed.kill();
     }
 
     pub fn exit_receiver(&self) -> watch::Receiver<Option<Exit>> {

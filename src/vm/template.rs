@@ -16,7 +16,7 @@ use super::{Settings, Spec};
 use crate::channel::Agent;
 use crate::error::{Error, Result};
 use crate::host::kvm;
-use crate::image::template::{Fit, FitDrive, Store, Template, DISK, RAM, STATE};
+use crate::image::template::{Fit, FitDrive, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
 use crate::vmm::{Drive, LaunchPlan, Launched, Nic, Origin};
 
@@ -43,7 +43,7 @@ pub async fn find_or_make(
         return Ok(None);
     }
     let found = async {
-        let fit = fit(store, prepared).await?;
+        let fit = fit(settings, prepared).await?;
         store.find_or_make(&fit, |dir| async move { record(prepared, settings, progress, &dir).await }).await
     };
     match tokio::time::timeout(settings.start_timeout, found).await {
@@ -79,13 +79,13 @@ pub async fn discard(settings: &Settings, template: &Template) {
 }
 
 /// What a template of this VM depends on.
-async fn fit(store: &Arc<Store>, prepared: &Prepared) -> Result<Fit> {
-    let (store, vmm, plan, sources) = (store.clone(), &prepared.vmm, prepared.plan.clone(), prepared.sources.clone());
+pub async fn fit(settings: &Settings, prepared: &Prepared) -> Result<Fit> {
+    let (digests, plan, sources) = (settings.digests.clone(), prepared.plan.clone(), prepared.sources.clone());
+    let vmm = &prepared.vmm;
     let binary = vmm.binary().to_owned();
     let (backend, accelerator, machine) = (vmm.backend(), vmm.accelerator(), vmm.machine(&plan));
     let looking = tokio::task::spawn_blocking(move || {
-        let digest =
-            |path: &Path| store.digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
+        let digest = |path: &Path| digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
         // A guest has the image mounted when it is frozen; its other drives are made for each clone.
         let drive = |drive: &Drive| {
             let image = sources.rootfs.as_deref().filter(|_| drive.serial == ROOTFS_SERIAL);
@@ -113,7 +113,8 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     let Launched { jailed, agent, control, tails } =
         prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
-    let state = File::create_new(dir.join(STATE)).map_err(|error| Error::host("create", dir.display(), error))?;
+    let state = File::options().write(true).create_new(true).open(dir.join(STATE));
+    let state = state.map_err(|error| Error::host("create", dir.display(), error))?;
     let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;
     let frozen = async {
         control.boot().await?;

@@ -176,7 +176,7 @@ pub trait Control: Send + Sync {
     fn pause(&self) -> BoxFuture<'_, Result<()>>;
     /// Lets the vCPUs go on.
     fn resume(&self) -> BoxFuture<'_, Result<()>>;
-    /// Saves the device state of a VMM launched with [`Origin::Record`], which is of no use any more afterwards.
+    /// Writes the device state of a VM to a file that is open for writing only; its vCPUs are stopped first.
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>>;
     /// Restores a VMM launched with [`Origin::Clone`] from what `save` wrote and, if asked to, lets it run.
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>>;
@@ -206,6 +206,8 @@ pub enum Wire {
 pub struct Capabilities {
     /// VMs can be clones of a template: they start in a twentieth of the time.
     pub clones: bool,
+    /// A VM that runs can be copied: its state is written while it stands still, and it goes on.
+    pub copies: bool,
     pub wire: Wire,
     pub max_vcpus: u64,
     /// It takes one vCPU or an even number.

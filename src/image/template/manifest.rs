@@ -59,10 +59,10 @@ pub struct Manifest {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn fit() -> Fit {
+    pub fn fit() -> Fit {
         let digest = |text: &str| Digest::of(text.as_bytes());
         Fit {
             backend: "qemu".into(),

@@ -16,9 +16,15 @@
 //! The files are looked at again before each clone: once one of them has changed, the template is not used any more.
 
 mod digest;
+mod files;
+mod fit;
+mod kept;
 mod manifest;
 mod store;
 
 pub use digest::{Digest, Digests, FileId};
+pub use files::{Template, DISK, RAM, STATE};
+pub use fit::differences;
+pub use kept::{clean_up_folder, Held, Kept, Making, Outline, Shelf};
 pub use manifest::{Fit, FitDrive, Manifest};
-pub use store::{remove_unfinished, Store, StoreLimits, Template, DISK, RAM, STATE};
+pub use store::{remove_unfinished, Store, StoreLimits};

@@ -4,24 +4,18 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::future::Future;
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use nix::fcntl::Flock;
 
-use super::digest::{self, Digests, FileId};
+use super::files::{self, remove, Template, DISK, MANIFEST};
 use super::{Fit, Manifest};
 use crate::error::{Error, Result};
-use crate::host::{lock, memfd, private_dir};
+use crate::host::{lock, private_dir};
 
-/// The files of a template; [`Store::find_or_make`] has these three written.
-pub const RAM: &str = "ram";
-pub const STATE: &str = "state";
-pub const DISK: &str = "disk";
-const MANIFEST: &str = "manifest";
 /// Its time of change is that of the last use.
 const USED: &str = "used";
 /// How often a process looks whether another has made the template that both want.
@@ -35,23 +29,6 @@ pub struct StoreLimits {
     pub max_age: Duration,
 }
 
-/// A template that was checked and is held in sealed memory.
-#[derive(Debug)]
-pub struct Template {
-    pub manifest: Manifest,
-    pub ram: Arc<OwnedFd>,
-    pub state: Arc<OwnedFd>,
-    pub disk: Arc<OwnedFd>,
-    /// The files that it was read from, as they were then.
-    files: [(PathBuf, FileId); 4],
-}
-
-impl Template {
-    fn is_unchanged(&self) -> bool {
-        self.files.iter().all(|(path, id)| FileId::of(path).is_ok_and(|now| now == *id))
-    }
-}
-
 type Slot = Arc<tokio::sync::Mutex<Option<Arc<Template>>>>;
 
 /// The templates of this user.
@@ -61,7 +38,6 @@ pub struct Store {
     limits: StoreLimits,
     /// One template is made, or read, by one task at a time.
     slots: Mutex<HashMap<String, Slot>>,
-    pub digests: Digests,
 }
 
 impl Store {
@@ -69,7 +45,7 @@ impl Store {
     #[must_use]
     pub fn new(cache_dir: &Path, limits: StoreLimits) -> Self {
         let dir = cache_dir.join("templates");
-        Self { dir, limits, slots: Mutex::default(), digests: Digests::default() }
+        Self { dir, limits, slots: Mutex::default() }
     }
 
     /// Where the templates are.
@@ -217,72 +193,24 @@ impl Drop for Making {
     }
 }
 
-fn remove(place: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(place) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
-
 fn write_manifest(new: &Path, fit: &Fit, hello: Vec<u8>) -> io::Result<()> {
-    let digest = |name: &str| {
-        let file = File::options().read(true).write(true).open(new.join(name))?;
-        digest::pages(&file, |at, page| match page {
-            Some(_) => Ok(()),
-            // What the guest has given back; file systems without holes keep the zeros.
-            None => memfd::punch_hole(&file, at..at + 4096).or(Ok(())),
-        })
-    };
-    let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let manifest = Manifest {
-        fit: fit.clone(),
-        hello,
-        ram: digest(RAM)?,
-        state: digest(STATE)?,
-        disk: digest(DISK)?,
-        created_unix_s: created.as_secs(),
-    };
+    let manifest = files::describe(new, fit.clone(), hello)?;
     let mut file = File::options().write(true).create_new(true).open(new.join(MANIFEST))?;
     file.write_all(&serde_json::to_vec_pretty(&manifest)?)?;
     file.sync_all()
 }
 
 fn read(place: &Path, fit: &Fit) -> io::Result<Template> {
-    let invalid = |what: &str| io::Error::new(ErrorKind::InvalidData, what.to_owned());
-    let seen = |name: &str| {
-        let path = place.join(name);
-        FileId::of(&path).map(|id| (path, id))
+    let check = |bytes: &[u8]| {
+        let manifest: Manifest = serde_json::from_slice(bytes)?;
+        if manifest.fit == *fit {
+            return Ok(manifest);
+        }
+        Err(io::Error::new(ErrorKind::InvalidData, "it was made for something else"))
     };
-    let files = [seen(MANIFEST)?, seen(RAM)?, seen(STATE)?, seen(DISK)?];
-    let manifest: Manifest = serde_json::from_slice(&fs::read(&files[0].0)?)?;
-    if manifest.fit != *fit {
-        return Err(invalid("it was made for something else"));
-    }
-    let ram = Arc::new(seal(&files[1].0, &manifest.ram, RAM)?);
-    let state = Arc::new(seal(&files[2].0, &manifest.state, STATE)?);
-    let disk = Arc::new(seal(&files[3].0, &manifest.disk, DISK)?);
-    let template = Template { manifest, ram, state, disk, files };
-    if !template.is_unchanged() {
-        return Err(invalid("it changed while it was read"));
-    }
+    let template = Template::read(place, check, |path, digest| files::seal(path, digest, DISK))?;
     fs::write(place.join(USED), b"")?;
     Ok(template)
-}
-
-/// Copies a file into sealed memory if it holds what it should.
-fn seal(path: &Path, expected: &super::Digest, name: &str) -> io::Result<OwnedFd> {
-    let file = File::open(path)?;
-    memfd::sealed(name, file.metadata()?.len(), |copy| {
-        let found = digest::pages(&file, |at, page| match page {
-            Some(page) => copy.write_all_at(page, at),
-            None => Ok(()),
-        })?;
-        if found == *expected {
-            Ok(())
-        } else {
-            Err(io::Error::new(ErrorKind::InvalidData, format!("{name} does not have the digest it should have")))
-        }
-    })
 }
 
 struct Kept {

@@ -80,7 +80,7 @@ impl Vmm for CloudHypervisor {
 
     fn capabilities(&self) -> Capabilities {
         // vmm/src/config.rs: what KVM can have; the guest's kernel ends earlier.
-        Capabilities { clones: false, wire: Wire::WithHeaders, max_vcpus: 254, even_vcpus: false }
+        Capabilities { clones: false, copies: false, wire: Wire::WithHeaders, max_vcpus: 254, even_vcpus: false }
     }
 
     fn can_clone(&self, _plan: &LaunchPlan) -> std::result::Result<(), String> {

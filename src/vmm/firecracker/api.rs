@@ -194,6 +194,9 @@ impl Control for Api {
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             let failed = |error: std::io::Error| self.failed("save", error.to_string());
+            if self.ram.as_os_str().is_empty() {
+                return Err(self.failed("save", "it was not launched to become a template".into()));
+            }
             let mut written = self.sockets.file(bodies::STATE)?;
             // This pause is for good: what the API's resume does to the vsock does not matter.
             self.ask("save", bodies::pause()).await?;

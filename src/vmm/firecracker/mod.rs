@@ -90,7 +90,7 @@ impl Vmm for Firecracker {
 
     fn capabilities(&self) -> Capabilities {
         // src/vmm/src/vmm_config/machine_config.rs: MAX_SUPPORTED_VCPUS, and either 1 or an even number.
-        Capabilities { clones: true, wire: Wire::Named, max_vcpus: 32, even_vcpus: true }
+        Capabilities { clones: true, copies: false, wire: Wire::Named, max_vcpus: 32, even_vcpus: true }
     }
 
     fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String> {

@@ -109,7 +109,7 @@ impl Line {
         }
     }
 
-    /// Waits for the end of a migration, in either direction.
+    /// Waits for the end of an incoming migration.
     async fn migrated(&mut self) -> std::result::Result<(), String> {
         let status = |line: &Value| match (line["event"].as_str(), line["data"]["status"].as_str()) {
             (Some("MIGRATION"), Some(status @ ("completed" | "failed"))) => Some(status == "completed"),
@@ -135,14 +135,6 @@ impl Line {
             }
         }
     }
-
-    /// Memory in a shared file stays where it is; only the devices' state travels.
-    async fn prepare_transfer(&mut self, state: &OwnedFd) -> std::result::Result<(), String> {
-        let capabilities = ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
-        self.command("migrate-set-capabilities", json!({"capabilities": capabilities})).await?;
-        let id = self.send("getfd", json!({"fdname": STATE}), Some(state)).await?;
-        self.answer(id).await.map(drop)
-    }
 }
 
 impl Control for Qmp {
@@ -162,17 +154,27 @@ impl Control for Qmp {
         Box::pin(async { self.execute("cont").await.map(drop) })
     }
 
+    /// The one command that writes the devices without the memory (QEMU QMP Reference Manual): Xen has nothing to do with
+    /// it. Not `live`: this VM goes on with its drives.
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("save", async move |line| {
-            line.prepare_transfer(&state).await?;
-            line.command("migrate", json!({"uri": format!("fd:{STATE}")})).await?;
-            line.migrated().await
+            line.command("stop", Value::Null).await?;
+            let id = line.send("add-fd", json!({}), Some(&state)).await?;
+            let set = line.answer(id).await?["fdset-id"].clone();
+            let arguments = json!({"filename": format!("/dev/fdset/{set}"), "live": false});
+            let saved = line.command("xen-save-devices-state", arguments).await;
+            line.command("remove-fd", json!({"fdset-id": set})).await?;
+            saved.map(drop)
         }))
     }
 
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("load", async move |line| {
-            line.prepare_transfer(&state).await?;
+            // Memory in a shared file stays where it is; only the devices' state is in the stream.
+            let capabilities = ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
+            line.command("migrate-set-capabilities", json!({"capabilities": capabilities})).await?;
+            let id = line.send("getfd", json!({"fdname": STATE}), Some(&state)).await?;
+            line.answer(id).await?;
             line.command("migrate-incoming", json!({"uri": format!("fd:{STATE}")})).await?;
             line.migrated().await?;
             if run {

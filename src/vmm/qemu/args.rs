@@ -107,6 +107,9 @@ pub fn arguments(plan: &LaunchPlan, origin: &Origin, host: Host) -> Vec<String> 
         "-display",
         "none",
         "-no-reboot",
+        // What `xen-save-devices-state` writes has no such section.
+        "-global",
+        "migration.send-configuration=off",
         "-chardev",
         "stdio,id=console,signal=off",
         "-serial",

@@ -111,7 +111,7 @@ impl Vmm for Qemu {
 
     fn capabilities(&self) -> Capabilities {
         // hw/i386/microvm.c: max_cpus.
-        Capabilities { clones: true, wire: Wire::Plain, max_vcpus: 288, even_vcpus: false }
+        Capabilities { clones: true, copies: true, wire: Wire::Plain, max_vcpus: 288, even_vcpus: false }
     }
 
     fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String> {

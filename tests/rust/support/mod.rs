@@ -347,6 +347,7 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
         vm_id: name.into(),
         hostname: name.into(),
         network: None,
+        keeps_exchanges: false,
     };
     let mut jail = JailPlan::new(&image.launcher, &vmm::host_jail(&image.launcher, UID).unwrap(), None, &[]).unwrap();
     let mut drive = |serial: &'static str, size: u64, access: Access| {

@@ -43,6 +43,15 @@ class VmNotFoundError(MicroVMError):
     """The manager knows no VM of this id (``vm_not_found``)."""
 
 
+class TemplateError(MicroVMError):
+    """A template of one's own, or a suspended VM's state, cannot be made or used.
+
+    Codes: ``template_not_found``, ``template_taken`` (the name), ``state_mismatch`` (``details["differences"]`` names what
+    differs: the limits, the backend, the VMM's version, the CPU), ``state_damaged`` (its digests do not match: it is never
+    used).
+    """
+
+
 class InvalidStateError(MicroVMError):
     """The VM's state does not allow the operation (``invalid_state``)."""
 
@@ -103,6 +112,10 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "quota_exceeded": QuotaExceededError,
     "vm_id_taken": VmIdTakenError,
     "vm_not_found": VmNotFoundError,
+    "template_not_found": TemplateError,
+    "template_taken": TemplateError,
+    "state_mismatch": TemplateError,
+    "state_damaged": TemplateError,
     "invalid_state": InvalidStateError,
     "backend_unavailable": BackendUnavailableError,
     "isolation_unavailable": IsolationUnavailableError,

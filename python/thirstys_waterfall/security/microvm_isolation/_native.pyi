@@ -76,11 +76,44 @@ class MicroVMIsolationManager:
         vm_id: Optional[str] = None,
         kernel_path: Optional[str] = None,
         rootfs_path: Optional[str] = None,
-    ) -> Optional[str]: ...
+        template: Optional[str] = None,
+    ) -> Optional[str]:
+        """Reserve quota for a VM and name it; starts no process.
+
+        Args:
+            template: A name that was given to `MicroVMInstance.snapshot`: the VM starts as a clone of that VM, with its
+                programs running and its disk. What is left out here is the template's; vCPUs, memory, disk size,
+                backend, kernel, image and whether there is a network cannot be otherwise.
+
+        Returns:
+            The id; `None` with `last_error` when quota is exhausted, the id is taken, or the template is missing
+            (`template_not_found`), damaged (`state_damaged`) or of another shape (`state_mismatch`, naming each
+            difference).
+        """
     def start_vm(self, vm_id: str) -> bool: ...
     def stop_vm(self, vm_id: str) -> bool: ...
     def pause_vm(self, vm_id: str) -> bool: ...
-    def resume_vm(self, vm_id: str) -> bool: ...
+    def resume_vm(self, vm_id: str) -> bool:
+        """Let a paused VM go on, or bring a suspended one back, also one that another manager or process suspended.
+
+        Blocks for a start's time. A suspended VM comes back under its id, with its disk, its programs where they were,
+        the right time and new session keys; its state on disk is gone then. Of several processes that resume the same
+        VM one does, the others get `vm_id_taken` or `vm_not_found`. A resume that fails leaves the state as it was.
+        """
+    def suspend_vm(self, vm_id: str) -> bool:
+        """`MicroVMInstance.suspend` by id."""
+    def list_suspended(self) -> List[Dict[str, Any]]:
+        """The suspended VMs of this user and `cache_dir`, whichever process suspended them: `vm_id`, `created` (Unix
+        seconds), `disk_bytes`, `isolation_type`, `resource_limits`, `damaged`, ..."""
+    def list_templates(self) -> List[Dict[str, Any]]:
+        """The templates made by `MicroVMInstance.snapshot`: `name`, `source_vm_id`, `created` (Unix seconds),
+        `disk_bytes`, `resource_limits`, `isolated_network`, `backend`, `damaged`, ..."""
+    def delete_template(self, name: str) -> bool:
+        """Remove a template of one's own; its clones run on. `False` with `last_error` when there is none.
+
+        Raises:
+            InvalidValueError: The name is malformed.
+        """
     def destroy_vm(self, vm_id: str) -> bool: ...
     def destroy_all_vms(self) -> None: ...
     def get_vm(self, vm_id: str) -> Optional[MicroVMInstance]: ...
@@ -139,11 +172,41 @@ class MicroVMInstance:
         network_config: Optional[VMNetworkConfig] = None,
         kernel_path: Optional[str] = None,
         rootfs_path: Optional[str] = None,
+        template: Optional[str] = None,
     ) -> Self: ...
     def start(self) -> bool: ...
     def stop(self) -> bool: ...
     def pause(self) -> bool: ...
-    def resume(self) -> bool: ...
+    def resume(self) -> bool:
+        """Let a paused VM go on, or bring a suspended one back; see `MicroVMIsolationManager.resume_vm`."""
+    def snapshot(self, name: str) -> None:
+        """Make a template of the VM as it is now: memory, running programs, disk.
+
+        The VM goes on: it stands still for some milliseconds, and for as long as what is on its disk takes to be copied
+        where the file system cannot share it; commands and streams that are under way get their answers. A paused VM is
+        woken for a moment. Clones begin where the VM stood, each with an identity of its own; requests that were under
+        way are cancelled in them. They share all that the VM's memory held: docs/templates.md says what that means.
+
+        Args:
+            name: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter, digit or `_`.
+
+        Raises:
+            InvalidValueError: The name is malformed.
+            InvalidStateError: The VM is neither running nor paused, or it is suspended.
+            TemplateError: The name is taken (`template_taken`).
+            CommandError: A program in the guest cannot be stopped (`busy`); the VM goes on.
+            HostError: The state could not be written; the VM goes on, and nothing of the template is left.
+        """
+    def suspend(self) -> bool:
+        """Write the VM's state to disk, below `cache_dir`, and end its process.
+
+        The VM is PAUSED then, with `info["suspended"]` true and `pid` `None`; what it had reserved of the manager's
+        quota is given back. It stays suspended when its manager stops. Waits up to 5 s for commands and streams to end.
+
+        Returns:
+            `False` with `last_error` when it is neither running nor paused (`invalid_state`), commands or streams do not
+            end (`busy`), or the state could not be written (`host_error`); the VM goes on then.
+        """
     def get_state(self) -> VMState: ...
     def get_health_metrics(self) -> VMHealthMetrics: ...
     def send_command(

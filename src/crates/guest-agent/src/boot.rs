@@ -1,11 +1,12 @@
 //! From an empty initramfs to a guest that lacks nothing but an identity.
 //!
 //! All of it happens before HELLO, and so before a template is frozen: a clone finds it done.
+use std::sync::OnceLock;
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use microvm_protocol::cmdline::Machine;
 use microvm_protocol::identity::{DISK_SERIAL, ROOTFS_SERIAL};
@@ -23,7 +24,7 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 pub const PROCESS_EVENTS: &str = "/sys/fs/cgroup/work/pids.events";
 pub const MEMORY_EVENTS: &str = "/sys/fs/cgroup/work/memory.events";
 /// The group for everything that runs on request.
-const WORK_CGROUP: &str = "/sys/fs/cgroup/work";
+pub const WORK_CGROUP: &str = "/sys/fs/cgroup/work";
 
 // linux/fs ext4.h: EXT4_IOC_RESIZE_FS takes the number of blocks.
 nix::ioctl_write_ptr!(ext4_resize, b'f', 16, u64);
@@ -93,13 +94,14 @@ fn make_work_cgroup() -> Result<(), String> {
     fs::create_dir_all(WORK_CGROUP).map_err(|e| format!("mkdir {WORK_CGROUP}: {e}"))
 }
 
-/// The group for everything that runs on request, with its limit, which is set when it is first asked for.
+/// The group for everything that runs on request, with its limit, which is set when it is first asked for: a clone's may
+/// be another one.
 pub fn work_cgroup(max_processes: u64) -> io::Result<&'static str> {
-    static LIMITED: OnceLock<()> = OnceLock::new();
-    if LIMITED.get().is_none() {
+    static LIMIT: AtomicU64 = AtomicU64::new(0);
+    if LIMIT.load(Ordering::Acquire) != max_processes {
         fs::write(format!("{WORK_CGROUP}/pids.max"), max_processes.to_string())?;
         // Two first callers write the same.
-        LIMITED.get_or_init(|| ());
+        LIMIT.store(max_processes, Ordering::Release);
     }
     Ok(WORK_CGROUP)
 }

@@ -7,7 +7,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use microvm_protocol::identity::{Identity, Key, CONFIG_SERIAL, DRIVE_BYTES};
@@ -94,12 +94,12 @@ impl Blank {
         identity
     }
 
-    /// This guest as the VM that `identity` says it is.
-    pub fn become_one(self, mut identity: Identity, time: HostTime) -> Own {
+    /// This guest as the VM that `identity` says it is; `settled`: it took on its names already.
+    pub fn become_one(self: &Arc<Self>, mut identity: Identity, time: HostTime, settled: bool) -> Own {
         // The session has keys of its own by now; assigning zeroes what was there.
         (identity.key, identity.ephemeral.secret) = (Key([0; 32]), Key([0; 32]));
         let names = Mutex::new(Names { vm_id: identity.vm_id.clone(), hostname: identity.hostname.clone() });
-        Own { blank: self, identity, names, time, settled: Mutex::new(false) }
+        Own { blank: self.clone(), identity, names, time, settled: Mutex::new(settled) }
     }
 
     /// Entropy first, so that no key is made before it; then clock and names.
@@ -137,7 +137,7 @@ pub struct Names {
 
 /// A guest that is one VM.
 pub struct Own {
-    blank: Blank,
+    blank: Arc<Blank>,
     pub identity: Identity,
     names: Mutex<Names>,
     time: HostTime,

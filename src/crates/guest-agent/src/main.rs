@@ -7,6 +7,7 @@ mod actions;
 mod boot;
 mod checksum;
 mod children;
+mod freeze;
 mod identity;
 mod job;
 mod network;
@@ -16,11 +17,13 @@ mod rehearsal;
 mod resolve;
 mod serve;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use identity::{Blank, HostTime};
 use microvm_protocol::message::Outcome;
 use network::Device;
+use serve::{End, Server};
 
 fn main() {
     let outcome = run();
@@ -39,11 +42,10 @@ fn run() -> Result<(), String> {
         Ok(device) => (device, Outcome::Ready),
         Err((stage, message)) => (None, failed(stage, &message)),
     };
-    let blank = Blank::open()?;
+    let blank = Arc::new(Blank::open()?);
     children::start().map_err(|error| format!("the reaper: {error}"))?;
     let mut port = port::open(outcome != Outcome::Ready)?;
     serve::keep_freed_memory();
-    let encode = |outcome: &Outcome| serde_json::to_vec(outcome).map_err(|error| error.to_string());
     let (is_ready, mut outcome) = (outcome == Outcome::Ready, encode(&outcome)?);
     // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
     port.say_hello()?;
@@ -53,8 +55,18 @@ fn run() -> Result<(), String> {
         let joined = device.as_ref().map_or(Err("there is no network device".into()), |device| device.join(network));
         outcome = joined.map_or_else(|message| encode(&failed("network", &message)), |()| Ok(outcome))?;
     }
-    let (link, unix_time_ns) = port.shake_hands(&offer, &identity, &outcome)?;
-    serve::serve(link, actions::Guest::new(blank.become_one(identity, HostTime { unix_time_ns, arrived })))
+    let half = port.take_offer(&offer, &identity)?;
+    let time = HostTime { unix_time_ns: half.unix_time_ns(), arrived };
+    let mut link = half.accept(&outcome)?;
+    let mut server = Server::new(link.sender(), actions::Guest::new(blank.become_one(identity, time, false)));
+    while let End::Frozen = serve::serve(&mut link, &server)? {
+        (link, server) = freeze::wake(link, server, &blank, device.as_ref())?;
+    }
+    Ok(())
+}
+
+fn encode(outcome: &Outcome) -> Result<Vec<u8>, String> {
+    serde_json::to_vec(outcome).map_err(|error| error.to_string())
 }
 
 fn failed(stage: &str, message: &str) -> Outcome {

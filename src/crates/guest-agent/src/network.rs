@@ -41,6 +41,15 @@ impl Device {
         Ok(Some(Self { interface, resolv_conf }))
     }
 
+    /// Takes on the network of one VM in the place of another's, of which nothing is left but sockets.
+    pub fn rejoin(&self, network: &GuestNetwork) -> Result<(), String> {
+        // Routes and neighbours go when a device goes down.
+        self.interface.down()?;
+        self.interface.up()?;
+        self.resolv_conf.set_len(0).map_err(|e| format!("{RESOLV_CONF}: {e}"))?;
+        self.join(network)
+    }
+
     /// Takes on the network of one VM: before the session is accepted, so that a start says what is wrong with it.
     pub fn join(&self, network: &GuestNetwork) -> Result<(), String> {
         let (address, prefix) = parse_address(&network.address)?;
@@ -110,11 +119,19 @@ impl Interface {
     }
 
     fn up(&self) -> Result<(), String> {
+        self.change_flags(|flags| flags | libc::IFF_UP as libc::c_short)
+    }
+
+    fn down(&self) -> Result<(), String> {
+        self.change_flags(|flags| flags & !(libc::IFF_UP as libc::c_short))
+    }
+
+    fn change_flags(&self, change: impl Fn(libc::c_short) -> libc::c_short) -> Result<(), String> {
         let mut request = self.request();
         self.ask("SIOCGIFFLAGS", libc::SIOCGIFFLAGS, &mut request)?;
         // SAFETY: SIOCGIFFLAGS has filled in the flags.
         let flags = unsafe { request.ifr_ifru.ifru_flags };
-        request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+        request.ifr_ifru.ifru_flags = change(flags);
         self.ask("SIOCSIFFLAGS", libc::SIOCSIFFLAGS, &mut request)
     }
 

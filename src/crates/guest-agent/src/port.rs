@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use microvm_protocol::connection::Connection;
-use microvm_protocol::handshake::{Ask, GuestHandshake};
+use microvm_protocol::handshake::{Ask, GuestHandshake, Offered};
 use microvm_protocol::identity::Identity;
 use microvm_protocol::message::Started;
 use microvm_protocol::mux::{Incoming, Mux};
@@ -126,16 +126,50 @@ impl Port {
         self.say_hello()
     }
 
-    /// Has the host prove the key, and then proves it; `outcome` says how the guest is.
-    pub fn shake_hands(mut self, offer: &[u8], identity: &Identity, outcome: &[u8]) -> Result<(Link, u64), String> {
-        let failed = |e: ProtocolError| format!("handshake: {e}");
-        let offered = self.handshake.receive(offer, &identity.key, &identity.ephemeral).map_err(failed)?;
-        let time = offered.unix_time_ns;
-        let (accept, session) = offered.accept(outcome).map_err(failed)?;
+    /// Has the host prove the key.
+    pub fn take_offer(self, offer: &[u8], identity: &Identity) -> Result<Half, String> {
+        let Self { file, reading, decoder, handshake } = self;
+        let offered = handshake.receive(offer, &identity.key, &identity.ephemeral).map_err(failed)?;
+        Ok(Half { file, reading, decoder, offered })
+    }
+}
+
+fn failed(error: ProtocolError) -> String {
+    format!("handshake: {error}")
+}
+
+/// A handshake in which the host has proved the key and the guest has not yet; its outcome says how the guest is.
+pub struct Half {
+    file: File,
+    reading: File,
+    decoder: Decoder,
+    offered: Offered,
+}
+
+impl Half {
+    /// The host's clock when it made the offer.
+    pub fn unix_time_ns(&self) -> u64 {
+        self.offered.unix_time_ns
+    }
+
+    /// Proves the key.
+    pub fn accept(mut self, outcome: &[u8]) -> Result<Link, String> {
+        let (accept, session) = self.offered.accept(outcome).map_err(failed)?;
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
         let writing = Writing { file: self.file, bytes: Vec::new() };
         let shared = Shared { connection: Mutex::new(Connection::new(session)), writing: Mutex::new(writing) };
-        Ok((Link { sender: Sender(Arc::new(shared)), reading: self.reading, decoder: self.decoder }, time))
+        Ok(Link { sender: Sender(Arc::new(shared)), reading: self.reading, decoder: self.decoder })
+    }
+
+    /// Proves the key; the exchanges of `link` go on.
+    pub fn accept_for(self, link: &Link, outcome: &[u8]) -> Result<(), String> {
+        let (accept, session) = self.offered.accept(outcome).map_err(failed)?;
+        {
+            let mut writing = link.sender.writing();
+            writing.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
+            link.sender.connection().take_up(session);
+        }
+        link.sender.flush()
     }
 }
 
@@ -166,6 +200,24 @@ impl Sender {
         self.0.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn writing(&self) -> MutexGuard<'_, Writing> {
+        self.0.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers a request and lays the session down, keys and all: what others have to say waits for the next one.
+    pub fn conclude(&self, id: u32, body: Vec<u8>) -> Result<(), String> {
+        let mut writing = self.writing();
+        writing.bytes.clear();
+        {
+            let mut connection = self.connection();
+            connection.exchanges.respond(id, body).map_err(|e| e.to_string())?;
+            connection.conclude(id, &mut writing.bytes).map_err(|e| e.to_string())?;
+            connection.lay_down();
+        }
+        let Writing { file, bytes } = &mut *writing;
+        file.write_all(bytes).map_err(|e| format!("port: {e}"))
+    }
+
     /// Does something to the exchanges and sends what comes of it.
     fn with<T>(&self, act: impl FnOnce(&mut Mux) -> T) -> Result<T, String> {
         let done = act(&mut self.connection().exchanges);
@@ -175,7 +227,7 @@ impl Sender {
 
     /// Writes what waits. Whoever finds another thread writing leaves it to that one, which looks again before it goes.
     fn flush(&self) -> Result<(), String> {
-        while self.connection().exchanges.has_outgoing() {
+        while self.connection().has_outgoing() {
             match self.0.writing.try_lock() {
                 Ok(mut writing) => self.write(&mut writing)?,
                 Err(TryLockError::Poisoned(poisoned)) => self.write(&mut poisoned.into_inner())?,
@@ -235,6 +287,13 @@ impl Sender {
 impl Link {
     pub fn sender(&self) -> Sender {
         self.sender.clone()
+    }
+
+    /// The port for another handshake, once the session was laid down.
+    pub fn port(&self) -> Result<Port, String> {
+        let dup = || self.reading.try_clone().map_err(|e| format!("dup: {e}"));
+        let (file, reading) = (dup()?, dup()?);
+        Ok(Port { file, reading, decoder: Decoder::default(), handshake: GuestHandshake::new(false).map_err(failed)? })
     }
 
     /// What the host says next; `None` when it closed the port.

@@ -36,6 +36,7 @@ pub fn rehearse(blank: &Blank) {
         vm_id: "microvm".into(),
         hostname: "microvm".into(),
         network: None,
+        keeps_exchanges: false,
     };
     drop(blank.settle(&identity, HostTime::local()));
     fault_in();

@@ -7,31 +7,43 @@ use std::collections::HashMap;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use microvm_protocol::message::{Code, Failure, Request, Response, MAX_MESSAGE};
+use microvm_protocol::message::{Code, Failure, Request, Response, FREEZE, MAX_MESSAGE};
 use microvm_protocol::mux::Incoming;
 
 use crate::actions::Guest;
-use crate::boot;
 use crate::job::Job;
 use crate::pool::Pool;
 use crate::port::{Link, Sender};
+use crate::{boot, freeze};
 
 /// Longer requests are parsed on the pool.
 const QUICK_BYTES: usize = 4096;
 
-struct Server {
+/// Why the serving ended.
+pub enum End {
+    /// The host closed the port.
+    Closed,
+    /// The session was laid down, and the programs stand still.
+    Frozen,
+}
+
+/// One VM's requests, for as long as it is that VM.
+pub struct Server {
     guest: Guest,
     jobs: Mutex<HashMap<u32, Arc<Job>>>,
     pool: Arc<Pool>,
     sender: Sender,
 }
 
-/// Serves until the host closes the port.
-pub fn serve(mut link: Link, guest: Guest) -> Result<(), String> {
-    let server = Arc::new(Server { guest, jobs: Mutex::default(), pool: Arc::default(), sender: link.sender() });
+/// Serves until the host closes the port or freezes the guest.
+pub fn serve(link: &mut Link, server: &Arc<Server>) -> Result<End, String> {
     while let Some(incoming) = link.receive()? {
         match incoming {
-            Incoming::Request { id, body } => server.accept(id, body)?,
+            Incoming::Request { id, body } => {
+                if server.accept(id, body)? == Accepted::Frozen {
+                    return Ok(End::Frozen);
+                }
+            }
             Incoming::Cancel { id } => server.tell(id, |job| job.cancel()),
             Incoming::Data { id, bytes, last, .. } => server.tell(id, |job| job.feed(bytes, last)),
             Incoming::Credit { id, .. } => server.tell(id, |job| job.bell().ring()),
@@ -42,7 +54,13 @@ pub fn serve(mut link: Link, guest: Guest) -> Result<(), String> {
             other => return Err(format!("the host sent what only a guest may send: {other:?}")),
         }
     }
-    Ok(())
+    Ok(End::Closed)
+}
+
+#[derive(PartialEq, Eq)]
+enum Accepted {
+    Taken,
+    Frozen,
 }
 
 /// The allocator gives the top of the heap back to the kernel whenever 128 KiB of it are free, so every long frame would
@@ -52,6 +70,31 @@ pub fn keep_freed_memory() {
 }
 
 impl Server {
+    pub fn new(sender: Sender, guest: Guest) -> Arc<Self> {
+        Arc::new(Self { guest, jobs: Mutex::default(), pool: Arc::default(), sender })
+    }
+
+    /// Nobody waits for what is under way.
+    pub fn cancel_all(&self) {
+        let jobs: Vec<Arc<Job>> = self.jobs().drain().map(|(_, job)| job).collect();
+        jobs.iter().for_each(|job| job.cancel());
+    }
+
+    /// Gets ready to be frozen: on this thread, so that nothing is taken in after it.
+    fn freeze(&self, id: u32) -> Result<Accepted, String> {
+        match self.guest.settle().and_then(|()| freeze::stop_programs()) {
+            Ok(()) => {
+                let body = serde_json::to_vec(&Response::Ok { result: serde_json::json!({}) });
+                self.sender.conclude(id, body.map_err(|e| e.to_string())?)?;
+                Ok(Accepted::Frozen)
+            }
+            Err(error) => {
+                answer(&self.sender, id, &Response::Error { error })?;
+                Ok(Accepted::Taken)
+            }
+        }
+    }
+
     fn jobs(&self) -> MutexGuard<'_, HashMap<u32, Arc<Job>>> {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -64,13 +107,19 @@ impl Server {
         }
     }
 
-    fn accept(self: &Arc<Self>, id: u32, body: Vec<u8>) -> Result<(), String> {
-        if body.len() <= QUICK_BYTES {
-            if let Some(response) = serde_json::from_slice(&body).ok().and_then(|request| self.guest.at_once(&request))
-            {
-                return answer(&self.sender, id, &response);
+    fn accept(self: &Arc<Self>, id: u32, body: Vec<u8>) -> Result<Accepted, String> {
+        if let Some(request) = quick(&body) {
+            if request.action == FREEZE {
+                return self.freeze(id);
+            }
+            if let Some(response) = self.guest.at_once(&request) {
+                return answer(&self.sender, id, &response).map(|()| Accepted::Taken);
             }
         }
+        self.hand_over(id, body).map(|()| Accepted::Taken)
+    }
+
+    fn hand_over(self: &Arc<Self>, id: u32, body: Vec<u8>) -> Result<(), String> {
         let job = match Job::new(id, self.sender.clone()) {
             Ok(job) => job,
             Err(error) => return answer(&self.sender, id, &Response::Error { error }),
@@ -111,6 +160,11 @@ impl Server {
             boot::power_off();
         }
     }
+}
+
+/// A request that is parsed faster than it is handed to another thread.
+fn quick(body: &[u8]) -> Option<Request> {
+    Some(body).filter(|body| body.len() <= QUICK_BYTES).and_then(|body| serde_json::from_slice(body).ok())
 }
 
 fn answer(sender: &Sender, id: u32, response: &Response) -> Result<(), String> {

@@ -7,6 +7,7 @@
 //!  +---------+---------------+--------+-------+
 //!  fields: key [32] | ephemeral secret [32] | ephemeral public key [32] | seed [32] | machine id [16] | boot id [16]
 //!          | max file handles u64 BE | max processes u64 BE | vm id: length u8, UTF-8 | host name: length u8, UTF-8 | network: length u16 BE, JSON; 0: none
+//!          | 1 u8, only if the exchanges of the session before go on
 //! ```
 //! Not JSON as a whole: it is read at every start, by code that an emulated CPU then runs for the first time. A guest
 //! ignores what follows the fields it knows, so that a frozen one understands a newer host. The host writes the drive
@@ -66,6 +67,9 @@ pub struct Identity {
     pub vm_id: String,
     pub hostname: String,
     pub network: Option<GuestNetwork>,
+    /// It is the guest that was frozen, and the exchanges of its session go on in the next one. In a clone, and in a
+    /// guest that was away, nobody waits for them.
+    pub keeps_exchanges: bool,
 }
 
 /// How the agent configures the one NIC.
@@ -114,6 +118,7 @@ impl Identity {
         };
         drive.extend_from_slice(&u16::try_from(network.len()).map_err(too_long)?.to_be_bytes());
         drive.extend_from_slice(&network);
+        drive.extend(self.keeps_exchanges.then_some(1));
         if drive.len() > DRIVE_BYTES {
             drive.zeroize();
             return Err(ProtocolError::Malformed { what: "identity: larger than the config drive" });
@@ -145,6 +150,7 @@ impl Identity {
             vm_id: fields.text()?,
             hostname: fields.text()?,
             network: fields.network()?,
+            keeps_exchanges: fields.0.first() == Some(&1),
         })
     }
 }
@@ -202,6 +208,7 @@ mod tests {
             vm_id: "tab-1".into(),
             hostname: "tab-1".into(),
             network: None,
+            keeps_exchanges: false,
         }
     }
 
@@ -213,8 +220,8 @@ mod tests {
             gateway: Some("192.168.100.1".into()),
             dns_servers: vec!["8.8.8.8".into()],
         };
-        for network in [None, Some(network)] {
-            let identity = Identity { network, ..identity() };
+        for (network, keeps_exchanges) in [(None, false), (None, true), (Some(network), true)] {
+            let identity = Identity { network, keeps_exchanges, ..identity() };
             let drive = identity.to_drive().unwrap();
             assert_eq!(drive.len(), DRIVE_BYTES);
             assert_eq!(Identity::from_drive(&drive).unwrap(), identity);

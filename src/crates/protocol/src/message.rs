@@ -25,6 +25,10 @@ pub const UPLOAD: &str = "upload";
 /// The action that sends a file on channel 1.
 pub const DOWNLOAD: &str = "download";
 
+/// The request that ends a session for a while: the guest's programs stand still, and it waits for another OFFER. Not
+/// among the listed actions.
+pub const FREEZE: &str = "freeze";
+
 /// The payload of STARTED.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "started", rename_all = "snake_case")]

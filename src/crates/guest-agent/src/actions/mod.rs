@@ -61,6 +61,11 @@ impl Guest {
         Self { own }
     }
 
+    /// Takes on all names, unless that was done.
+    pub fn settle(&self) -> Result<(), Failure> {
+        self.own.settle().map_err(|message| Failure { code: Code::IoError, message })
+    }
+
     /// The answer to a request that is done faster than it is handed to another thread.
     pub fn at_once(&self, request: &Request) -> Option<Response> {
         let quick = request.action == "ping" && request.params.is_null() && !request.stream;
@@ -70,7 +75,7 @@ impl Guest {
     pub fn perform(&self, request: Request, job: &Job) -> Outcome {
         let Request { action, params, stream } = request;
         if action != "shutdown" {
-            self.own.settle().map_err(|message| Failure { code: Code::IoError, message })?;
+            self.settle()?;
         }
         match action.as_str() {
             STREAM | UPLOAD | DOWNLOAD if !stream => {

@@ -227,6 +227,12 @@ impl Mux {
         self.exchanges.get(&id).map(|exchange| exchange.phase != Phase::Asking)
     }
 
+    /// Whether this side's message of an exchange is on its way.
+    #[must_use]
+    pub fn is_saying(&self, id: u32) -> bool {
+        self.exchanges.get(&id).is_some_and(|exchange| exchange.message.is_some())
+    }
+
     /// Host: a CONTROL for the program that runs.
     ///
     /// # Errors

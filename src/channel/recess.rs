@@ -1,0 +1,201 @@
+//! A recess: the session is laid down while the guest is frozen, and another one taken up; the exchanges wait.
+//!
+//! Whoever asks meanwhile notices nothing but the time it takes: requests wait in the exchanges, as they do behind a slow
+//! transport. The reader's task itself does what a record leads to, so nothing that follows an ACCEPT is missed.
+
+use std::future::Future;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use microvm_protocol::connection::Connection;
+use microvm_protocol::handshake::{Ask, HostHandshake, HostStep};
+use microvm_protocol::identity::Key;
+use microvm_protocol::message::{Failure, Outcome, Request, Response, FREEZE};
+use serde_json::Value;
+use tokio::sync::oneshot;
+use tokio::time::{timeout, Instant};
+
+use super::agent::Agent;
+use super::link::{Asker, Link, Open, State};
+use crate::error::{Error, Result};
+use crate::host::clock;
+
+/// What a guest without a session is to say next.
+pub(super) enum Recess {
+    /// Nothing: whatever it says is out of turn.
+    Quiet,
+    Hello(oneshot::Sender<Vec<u8>>),
+    Accept(Box<HostHandshake>, oneshot::Sender<Vec<u8>>),
+}
+
+impl Recess {
+    /// Takes a record, and says how the recess goes on; `None`: it is over. The error is the end of the session.
+    pub(super) fn take(self, record: &[u8], connection: &mut Connection) -> std::result::Result<Option<Self>, String> {
+        match self {
+            Recess::Quiet => Err("the agent spoke out of turn".into()),
+            Recess::Hello(asker) => {
+                // Gave up this very moment: its recess ends in an error anyway.
+                drop(asker.send(record.to_vec()));
+                Ok(Some(Recess::Quiet))
+            }
+            Recess::Accept(mut handshake, asker) => {
+                match handshake.receive(record, clock::unix_time_ns()).map_err(|error| error.to_string())? {
+                    HostStep::Established(session, said) => {
+                        connection.take_up(*session);
+                        drop(asker.send(said));
+                        Ok(None)
+                    }
+                    HostStep::Send(_) => Err("the agent did not accept".into()),
+                }
+            }
+        }
+    }
+}
+
+/// Who asked for a recess: it hears whether there is one.
+pub(super) type RecessAsker = oneshot::Sender<std::result::Result<(), Failure>>;
+
+impl State {
+    /// The guest's answer: a recess, or the session goes on.
+    pub(super) fn begin_recess(&mut self, body: &[u8], asker: RecessAsker) -> std::result::Result<(), String> {
+        let answer = match serde_json::from_slice(body).map_err(|error| format!("the answer to {FREEZE:?}: {error}"))? {
+            Response::Ok { .. } => {
+                self.connection.lay_down();
+                self.recess = Some(Recess::Quiet);
+                Ok(())
+            }
+            Response::Error { error } => {
+                self.connection.go_on();
+                Err(error)
+            }
+        };
+        drop(asker.send(answer));
+        Ok(())
+    }
+}
+
+impl Link {
+    /// Asks for a recess with the last record of this session.
+    async fn ask_for_recess(&self) -> Result<oneshot::Receiver<std::result::Result<(), Failure>>> {
+        let refused = |reason: String| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason, sent: false };
+        let place = self.place().await?;
+        let request = Request { action: FREEZE.to_owned(), params: Value::Null, stream: false };
+        let body = serde_json::to_vec(&request).map_err(|error| refused(error.to_string()))?;
+        let (asker, answer) = oneshot::channel();
+        {
+            let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.state();
+            if let Some(reason) = state.closed.clone() {
+                return Err(refused(reason));
+            }
+            let id = state.connection.exchanges.request(body).map_err(|error| refused(error.to_string()))?;
+            state.open.insert(id, Open::new(Asker::Recess(asker), place, false));
+            // After what is sealed already and not yet written.
+            let concluded = state.connection.conclude(id, &mut writer.bytes);
+            concluded.map_err(|error| refused(error.to_string()))?;
+        }
+        self.flush();
+        Ok(answer)
+    }
+
+    /// Writes a prelude's record: nothing else is written during a recess.
+    fn say(&self, record: &[u8], next: Recess) {
+        {
+            let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+            writer.bytes.extend_from_slice(record);
+            self.state().recess = Some(next);
+        }
+        self.flush();
+    }
+
+    /// Waits until nothing is under way.
+    async fn idle(&self) {
+        loop {
+            let became = self.idle.notified();
+            tokio::pin!(became);
+            // From here on a notification counts, also one that comes before the next line.
+            became.as_mut().enable();
+            if self.state().open.is_empty() {
+                return;
+            }
+            became.await;
+        }
+    }
+}
+
+impl Agent {
+    /// Waits until no request is under way, at most `deadline`; says how many are then.
+    pub async fn idle(&self, deadline: Duration) -> usize {
+        match timeout(deadline, self.link.idle()).await {
+            Ok(()) => 0,
+            Err(_) => self.link.state().open.len(),
+        }
+    }
+
+    /// Has the guest stop its programs and wait for another OFFER; returns the HELLO that this goes on from. What is
+    /// under way waits.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] with the code `busy`, and nothing changed. After any other the session is closed.
+    pub async fn freeze(&self, deadline: Duration) -> Result<Vec<u8>> {
+        let until = Instant::now() + deadline;
+        let frozen = async {
+            let answer = self.link.ask_for_recess().await?.await.map_err(|_| self.link.closed(true))?;
+            answer.map_err(|failure| Error::Guest {
+                vm_id: self.link.vm_id.to_string(),
+                what: "freeze".into(),
+                code: failure.code.as_str(),
+                message: failure.message,
+            })?;
+            let again = Ask::Again.encode().map_err(|error| Error::host("encode", "a record", error))?;
+            let (asker, hello) = oneshot::channel();
+            self.link.say(&again, Recess::Hello(asker));
+            hello.await.map_err(|_| self.link.closed(true))
+        };
+        self.or_close("freeze the guest", until, deadline, frozen).await
+    }
+
+    /// Shakes hands with a guest that was frozen; what waited goes on.
+    ///
+    /// # Errors
+    /// [`Error::HandshakeFailed`], [`Error::ChannelTimeout`], [`Error::ChannelClosed`]; the session is closed then.
+    pub async fn thaw(&self, key: Key, hello: &[u8], deadline: Duration) -> Result<()> {
+        let until = Instant::now() + deadline;
+        let refused = |reason: String| Error::HandshakeFailed { vm_id: self.link.vm_id.clone(), reason };
+        let thawed = async {
+            let mut handshake = HostHandshake::new(key);
+            let step = handshake.receive(hello, clock::unix_time_ns()).map_err(|error| refused(error.to_string()))?;
+            let HostStep::Send(offer) = step else { return Err(refused("HELLO led to no OFFER".into())) };
+            let (asker, said) = oneshot::channel();
+            self.link.say(&offer, Recess::Accept(Box::new(handshake), asker));
+            let said = said.await.map_err(|_| self.link.closed(true))?;
+            match serde_json::from_slice(&said) {
+                Ok(Outcome::Ready) => Ok(()),
+                Ok(Outcome::Failed { stage, message }) => Err(refused(format!("{stage}: {message}"))),
+                Err(error) => Err(refused(format!("ACCEPT: {error}"))),
+            }
+        };
+        self.or_close("wake the guest", until, deadline, thawed).await?;
+        self.link.flush();
+        Ok(())
+    }
+
+    async fn or_close<T>(
+        &self,
+        what: &str,
+        until: Instant,
+        deadline: Duration,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let outcome = tokio::time::timeout_at(until, work).await.unwrap_or_else(|_| {
+            let (vm_id, limit_s) = (self.link.vm_id.to_string(), deadline.as_secs_f64());
+            Err(Error::ChannelTimeout { vm_id, what: what.to_owned(), limit_s, sent: true })
+        });
+        if let Err(error) = &outcome {
+            if !matches!(error, Error::Guest { .. }) {
+                self.link.close(&error.to_string());
+            }
+        }
+        outcome
+    }
+}

@@ -1,0 +1,112 @@
+//! The files that templates are made of, whoever keeps them.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::digest::{self, FileId};
+use super::{Digest, Fit, Manifest};
+use crate::host::memfd;
+
+/// What [`describe`] finds written.
+pub const RAM: &str = "ram";
+pub const STATE: &str = "state";
+pub const DISK: &str = "disk";
+pub(super) const MANIFEST: &str = "manifest";
+
+/// A template that was checked and is held in sealed memory, but for a user's own disk, which may be large.
+#[derive(Debug)]
+pub struct Template {
+    pub manifest: Manifest,
+    pub ram: Arc<OwnedFd>,
+    pub state: Arc<OwnedFd>,
+    pub disk: Arc<OwnedFd>,
+    /// The files that it was read from, as they were then.
+    files: [(PathBuf, FileId); 4],
+}
+
+impl Template {
+    /// Reads the files at `place` and checks them; `check` has the manifest's bytes, `open` the disk. Blocking.
+    pub(super) fn read(
+        place: &Path,
+        check: impl FnOnce(&[u8]) -> io::Result<Manifest>,
+        open: impl FnOnce(&Path, &Digest) -> io::Result<OwnedFd>,
+    ) -> io::Result<Self> {
+        let seen = |name: &str| {
+            let path = place.join(name);
+            FileId::of(&path).map(|id| (path, id))
+        };
+        let files = [seen(MANIFEST)?, seen(RAM)?, seen(STATE)?, seen(DISK)?];
+        let manifest = check(&fs::read(&files[0].0)?)?;
+        let ram = Arc::new(seal(&files[1].0, &manifest.ram, RAM)?);
+        let state = Arc::new(seal(&files[2].0, &manifest.state, STATE)?);
+        let disk = Arc::new(open(&files[3].0, &manifest.disk)?);
+        let template = Self { manifest, ram, state, disk, files };
+        if template.is_unchanged() {
+            return Ok(template);
+        }
+        Err(io::Error::new(ErrorKind::InvalidData, "it changed while it was read"))
+    }
+
+    /// Whether its files are still what was read.
+    #[must_use]
+    pub fn is_unchanged(&self) -> bool {
+        self.files.iter().all(|(path, id)| FileId::of(path).is_ok_and(|now| now == *id))
+    }
+}
+
+/// The manifest of the three files in `new`, which are made sparse on the way.
+pub(super) fn describe(new: &Path, fit: Fit, hello: Vec<u8>) -> io::Result<Manifest> {
+    let digest = |name: &str| {
+        let file = File::options().read(true).write(true).open(new.join(name))?;
+        digest::pages(&file, |at, page| match page {
+            Some(_) => Ok(()),
+            // What the guest has given back; file systems without holes keep the zeros.
+            None => memfd::punch_hole(&file, at..at + 4096).or(Ok(())),
+        })
+    };
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (ram, state, disk) = (digest(RAM)?, digest(STATE)?, digest(DISK)?);
+    Ok(Manifest { fit, hello, ram, state, disk, created_unix_s: created.as_secs() })
+}
+
+fn mismatch(name: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, format!("{name} does not have the digest it should have"))
+}
+
+/// Opens a file if it holds what it should. Whoever reads it looks afterwards whether it still does.
+pub(super) fn checked(path: &Path, expected: &Digest) -> io::Result<OwnedFd> {
+    let file = File::open(path)?;
+    match digest::pages(&file, |_, _| Ok(()))? == *expected {
+        true => Ok(file.into()),
+        false => Err(mismatch(DISK)),
+    }
+}
+
+/// Copies a file into sealed memory if it holds what it should.
+pub(super) fn seal(path: &Path, expected: &Digest, name: &str) -> io::Result<OwnedFd> {
+    let file = File::open(path)?;
+    memfd::sealed(name, file.metadata()?.len(), |copy| {
+        let found = digest::pages(&file, |at, page| match page {
+            Some(page) => copy.write_all_at(page, at),
+            None => Ok(()),
+        })?;
+        if found == *expected {
+            Ok(())
+        } else {
+            Err(mismatch(name))
+        }
+    })
+}
+
+/// Removes a folder with all it holds, if it is there.
+pub(super) fn remove(place: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(place) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,163 @@
+//! Templates of the user's own and suspended VMs, as the manager deals in them.
+
+use std::sync::Arc;
+
+use super::{CreateRequest, Manager};
+use crate::error::{Error, Result};
+use crate::image::template::{Outline, Shelf};
+use crate::model::{Backend, IsolationType, NetworkConfig, TemplateName, VmId, VmState};
+use crate::vm::{self, Ledger, MicroVm, Spec};
+
+/// One thing that is kept.
+#[derive(Debug)]
+pub struct KeptEntry {
+    pub name: String,
+    pub disk_bytes: u64,
+    /// What it is; damaged, if that cannot be read.
+    pub outline: Result<Outline>,
+}
+
+/// How many there are, and their bytes on disk. Blocking.
+pub fn usage(shelf: &Shelf) -> (usize, u64) {
+    let kept = shelf.list();
+    (kept.len(), kept.iter().map(|(_, bytes)| bytes).sum())
+}
+
+/// What was left open, as the template has it. A network's addresses are a VM's own, where it may go is not.
+pub fn fill(request: CreateRequest, outline: &Outline) -> Result<CreateRequest> {
+    let network = NetworkConfig {
+        tap_device: None,
+        ip_address: None,
+        mac_address: None,
+        gateway: None,
+        ..outline.network.clone()
+    };
+    let backend = Backend::parse(&outline.backend)?;
+    Ok(CreateRequest {
+        limits: request.limits.or_else(|| Some(outline.limits.clone())),
+        backend: request.backend.or(Some(backend)),
+        network: request.network.or(Some(network)),
+        kernel_path: request.kernel_path.or_else(|| outline.kernel_path.clone()),
+        rootfs_path: request.rootfs_path.or_else(|| outline.rootfs_path.clone()),
+        ..request
+    })
+}
+
+/// # Errors
+/// [`Error::StateMismatch`] naming all that a clone cannot have otherwise.
+pub fn check(spec: &Spec, outline: &Outline, name: &TemplateName) -> Result<()> {
+    let differences = vm::mismatches(outline, spec);
+    match differences.is_empty() {
+        true => Ok(()),
+        false => {
+            let what = format!("{}, as a clone of template \"{name}\",", spec.vm_id);
+            Err(Error::StateMismatch { what, differences })
+        }
+    }
+}
+
+impl Ledger for Manager {
+    fn reserve(&self, spec: &Spec) -> Result<()> {
+        Manager::reserve(self, spec, None)
+    }
+
+    fn give_back(&self, vm_id: &VmId) {
+        self.registry().quota.release(vm_id);
+    }
+}
+
+impl Manager {
+    pub(super) fn outline(&self, name: &TemplateName) -> Result<Outline> {
+        let outline = self.settings.snapshots.outline(name.as_str())?;
+        outline.ok_or_else(|| Error::TemplateNotFound { name: name.to_string() })
+    }
+
+    /// The templates of the user's own. Blocking.
+    #[must_use]
+    pub fn list_templates(&self) -> Vec<KeptEntry> {
+        entries(&self.settings.snapshots)
+    }
+
+    /// The suspended VMs of this user, whichever manager they were of. Blocking.
+    #[must_use]
+    pub fn list_suspended(&self) -> Vec<KeptEntry> {
+        entries(&self.settings.suspended)
+    }
+
+    /// Removes a template of the user's own; its clones run on.
+    ///
+    /// # Errors
+    /// [`Error::TemplateNotFound`], [`Error::TemplateTaken`] while it is made, [`Error::Host`].
+    pub async fn delete_template(&self, name: &TemplateName) -> Result<()> {
+        let (shelf, name) = (self.settings.snapshots.clone(), name.to_string());
+        let deleting = tokio::task::spawn_blocking(move || {
+            let not_found = || Error::TemplateNotFound { name: name.clone() };
+            let taken = || Error::TemplateTaken { name: name.clone(), reason: "is being made or deleted" };
+            if !shelf.has(&name) {
+                return Err(not_found());
+            }
+            let held = shelf.hold(&name)?.ok_or_else(taken)?;
+            shelf.remove(&held, &name)?.map(drop).ok_or_else(not_found)
+        });
+        deleting.await.map_err(|error| Error::host("delete", "a template", error))?
+    }
+
+    /// Lets a paused VM go on, and brings a suspended one back, also one that another manager suspended.
+    ///
+    /// # Errors
+    /// [`Error::VmNotFound`], and [`MicroVm::resume`]'s.
+    pub async fn resume(&self, vm_id: &str) -> Result<Arc<MicroVm>> {
+        if let Some(vm) = self.get(vm_id) {
+            return vm.resume().await.inspect_err(|error| vm.set_last_error(error.clone())).map(|()| vm);
+        }
+        let vm = self.adopt(vm_id)?;
+        if let Err(error) = vm.resume().await {
+            self.registry().vms.retain(|other| !Arc::ptr_eq(other, &vm));
+            return Err(error);
+        }
+        Ok(vm)
+    }
+
+    /// Takes a suspended VM that this manager does not know into its registry; nothing is reserved for it yet.
+    fn adopt(&self, vm_id: &str) -> Result<Arc<MicroVm>> {
+        let not_found = || Error::VmNotFound { vm_id: vm_id.to_owned() };
+        let vm_id = VmId::parse(vm_id).map_err(|_| not_found())?;
+        let outline = self.settings.suspended.outline(vm_id.as_str())?.ok_or_else(not_found)?;
+        let vm = self.vm(Spec {
+            vm_id: vm_id.clone(),
+            backend: Some(Backend::parse(&outline.backend)?),
+            isolation_type: IsolationType::parse(&outline.isolation_type)?,
+            limits: outline.limits,
+            network: outline.network,
+            kernel_path: outline.kernel_path,
+            rootfs_path: outline.rootfs_path,
+            template: None,
+        });
+        vm.set_suspended();
+        debug_assert_eq!(vm.state(), VmState::Paused);
+        let mut registry = self.registry();
+        if registry.vms.iter().any(|other| *other.id() == vm_id) {
+            return Err(Error::VmIdTaken { vm_id, owner: "this manager".into() });
+        }
+        registry.vms.push(vm.clone());
+        Ok(vm)
+    }
+
+    /// Removes the state of a suspended VM that this manager does not know.
+    pub(super) async fn destroy_suspended(&self, vm_id: &str) -> Result<()> {
+        let not_found = || Error::VmNotFound { vm_id: vm_id.to_owned() };
+        let vm_id = VmId::parse(vm_id).map_err(|_| not_found())?;
+        match vm::forget_suspended(&self.settings, &vm_id).await? {
+            true => Ok(()),
+            false => Err(not_found()),
+        }
+    }
+}
+
+fn entries(shelf: &Shelf) -> Vec<KeptEntry> {
+    let entry = |(name, disk_bytes): (String, u64)| {
+        let outline = shelf.outline(&name).transpose()?;
+        Some(KeptEntry { name, disk_bytes, outline })
+    };
+    shelf.list().into_iter().filter_map(entry).collect()
+}
