@@ -1,4 +1,4 @@
-//! The machine underneath: processes, `/proc`, files with modes, KVM, control groups, network links.
+//! The machine underneath: processes, `/proc`, files with modes, sockets, KVM, control groups, network links.
 //!
 //! Architecture invariant: the only module of the core that makes system calls beyond plain file I/O, and the only one
 //! with `unsafe`. It knows nothing of VMs or VMMs: it launches, watches and measures whatever it is given.
@@ -20,6 +20,8 @@ pub mod process;
 pub mod process_memory;
 pub mod procfs;
 pub mod reflink;
+pub mod rights;
 pub mod runtime_dir;
+pub mod socket_dir;
 pub mod tail;
 pub mod tsc;

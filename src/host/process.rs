@@ -192,8 +192,41 @@ impl Jailed {
         }
     }
 
+    /// A way to send signals that outlives the borrow, but not the jail.
+    #[must_use]
+    pub fn signals(&self) -> Signals {
+        Signals { control: self.control.clone(), pid: self.pid.clone() }
+    }
+
     /// Asks the supervisor to send `signal` to the program.
     pub fn signal(&self, signal: i32) {
+        self.signals().send(signal);
+    }
+
+    /// Lets go of the leash: the supervisor reads end-of-file and kills everything.
+    pub fn kill(&self) {
+        if let Err(error) = shutdown(self.control.as_raw_fd(), Shutdown::Write) {
+            log::debug!("the jail's socket was closed already: {error}");
+        }
+    }
+}
+
+/// Sends signals to a jailed program.
+#[derive(Debug, Clone)]
+pub struct Signals {
+    control: Arc<AsyncFd<OwnedFd>>,
+    pid: watch::Receiver<Option<i32>>,
+}
+
+impl Signals {
+    /// The program's process id on this host, once it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        *self.pid.borrow()
+    }
+
+    /// Asks the supervisor to send `signal` to the program.
+    pub fn send(&self, signal: i32) {
         let request = JailRequest { signal };
         let sent = serde_json::to_vec(&request).map_err(|e| e.to_string()).and_then(|packet| {
             sendmsg::<()>(self.control.as_raw_fd(), &[IoSlice::new(&packet)], &[], MsgFlags::MSG_NOSIGNAL, None)
@@ -202,13 +235,6 @@ impl Jailed {
         if let Err(error) = sent {
             // The supervisor is gone, and with it the program.
             log::debug!("signal {signal} was not sent: {error}");
-        }
-    }
-
-    /// Lets go of the leash: the supervisor reads end-of-file and kills everything.
-    pub fn kill(&self) {
-        if let Err(error) = shutdown(self.control.as_raw_fd(), Shutdown::Write) {
-            log::debug!("the jail's socket was closed already: {error}");
         }
     }
 }

@@ -38,6 +38,20 @@ pub fn private_bytes(pid: i32) -> Option<u64> {
     parse_statm(&fs::read_to_string(format!("/proc/{pid}/statm")).ok()?)
 }
 
+/// Whether a process was stopped by a signal, with all its threads.
+#[must_use]
+pub fn is_stopped(pid: i32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut states = threads.filter_map(|thread| parse_state(&fs::read_to_string(thread.path().join("stat")).ok()?));
+    let first = states.next();
+    first == Some('T') && states.all(|state| state == 'T')
+}
+
+/// proc_pid_stat(5): the state is the field behind the command.
+fn parse_state(stat: &str) -> Option<char> {
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
 /// Reads how a process was scheduled; `None` when it is gone.
 #[must_use]
 pub fn scheduling(pid: i32) -> Option<Scheduling> {

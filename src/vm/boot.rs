@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use microvm_protocol::identity::CONFIG_SERIAL;
-use tokio::net::UnixStream;
 
 use super::confine::Confinement;
 use super::network::Connection;
@@ -25,7 +24,7 @@ use crate::host::runtime_dir::VmDir;
 use crate::image;
 use crate::image::template::Template;
 use crate::model::{ResourceLimits, VmId};
-use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Vmm};
+use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm};
 
 /// How far a start has come, and how long each stage took.
 #[derive(Debug)]
@@ -180,7 +179,7 @@ pub struct Launching {
     limits: ResourceLimits,
     told: Told,
     jailed: Jailed,
-    transport: UnixStream,
+    transport: Transport,
     control: Box<dyn Control>,
     tails: LiveTails,
     confinement: Confinement,
@@ -237,9 +236,9 @@ impl Launching {
         self.attempt().race(self.control.connect()).await
     }
 
-    /// Restores a clone; nothing to do for a VM that boots.
+    /// Restores a clone; has any other boot.
     pub async fn load(&mut self, run: bool) -> Result<()> {
-        let Some(template) = &self.template else { return Ok(()) };
+        let Some(template) = &self.template else { return self.attempt().race(self.control.boot()).await };
         self.progress.at("restore");
         let restored = async {
             let state = memfd::reopen(&template.state).map_err(|e| Error::host("open", "a template's state", e))?;
@@ -284,7 +283,7 @@ impl Launching {
             plan,
             told: Told { key, ids },
             jailed,
-            mut transport,
+            transport,
             control,
             tails,
             confinement,
@@ -296,12 +295,15 @@ impl Launching {
         let vm_id = &plan.vm_id;
         let attempt = Attempt { vm_id, progress: &progress, jailed: &jailed, tails: &tails, limit };
         let in_guest = async {
-            let hello = match &template {
-                None => {
-                    progress.at("guest boot");
-                    Agent::hello(vm_id, &mut transport).await?
-                }
-                Some(template) => template.manifest.hello.clone(),
+            if template.is_none() {
+                progress.at("guest boot");
+            }
+            // Who connects says HELLO, a clone as well.
+            let said = template.as_ref().filter(|_| !transport.is_awaited()).map(|made| made.manifest.hello.clone());
+            let mut transport = transport.open().await?;
+            let hello = match said {
+                Some(hello) => hello,
+                None => Agent::hello(vm_id, &mut transport).await?,
             };
             progress.at("handshake");
             Agent::connect(vm_id.clone(), transport, key, &hello).await
@@ -312,6 +314,7 @@ impl Launching {
         Ok(Running {
             vm_id: vm_id.clone(),
             backend: vmm.backend(),
+            capabilities: vmm.capabilities(),
             grade: vmm.grade(),
             accelerator: vmm.accelerator(),
             confinement,

@@ -44,7 +44,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     let launcher = &settings.image.launcher;
     let (first_uid, last_uid) = settings.uid_range;
     let host = vmm::host_jail(launcher, first_uid)?;
-    let needs = vmm.needs();
+    let needs = vmm.needs(!spec.network.isolated_network);
     let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
     let lease = match host.own_uid() {
         true => Some(Lease::take(Path::new(LEASES), first_uid, last_uid)?),
@@ -78,7 +78,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     )?;
     groups.record(&dir.path().join(runtime_dir::GROUPS))?;
     plan.cgroup_procs = groups.procs();
-    plan.rlimits = rlimits(&budget, identity.is_some());
+    plan.rlimits = rlimits(&budget, needs.open_files, identity.is_some());
     plan.audit = settings.jail == JailMode::Audit;
     let mut layers = layers(&host, identity);
     layers.extend(needs.layers);
@@ -121,11 +121,11 @@ fn io_limit(limits: &ResourceLimits, dir: &Path) -> Option<(Device, Option<u64>,
     (device.major != 0 && (bytes.is_some() || operations.is_some())).then_some((device, bytes, operations))
 }
 
-fn rlimits(budget: &Budget, own_uid: bool) -> Vec<Rlimit> {
+fn rlimits(budget: &Budget, more_files: u64, own_uid: bool) -> Vec<Rlimit> {
     let mut rlimits = vec![
         Rlimit::both(Resource::Core, 0),
         Rlimit::both(Resource::Memlock, 0),
-        Rlimit::both(Resource::Nofile, budget.open_files),
+        Rlimit::both(Resource::Nofile, budget.open_files + more_files),
         Rlimit::both(Resource::Fsize, budget.file_bytes),
         Rlimit::both(Resource::Data, budget.data_bytes),
     ];
@@ -208,7 +208,7 @@ fn limits(
         fixed.iter().cloned().chain(more.into_iter().flatten()).collect()
     };
     let rate = |value: Option<u64>, what: &str| match value {
-        Some(value) => list(&[format!("VMM: QEMU's block layer, {value} {what}")], vec![by(Controller::Io)]),
+        Some(value) => list(&[format!("VMM: its limiter of the disk, {value} {what}")], vec![by(Controller::Io)]),
         None => vec!["not limited: none was asked for".to_owned()],
     };
     let mib = budget.memory_bytes >> 20;

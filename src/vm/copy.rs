@@ -80,6 +80,10 @@ impl Copy {
 
 /// What a copy of a VM depends on: what its template did, or what one would, had it not booted.
 pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings) -> Result<Fit> {
+    if !running.capabilities.copies {
+        let reason = format!("a VM on {} cannot be copied while it runs; use backend=\"qemu\"", running.backend);
+        return Err(Error::Vmm { vm_id: spec.vm_id.clone(), operation: "copy", reason });
+    }
     if let Some(base) = &running.base {
         return Ok(base.fit.clone());
     }
@@ -89,6 +93,6 @@ pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings) -> Resu
     // The same device, on no wire.
     prepared.plan.nic = (!spec.network.isolated_network).then(Nic::unplugged);
     let cannot = |reason| Error::Vmm { vm_id: spec.vm_id.clone(), operation: "copy", reason };
-    prepared.vmm.can_clone(&prepared.plan.jail).map_err(cannot)?;
+    prepared.vmm.can_clone(&prepared.plan).map_err(cannot)?;
     fit(settings, &prepared).await
 }

@@ -1,6 +1,6 @@
 //! Everything of a VM that can be refused or made before a process runs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use microvm_jail::Access;
@@ -14,10 +14,11 @@ use super::{janitor, Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::host::runtime_dir::VmDir;
+use crate::host::socket_dir;
 use crate::image;
 use crate::image::template::Template;
 use crate::model::{ResourceLimits, VmId};
-use crate::vmm::{self, Drive, LaunchPlan, Vmm};
+use crate::vmm::{self, Chosen, Drive, JailPlan, LaunchPlan, Sockets, Vmm, Wish};
 
 /// What stands ready before the VM's drives are written.
 pub struct Prepared {
@@ -125,6 +126,14 @@ pub fn identity(
     Ok((identity, Told { key, ids }))
 }
 
+/// The folder in which the VMM makes its sockets.
+fn make_sockets(dir: &Path, jail: &mut JailPlan, owner: Option<u32>) -> Result<Sockets> {
+    let host = dir.join("run");
+    socket_dir::create(&host, owner)?;
+    let inside = jail.show("sockets", &host, "/run", Access::Sockets)?;
+    Ok(Sockets { host, inside, owner })
+}
+
 fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let vm_id = &spec.vm_id;
     if let Some(path) = &spec.kernel_path {
@@ -134,7 +143,11 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         image::check_rootfs(path)?;
     }
     settings.image.check()?;
-    let vmm = vmm::select(vm_id, spec.backend, settings.min_isolation, &settings.binaries)?;
+    let wish =
+        Wish { backend: spec.backend, min_isolation: settings.min_isolation, vcpu_count: spec.limits.vcpu_count };
+    let Chosen { vmm, reason: chosen } = vmm::select(vm_id, &wish, &settings.binaries)?;
+    let level = if spec.backend.is_some() { log::Level::Debug } else { log::Level::Info };
+    log::log!(level, "{vm_id}: backend {}: {chosen}", vmm.backend());
     janitor::keep(settings);
     let dir = VmDir::create(&settings.base, vm_id)?;
     let path = |name: &str| dir.path().join(name);
@@ -164,9 +177,14 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         true => (None, None),
         false => {
             let limit = spec.limits.network_bandwidth_mbps;
-            let (connection, nic, guest) = network::connect(vm_id, &spec.network, settings.network_range, limit)?;
+            let (range, wire) = (settings.network_range, vmm.capabilities().wire);
+            let (connection, nic, guest) = network::connect(vm_id, &spec.network, range, limit, wire)?;
             (Some(Network { connection, guest }), Some(nic))
         }
+    };
+    let sockets = match vmm.needs(nic.is_some()).sockets {
+        true => Some(make_sockets(dir.path(), &mut jail, held.uid())?),
+        false => None,
     };
     let plan = LaunchPlan {
         vm_id: vm_id.clone(),
@@ -178,6 +196,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         nic,
         disk_bytes_per_s: spec.limits.disk_bytes_per_s,
         disk_ops_per_s: spec.limits.disk_ops_per_s,
+        sockets,
         jail,
     };
     let (limits, held) = (spec.limits.clone(), Arc::new(held));

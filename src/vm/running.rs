@@ -22,7 +22,7 @@ use crate::host::procfs::Usage;
 use crate::host::runtime_dir::{VmDir, GROUPS};
 use crate::image::template::Fit;
 use crate::model::{Backend, Grade, VmId};
-use crate::vmm::{Control, LiveTails};
+use crate::vmm::{Capabilities, Control, LiveTails};
 
 /// How long the guest may take to answer that it shuts down, and then to do it.
 const GUEST_DEADLINE: Duration = Duration::from_secs(3);
@@ -41,6 +41,7 @@ pub struct Base {
 pub struct Running {
     pub(super) vm_id: VmId,
     pub(super) backend: Backend,
+    pub(super) capabilities: Capabilities,
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
     pub(super) confinement: Confinement,
@@ -149,8 +150,9 @@ impl Running {
             }
         }
         match self.control.quit().await {
-            Ok(()) if self.ends_within(QUIT_DEADLINE).await => return self.reaped().await,
-            Ok(()) => log::warn!("{}: the VMM did not end in time; killing it", self.vm_id),
+            Ok(true) if self.ends_within(QUIT_DEADLINE).await => return self.reaped().await,
+            Ok(false) => log::debug!("{}: the VMM is killed, it has no other end", self.vm_id),
+            Ok(true) => log::warn!("{}: the VMM did not end in time; killing it", self.vm_id),
             // The usual reason is that it has ended already.
             Err(error) => log::debug!("{error}"),
         }

@@ -50,7 +50,7 @@ pub async fn run_kept(
 ) -> Result<Running> {
     progress.at("prepare");
     let mut prepared = prepare(spec, settings).await?;
-    let can = prepared.vmm.can_clone(&prepared.plan.jail);
+    let can = prepared.vmm.can_clone(&prepared.plan);
     fits(what, can.err().into_iter().collect())?;
     fits(what, differences(&kept.template.manifest.fit, &fit(settings, &prepared).await?))?;
     prepared.ids = ids;

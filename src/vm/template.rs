@@ -35,7 +35,10 @@ pub async fn find_or_make(
     progress: &Progress,
 ) -> Result<Option<Arc<Template>>> {
     let Some(store) = &settings.templates else { return Ok(None) };
-    if let Err(reason) = prepared.vmm.can_clone(&prepared.plan.jail) {
+    if !prepared.vmm.capabilities().clones {
+        return Ok(None);
+    }
+    if let Err(reason) = prepared.vmm.can_clone(&prepared.plan) {
         log::warn!("{}: the VM boots: {reason}", prepared.plan.vm_id);
         return Ok(None);
     }
@@ -107,13 +110,15 @@ pub async fn fit(settings: &Settings, prepared: &Prepared) -> Result<Fit> {
 async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
     let (plan, origin) = blank(prepared, &settings.image, dir)?;
     let vm_id = &plan.vm_id;
-    let Launched { jailed, agent: mut transport, control, tails } =
+    let Launched { jailed, agent, control, tails } =
         prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
     let state = File::options().write(true).create_new(true).open(dir.join(STATE));
     let state = state.map_err(|error| Error::host("create", dir.display(), error))?;
     let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;
     let frozen = async {
+        control.boot().await?;
+        let mut transport = agent.open().await?;
         let mut hello = Agent::hello(vm_id, &mut transport).await?;
         if has_failed(&hello) {
             // A boot of the VM itself will say what.

@@ -58,19 +58,17 @@ fn install_hint(backend: Backend, key: &str) -> String {
     format!("{how}, or name the binary in config[{key:?}]")
 }
 
-/// Why a backend that needs KVM, and that this release does not drive, cannot be used here.
-pub fn not_driven(binaries: &Binaries, backend: Backend) -> Error {
-    if let Err(error) = binaries.locate(backend) {
-        return error;
-    }
+/// Whether a backend that needs KVM can run here.
+///
+/// # Errors
+/// [`Error::BackendUnavailable`].
+pub fn needs_kvm(backend: Backend) -> Result<()> {
     let kvm = kvm::probe();
-    let (reason, remedy) = if kvm.usable {
-        ("this release does not drive it yet".into(), "use backend=\"qemu\"".into())
-    } else {
-        let remedy = kvm.remedy.unwrap_or_default();
-        (format!("it needs KVM: {}", kvm.reason), format!("{remedy}; or use backend=\"qemu\", which runs without KVM"))
-    };
-    Error::BackendUnavailable { backend, reason, remedy }
+    if kvm.usable {
+        return Ok(());
+    }
+    let remedy = format!("{}; or use backend=\"qemu\", which runs without KVM", kvm.remedy.unwrap_or_default());
+    Err(Error::BackendUnavailable { backend, reason: format!("it needs KVM: {}", kvm.reason), remedy })
 }
 
 /// What `doctor` says about one backend.
@@ -111,12 +109,19 @@ pub fn probe(binaries: &Binaries) -> Vec<Installed> {
                 reason: if kvm.usable { "runs on KVM".into() } else { format!("runs on TCG: {}", kvm.reason) },
                 remedy: kvm.remedy.clone(),
             },
-            _ => missing(
-                Some(path),
-                Some(version),
-                "this release does not drive it yet".into(),
-                Some("use backend=\"qemu\"".into()),
-            ),
+            Backend::Firecracker | Backend::CloudHypervisor => match kvm.usable {
+                true => Installed {
+                    backend,
+                    path: Some(path),
+                    version: Some(version),
+                    grade: Some(Grade::Hardware),
+                    reason: "runs on KVM".into(),
+                    remedy: None,
+                },
+                false => {
+                    missing(Some(path), Some(version), format!("it needs KVM: {}", kvm.reason), kvm.remedy.clone())
+                }
+            },
         }
     };
     Backend::ALL.iter().copied().map(look).collect()

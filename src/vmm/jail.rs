@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use microvm_jail::{Access, Confined, Identity, LaunchSpec, Layer, Namespaces, Rlimit, Seccomp, Visible};
+use microvm_jail::{Access, Confined, Identity, LaunchSpec, Layer, Namespaces, Resource, Rlimit, Seccomp, Visible};
 
 use crate::error::{Error, Result};
 use crate::host::process::{self, Exit};
@@ -102,6 +102,13 @@ impl JailPlan {
         let old = self.files.iter().position(|file| file.inside == inside).map(|index| self.files.remove(index));
         let access = old.map_or(Access::Read, |old| old.access);
         self.show(field, host, &inside.display().to_string(), access)
+    }
+
+    /// Lets the VMM write files of this size, for a moment that has a file of its memory's size.
+    pub fn allow_files_of(&mut self, bytes: u64) {
+        for limit in self.rlimits.iter_mut().filter(|limit| limit.resource == Resource::Fsize) {
+            (limit.soft, limit.hard) = (limit.soft.max(bytes), limit.hard.max(bytes));
+        }
     }
 
     /// The launch spec for a program whose files are in the plan by now.

@@ -4,10 +4,20 @@
 //! [`Control`]. It owns no files, holds no state of a VM's life, and nobody above knows which backend it is.
 
 mod cloud_hypervisor;
+#[cfg(test)]
+mod fake;
 mod firecracker;
+#[cfg(test)]
+mod golden;
+mod http;
 mod install;
 mod jail;
+mod program;
 mod qemu;
+mod select;
+#[cfg(test)]
+mod spec;
+mod transport;
 
 use std::fmt::Debug;
 use std::future::Future;
@@ -17,18 +27,18 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use microvm_jail::Layer;
-use tokio::net::UnixStream;
-
-use crate::error::{Error, Result, Tails};
+use crate::error::{Result, Tails};
 use crate::host::net::Tap;
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade, VmId};
+use microvm_jail::Layer;
 
 pub use install::{probe, Binaries, Installed};
 pub use jail::{host_jail, HostJail, JailPlan};
 pub use qemu::Program as QemuProgram;
+pub use select::{select, Chosen, Wish};
+pub use transport::Transport;
 
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -79,7 +89,19 @@ pub struct LaunchPlan {
     /// Bytes and operations per second, for each drive that can be written.
     pub disk_bytes_per_s: Option<u64>,
     pub disk_ops_per_s: Option<u64>,
+    /// Where the VMM makes its sockets, if it said that it makes any.
+    pub sockets: Option<Sockets>,
     pub jail: JailPlan,
+}
+
+/// A folder for a VMM's sockets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sockets {
+    pub host: PathBuf,
+    /// As the VMM finds it.
+    pub inside: PathBuf,
+    /// Whom the VMM runs as; `None`: as this user.
+    pub owner: Option<u32>,
 }
 
 /// Host memory that a VMM needs beyond its guest's at most, MiB: the manager's quota counts with it. docs/security.md has
@@ -93,6 +115,10 @@ pub const OVERHEAD_MIB: u64 = 128;
 pub struct VmmNeeds {
     /// Device nodes beside those that every jail has.
     pub devices: Vec<PathBuf>,
+    /// A folder in which it can make sockets.
+    pub sockets: bool,
+    /// Descriptors beyond those that QEMU was measured to need.
+    pub open_files: u64,
     /// Layers of the jail that depend on the VMM.
     pub layers: Vec<(&'static str, Layer)>,
 }
@@ -125,7 +151,7 @@ pub enum Origin {
 /// A VMM process and the ways to talk to it.
 pub struct Launched {
     pub jailed: Jailed,
-    pub agent: UnixStream,
+    pub agent: Transport,
     pub control: Box<dyn Control>,
     pub tails: LiveTails,
 }
@@ -143,6 +169,9 @@ pub struct DiskIo {
 pub trait Control: Send + Sync {
     /// Waits until the VMM listens: it has opened all its files then.
     fn connect(&self) -> BoxFuture<'_, Result<()>>;
+    /// Has a VMM that was launched with [`Origin::Boot`] or [`Origin::Record`] boot its guest; nothing for one whose
+    /// arguments said so.
+    fn boot(&self) -> BoxFuture<'_, Result<()>>;
     /// Stops the vCPUs.
     fn pause(&self) -> BoxFuture<'_, Result<()>>;
     /// Lets the vCPUs go on.
@@ -151,14 +180,38 @@ pub trait Control: Send + Sync {
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>>;
     /// Restores a VMM launched with [`Origin::Clone`] from what `save` wrote and, if asked to, lets it run.
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>>;
-    /// Ends the VMM without asking the guest.
-    fn quit(&self) -> BoxFuture<'_, Result<()>>;
+    /// Ends the VMM without asking the guest; `false`: it has no such request, and is to be killed.
+    fn quit(&self) -> BoxFuture<'_, Result<bool>>;
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>>;
     /// The VMM's own word for why the vCPUs stand still (`io-error`, `paused`, ...); `None` while they run, and from a VMM
     /// that does not tell.
     fn why_stopped(&self) -> BoxFuture<'_, Result<Option<String>>> {
         Box::pin(std::future::ready(Ok(None)))
     }
+}
+
+/// How a VMM takes its end of a tap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wire {
+    /// An open descriptor, of plain frames.
+    Plain,
+    /// An open descriptor, of frames with a virtio header before each.
+    WithHeaders,
+    /// A name: it opens the tap itself, in the network namespace where that is.
+    Named,
+}
+
+/// What a backend can do, where backends differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// VMs can be clones of a template: they start in a twentieth of the time.
+    pub clones: bool,
+    /// A VM that runs can be copied: its state is written while it stands still, and it goes on.
+    pub copies: bool,
+    pub wire: Wire,
+    pub max_vcpus: u64,
+    /// It takes one vCPU or an even number.
+    pub even_vcpus: bool,
 }
 
 /// A backend that was found on this host.
@@ -171,37 +224,15 @@ pub trait Vmm: Send + Sync + Debug {
     fn binary(&self) -> &Path;
     /// The machine that `plan` describes, without the names of its files: what a template of it depends on.
     fn machine(&self, plan: &LaunchPlan) -> Vec<String>;
-    fn needs(&self) -> VmmNeeds;
-    /// Whether a VM in this jail can be a clone; `Err` says why not.
-    fn can_clone(&self, jail: &JailPlan) -> std::result::Result<(), String>;
+    /// `connected`: for a VM that is on a network.
+    fn needs(&self, connected: bool) -> VmmNeeds;
+    fn capabilities(&self) -> Capabilities;
+    /// Whether this VM can be a clone; `Err` says why not.
+    fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String>;
     /// Launches the VMM; call on the runtime. Dropping what it returns kills the VMM; `held` is dropped once no process
     /// of it is left.
     ///
     /// # Errors
     /// [`Error::Host`], [`Error::ImageUnreadable`].
     fn launch(&self, plan: &LaunchPlan, origin: &Origin, held: Box<dyn Send>) -> Result<Launched>;
-}
-
-/// The backend asked for, or the best one that this host can run.
-///
-/// # Errors
-/// [`Error::BackendUnavailable`] that says what to install; [`Error::IsolationUnavailable`].
-pub fn select(vm_id: &VmId, wanted: Option<Backend>, min: Option<Grade>, binaries: &Binaries) -> Result<Box<dyn Vmm>> {
-    let backend = wanted.unwrap_or(Backend::Qemu);
-    let vmm: Box<dyn Vmm> = match backend {
-        Backend::Qemu => Box::new(qemu::Qemu::find(binaries)?),
-        Backend::Firecracker => firecracker::find(binaries)?,
-        Backend::CloudHypervisor => cloud_hypervisor::find(binaries)?,
-    };
-    if let Some(min) = min.filter(|min| *min > vmm.grade()) {
-        let kvm = crate::host::kvm::probe();
-        return Err(Error::IsolationUnavailable {
-            vm_id: vm_id.clone(),
-            wanted: format!("min_isolation={min}"),
-            offered: vmm.grade().to_string(),
-            reason: kvm.reason,
-            remedy: kvm.remedy.unwrap_or_default(),
-        });
-    }
-    Ok(vmm)
 }

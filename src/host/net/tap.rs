@@ -12,6 +12,9 @@ use crate::host::fork::{self, Concealed};
 const DEVICE: &str = "/dev/net/tun";
 /// linux/if_tun.h: `_IOW('T', 202, int)`, though it takes a `struct ifreq`.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+/// linux/if_tun.h: `_IOW('T', 203, int)` and `_IOW('T', 204, int)`, with the number itself as argument.
+const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
+const TUNSETOWNER: libc::c_ulong = 0x4004_54cc;
 
 /// A tap that this process holds, and no child that it forks. One that it made vanishes with the last copy of the
 /// descriptor.
@@ -27,11 +30,12 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Takes the tap called `name`, or makes it; `%d` in the name becomes a number that is free.
+    /// Takes the tap called `name`, or makes it; `%d` in the name becomes a number that is free. `headers`: a virtio
+    /// header comes before each frame.
     ///
     /// # Errors
     /// The name is another interface's or the tap is held by someone; the process may not, or has no tun driver.
-    pub fn open(name: &str) -> Result<Self, Refusal> {
+    pub fn open(name: &str, headers: bool) -> Result<Self, Refusal> {
         let existed = facts::index_of(name).is_some();
         let device = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE);
         let device = device.map_err(|error| match error.kind() {
@@ -53,8 +57,9 @@ impl Tap {
             *place = byte as libc::c_char;
         }
         let _concealed = fork::conceal(&device);
-        // No virtio header: every frame from the guest is a plain one, which the host need not take apart.
-        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+        // Without a virtio header every frame from the guest is a plain one, which the host need not take apart.
+        let headers = if headers { libc::IFF_VNET_HDR } else { 0 };
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | headers) as libc::c_short;
         // SAFETY: the descriptor is open, and the request reads and writes one ifreq.
         let set = unsafe { libc::ioctl(device.as_raw_fd(), TUNSETIFF, &raw mut request) };
         if set < 0 {
@@ -77,5 +82,23 @@ impl Tap {
         let gone = || Refusal::new(format!("tap {name:?} vanished as soon as it was made"), "try again");
         let index = facts::index_of(&name).ok_or_else(gone)?;
         Ok(Self { _concealed, fd: device.into(), name, index, existed })
+    }
+
+    /// Lets a process of `owner` open this tap by its name once this descriptor is closed: it lasts until it is deleted.
+    /// One that existed belongs to whom its maker said.
+    ///
+    /// # Errors
+    /// ioctl(2)'s.
+    pub fn hand_over(&self, owner: u32) -> std::io::Result<()> {
+        if self.existed {
+            return Ok(());
+        }
+        for (request, value) in [(TUNSETOWNER, libc::c_ulong::from(owner)), (TUNSETPERSIST, 1)] {
+            // SAFETY: the descriptor is open, and both requests take a number.
+            if unsafe { libc::ioctl(self.fd.as_raw_fd(), request, value) } < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
     }
 }

@@ -18,7 +18,7 @@ use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, 
 use crate::host::{clock, privileges};
 use crate::model::{Ipv4Net, NetworkConfig, VmId};
 use crate::net::{self, Before, Interface, Resolution, Rules, Segment};
-use crate::vmm::Nic;
+use crate::vmm::{Nic, Wire};
 use relay::Relay;
 
 pub use sweep::sweep;
@@ -99,6 +99,7 @@ pub fn connect(
     config: &NetworkConfig,
     range: Ipv4Net,
     bandwidth_mbps: u64,
+    wire: Wire,
 ) -> Result<(Connection, Nic, GuestNetwork)> {
     let refused = |Refusal { reason, remedy }| Error::NetworkUnavailable { vm_id: vm_id.clone(), reason, remedy };
     if config.ipv6 {
@@ -106,7 +107,7 @@ pub fn connect(
     }
     ready().map_err(refused)?;
     for _ in 0..TRIES {
-        match try_connect(config, range, bandwidth_mbps) {
+        match try_connect(config, range, bandwidth_mbps, wire) {
             Ok(connected) => return Ok(connected),
             Err(Failed::Taken(_)) if config.ip_address.is_none() => {}
             Err(Failed::Taken(refusal) | Failed::Refused(refusal)) => return Err(refused(refusal)),
@@ -143,9 +144,10 @@ fn try_connect(
     config: &NetworkConfig,
     range: Ipv4Net,
     bandwidth_mbps: u64,
+    wire: Wire,
 ) -> std::result::Result<(Connection, Nic, GuestNetwork), Failed> {
     let home = home()?;
-    let tap = Tap::open(config.tap_device.as_deref().unwrap_or(net::GENERATED_TAP))?;
+    let tap = Tap::open(config.tap_device.as_deref().unwrap_or(net::GENERATED_TAP), wire == Wire::WithHeaders)?;
     let segment = Arc::new(plan(config, range, bandwidth_mbps, &tap, home)?);
     let (undo, relay) = raise(&segment, home)?;
     let Segment { mac, addresses, .. } = &*segment;

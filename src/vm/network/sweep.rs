@@ -5,7 +5,7 @@
 use super::has_flag;
 use crate::host::net::{self as host, Tool};
 use crate::host::privileges;
-use crate::net::{Rules, SHAPER_PREFIX};
+use crate::net::{Rules, GENERATED_TAP, SHAPER_PREFIX};
 
 /// Removes what belongs to nobody; blocking. What cannot be removed is logged.
 pub fn sweep() {
@@ -48,6 +48,12 @@ fn stale_rules(line: &str) -> Option<Rules> {
     (!held).then_some(rules)
 }
 
+/// Whether a tap has a name that we gave it: what lasts of those was made for a VMM that opens its tap by name.
+fn is_generated(name: &str) -> bool {
+    let number = name.strip_prefix(GENERATED_TAP.trim_end_matches("%d"));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 fn remove(rules: &Rules) {
     // Taps that were made to last go back to what they were, as far as can be told.
     for link in links(&["group", &rules.group().to_string()]) {
@@ -56,6 +62,9 @@ fn remove(rules: &Rules) {
         let down =
             format!("link set dev {name} down\naddress flush dev {name} scope link\nlink set dev {name} group 0\n");
         Tool::Ip.run_all(&down);
+        if is_generated(name) {
+            Tool::Ip.run_all(&format!("link delete dev {name}\n"));
+        }
     }
     if let Err(refusal) = Tool::Nft.run(&rules.drop()) {
         log::warn!("stale rules were not removed: {}", refusal.reason);

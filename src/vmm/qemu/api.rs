@@ -1,15 +1,14 @@
 //! QMP, over the socket that QEMU was born with (QEMU Machine Protocol specification).
 
-use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use serde_json::{json, Value};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
 use crate::error::{Error, Result};
+use crate::host::rights::send_with;
 use crate::model::VmId;
 use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
 
@@ -138,16 +137,13 @@ impl Line {
     }
 }
 
-fn send_with(stream: &UnixStream, bytes: &[u8], fd: &OwnedFd) -> io::Result<usize> {
-    let rights = [fd.as_raw_fd()];
-    let slices = [IoSlice::new(bytes)];
-    let message = [ControlMessage::ScmRights(&rights)];
-    Ok(sendmsg::<()>(stream.as_raw_fd(), &slices, &message, MsgFlags::MSG_NOSIGNAL, None)?)
-}
-
 impl Control for Qmp {
     fn connect(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("connect", async |_| Ok(())))
+    }
+
+    fn boot(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<()>> {
@@ -188,8 +184,8 @@ impl Control for Qmp {
         }))
     }
 
-    fn quit(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.execute("quit").await.map(drop) })
+    fn quit(&self) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async { self.execute("quit").await.map(|_| true) })
     }
 
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>> {

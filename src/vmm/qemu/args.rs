@@ -174,37 +174,7 @@ fn throttling(plan: &LaunchPlan) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::VmId;
-    use crate::vmm::{Drive, JailPlan};
-
-    fn plan() -> LaunchPlan {
-        let drive = |serial, path: &str, read_only| Drive { serial, path: path.into(), read_only, size: 0 };
-        LaunchPlan {
-            vm_id: VmId::parse("tab-1").unwrap(),
-            vcpu_count: 2,
-            memory_mib: 1024,
-            kernel: "/image/kernel".into(),
-            initramfs: "/image/initramfs".into(),
-            drives: vec![
-                drive("config", "/vm/config", true),
-                drive("disk", "/vm/disk", false),
-                drive("rootfs", "/images/a,b.ext4", true),
-            ],
-            nic: None,
-            disk_bytes_per_s: Some(8 << 20),
-            disk_ops_per_s: Some(500),
-            jail: JailPlan {
-                launcher: "/data/microvm-jail".into(),
-                own_root: true,
-                no_proc: None,
-                identity: None,
-                files: Vec::new(),
-                rlimits: Vec::new(),
-                cgroup_procs: Vec::new(),
-                audit: false,
-            },
-        }
-    }
+    use crate::vmm::golden::{assert_golden, plan};
 
     const HOST: Host = Host {
         accelerator: Accelerator::Tcg,
@@ -212,16 +182,6 @@ mod tests {
         firmware: Some("/vmm/firmware"),
         sandbox: true,
     };
-
-    /// One argument a line, so that a change shows as a line. `MICROVM_BLESS=1` writes the file anew.
-    fn assert_golden(name: &str, args: &[String]) {
-        let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
-        let text = args.join("\n") + "\n";
-        if std::env::var_os("MICROVM_BLESS").is_some() {
-            std::fs::write(&path, &text).unwrap();
-        }
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), text, "{path}");
-    }
 
     #[test]
     fn test_arguments_under_tcg_are_golden() {

@@ -7,7 +7,6 @@ mod program;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use tokio::net::UnixStream;
 
@@ -16,7 +15,9 @@ use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::host::{kvm, tsc};
 use crate::model::{Backend, Grade};
-use crate::vmm::{Binaries, Drive, JailPlan, LaunchPlan, Launched, LiveTails, Nic, Origin, Vmm, VmmNeeds};
+use crate::vmm::{
+    Binaries, Capabilities, Drive, LaunchPlan, Launched, LiveTails, Nic, Origin, Transport, Vmm, VmmNeeds, Wire,
+};
 use api::Qmp;
 use args::{Accelerator, Host, AGENT_FD, QMP_FD, RAM_FD, TAP_FD};
 pub use program::Program;
@@ -24,7 +25,7 @@ pub use program::Program;
 /// QEMU on this host.
 #[derive(Debug, Clone)]
 pub struct Qemu {
-    program: Arc<Program>,
+    program: Program,
     accelerator: Accelerator,
 }
 
@@ -100,18 +101,23 @@ impl Vmm for Qemu {
         args::arguments(&nameless, &Origin::Boot, Host { tsc_khz: coarse, ..self.host(None) })
     }
 
-    fn needs(&self) -> VmmNeeds {
+    fn needs(&self, _connected: bool) -> VmmNeeds {
         let devices = match self.accelerator {
             Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
             Accelerator::Tcg => Vec::new(),
         };
-        VmmNeeds { devices, layers: self.program.layers() }
+        VmmNeeds { devices, sockets: false, open_files: 0, layers: self.program.layers() }
     }
 
-    fn can_clone(&self, jail: &JailPlan) -> std::result::Result<(), String> {
+    fn capabilities(&self) -> Capabilities {
+        // hw/i386/microvm.c: max_cpus.
+        Capabilities { clones: true, copies: true, wire: Wire::Plain, max_vcpus: 288, even_vcpus: false }
+    }
+
+    fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String> {
         // QEMU opens the memory by a name, and a sealed one has no other.
         let why = |reason: &String| Err(format!("a clone's memory needs a /proc in its jail: {reason}"));
-        jail.no_proc.as_ref().map_or(Ok(()), why)
+        plan.jail.no_proc.as_ref().map_or(Ok(()), why)
     }
 
     fn launch(&self, plan: &LaunchPlan, origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {
@@ -142,6 +148,6 @@ impl Vmm for Qemu {
         }
         let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));
-        Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
+        Ok(Launched { jailed, agent: Transport::Open(agent), control, tails: LiveTails { console, vmm_stderr } })
     }
 }

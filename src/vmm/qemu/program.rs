@@ -1,16 +1,12 @@
 //! QEMU's files on this host: what it needs to run, and how its calls are to be filtered.
 
-use std::collections::HashMap;
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use microvm_jail::{Access, Layer, Seccomp};
 
-use crate::error::{Error, Result};
-use crate::host::{binary, elf};
-use crate::vmm::JailPlan;
+use crate::error::Result;
+use crate::vmm::{program, JailPlan};
 
 /// The releases whose system calls were measured for the allow-list.
 const MEASURED: [(u32, u32); 1] = [(7, 2)];
@@ -22,14 +18,12 @@ const MODULE_FOLDERS: [&str; 3] = ["../lib/x86_64-linux-gnu/qemu", "../lib64/qem
 /// QEMU loads its emulator from a module where it was built with modules; KVM is always built in.
 const TCG_MODULE: &str = "accel-tcg-x86_64.so";
 
-/// One QEMU binary. Found out once for each binary and change of it.
+/// One QEMU binary.
 #[derive(Debug, Clone)]
 pub struct Program {
-    binary: PathBuf,
-    needs: elf::Needs,
+    files: Arc<program::Program>,
     modules: Vec<PathBuf>,
     firmware: Vec<(&'static str, PathBuf)>,
-    version: Option<(u32, u32)>,
 }
 
 /// Where the jailed QEMU finds itself and its files.
@@ -41,67 +35,46 @@ pub struct Shown {
     pub firmware: Option<&'static str>,
 }
 
-type Identity = (PathBuf, u64, u64, i64, i64, u64);
+/// A file in the first of `folders`, seen from the folder of the binary, that has it.
+fn beside(binary: &Path, folders: &[&str], name: &str) -> Option<PathBuf> {
+    let folder = binary.parent().unwrap_or(Path::new("/"));
+    folders.iter().map(|place| folder.join(place).join(name)).find_map(|path| path.canonicalize().ok())
+}
 
-fn identity(path: &Path, meta: &Metadata) -> Identity {
-    (path.to_owned(), meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.size())
+fn modules(binary: &Path) -> Vec<PathBuf> {
+    beside(binary, &MODULE_FOLDERS, TCG_MODULE).into_iter().collect()
 }
 
 impl Program {
     /// Looks at a binary, or remembers what it found out about the same file. Blocking.
     ///
     /// # Errors
-    /// [`Error::Host`] when it is no program of this machine's, or misses a library.
-    pub fn inspect(path: &Path) -> Result<Arc<Self>> {
-        static KNOWN: Mutex<Option<HashMap<Identity, Arc<Program>>>> = Mutex::new(None);
-        let failed = |error: std::io::Error| Error::host("inspect", path.display(), error);
-        let binary = path.canonicalize().map_err(failed)?;
-        let identity = identity(&binary, &binary.metadata().map_err(failed)?);
-        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = known.get_or_insert_default();
-        if let Some(program) = known.get(&identity) {
-            return Ok(program.clone());
-        }
-        let program = Arc::new(Self::find_out(binary)?);
-        known.insert(identity, program.clone());
-        Ok(program)
-    }
-
-    fn find_out(binary: PathBuf) -> Result<Self> {
-        let folder = binary.parent().unwrap_or(Path::new("/")).to_owned();
-        let first = |folders: &[&str], name: &str| {
-            folders.iter().map(|place| folder.join(place).join(name)).find_map(|path| path.canonicalize().ok())
-        };
-        let modules: Vec<PathBuf> = first(&MODULE_FOLDERS, TCG_MODULE).into_iter().collect();
-        let firmware = FIRMWARE.iter().filter_map(|name| Some((*name, first(&FIRMWARE_FOLDERS, name)?))).collect();
-        let (needs, version) = std::thread::scope(|scope| {
-            let version = scope.spawn(|| binary::version_line(&binary).ok().as_deref().and_then(parse_version));
-            (elf::needs(&binary, &modules), version.join().unwrap_or(None))
-        });
-        Ok(Self { needs: needs?, modules, firmware, version, binary })
+    /// [`crate::error::Error::Host`] when it is no program of this machine's, or misses a library.
+    pub fn inspect(path: &Path) -> Result<Self> {
+        let files = program::Program::inspect(path, modules)?;
+        let firmware = |name: &'static str| Some((name, beside(&files.binary, &FIRMWARE_FOLDERS, name)?));
+        let firmware = FIRMWARE.into_iter().filter_map(firmware).collect();
+        Ok(Self { modules: modules(&files.binary), firmware, files })
     }
 
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.binary
+        &self.files.binary
+    }
+
+    fn version(&self) -> Option<(u32, u32)> {
+        program::parse_version(self.files.version_line.as_deref()?, "QEMU emulator version ")
     }
 
     /// Adds QEMU's own files to a plan.
     ///
     /// # Errors
-    /// [`Error::ImageUnreadable`].
+    /// [`crate::error::Error::ImageUnreadable`].
     pub fn show(&self, plan: &mut JailPlan) -> Result<Shown> {
-        let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let inside = format!("/vmm/{}", name(&self.binary));
-        let program = plan.show("QEMU", &self.binary, &inside, Access::Execute)?;
-        if let Some((named, real)) = &self.needs.interpreter {
-            plan.show("QEMU's loader", real, &named.display().to_string(), Access::Execute)?;
-        }
-        for (soname, path) in &self.needs.libraries {
-            plan.show("QEMU's library", path, &format!("/lib/{soname}"), Access::Execute)?;
-        }
+        let program = self.files.show(plan)?;
         for module in &self.modules {
-            plan.show("QEMU's module", module, &format!("/vmm/modules/{}", name(module)), Access::Execute)?;
+            let name = module.file_name().unwrap_or_default().to_string_lossy();
+            plan.show("QEMU's module", module, &format!("/vmm/modules/{name}"), Access::Execute)?;
         }
         for (file, path) in &self.firmware {
             plan.show("QEMU's firmware", path, &format!("/vmm/firmware/{file}"), Access::Read)?;
@@ -109,20 +82,19 @@ impl Program {
         if !plan.own_root {
             return Ok(Shown { program, env: Vec::new(), firmware: None });
         }
-        let env = [("LD_LIBRARY_PATH", "/lib"), ("QEMU_MODULE_DIR", "/vmm/modules")];
-        let env = env.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let env = vec![program::library_path(), ("QEMU_MODULE_DIR".into(), "/vmm/modules".into())];
         Ok(Shown { program, env, firmware: Some("/vmm/firmware") })
     }
 
     /// Whether QEMU was built to filter its own system calls.
     #[must_use]
     pub fn has_sandbox(&self) -> bool {
-        self.needs.libraries.keys().any(|name| name.starts_with("libseccomp.so"))
+        self.files.needs.libraries.keys().any(|name| name.starts_with("libseccomp.so"))
     }
 
     #[must_use]
     pub fn seccomp(&self) -> Seccomp {
-        match self.version {
+        match self.version() {
             Some(version) if MEASURED.contains(&version) => Seccomp::AllowList,
             _ => Seccomp::DenyList,
         }
@@ -135,7 +107,7 @@ impl Program {
             true => Layer::Given(format!("-sandbox {}", super::args::SANDBOX)),
             false => Layer::Missing("this QEMU was built without libseccomp".into()),
         };
-        let shown = self.version.map_or_else(|| "of unknown version".to_owned(), |(a, b)| format!("{a}.{b}"));
+        let shown = self.version().map_or_else(|| "of unknown version".to_owned(), |(a, b)| format!("{a}.{b}"));
         let allow_list = match self.seccomp() {
             Seccomp::AllowList => Layer::Given(format!("measured with QEMU {shown}")),
             _ => Layer::Missing(format!(
@@ -145,24 +117,5 @@ impl Program {
             )),
         };
         vec![("vmm_sandbox", sandbox), ("seccomp_allow_list", allow_list)]
-    }
-}
-
-/// `QEMU emulator version 7.2.22 (Debian ...)`.
-fn parse_version(line: &str) -> Option<(u32, u32)> {
-    let numbers = line.strip_prefix("QEMU emulator version ")?;
-    let mut parts = numbers.split(|c: char| !c.is_ascii_digit());
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn test_parse_version_takes_the_first_two_numbers() {
-        assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)"), Some((7, 2)));
-        assert_eq!(parse_version("QEMU emulator version 10.0.0"), Some((10, 0)));
-        assert_eq!(parse_version("something else 7.2"), None);
     }
 }

@@ -9,7 +9,7 @@ use microvm_isolation::channel::Agent;
 use microvm_isolation::error::Result;
 use microvm_isolation::image::{self, GuestImage};
 use microvm_isolation::model::{Backend, VmId};
-use microvm_isolation::vmm::{self, Binaries, Drive, JailPlan, LaunchPlan, Launched, Origin};
+use microvm_isolation::vmm::{self, Binaries, Drive, JailPlan, LaunchPlan, Launched, Origin, Wish};
 use microvm_jail::Access;
 use microvm_protocol::frame::{Frame, Kind};
 use microvm_protocol::handshake::GuestHandshake;
@@ -369,10 +369,12 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
         nic: None,
         disk_bytes_per_s: None,
         disk_ops_per_s: None,
+        sockets: None,
         jail,
     };
-    let vmm = vmm::select(&plan.vm_id, Some(Backend::Qemu), None, &Binaries::default()).expect("QEMU is installed");
-    (vmm.launch(&plan, &Origin::Boot, Box::new(())).unwrap(), folder)
+    let wish = Wish { backend: Some(Backend::Qemu), min_isolation: None, vcpu_count: 1 };
+    let chosen = vmm::select(&plan.vm_id, &wish, &Binaries::default()).expect("QEMU is installed");
+    (chosen.vmm.launch(&plan, &Origin::Boot, Box::new(())).unwrap(), folder)
 }
 
 /// A real VM with a tap between QEMU and the agent's host end.
@@ -387,9 +389,10 @@ pub struct Tapped {
 impl Tapped {
     pub async fn launch(name: &str, image: &GuestImage) -> Self {
         let (launched, folder) = launch(name, image);
+        let guest = launched.agent.open().await.unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (to_guest, to_host) = (Tape::default(), Tape::default());
-        tokio::spawn(relay_bytes(launched.agent, theirs, to_host.clone(), to_guest.clone()));
+        tokio::spawn(relay_bytes(guest, theirs, to_host.clone(), to_guest.clone()));
         let agent = agent(name, ours).await.unwrap();
         Self { agent, to_guest, to_host, _launched: launched.jailed, _folder: folder }
     }
@@ -402,7 +405,7 @@ impl Tapped {
 
 pub async fn launch_untapped(name: &str, image: &GuestImage) -> Result<Agent> {
     let (launched, _folder) = launch(name, image);
-    agent(name, launched.agent).await
+    agent(name, launched.agent.open().await?).await
 }
 
 /// An image whose PID 1 is a hostile script.

@@ -1,12 +1,14 @@
 //! From an empty initramfs to a guest that lacks nothing but an identity.
 //!
 //! All of it happens before HELLO, and so before a template is frozen: a clone finds it done.
+use std::sync::OnceLock;
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use microvm_protocol::cmdline::Machine;
 use microvm_protocol::identity::{DISK_SERIAL, ROOTFS_SERIAL};
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::reboot::{reboot, RebootMode};
@@ -39,8 +41,20 @@ pub fn mount_kernel_filesystems() -> Result<(), String> {
     mount_at("sys", "/sys", "sysfs", safe, "")
 }
 
-/// The block device whose virtio serial number is `serial`.
+/// How the VMM differs from QEMU.
+pub fn machine() -> &'static Machine {
+    static MACHINE: OnceLock<Machine> = OnceLock::new();
+    MACHINE.get_or_init(|| Machine::from_cmdline(&fs::read_to_string("/proc/cmdline").unwrap_or_default()))
+}
+
+/// The block device whose virtio serial number is `serial`, or whose place is its.
 pub fn drive(serial: &str) -> Option<String> {
+    let drives = &machine().drives;
+    if !drives.is_empty() {
+        // Drives are found one after the other, in the order of the VMM's configuration.
+        let place = drives.iter().position(|name| name == serial)?;
+        return Some(format!("/dev/vd{}", char::from(b'a' + u8::try_from(place).ok()?)));
+    }
     fs::read_dir("/sys/block").ok()?.flatten().find_map(|device| {
         let found = fs::read_to_string(device.path().join("serial")).ok()?;
         (found.trim() == serial).then(|| format!("/dev/{}", device.file_name().to_string_lossy()))
@@ -131,13 +145,15 @@ fn enter_rootfs(device: &str, has_disk: bool) -> Result<(), String> {
     nix::unistd::chdir("/").map_err(|e| format!("chdir: {e}"))
 }
 
-/// Ends the VM: kills what runs, writes what is cached, reboots (which ends every VMM; a power-off would not).
+/// Ends the VM: kills what runs, writes what is cached, and then what ends this VMM: QEMU and Firecracker end by a reboot,
+/// and Firecracker by nothing else; Cloud Hypervisor boots again.
 pub fn power_off() {
     let everyone = nix::unistd::Pid::from_raw(-1);
     // ESRCH: nothing else runs.
     let killed = nix::sys::signal::kill(everyone, nix::sys::signal::Signal::SIGKILL);
     nix::unistd::sync();
     let unmounted = umount2(DATA, MntFlags::MNT_DETACH);
-    let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
+    let how = if machine().power_off { RebootMode::RB_POWER_OFF } else { RebootMode::RB_AUTOBOOT };
+    let Err(error) = reboot(how);
     eprintln!("microvm-agent: reboot: {error} (kill: {killed:?}, umount: {unmounted:?})");
 }

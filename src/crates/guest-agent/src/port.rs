@@ -1,7 +1,10 @@
 //! The transport to the host, and the sealed link on top of it.
+//!
+//! The transport is a virtio-serial port, or a vsock connection where the VMM has no such port.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +15,9 @@ use microvm_protocol::message::Started;
 use microvm_protocol::mux::{Incoming, Mux};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::{ProtocolError, SERIAL_PORT_NAME};
+use nix::sys::socket::{self, socket, AddressFamily, SockFlag, SockType, VsockAddr};
+
+use crate::boot;
 
 /// Records are gathered up to about this many bytes for one write.
 const WRITE_CHUNK: usize = 64 * 1024;
@@ -27,16 +33,36 @@ pub struct Port {
     handshake: GuestHandshake,
 }
 
-/// Finds the virtio-serial port by its name.
+/// Opens the transport.
 pub fn open(set_up_failed: bool) -> Result<Port, String> {
     let handshake = GuestHandshake::new(set_up_failed).map_err(|e| e.to_string())?;
+    let file = match boot::machine().vsock_port {
+        Some(port) => connect(port)?,
+        None => open_serial()?,
+    };
+    let reading = duplicate(&file)?;
+    Ok(Port { file, reading, decoder: Decoder::default(), handshake })
+}
+
+fn duplicate(file: &File) -> Result<File, String> {
+    file.try_clone().map_err(|e| format!("dup: {e}"))
+}
+
+/// Connects to the host, which listens before it lets this guest boot.
+fn connect(port: u32) -> Result<File, String> {
+    let failed = |e: nix::Error| format!("vsock port {port} of the host: {e}");
+    let socket = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;
+    socket::connect(socket.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_HOST, port)).map_err(failed)?;
+    Ok(File::from(socket))
+}
+
+/// Finds the virtio-serial port by its name.
+fn open_serial() -> Result<File, String> {
     let begun = Instant::now();
     loop {
         if let Some(name) = find() {
             let path = format!("/dev/{name}");
-            let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"))?;
-            let reading = file.try_clone().map_err(|e| format!("dup {path}: {e}"))?;
-            return Ok(Port { file, reading, decoder: Decoder::default(), handshake });
+            return OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"));
         }
         if begun.elapsed() > PORT_DEADLINE {
             return Err(format!("no virtio port is named {SERIAL_PORT_NAME}"));
@@ -74,12 +100,30 @@ impl Port {
                         self.say_hello()?;
                     }
                 },
-                None => match self.file.read(self.decoder.space()).map_err(|e| format!("handshake: {e}"))? {
-                    0 => return Err("handshake: the host closed the port".into()),
-                    length => self.decoder.filled(length),
+                None => match (self.file.read(self.decoder.space()), boot::machine().vsock_port) {
+                    (Ok(length @ 1..), _) => self.decoder.filled(length),
+                    (Ok(_) | Err(_), Some(port)) => self.connect_again(port)?,
+                    (Ok(_), None) => return Err("handshake: the host closed the port".into()),
+                    (Err(error), None) => return Err(format!("handshake: {error}")),
                 },
             }
         }
+    }
+
+    /// A clone wakes up without the connection that its template had.
+    fn connect_again(&mut self, port: u32) -> Result<(), String> {
+        let begun = Instant::now();
+        self.file = loop {
+            match connect(port) {
+                Ok(file) => break file,
+                Err(error) if begun.elapsed() > PORT_DEADLINE => return Err(error),
+                // The device is being reset: the host listens already.
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        self.reading = duplicate(&self.file)?;
+        self.decoder = Decoder::default();
+        self.say_hello()
     }
 
     /// Has the host prove the key.

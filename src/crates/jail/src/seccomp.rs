@@ -42,14 +42,23 @@ pub fn install(spec: &LaunchSpec) -> Result<Installed, Failure> {
             rules.retain(|call, _| !spec.audit || !OPENS.contains(call));
             (compile(rules, verdict, SeccompAction::Allow).map_err(wrong)?, "allow-list")
         }
-        Seccomp::DenyList => {
+        list @ (Seccomp::DenyList | Seccomp::DenyListForRustVmms) => {
             let mut rules = policy::denied().map_err(wrong)?;
+            let mut name = "deny-list";
+            if list == Seccomp::DenyListForRustVmms {
+                policy::permit_rust_vmms(&mut rules).map_err(wrong)?;
+                name = "deny-list but for Unix sockets and anonymous files";
+            }
             rules.extend(OPENS.iter().filter(|_| spec.audit).map(|call| (*call, Vec::new())));
-            (compile(rules, SeccompAction::Allow, verdict).map_err(wrong)?, "deny-list")
+            (compile(rules, SeccompAction::Allow, verdict).map_err(wrong)?, name)
         }
     };
     let absent = SeccompAction::Errno(libc::ENOSYS as u32);
-    let absent = compile(policy::absent(), SeccompAction::Allow, absent).map_err(wrong)?;
+    let mut unknown = policy::absent();
+    if spec.seccomp == Seccomp::DenyListForRustVmms {
+        unknown.remove(&libc::SYS_memfd_create);
+    }
+    let absent = compile(unknown, SeccompAction::Allow, absent).map_err(wrong)?;
     let listener = if spec.audit { Some(ask_instead(main)?) } else { load(&main, 0).map(|_| None)? };
     // The later filter's errno wins where both refuse.
     load(&absent, 0)?;

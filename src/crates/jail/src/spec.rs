@@ -98,6 +98,8 @@ pub enum Access {
     Write,
     /// A device node: read, write, ioctl.
     Device,
+    /// A folder for sockets: they can be made and removed in it, and what else is in it read and written; no file can be made.
+    Sockets,
 }
 
 impl Visible {
@@ -150,6 +152,9 @@ pub enum Seccomp {
     None,
     /// Everything but what no VMM needs: for VMMs whose calls have not been measured.
     DenyList,
+    /// The same, but for what Firecracker and Cloud Hypervisor do: they make sockets of the Unix domain, for their API and
+    /// their vsock, and anonymous files, for rings that are mapped twice.
+    DenyListForRustVmms,
     /// Nothing but what the measured VMMs need.
     #[default]
     AllowList,

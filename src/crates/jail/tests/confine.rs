@@ -225,6 +225,34 @@ fn test_deny_list_refuses_the_same_dangers() {
 }
 
 #[test]
+fn test_rust_vmms_make_unix_sockets_and_no_others() {
+    // The first binds /dev/log, which its read-only root does not take.
+    for (program, expected) in
+        [("syslogd -n -O /dev/null", "Read-only file system"), ("nc 127.0.0.1 9", "Operation not permitted")]
+    {
+        let Some(spec) = script(&format!("exec /bin/busybox {program}")) else { return };
+        let outcome = run(LaunchSpec { seccomp: Seccomp::DenyListForRustVmms, ..spec });
+        assert!(outcome.output.contains(expected), "{program}: {}", outcome.output);
+    }
+}
+
+#[test]
+fn test_folder_for_sockets_takes_sockets_alone() {
+    let folder = std::env::temp_dir().join(format!("jail-sockets-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("there"), "old\n").unwrap();
+    let text =
+        "read was </run/there; echo $was; echo new >/run/there; read is </run/there; echo $is; echo x >/run/made";
+    let Some(mut spec) = script(text) else { return };
+    spec.files.push(file(&folder.display().to_string(), "/run", Access::Sockets));
+    let outcome = run(spec);
+    let made = folder.join("made").exists();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(outcome.output.starts_with("old\nnew\n"), "{}", outcome.output);
+    assert!(outcome.output.contains("/run/made: Permission denied") && !made, "{}", outcome.output);
+}
+
+#[test]
 fn test_audit_refuses_nothing_and_tells_each_thing_once() {
     let Some(spec) = script("(echo one); (echo two); echo end") else { return };
     let outcome = run(LaunchSpec { seccomp: Seccomp::AllowList, audit: true, ..spec });

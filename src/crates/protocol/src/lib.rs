@@ -28,6 +28,7 @@
 //! it: an agent in an old template goes on talking to a new host. What changes the bytes is a new generation.
 #![forbid(unsafe_code)]
 
+pub mod cmdline;
 pub mod connection;
 pub mod frame;
 #[cfg(test)]

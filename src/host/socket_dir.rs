@@ -1,0 +1,231 @@
+//! A folder in which a jailed VMM makes its sockets, and where this process meets it.
+//!
+//! Architecture invariant: the folder is held by a descriptor, and everything in it is named through that: it may be
+//! renamed meanwhile, and its path may be longer than the 107 bytes of a socket's name. The VMM can make sockets in it and
+//! is not trusted: names are ours, and nothing is followed.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{chown, DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener as StdListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::stat::Mode;
+use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::error::{Error, Result};
+
+/// Between a socket's appearance in the folder and its being listened on there is no event, and some microseconds.
+const BIND_TO_LISTEN: Duration = Duration::from_millis(1);
+
+/// Makes the folder for `owner` alone; `None`: for this user.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn create(path: &Path, owner: Option<u32>) -> Result<()> {
+    let made = DirBuilder::new().mode(0o700).create(path);
+    let made = made.and_then(|()| owner.map_or(Ok(()), |owner| chown(path, Some(owner), None)));
+    made.map_err(|error| Error::host("create", path.display(), error))
+}
+
+struct Watch(Inotify);
+
+impl AsRawFd for Watch {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+/// The folder of one VMM.
+pub struct SocketDir {
+    path: PathBuf,
+    folder: File,
+    owner: Option<u32>,
+    watch: AsyncFd<Watch>,
+}
+
+impl SocketDir {
+    /// Opens a folder that [`create`] made, and empties it of what an earlier VMM left. Call on the runtime.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn open(path: &Path, owner: Option<u32>) -> Result<Self> {
+        let failed = |operation, error: io::Error| Error::host(operation, path.display(), error);
+        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let folder = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(|e| failed("open", e))?;
+        for entry in fs::read_dir(path).map_err(|e| failed("list", e))? {
+            let left = entry.map_err(|e| failed("list", e))?.path();
+            fs::remove_file(&left).map_err(|e| failed("empty", e))?;
+        }
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK);
+        let inotify = inotify.map_err(|e| failed("watch", e.into()))?;
+        inotify.add_watch(path, AddWatchFlags::IN_CREATE).map_err(|e| failed("watch", e.into()))?;
+        // SAFETY: the descriptor stays the same and open for as long as the watch lives.
+        let watch = unsafe { AsyncFd::register(Watch(inotify)) }.map_err(|e| failed("watch", e.into()))?;
+        Ok(Self { path: path.to_owned(), folder, owner, watch })
+    }
+
+    fn named(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.folder.as_raw_fd()))
+    }
+
+    /// Gives the VMM the right to use what was made here.
+    fn give(&self, name: &str) -> io::Result<()> {
+        let path = self.named(name);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        self.owner.map_or(Ok(()), |owner| chown(&path, Some(owner), None))
+    }
+
+    /// A listening socket for the VMM, to which this process connects.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn bind(&self, name: &str) -> Result<OwnedFd> {
+        let bound = StdListener::bind(self.named(name)).map(OwnedFd::from);
+        bound.map_err(|error| self.failed("listen at", name, &error))
+    }
+
+    /// Listens at a name to which the VMM connects.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn listen(&self, name: &str) -> Result<UnixListener> {
+        let listener = StdListener::from(self.bind(name)?);
+        let listen = || {
+            self.give(name)?;
+            listener.set_nonblocking(true)?;
+            UnixListener::from_std(listener)
+        };
+        listen().map_err(|error| self.failed("listen at", name, &error))
+    }
+
+    /// Makes a pipe that the VMM opens by its name; this process reads it.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn pipe(&self, name: &str) -> Result<pipe::Receiver> {
+        let path = self.named(name);
+        let make = || {
+            nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR)?;
+            self.give(name)?;
+            // Open for writing, too: it does not end when the VMM's end closes.
+            pipe::OpenOptions::new().read_write(true).open_receiver(&path)
+        };
+        make().map_err(|error| self.failed("make a pipe at", name, &error))
+    }
+
+    /// Makes an empty file that the VMM may read and write.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn file(&self, name: &str) -> Result<File> {
+        let made = OpenOptions::new().read(true).write(true).create_new(true).open(self.named(name));
+        let made = made.and_then(|file| self.give(name).map(|()| file));
+        made.map_err(|error| self.failed("make a file at", name, &error))
+    }
+
+    /// Waits until the VMM has made the socket `name`, and connects to it. Has no deadline of its own.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub async fn connect(&self, name: &str) -> Result<UnixStream> {
+        loop {
+            match UnixStream::connect(self.named(name)).await {
+                Ok(stream) => return Ok(stream),
+                Err(error) if error.kind() == ErrorKind::NotFound => self.changed().await,
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                    tokio::time::sleep(BIND_TO_LISTEN).await;
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            }
+            .map_err(|error| self.failed("connect to", name, &error))?;
+        }
+    }
+
+    /// Waits for something to be made here that nobody has been told of yet.
+    async fn changed(&self) -> io::Result<()> {
+        let read = self.watch.async_io(tokio::io::Interest::READABLE, |watch| Ok(watch.0.read_events()?));
+        read.await.map(drop)
+    }
+
+    /// Takes a name of ours away; who is connected stays so.
+    pub fn remove(&self, name: &str) {
+        match fs::remove_file(self.named(name)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                log::warn!("{}", self.failed("remove", name, &error));
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+
+    fn failed(&self, operation: &'static str, name: &str, error: &io::Error) -> Error {
+        Error::host(operation, self.path.join(name).display(), error)
+    }
+}
+
+impl std::fmt::Debug for SocketDir {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SocketDir").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    fn folder(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("sockets-{}-{name}", std::process::id()));
+        create(&path, None).unwrap();
+        path
+    }
+
+    #[tokio::test]
+    async fn test_connect_waits_for_a_socket_that_is_made_later() {
+        let path = folder("later");
+        let sockets = SocketDir::open(&path, None).unwrap();
+        let made = path.join("api");
+        let serving = tokio::spawn(async move {
+            tokio::task::yield_now().await;
+            std::fs::write(made.with_file_name("other"), b"").unwrap();
+            UnixListener::bind(made).unwrap().accept().await.unwrap().0.write_all(b"x").await.unwrap();
+        });
+        let mut stream = tokio::time::timeout(Duration::from_secs(5), sockets.connect("api")).await.unwrap().unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'x');
+        serving.await.unwrap();
+        fs::remove_dir_all(path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_open_removes_what_was_left_and_names_outlive_a_rename() {
+        let path = folder("left");
+        fs::write(path.join("stale"), b"").unwrap();
+        let sockets = SocketDir::open(&path, None).unwrap();
+        assert!(!path.join("stale").exists());
+        let moved = path.with_extension("moved");
+        fs::rename(&path, &moved).unwrap();
+        let _listener = sockets.listen("agent").unwrap();
+        assert!(moved.join("agent").exists());
+        sockets.remove("agent");
+        assert!(!moved.join("agent").exists());
+        fs::remove_dir_all(moved).unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_pipe_is_read_across_writers() {
+        let path = folder("pipe");
+        let sockets = SocketDir::open(&path, None).unwrap();
+        let mut pipe = sockets.pipe("metrics").unwrap();
+        for byte in [1, 2] {
+            fs::write(path.join("metrics"), [byte]).unwrap();
+            assert_eq!(pipe.read_u8().await.unwrap(), byte);
+        }
+        fs::remove_dir_all(path).unwrap();
+    }
+}

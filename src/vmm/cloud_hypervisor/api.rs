@@ -1,0 +1,181 @@
+//! Cloud Hypervisor's API, over the socket that it was born with.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::bodies;
+use crate::error::{Error, Result};
+use crate::host::net::Tap;
+use crate::host::socket_dir::SocketDir;
+use crate::model::VmId;
+use crate::vmm::http::{Answer, Call, Client};
+use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
+
+/// The API's name in the folder for sockets.
+pub const API: &str = "api";
+/// How long it may take to load a kernel and make a machine; the start has a deadline of its own besides.
+const BOOT_DEADLINE: Duration = Duration::from_secs(30);
+/// What a counter says before anything was counted.
+const NOTHING: u64 = u64::MAX;
+
+/// The control of one Cloud Hypervisor.
+pub struct Api {
+    vm_id: VmId,
+    sockets: Arc<SocketDir>,
+    client: Client,
+    /// The requests that make the machine and start it.
+    machine: [Call; 2],
+    /// What plugs it into its network, and the tap, until it is the VMM's alone.
+    nic: Mutex<Option<(Call, Arc<Tap>)>>,
+}
+
+impl Api {
+    pub fn new(vm_id: VmId, sockets: Arc<SocketDir>, machine: [Call; 2], nic: Option<(Call, Arc<Tap>)>) -> Self {
+        Self { vm_id, sockets, client: Client::new(CONTROL_DEADLINE), machine, nic: Mutex::new(nic) }
+    }
+
+    fn failed(&self, operation: &'static str, reason: String) -> Error {
+        Error::Vmm { vm_id: self.vm_id.clone(), operation, reason }
+    }
+
+    async fn ask(&self, operation: &'static str, call: Call) -> Result<Answer> {
+        self.ask_by(&self.client, operation, call, None).await
+    }
+
+    async fn ask_by(
+        &self,
+        client: &Client,
+        operation: &'static str,
+        call: Call,
+        fd: Option<OwnedFd>,
+    ) -> Result<Answer> {
+        let connect = || async { self.sockets.connect(API).await.map_err(|error| error.to_string()) };
+        let named = format!("{} {}", call.method, call.path);
+        let answer = client.ask(call, fd, connect).await.map_err(|reason| self.failed(operation, reason))?;
+        if answer.status.is_success() {
+            return Ok(answer);
+        }
+        Err(self.failed(operation, format!("{named}: {}", refusal(&answer))))
+    }
+}
+
+/// Its words, outermost first, or the status where it has none.
+fn refusal(answer: &Answer) -> String {
+    match serde_json::from_slice::<Vec<String>>(&answer.body) {
+        Ok(chain) if !chain.is_empty() => chain.join(": "),
+        _ => format!("{}: {}", answer.status, String::from_utf8_lossy(&answer.body).trim()),
+    }
+}
+
+impl Control for Api {
+    fn connect(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.ask("connect", bodies::ping()).await.map(drop) })
+    }
+
+    fn boot(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            let [create, start] = self.machine.clone();
+            let patient = Client::new(BOOT_DEADLINE);
+            self.ask_by(&patient, "create", create, None).await?;
+            let nic = self.nic.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some((call, tap)) = nic {
+                let fd = tap.fd.try_clone().map_err(|error| self.failed("connect", error.to_string()))?;
+                self.ask_by(&patient, "connect", call, Some(fd)).await?;
+            }
+            self.ask_by(&patient, "boot", start, None).await.map(drop)
+        })
+    }
+
+    fn pause(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.ask("pause", bodies::pause()).await.map(drop) })
+    }
+
+    fn resume(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.ask("resume", bodies::resume()).await.map(drop) })
+    }
+
+    fn save(&self, _state: OwnedFd) -> BoxFuture<'_, Result<()>> {
+        let reason = "Cloud Hypervisor's VMs make no templates in this release";
+        Box::pin(async move { Err(self.failed("save", reason.into())) })
+    }
+
+    fn load(&self, _state: OwnedFd, _run: bool) -> BoxFuture<'_, Result<()>> {
+        let reason = "Cloud Hypervisor's VMs are no clones in this release";
+        Box::pin(async move { Err(self.failed("load", reason.into())) })
+    }
+
+    fn quit(&self) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async { self.ask("quit", bodies::shutdown()).await.map(|_| true) })
+    }
+
+    fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>> {
+        Box::pin(async {
+            let operation = "read the counters";
+            let answer = self.ask(operation, bodies::counters()).await?;
+            sum(&answer.body).map_err(|reason| self.failed(operation, reason))
+        })
+    }
+}
+
+/// What the drives moved: of all devices, they alone count bytes that are read.
+fn sum(body: &[u8]) -> std::result::Result<DiskIo, String> {
+    let devices: HashMap<String, HashMap<String, u64>> =
+        serde_json::from_slice(body).map_err(|error| format!("the counters: {error}"))?;
+    let total = |field: &str| {
+        let values = devices.values().filter_map(|counters| counters.get(field).copied());
+        values.filter(|value| *value != NOTHING).fold(0u64, u64::saturating_add)
+    };
+    // It counts no failures.
+    Ok(DiskIo { read_bytes: total("read_bytes"), written_bytes: total("write_bytes"), failed_writes: 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::fake::{Does, Fake};
+    use crate::vmm::golden::plan;
+    use hyper::StatusCode;
+
+    fn answer(status: u16, body: &'static str) -> Answer {
+        Answer { status: StatusCode::from_u16(status).unwrap(), body: body.into() }
+    }
+
+    #[test]
+    fn test_refusal_is_the_whole_chain_in_its_words() {
+        let body = r#"["Error from API","The VM could not be paused","Invalid transition"]"#;
+        assert_eq!(refusal(&answer(500, body)), "Error from API: The VM could not be paused: Invalid transition");
+        assert_eq!(refusal(&answer(404, "")), "404 Not Found: ");
+        assert_eq!(refusal(&answer(400, "[]")), "400 Bad Request: []");
+    }
+
+    #[test]
+    fn test_sum_adds_drives_and_leaves_out_what_was_never_counted() {
+        let body = br#"{"disk": {"read_bytes": 5, "write_bytes": 7, "read_latency_min": 18446744073709551615},
+            "config": {"read_bytes": 1, "write_bytes": 18446744073709551615}, "net": {"rx_bytes": 3}}"#;
+        assert_eq!(sum(body), Ok(DiskIo { read_bytes: 6, written_bytes: 7, failed_writes: 0 }));
+        assert!(sum(b"[]").is_err());
+    }
+
+    fn api(fake: &Fake) -> Api {
+        Api::new(plan().vm_id, fake.sockets.clone(), bodies::machine(&plan()), None)
+    }
+
+    #[tokio::test]
+    async fn test_refused_boot_keeps_the_whole_chain() {
+        let chain = r#"["The VM could not boot","Cannot load the kernel into memory","Invalid ELF magic number"]"#;
+        let fake = Fake::serve("ch-refused", vec![Does::Answers(204, ""), Does::Answers(500, chain)]);
+        let text = api(&fake).boot().await.unwrap_err().to_string();
+        let expected = "PUT /api/v1/vm.boot: The VM could not boot: Cannot load the kernel into memory: Invalid ELF";
+        assert!(text.contains(expected), "{text}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn test_api_that_sleeps_is_given_up_and_asked_anew() {
+        let fake = Fake::serve("ch-sleeps", vec![Does::HangsUp, Does::Sleeps]);
+        let api = api(&fake);
+        assert!(api.resume().await.is_err());
+        assert!(api.quit().await.unwrap_err().to_string().contains("no answer within 5 s"));
+    }
+}

@@ -1,0 +1,216 @@
+//! A launch plan as Cloud Hypervisor's arguments and requests. Pure.
+//!
+//! Architecture invariant: the API ignores fields that it does not know, so every body is a struct whose fields a test
+//! holds against the API's description.
+
+use std::path::Path;
+
+use microvm_protocol::cmdline::Machine as GuestMachine;
+use microvm_protocol::VSOCK_HOST_PORT;
+use serde::Serialize;
+
+use crate::vmm::http::Call;
+use crate::vmm::transport::VSOCK;
+use crate::vmm::{Drive, LaunchPlan, Nic};
+
+/// The descriptor at which it finds the listening socket of its API.
+pub const API_FD: i32 = 3;
+/// And at which it writes its events.
+pub const EVENTS_FD: i32 = 4;
+/// Any number from 3 up: this vsock knows no other guest.
+const GUEST_CID: u32 = 3;
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
+/// In milliseconds: a bucket is filled at this pace, and holds as much.
+const REFILL_MS: u64 = 1000;
+
+#[derive(Debug, Serialize)]
+struct VmConfig<'a> {
+    cpus: Cpus,
+    memory: Memory,
+    payload: Payload,
+    disks: Vec<Disk<'a>>,
+    rng: Rng,
+    balloon: Balloon,
+    serial: Console,
+    console: Console,
+    vsock: Vsock,
+}
+
+#[derive(Debug, Serialize)]
+struct Cpus {
+    boot_vcpus: u64,
+    max_vcpus: u64,
+    /// The guest gets no virtualization of its own.
+    nested: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Memory {
+    /// In bytes.
+    size: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Payload {
+    kernel: String,
+    initramfs: String,
+    cmdline: String,
+}
+
+/// `sparse` stays at its default, true, though it warns that it cannot make holes: `false` would fill the whole disk.
+#[derive(Debug, Serialize)]
+struct Disk<'a> {
+    id: &'a str,
+    serial: &'a str,
+    path: String,
+    readonly: bool,
+    /// Never looked up in the file itself, which the guest writes: it could make a header there that names another file.
+    image_type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_limiter_config: Option<RateLimiter>,
+}
+
+#[derive(Debug, Serialize)]
+struct RateLimiter {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bandwidth: Option<TokenBucket>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ops: Option<TokenBucket>,
+}
+
+#[derive(Debug, Serialize)]
+struct TokenBucket {
+    size: u64,
+    refill_time: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Rng {
+    src: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct Balloon {
+    size: u64,
+    deflate_on_oom: bool,
+    free_page_reporting: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Console {
+    mode: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct Vsock {
+    cid: u32,
+    socket: String,
+}
+
+/// The tap itself comes as a descriptor along with the request.
+#[derive(Debug, Serialize)]
+struct Net<'a> {
+    id: &'static str,
+    mac: &'a str,
+    /// Frames as they are on the wire: the host's filter and shaper look at each.
+    offload_tso: bool,
+    offload_ufo: bool,
+    offload_csum: bool,
+}
+
+/// The arguments.
+pub fn arguments(program: &Path) -> Vec<String> {
+    let (api, events) = (format!("fd={API_FD}"), format!("fd={EVENTS_FD}"));
+    [&program.display().to_string(), "--api-socket", &api, "--event-monitor", &events].map(str::to_owned).into()
+}
+
+/// The requests that make the machine and then start it; what has descriptors goes between the two.
+pub fn machine(plan: &LaunchPlan) -> [Call; 2] {
+    let folder = plan.sockets.as_ref().map(|sockets| sockets.inside.clone()).unwrap_or_default();
+    let guest = GuestMachine { vsock_port: Some(VSOCK_HOST_PORT), drives: Vec::new(), power_off: true };
+    let config = VmConfig {
+        cpus: Cpus { boot_vcpus: plan.vcpu_count, max_vcpus: plan.vcpu_count, nested: false },
+        memory: Memory { size: plan.memory_mib << 20 },
+        payload: Payload {
+            kernel: plan.kernel.display().to_string(),
+            initramfs: plan.initramfs.display().to_string(),
+            cmdline: format!("{CMDLINE} {}", guest.to_cmdline()),
+        },
+        disks: plan.drives.iter().map(|drive| disk(drive, plan)).collect(),
+        rng: Rng { src: "/dev/urandom" },
+        balloon: Balloon { size: 0, deflate_on_oom: true, free_page_reporting: true },
+        serial: Console { mode: "Tty" },
+        console: Console { mode: "Off" },
+        vsock: Vsock { cid: GUEST_CID, socket: folder.join(VSOCK).display().to_string() },
+    };
+    [Call::put("/api/v1/vm.create", &config), Call::put_nothing("/api/v1/vm.boot")]
+}
+
+pub fn nic(nic: &Nic) -> Call {
+    let net = Net { id: "net", mac: &nic.mac, offload_tso: false, offload_ufo: false, offload_csum: false };
+    Call::put("/api/v1/vm.add-net", &net)
+}
+
+fn disk<'a>(drive: &'a Drive, plan: &LaunchPlan) -> Disk<'a> {
+    Disk {
+        id: drive.serial,
+        serial: drive.serial,
+        path: drive.path.display().to_string(),
+        readonly: drive.read_only,
+        image_type: "Raw",
+        rate_limiter_config: if drive.read_only { None } else { rate_limiter(plan) },
+    }
+}
+
+/// Reads and writes together, as the limits mean it.
+fn rate_limiter(plan: &LaunchPlan) -> Option<RateLimiter> {
+    let bucket = |size| TokenBucket { size, refill_time: REFILL_MS };
+    let (bandwidth, ops) = (plan.disk_bytes_per_s.map(bucket), plan.disk_ops_per_s.map(bucket));
+    (bandwidth.is_some() || ops.is_some()).then_some(RateLimiter { bandwidth, ops })
+}
+
+pub fn ping() -> Call {
+    Call::get("/api/v1/vmm.ping")
+}
+
+pub fn pause() -> Call {
+    Call::put_nothing("/api/v1/vm.pause")
+}
+
+pub fn resume() -> Call {
+    Call::put_nothing("/api/v1/vm.resume")
+}
+
+pub fn counters() -> Call {
+    Call::get("/api/v1/vm.counters")
+}
+
+pub fn shutdown() -> Call {
+    Call::put_nothing("/api/v1/vmm.shutdown")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::golden::{assert_golden, calls, plan};
+
+    fn all() -> Vec<Call> {
+        let rest = [nic(&Nic::unplugged()), ping(), pause(), resume(), counters(), shutdown()];
+        machine(&plan()).into_iter().chain(rest).collect()
+    }
+
+    #[test]
+    fn test_requests_are_golden() {
+        assert_golden("cloud-hypervisor.requests", &calls(&all()));
+    }
+
+    #[test]
+    fn test_arguments_are_golden() {
+        assert_golden("cloud-hypervisor.args", &arguments(Path::new("/vmm/cloud-hypervisor")));
+    }
+
+    #[test]
+    fn test_requests_are_valid_by_the_specification() {
+        crate::vmm::spec::assert_valid("cloud-hypervisor", &all());
+    }
+}

@@ -1,0 +1,354 @@
+//! Firecracker's API, over the socket that it makes; and its counters, from the pipe into which it writes them.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use libc::{SIGCONT, SIGSTOP};
+
+use serde::Deserialize;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::bodies;
+use crate::error::{Error, Result};
+use crate::host::process::Signals;
+use crate::host::procfs;
+use crate::host::socket_dir::SocketDir;
+use crate::model::VmId;
+use crate::vmm::http::{Answer, Call, Client};
+use crate::vmm::{BoxFuture, Control, DiskIo, LaunchPlan, Origin, CONTROL_DEADLINE};
+
+/// How long it may take to load a kernel and make a machine; the start has a deadline of its own besides.
+const BOOT_DEADLINE: Duration = Duration::from_secs(30);
+/// How long it may take to write a guest's memory.
+const SAVE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What it says of a request that it refuses.
+#[derive(Debug, Deserialize)]
+struct Fault {
+    fault_message: String,
+}
+
+/// The control of one Firecracker.
+pub struct Api {
+    vm_id: VmId,
+    sockets: Arc<SocketDir>,
+    /// The folder for sockets, as the VMM finds it.
+    folder: PathBuf,
+    client: Client,
+    /// The requests that describe the machine.
+    machine: Vec<Call>,
+    /// What gives a clone's disk its limits.
+    disk_limit: Option<Call>,
+    /// Where a template's memory goes.
+    ram: PathBuf,
+    /// A clone that has never run is paused by the API, whatever pauses it later.
+    is_loaded_only: AtomicBool,
+    counters: Counters,
+    /// Pauses it where its own pause is not to be used.
+    stopper: Option<Stopper>,
+}
+
+/// Stops the process instead of the vCPUs: it leaves the vsock alone. The API sleeps, too.
+struct Stopper {
+    signals: Signals,
+    stopped: AtomicBool,
+}
+
+/// Sums over the counters: each line tells what was added since the one before. It writes one a minute, too, so someone
+/// reads all the time.
+struct Counters {
+    told: watch::Receiver<Told>,
+    reading: JoinHandle<()>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Told {
+    lines: u64,
+    sum: DiskIo,
+}
+
+impl Drop for Counters {
+    fn drop(&mut self) {
+        self.reading.abort();
+    }
+}
+
+impl Api {
+    pub fn new(
+        plan: &LaunchPlan,
+        origin: &Origin,
+        sockets: Arc<SocketDir>,
+        folder: PathBuf,
+        metrics: pipe::Receiver,
+        stopper: Option<Signals>,
+    ) -> Self {
+        let vm_id = plan.vm_id.clone();
+        let (telling, told) = watch::channel(Told::default());
+        let reading = tokio::spawn(read_counters(vm_id.clone(), metrics, telling));
+        Self {
+            vm_id,
+            sockets,
+            folder,
+            client: Client::new(CONTROL_DEADLINE),
+            machine: bodies::machine(plan),
+            disk_limit: bodies::limit_disk(plan),
+            ram: if let Origin::Record { ram } = origin { ram.clone() } else { PathBuf::new() },
+            is_loaded_only: AtomicBool::new(false),
+            counters: Counters { told, reading },
+            stopper: stopper.map(|signals| Stopper { signals, stopped: AtomicBool::new(false) }),
+        }
+    }
+
+    fn failed(&self, operation: &'static str, reason: String) -> Error {
+        Error::Vmm { vm_id: self.vm_id.clone(), operation, reason }
+    }
+
+    async fn ask(&self, operation: &'static str, call: Call) -> Result<Answer> {
+        self.ask_by(&self.client, operation, call).await
+    }
+
+    async fn ask_by(&self, client: &Client, operation: &'static str, call: Call) -> Result<Answer> {
+        let failed = |reason| self.failed(operation, reason);
+        let connect = || async { self.sockets.connect(bodies::API).await.map_err(|error| error.to_string()) };
+        let named = format!("{} {}", call.method, call.path);
+        let answer = client.ask(call, None, connect).await.map_err(failed)?;
+        if answer.status.is_success() {
+            return Ok(answer);
+        }
+        Err(failed(format!("{named}: {}", refusal(&answer))))
+    }
+}
+
+impl Stopper {
+    async fn stop(&self) -> std::result::Result<(), String> {
+        self.signals.send(SIGSTOP);
+        let stopped = async {
+            // Only a parent is told when a process stops, and that is the jail's supervisor.
+            while !self.signals.pid().is_some_and(procfs::is_stopped) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let done = tokio::time::timeout(CONTROL_DEADLINE, stopped).await;
+        done.map_err(|_| format!("the process did not stop within {} s", CONTROL_DEADLINE.as_secs()))?;
+        self.stopped.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn go_on(&self) {
+        self.signals.send(SIGCONT);
+        self.stopped.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Its words, or the status where it has none.
+fn refusal(answer: &Answer) -> String {
+    match serde_json::from_slice(&answer.body) {
+        Ok(Fault { fault_message }) => fault_message,
+        Err(_) => format!("{}: {}", answer.status, String::from_utf8_lossy(&answer.body).trim()),
+    }
+}
+
+impl Control for Api {
+    fn connect(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.ask("connect", Call::get("/version")).await.map(drop) })
+    }
+
+    fn boot(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            let patient = Client::new(BOOT_DEADLINE);
+            for call in &self.machine {
+                self.ask_by(&patient, "configure", call.clone()).await?;
+            }
+            self.ask_by(&patient, "boot", bodies::start()).await.map(drop)
+        })
+    }
+
+    fn pause(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            match &self.stopper {
+                None => self.ask("pause", bodies::pause()).await.map(drop),
+                Some(stopper) => stopper.stop().await.map_err(|reason| self.failed("pause", reason)),
+            }
+        })
+    }
+
+    fn resume(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            match &self.stopper {
+                Some(stopper) if !self.is_loaded_only.swap(false, Ordering::Relaxed) => {
+                    stopper.go_on();
+                    Ok(())
+                }
+                _ => self.ask("resume", bodies::resume()).await.map(drop),
+            }
+        })
+    }
+
+    fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let failed = |error: std::io::Error| self.failed("save", error.to_string());
+            if self.ram.as_os_str().is_empty() {
+                return Err(self.failed("save", "it was not launched to become a template".into()));
+            }
+            let mut written = self.sockets.file(bodies::STATE)?;
+            // This pause is for good: what the API's resume does to the vsock does not matter.
+            self.ask("save", bodies::pause()).await?;
+            let patient = Client::new(SAVE_DEADLINE);
+            self.ask_by(&patient, "save", bodies::create_snapshot(&self.folder, &self.ram)).await?;
+            let mut state = File::from(state);
+            std::io::copy(&mut written, &mut state).map(drop).map_err(failed)
+        })
+    }
+
+    fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let failed = |error: std::io::Error| self.failed("load", error.to_string());
+            let mut given = self.sockets.file(bodies::STATE)?;
+            std::io::copy(&mut File::from(state), &mut given).map_err(failed)?;
+            let at_once = run && self.disk_limit.is_none();
+            self.is_loaded_only.store(!at_once, Ordering::Relaxed);
+            self.ask("load", bodies::load_snapshot(&self.folder, at_once)).await?;
+            if let Some(limit) = &self.disk_limit {
+                self.ask("load", limit.clone()).await?;
+            }
+            if run && !at_once {
+                self.resume().await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn quit(&self) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async { Ok(false) })
+    }
+
+    fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>> {
+        Box::pin(async {
+            let operation = "read the counters";
+            let mut told = self.counters.told.clone();
+            if self.stopper.as_ref().is_some_and(|stopper| stopper.stopped.load(Ordering::Relaxed)) {
+                // Nothing moves meanwhile.
+                return Ok(told.borrow().sum);
+            }
+            let before = told.borrow().lines;
+            self.ask(operation, bodies::flush_metrics()).await?;
+            let sum = match tokio::time::timeout(CONTROL_DEADLINE, told.wait_for(|told| told.lines > before)).await {
+                Ok(Ok(told)) => Some(told.sum),
+                Ok(Err(_)) | Err(_) => None,
+            };
+            sum.ok_or_else(|| self.failed(operation, "it wrote no counters into its pipe".into()))
+        })
+    }
+}
+
+async fn read_counters(vm_id: VmId, metrics: pipe::Receiver, telling: watch::Sender<Told>) {
+    let mut lines = BufReader::new(metrics);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match lines.read_until(b'\n', &mut line).await {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) => return log::warn!("{vm_id}: Firecracker's counters cannot be read: {error}"),
+        }
+        match added(&line) {
+            Ok(more) => telling.send_modify(|told| {
+                told.lines += 1;
+                told.sum.read_bytes += more.read_bytes;
+                told.sum.written_bytes += more.written_bytes;
+                told.sum.failed_writes += more.failed_writes;
+            }),
+            Err(reason) => log::debug!("{vm_id}: {reason}"),
+        }
+    }
+}
+
+/// The drives' part of a line: `block` is the sum over `block_ID`.
+fn added(line: &[u8]) -> std::result::Result<DiskIo, String> {
+    #[derive(Deserialize)]
+    struct Line {
+        block: Block,
+    }
+    #[derive(Deserialize)]
+    struct Block {
+        read_bytes: u64,
+        write_bytes: u64,
+        /// What ended in an error of the host's, too.
+        invalid_reqs_count: u64,
+    }
+    let Line { block } = serde_json::from_slice(line).map_err(|error| format!("the counters: {error}"))?;
+    let Block { read_bytes, write_bytes: written_bytes, invalid_reqs_count: failed_writes } = block;
+    Ok(DiskIo { read_bytes, written_bytes, failed_writes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::fake::{Does, Fake};
+    use crate::vmm::golden::plan;
+    use hyper::StatusCode;
+
+    fn answer(status: u16, body: &'static str) -> Answer {
+        Answer { status: StatusCode::from_u16(status).unwrap(), body: body.into() }
+    }
+
+    #[test]
+    fn test_refusal_is_in_firecrackers_words() {
+        let body = r#"{"fault_message":"The requested operation is not supported after starting the microVM."}"#;
+        assert!(refusal(&answer(400, body)).starts_with("The requested operation is not supported"));
+        assert_eq!(refusal(&answer(500, "gone")), "500 Internal Server Error: gone");
+    }
+
+    #[test]
+    fn test_added_takes_the_sum_over_drives() {
+        let line =
+            br#"{"block":{"read_bytes":10,"write_bytes":3,"invalid_reqs_count":1},"block_disk":{"read_bytes":10},"x":{}}"#;
+        assert_eq!(added(line), Ok(DiskIo { read_bytes: 10, written_bytes: 3, failed_writes: 1 }));
+        assert!(added(b"{}").unwrap_err().contains("block"));
+    }
+
+    fn api(fake: &Fake) -> Api {
+        let metrics = fake.sockets.pipe(bodies::METRICS).unwrap();
+        Api::new(&plan(), &Origin::Boot, fake.sockets.clone(), "/run".into(), metrics, None)
+    }
+
+    #[tokio::test]
+    async fn test_refused_boot_names_the_request_and_keeps_the_words() {
+        let fault = r#"{"fault_message":"The kernel file cannot be opened: No such file or directory (os error 2)"}"#;
+        let fake = Fake::serve("fc-refused", vec![Does::Answers(204, ""), Does::Answers(400, fault)]);
+        let error = api(&fake).boot().await.unwrap_err();
+        assert_eq!(error.code(), "vmm_error");
+        let text = error.to_string();
+        assert!(text.contains("PUT /boot-source: The kernel file cannot be opened"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn test_api_that_goes_in_the_middle_is_an_error_and_is_asked_anew() {
+        let fake = Fake::serve("fc-gone", vec![Does::HangsUp, Does::Answers(204, "")]);
+        let api = api(&fake);
+        assert!(api.pause().await.unwrap_err().to_string().contains("PATCH /vm"));
+        api.resume().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_counters_that_never_come_are_an_error() {
+        let fake = Fake::serve("fc-counters", vec![Does::Answers(204, ""), Does::Answers(204, "")]);
+        let api = api(&fake);
+        let line = "{\"block\":{\"read_bytes\":7,\"write_bytes\":1,\"invalid_reqs_count\":0}}\n";
+        let pipe = fake.path().join(bodies::METRICS);
+        let (told, ()) = tokio::join!(api.disk_io(), async {
+            let mut pipe = pipe::OpenOptions::new().open_sender(&pipe).unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut pipe, line.as_bytes()).await.unwrap();
+        });
+        assert_eq!(told.unwrap().read_bytes, 7);
+        tokio::time::pause();
+        assert!(api.disk_io().await.unwrap_err().to_string().contains("counters"));
+    }
+}

@@ -1,0 +1,103 @@
+//! A VMM's files on this host: what it needs to run, and where its jail shows them.
+
+use std::collections::HashMap;
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use microvm_jail::Access;
+
+use crate::error::{Error, Result};
+use crate::host::{binary, elf};
+use crate::vmm::JailPlan;
+
+/// One binary, with its libraries and those of the modules that it will load.
+#[derive(Debug, Clone)]
+pub struct Program {
+    pub binary: PathBuf,
+    pub needs: elf::Needs,
+    /// What it answers to `--version`.
+    pub version_line: Option<String>,
+}
+
+type Identity = (PathBuf, u64, u64, i64, i64, u64);
+
+fn identity(path: &Path, meta: &Metadata) -> Identity {
+    (path.to_owned(), meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.size())
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+impl Program {
+    /// Looks at a binary, or remembers what it found out about the same file; `modules` names what it loads besides.
+    /// Blocking.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when it is no program of this machine's, or misses a library.
+    pub fn inspect(path: &Path, modules: impl FnOnce(&Path) -> Vec<PathBuf>) -> Result<Arc<Self>> {
+        static KNOWN: Mutex<Option<HashMap<Identity, Arc<Program>>>> = Mutex::new(None);
+        let failed = |error: std::io::Error| Error::host("inspect", path.display(), error);
+        let binary = path.canonicalize().map_err(failed)?;
+        let identity = identity(&binary, &binary.metadata().map_err(failed)?);
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = known.get_or_insert_default();
+        if let Some(program) = known.get(&identity) {
+            return Ok(program.clone());
+        }
+        let modules = modules(&binary);
+        let (needs, version_line) = std::thread::scope(|scope| {
+            let version = scope.spawn(|| binary::version_line(&binary).ok());
+            (elf::needs(&binary, &modules), version.join().unwrap_or(None))
+        });
+        let program = Arc::new(Self { needs: needs?, version_line, binary });
+        known.insert(identity, program.clone());
+        Ok(program)
+    }
+
+    /// Shows the binary and its libraries; answers with the path by which the jailed VMM finds itself.
+    ///
+    /// # Errors
+    /// [`Error::ImageUnreadable`].
+    pub fn show(&self, plan: &mut JailPlan) -> Result<PathBuf> {
+        let inside = format!("/vmm/{}", file_name(&self.binary));
+        let program = plan.show("VMM", &self.binary, &inside, Access::Execute)?;
+        if let Some((named, real)) = &self.needs.interpreter {
+            plan.show("VMM's loader", real, &named.display().to_string(), Access::Execute)?;
+        }
+        for (soname, path) in &self.needs.libraries {
+            plan.show("VMM's library", path, &format!("/lib/{soname}"), Access::Execute)?;
+        }
+        Ok(program)
+    }
+}
+
+/// Where the libraries are, for a VMM with a root of its own.
+#[must_use]
+pub fn library_path() -> (String, String) {
+    ("LD_LIBRARY_PATH".into(), "/lib".into())
+}
+
+/// The numbers of a version, `MAJOR.MINOR` with whatever follows, behind `prefix`.
+#[must_use]
+pub fn parse_version(line: &str, prefix: &str) -> Option<(u32, u32)> {
+    let mut parts = line.strip_prefix(prefix)?.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_parse_version_takes_the_first_two_numbers() {
+        let qemu = "QEMU emulator version ";
+        assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)", qemu), Some((7, 2)));
+        assert_eq!(parse_version("QEMU emulator version 10.0.0", qemu), Some((10, 0)));
+        assert_eq!(parse_version("Firecracker v1.16.1", "Firecracker v"), Some((1, 16)));
+        assert_eq!(parse_version("cloud-hypervisor v53.0-dirty", "cloud-hypervisor v"), Some((53, 0)));
+        assert_eq!(parse_version("something else 7.2", qemu), None);
+    }
+}
