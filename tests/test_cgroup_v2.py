@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import unittest
 from pathlib import Path
 
@@ -34,4 +35,5 @@ class UnifiedHierarchy(VMTestCase):
         run = "TMPDIR=/tmp /data/tests --test-threads=1 host::cgroup 2>&1"
         done = self.result(vm, "exec", shell(run, timeout=120))
         self.assertEqual(done["exit_code"], 0, done["stdout"])
-        self.assertIn("8 passed", done["stdout"])
+        counts = re.search(r"(\d+) passed; 0 failed; 0 ignored", done["stdout"])
+        self.assertGreaterEqual(int(counts.group(1)) if counts else 0, 8, done["stdout"])

@@ -129,6 +129,8 @@ class Callbacks(VMTestCase):
             "manager.on_event(seen.append)\nmanager.on_event(lambda event: time.sleep(0.01))\n"
             "stream = manager.events()\nthreading.Thread(target=lambda: list(stream), daemon=True).start()\n"
             "vm = manager.get_vm(manager.create_vm('plugin'))\nassert vm.start(), vm.last_error\n"
+            "end = time.monotonic() + 5\n"
+            "while len(seen) < 3 and time.monotonic() < end: time.sleep(0.01)\n"
             "print(len(seen) >= 3)"
         )
         for _ in range(3):
