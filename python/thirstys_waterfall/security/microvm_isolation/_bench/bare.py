@@ -50,8 +50,8 @@ class Machine:
             option = argument if argument.startswith("-") else ""
             arguments.append(argument)
         begun = time.perf_counter()
-        process = subprocess.Popen(
-            arguments, pass_fds=(agent, qmp), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        process = subprocess.Popen(  # on stderr it warns of states without a description, which nobody needs
+            arguments, pass_fds=(agent, qmp), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         for end in theirs:
             end.close()
