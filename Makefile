@@ -20,7 +20,7 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help setup guest jail janitor attackers wheel demo test test-nested bench fuzz traffic clones cycles stress network-many \
+.PHONY: help setup guest jail janitor attackers wheel installed demo test test-nested bench fuzz traffic clones cycles stress network-many \
     network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
@@ -103,9 +103,12 @@ wheel: guest jail janitor
 	@rm -rf dist
 	$(VENV)/bin/maturin build --release -o dist
 
-demo: wheel
+# The wheel in an environment that holds nothing else.
+installed: wheel
 	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
 	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+
+demo: installed
 	$(BUILD)/venv-demo/bin/python examples/microvm_isolation_demo.py
 
 # MICROVM_TEST_PYTHONS names the interpreters to test with; without it, all that tests/matrix.py finds.
@@ -114,17 +117,13 @@ test: wheel attackers
 
 # KVM for those who have none: the conformance suite in a guest whose CPU has emulated SVM (tests/nested). The VMMs are
 # taken from the folder MICROVM_TEST_BIN (an absolute path, not below /tmp) or from PATH; who is missing is skipped.
-test-nested: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+test-nested: installed
 	@for ((run = 1; run <= $(or $(TIMES),1); run++)); do \
 	    echo "run $$run of $(or $(TIMES),1)"; \
 	    $(PYTHON) -m tests.nested.lab --timeout $(or $(DEADLINE),1800) --keep $(BUILD)/nested/results -- \
 	        $(BUILD)/venv-demo/bin/python tests/runner.py --totals /run/lab/totals 'test_conformance_*.py'; done
 
-bench: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+bench: installed
 	$(BUILD)/venv-demo/bin/python -m thirstys_waterfall.security.microvm_isolation bench \
 	    --json $(BUILD)/bench.json --svg $(BUILD)/bench.svg
 	RUSTFLAGS='$(STATIC_FLAGS) $(AGENT_CIPHERS)' $(CARGO) build -p microvm-protocol --example guest_bench --profile agent --target $(HOST)
@@ -144,63 +143,45 @@ fuzz:
 	        | grep -E '^(stat::|Done|==|SUMMARY|.*(crash|leak|timeout|oom)-)|panicked'; done
 
 # The tests of the channel in the lengths that its issue names.
-traffic: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+traffic: installed
 	MICROVM_CHANNEL_MESSAGES=$(or $(MESSAGES),10048) MICROVM_STREAM_MIB=$(or $(MIB),1024) \
 	    $(BUILD)/venv-demo/bin/python tests/runner.py 'test_channel.py'
 
 # The tests of templates in the lengths that their issue names.
-clones: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+clones: installed
 	MICROVM_CLONES=$(or $(CLONES),200) MICROVM_KILLS=$(or $(KILLS),50) \
 	    $(BUILD)/venv-demo/bin/python tests/runner.py 'test_templates.py'
 
 # COUNT starts, commands and ends of a VM in a row.
-cycles: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+cycles: installed
 	$(BUILD)/venv-demo/bin/python tests/cycles.py --count $(or $(COUNT),1000)
 
 # Lives of VMs on 8 threads for SECONDS, and what they leave behind.
-stress: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+stress: installed
 	$(BUILD)/venv-demo/bin/python tests/stress.py --seconds $(or $(SECONDS),180) --threads $(or $(THREADS),8)
 
 # COUNT connected VMs at once in network namespaces of their own, and what they leave behind; needs 70 MiB for each.
-network-many: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+network-many: installed
 	unshare --net --mount $(BUILD)/venv-demo/bin/python -m tests.network.many $(or $(COUNT),100)
 
 # What a network costs a VM, N times, and what it carries.
-network-bench: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+network-bench: installed
 	unshare --net --mount $(BUILD)/venv-demo/bin/python -m tests.network.measure $(or $(N),30)
 
 # Random faults on VMS VMs under load for SECONDS, a small tmpfs that fills up below them, some with a network; SEED.
-chaos: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+chaos: installed
 	@mkdir -p $(BUILD)/chaos
 	unshare --net --mount sh -c 'mount -t tmpfs -o size=$$((64 + 12 * $(or $(VMS),50)))m tmpfs $(BUILD)/chaos && \
 	    TMPDIR=$(BUILD)/chaos exec $(BUILD)/venv-demo/bin/python tests/chaos/storm.py --connected --fill \
 	    --seconds $(or $(SECONDS),1800) --vms $(or $(VMS),50) $(if $(SEED),--seed $(SEED))'
 
 # A process with VMs under load, killed at TIMES random moments, and what is left of it a second later.
-chaos-kill: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+chaos-kill: installed
 	unshare --net --mount $(BUILD)/venv-demo/bin/python tests/chaos/kill.py --connected --times $(or $(TIMES),100) \
 	    $(if $(SEED),--seed $(SEED))
 
 # What the watch over VMS idle VMs costs.
-watch-cost: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+watch-cost: installed
 	$(BUILD)/venv-demo/bin/python tests/watch_cost.py --vms $(or $(VMS),100) --seconds $(or $(SECONDS),60)
 
 # VMS busy VMs for MINUTES: lost or crossed answers, round trips, growth. `soak` is the same with VMs that come and go.
