@@ -31,6 +31,16 @@ pub fn reopen(fd: &OwnedFd) -> io::Result<OwnedFd> {
     File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).map(OwnedFd::from)
 }
 
+/// The bytes of a file that no page was made for yet.
+///
+/// # Errors
+/// fstat(2)'s.
+pub fn untouched_bytes(fd: &OwnedFd) -> io::Result<u64> {
+    let stat = nix::sys::stat::fstat(fd)?;
+    let (length, blocks) = (u64::try_from(stat.st_size).unwrap_or(0), u64::try_from(stat.st_blocks).unwrap_or(0));
+    Ok(length.saturating_sub(blocks * 512))
+}
+
 /// The parts of a sparse file that may hold anything but zeros, in order.
 ///
 /// # Errors
@@ -82,6 +92,12 @@ mod tests {
             OpenOptions::new().read(true).write(true).open(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
         assert_eq!(again.write_all_at(b"y", 0).unwrap_err().raw_os_error(), Some(libc::EPERM));
         assert!(again.set_len(0).is_err());
+    }
+
+    #[test]
+    fn test_untouched_bytes_are_those_that_no_page_holds() {
+        let fd = sealed("test", 1 << 20, |file| file.write_all_at(&[1; 8192], 0)).unwrap();
+        assert_eq!(untouched_bytes(&fd).unwrap(), (1 << 20) - 8192);
     }
 
     #[test]

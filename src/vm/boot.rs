@@ -200,8 +200,14 @@ impl Launching {
     ) -> Result<Self> {
         progress.at("drives");
         let (prepared, told) = prepared.write_drives(settings, template.clone()).await?;
-        let Prepared { dir, vmm, mut plan, limits, network, held, confinement, .. } = prepared;
+        let Prepared { dir, vmm, mut plan, limits, network, held, mut confinement, .. } = prepared;
         progress.at("launch");
+        if let Some(template) = &template {
+            let untouched = memfd::untouched_bytes(&template.ram);
+            let untouched = untouched.map_err(|e| Error::host("look at", "a template's memory", e))?;
+            held.allow_first_touch(untouched)?;
+            confinement.note_first_touch(untouched);
+        }
         let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
         let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan, &origin, Box::new(held))?;
         // The tap is the VMM's from here on: it goes when the VMM does.

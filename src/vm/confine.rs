@@ -26,6 +26,7 @@ pub const LEASES: &str = "/run/tw-microvm-uids";
 pub struct Held {
     groups: Groups,
     lease: Option<Lease>,
+    memory_bytes: u64,
 }
 
 /// How one VM's processes are confined.
@@ -90,10 +91,19 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     } else if !host.own_root() {
         log::warn!("{}: its VMM runs without namespaces and a root of its own (see doctor)", spec.vm_id);
     }
-    Ok((plan, Held { groups, lease }, confinement))
+    Ok((plan, Held { groups, lease, memory_bytes: budget.memory_bytes }, confinement))
 }
 
 impl Held {
+    /// Lets the VMM be the first to touch `bytes` of its template's memory: the kernel makes a page of zeros in the
+    /// template for each that is not there, before it copies it, and counts both against whoever touched it.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn allow_first_touch(&self, bytes: u64) -> Result<()> {
+        self.groups.raise_memory(self.memory_bytes + bytes)
+    }
+
     /// The owner of the VM's files.
     pub fn uid(&self) -> Option<u32> {
         self.lease.as_ref().map(Lease::uid)
@@ -287,6 +297,16 @@ impl Confinement {
             report.insert("would_deny".into(), json!(found));
         }
         Value::Object(report)
+    }
+
+    /// Notes what [`Held::allow_first_touch`] gave.
+    pub fn note_first_touch(&mut self, bytes: u64) {
+        if let Some((_, how)) = self.limits.iter_mut().find(|(field, _)| *field == "memory_mb") {
+            how.push(format!(
+                "VMM: up to {} MiB more for pages of its template that it is the first to touch",
+                bytes >> 20
+            ));
+        }
     }
 
     /// For each limit, where and how it is enforced.

@@ -148,6 +148,21 @@ impl Groups {
         &self.outcomes
     }
 
+    /// Raises the limit on memory to `bytes`; nothing where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn raise_memory(&self, bytes: u64) -> Result<()> {
+        // The sum of memory and swap first: it is never below the limit on memory alone.
+        for file in ["memory.memsw.limit_in_bytes", "memory.limit_in_bytes", "memory.max"] {
+            for folder in self.folders.iter().filter(|folder| folder.join(file).exists()) {
+                set(folder, file, &bytes.to_string())
+                    .map_err(|reason| Error::host("raise the memory limit of", folder.display(), reason))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Notes the groups in a file, for whoever finds it after this process has died.
     ///
     /// # Errors
@@ -377,6 +392,14 @@ mod tests {
         let peak = first_number(&groups, ["memory.max_usage_in_bytes", "memory.peak"]);
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&output.status), Some(9));
         assert!((57 << 20..=64 << 20).contains(&peak), "{peak} bytes instead of 64 MiB");
+    }
+
+    #[test]
+    fn test_memory_limit_that_was_raised_gives_what_was_asked_for() {
+        let Some(groups) = full_groups("raised", &limits()) else { return };
+        groups.raise_memory(256 << 20).unwrap();
+        let output = run(&groups, "exec dd if=/dev/zero of=/dev/null bs=200M count=1").wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", output.status);
     }
 
     #[test]
