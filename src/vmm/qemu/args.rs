@@ -89,6 +89,12 @@ pub fn arguments(plan: &LaunchPlan, origin: &Origin, host: Host) -> Vec<String> 
         Accelerator::Tcg => "tcg,tb-size=32",
         Accelerator::Kvm => "kvm",
     };
+    let cpu = match accelerator {
+        // A guest that is told of fast string instructions copies and clears by them, a byte at a time where they are
+        // emulated: 250 MiB/s, an eighth of what the instructions for whole words do.
+        Accelerator::Tcg => "max,erms=off",
+        Accelerator::Kvm => "host",
+    };
     let memory = memory(plan, origin);
     let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
     let mut args: Vec<String> = [
@@ -97,7 +103,7 @@ pub fn arguments(plan: &LaunchPlan, origin: &Origin, host: Host) -> Vec<String> 
         "-accel",
         accel,
         "-cpu",
-        if accelerator == Accelerator::Kvm { "host" } else { "max" },
+        cpu,
         "-m",
         &format!("{}M", plan.memory_mib),
         "-smp",

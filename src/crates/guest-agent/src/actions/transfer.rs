@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use microvm_protocol::frame::MAX_DATA;
 use microvm_protocol::message::{Code, Started, Transferred};
-use microvm_protocol::mux::STDOUT;
+use microvm_protocol::mux::{STDOUT, WINDOW};
 use serde::Deserialize;
 use serde_json::{json, Value};
 
@@ -109,14 +109,18 @@ pub fn upload(params: Value, job: &Job) -> Outcome {
     };
     file.seek(SeekFrom::Start(params.offset.unwrap_or(0))).map_err(failed)?;
     job.started(&Started::File { size: params.offset.unwrap_or(0) })?;
-    let (mut bytes, mut checksum) = (0, Crc32::default());
+    let (mut bytes, mut checksum, mut owed) = (0, Crc32::default(), 0);
     loop {
         match job.input() {
             Input::Bytes(piece) => {
                 file.write_all(&piece).map_err(failed)?;
                 checksum.update(&piece);
                 bytes += piece.len() as u64;
-                job.consumed(piece.len())?;
+                owed += piece.len();
+                // By halves: what is left of the window keeps the host busy, and each CREDIT costs a way to the device.
+                if owed >= WINDOW / 2 {
+                    job.consumed(std::mem::take(&mut owed))?;
+                }
             }
             Input::Ended => break,
             Input::Empty if job.is_cancelled() => return Err(cancelled(&params.path)),
