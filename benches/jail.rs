@@ -1,28 +1,33 @@
 //! What the jail costs: from the start of everything to QEMU's first word (its QMP greeting), bare and jailed, in one
-//! run, in turns. Each row adds one thing to the row above it; the last is the whole jail.
+//! run, in turns. Each row adds one thing to the row above it; the last is the whole jail. Then what the whole jail costs a
+//! round trip: two guests without a session, one bare and one jailed, are asked for their HELLO again and again, in turns.
 //!
-//! Environment: MICROVM_BENCH_N (default 40), MICROVM_BENCH_JSON (a file to write).
+//! Environment: MICROVM_BENCH_N (default 40; 50 times as many round trips), MICROVM_BENCH_JSON (a file to write).
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use microvm_isolation::host::binary;
 use microvm_isolation::host::cgroup::{Device, Groups, Limits};
 use microvm_isolation::host::lease::Lease;
 use microvm_isolation::host::process::Jailed;
+use microvm_isolation::host::tsc;
 use microvm_isolation::image::GuestImage;
 use microvm_isolation::vmm::{host_jail, JailPlan, QemuProgram};
-use microvm_jail::{Identity, LaunchSpec, Namespaces, Resource, Rlimit, Seccomp};
-use serde_json::json;
+use microvm_jail::{Access, Identity, LaunchSpec, Namespaces, Resource, Rlimit, Seccomp};
+use microvm_protocol::handshake::Ask;
+use serde_json::{json, Value};
 
 type Failure = Box<dyn std::error::Error>;
 
 /// QEMU as it starts for a VM, but for the machine: what is measured is over before there is one.
-const ARGUMENTS: [&str; 8] = [
+const ARGUMENTS: [&str; 10] = [
+    "-M",
+    "none",
     "-nodefaults",
     "-no-user-config",
     "-display",
@@ -31,6 +36,27 @@ const ARGUMENTS: [&str; 8] = [
     "socket,id=qmp,fd=0",
     "-mon",
     "chardev=qmp,mode=control",
+];
+/// A guest that says HELLO, and has nothing but its port.
+const GUEST: [&str; 18] = [
+    "-M",
+    "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=on",
+    "-accel",
+    "tcg,tb-size=32",
+    "-cpu",
+    "max,erms=off",
+    "-m",
+    "128M",
+    "-nodefaults",
+    "-no-user-config",
+    "-display",
+    "none",
+    "-device",
+    "virtio-serial-device",
+    "-chardev",
+    "socket,id=agent,fd=0",
+    "-device",
+    "virtserialport,chardev=agent,name=microvm.agent",
 ];
 /// Any range will do: nobody else runs.
 const UIDS: (u32, u32) = (2_000_000_000, 2_000_999_999);
@@ -63,17 +89,34 @@ fn greeted(stream: &mut UnixStream, begun: Instant) -> Result<f64, Failure> {
     Ok(begun.elapsed().as_secs_f64() * 1e3)
 }
 
+/// QEMU without a jail, killed when dropped; its descriptor 0 is the other end of the stream.
+struct Bare(Child, UnixStream);
+
+impl Bare {
+    fn launch(qemu: &Path, arguments: &[String]) -> Result<Self, Failure> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let mut command = Command::new(qemu);
+        command.args(arguments).stdin(Stdio::from(OwnedFd::from(theirs)));
+        Ok(Self(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?, ours))
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.kill().and_then(|()| self.0.wait()) {
+            eprintln!("QEMU: {error}");
+        }
+    }
+}
+
+fn owned(arguments: &[&str]) -> Vec<String> {
+    arguments.iter().map(|argument| (*argument).to_owned()).collect()
+}
+
 fn bare(qemu: &Path) -> Result<f64, Failure> {
-    let (mut ours, theirs) = UnixStream::pair()?;
     let begun = Instant::now();
-    let mut command = Command::new(qemu);
-    command.args(["-M", "none"]).args(ARGUMENTS).stdin(Stdio::from(OwnedFd::from(theirs)));
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-    drop(command);
-    let elapsed = greeted(&mut ours, begun);
-    child.kill()?;
-    child.wait()?;
-    elapsed
+    let mut running = Bare::launch(qemu, &owned(&ARGUMENTS))?;
+    greeted(&mut running.1, begun)
 }
 
 fn groups() -> Result<Groups, Failure> {
@@ -89,11 +132,16 @@ fn groups() -> Result<Groups, Failure> {
     Ok(Groups::create(&format!("bench-{}", std::process::id()), None, &limits)?)
 }
 
-/// Everything that a start does for the jail, up to `step`.
-async fn jailed(binary: &Path, qemu: &QemuProgram, launcher: &Path, step: Step) -> Result<f64, Failure> {
-    let (mut ours, theirs) = UnixStream::pair()?;
+/// Everything that a start does for the jail, up to `step`; `arguments` names what QEMU is shown besides.
+fn launch(
+    binary: &Path,
+    qemu: &QemuProgram,
+    launcher: &Path,
+    step: Step,
+    arguments: impl FnOnce(&mut JailPlan) -> Result<Vec<String>, Failure>,
+) -> Result<(Jailed, UnixStream), Failure> {
+    let (ours, theirs) = UnixStream::pair()?;
     let host = host_jail(launcher, UIDS.0)?;
-    let begun = Instant::now();
     let leases = std::env::temp_dir().join("microvm-bench-uids");
     let lease = if step >= Step::Uid && host.own_uid() { Some(Lease::take(&leases, UIDS.0, UIDS.1)?) } else { None };
     let identity = lease.as_ref().map(|lease| Identity { uid: lease.uid(), gid: lease.uid() });
@@ -106,8 +154,7 @@ async fn jailed(binary: &Path, qemu: &QemuProgram, launcher: &Path, step: Step) 
     }
     let own_root = step >= Step::Root && host.own_root();
     let (program, env) = if own_root { (shown.program, shown.env) } else { (binary.to_owned(), Vec::new()) };
-    let program = program.display().to_string();
-    let argv = [program].into_iter().chain(["-M", "none"].into_iter().chain(ARGUMENTS).map(str::to_owned)).collect();
+    let argv = [program.display().to_string()].into_iter().chain(arguments(&mut plan)?).collect();
     let whole = plan.spec(argv, env, if step >= Step::Seccomp { Seccomp::AllowList } else { Seccomp::None });
     let spec = LaunchSpec {
         fds: vec![0],
@@ -117,17 +164,85 @@ async fn jailed(binary: &Path, qemu: &QemuProgram, launcher: &Path, step: Step) 
         landlock: step >= Step::Landlock,
         ..whole
     };
-    let jailed = Jailed::launch(launcher, &spec, &[theirs.as_fd()], Box::new((groups, lease)))?;
-    drop(theirs);
+    Ok((Jailed::launch(launcher, &spec, &[theirs.as_fd()], Box::new((groups, lease)))?, ours))
+}
+
+async fn jailed(binary: &Path, qemu: &QemuProgram, launcher: &Path, step: Step) -> Result<f64, Failure> {
+    let begun = Instant::now();
+    let (jailed, mut ours) = launch(binary, qemu, launcher, step, |_| Ok(owned(&ARGUMENTS)))?;
     let elapsed = tokio::task::block_in_place(|| greeted(&mut ours, begun));
     jailed.kill();
     jailed.reaped().await;
     elapsed.map_err(|error| format!("{step:?}: {error}").into())
 }
 
+/// Microseconds from the question to the guest's HELLO.
+fn hello(stream: &mut UnixStream, again: &[u8]) -> Result<f64, Failure> {
+    let begun = Instant::now();
+    stream.write_all(again)?;
+    if stream.read(&mut [0; 256])? == 0 {
+        return Err("QEMU ended".into());
+    }
+    Ok(begun.elapsed().as_secs_f64() * 1e6)
+}
+
+/// Round trips to a bare guest and to a jailed one.
+async fn round_trips(
+    binary: &Path,
+    qemu: &QemuProgram,
+    image: &GuestImage,
+    n: usize,
+) -> Result<[Vec<f64>; 2], Failure> {
+    let tsc = tsc::frequency_khz().map_or_else(String::new, |khz| format!(" tsc_early_khz={khz}"));
+    let append = format!("quiet panic=-1 tsc=reliable no_timer_check{tsc}");
+    let arguments = |kernel: &Path, initramfs: &Path| {
+        let (kernel, initramfs) = (kernel.display().to_string(), initramfs.display().to_string());
+        [owned(&GUEST), owned(&["-kernel", &kernel, "-initrd", &initramfs, "-append", &append])].concat()
+    };
+    let mut bare = Bare::launch(binary, &arguments(&image.kernel, &image.initramfs))?;
+    let (jailed, mut stream) = launch(binary, qemu, &image.launcher, Step::Whole, |plan| {
+        let kernel = plan.show("kernel", &image.kernel, "/vm/kernel", Access::Read)?;
+        let initramfs = plan.show("initramfs", &image.initramfs, "/vm/initramfs", Access::Read)?;
+        Ok(arguments(&kernel, &initramfs))
+    })?;
+    let measured = tokio::task::block_in_place(|| {
+        let again = Ask::Again.encode()?;
+        for stream in [&mut bare.1, &mut stream] {
+            stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+            // The first HELLO is said unasked.
+            stream.read(&mut [0; 256])?;
+        }
+        let mut times = [Vec::new(), Vec::new()];
+        for round in 0..n + 100 {
+            let both = [hello(&mut bare.1, &again)?, hello(&mut stream, &again)?];
+            // The first ones translate the guest's code.
+            times.iter_mut().zip(both).filter(|_| round >= 100).for_each(|(times, time)| times.push(time));
+        }
+        Ok(times)
+    });
+    jailed.kill();
+    jailed.reaped().await;
+    measured
+}
+
 fn percentile(sorted: &[f64], share: f64) -> f64 {
     let index = (share * sorted.len() as f64).ceil() as usize;
     sorted.get(index.saturating_sub(1)).copied().unwrap_or(f64::NAN)
+}
+
+/// Prints rows beside their first one.
+fn table<'a>(title: &str, unit: &str, rows: impl Iterator<Item = (&'a str, Vec<f64>)>) -> Vec<Value> {
+    println!("{title}, {unit}");
+    println!("{:<34} {:>5} {:>8} {:>8} {:>8} {:>8}", "", "n", "p50", "p95", "p99", "+bare");
+    let mut base = None;
+    let shown = rows.map(|(name, mut times)| {
+        times.sort_by(f64::total_cmp);
+        let [p50, p95, p99] = [0.5, 0.95, 0.99].map(|share| percentile(&times, share));
+        let more = p50 - *base.get_or_insert(p50);
+        println!("{name:<34} {:>5} {p50:>8.1} {p95:>8.1} {p99:>8.1} {more:>8.1}", times.len());
+        json!({"name": name, "unit": unit, "n": times.len(), "p50": p50, "p95": p95, "p99": p99})
+    });
+    shown.collect()
 }
 
 fn main() -> Result<(), Failure> {
@@ -149,17 +264,10 @@ fn main() -> Result<(), Failure> {
             times.extend((round > 0).then_some(elapsed));
         }
     }
-    println!("QEMU's first word, milliseconds");
-    println!("{:<34} {:>4} {:>8} {:>8} {:>8} {:>8}", "", "n", "p50", "p95", "p99", "+bare");
-    let mut rows = Vec::new();
-    let mut base = f64::NAN;
-    for ((step, name), times) in STEPS.iter().zip(&mut times) {
-        times.sort_by(f64::total_cmp);
-        let [p50, p95, p99] = [0.5, 0.95, 0.99].map(|share| percentile(times, share));
-        base = if *step == Step::Bare { p50 } else { base };
-        println!("{name:<34} {:>4} {p50:>8.1} {p95:>8.1} {p99:>8.1} {:>8.1}", times.len(), p50 - base);
-        rows.push(json!({"name": name, "n": times.len(), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}));
-    }
+    let round_trips = runtime.block_on(round_trips(&path, &qemu, &image, 50 * n))?;
+    let mut rows = table("QEMU's first word", "ms", STEPS.iter().map(|(_, name)| *name).zip(times));
+    let names = ["bare QEMU, a guest's HELLO", "the whole jail"].into_iter();
+    rows.extend(table("round trip without a session", "us", names.zip(round_trips)));
     if let Some(path) = std::env::var_os("MICROVM_BENCH_JSON") {
         std::fs::write(path, serde_json::to_vec_pretty(&json!({"rows": rows}))?)?;
     }

@@ -89,15 +89,14 @@ impl Running {
         Ok(())
     }
 
-    /// Takes another name, and with it another directory.
-    pub async fn rename(&mut self, spec: &Spec, settings: &Settings) -> Result<()> {
+    /// Takes the directory of another name.
+    pub async fn rename(&self, spec: &Spec, settings: &Settings) -> Result<()> {
         let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (vm_id, base) = (spec.vm_id.clone(), settings.base.clone());
         let renaming =
             tokio::task::spawn_blocking(move || dir.map(|mut dir| dir.rename(&base, &vm_id).map(|()| dir)).transpose());
         let dir = renaming.await.map_err(|error| Error::host("rename", &spec.vm_id, error))??;
         *self.dir.lock().unwrap_or_else(PoisonError::into_inner) = dir;
-        self.vm_id = spec.vm_id.clone();
         Ok(())
     }
 

@@ -76,11 +76,10 @@ impl Standby {
             Standby::Restored(launching) => launching.take(spec, settings).await?,
             Standby::Ready(mut running) => {
                 let progress = Progress::since(begun, "take");
-                running.rename(spec, settings).await?;
-                progress.at("resume");
-                running.control().resume().await?;
-                progress.at("adopt");
-                running.adopt(spec).await?;
+                // What the guest is told waits for it when it wakes.
+                let renaming = running.rename(spec, settings);
+                tokio::try_join!(running.adopt(spec), running.control().resume(), renaming)?;
+                running.vm_id = spec.vm_id.clone();
                 running.stages = progress.lengths();
                 running
             }

@@ -46,10 +46,6 @@ impl Qmp {
         let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation, reason };
         let exchange = async {
             let mut line = self.line.lock().await;
-            if !line.negotiated {
-                line.command("qmp_capabilities", Value::Null).await?;
-                line.negotiated = true;
-            }
             work(&mut line).await
         };
         match tokio::time::timeout(CONTROL_DEADLINE, exchange).await {
@@ -65,23 +61,40 @@ impl Qmp {
 
 impl Line {
     async fn command(&mut self, command: &str, arguments: Value) -> std::result::Result<Value, String> {
-        let id = self.send(command, arguments, None).await?;
-        self.answer(id).await
+        self.commands([(command, arguments)], None).await
     }
 
-    /// Sends a command without waiting for its answer. QEMU 7.2 reads its monitor byte by byte, so it is kept short.
-    async fn send(
+    /// Runs commands one after the other, the first that needs it with `fd`; returns the last one's answer. They are sent
+    /// at once: each answer waited for would be two more wake-ups. Where one fails, those behind it run all the same.
+    async fn commands<const N: usize>(
         &mut self,
-        command: &str,
-        arguments: Value,
+        commands: [(&str, Value); N],
         fd: Option<&OwnedFd>,
-    ) -> std::result::Result<u64, String> {
+    ) -> std::result::Result<Value, String> {
+        let negotiation = (!self.negotiated).then(|| ("qmp_capabilities", Value::Null));
+        let first = self.next_id + 1;
+        let text: String =
+            negotiation.into_iter().chain(commands).map(|(name, arguments)| self.request(name, arguments)).collect();
+        self.negotiated = true;
+        self.send(&text, fd).await?;
+        let mut last = Value::Null;
+        for id in first..=self.next_id {
+            last = self.answer(id).await?;
+        }
+        Ok(last)
+    }
+
+    /// QEMU 7.2 reads its monitor byte by byte, so it is kept short.
+    fn request(&mut self, command: &str, arguments: Value) -> String {
         self.next_id += 1;
         let mut request = json!({"execute": command, "id": self.next_id});
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
-        let text = request.to_string() + "\n";
+        request.to_string() + "\n"
+    }
+
+    async fn send(&mut self, text: &str, fd: Option<&OwnedFd>) -> std::result::Result<(), String> {
         let stream = self.stream.get_mut();
         let sent = match fd {
             None => stream.write_all(text.as_bytes()).await,
@@ -93,8 +106,7 @@ impl Line {
                 }
             }
         };
-        sent.map_err(|e| format!("QMP: {e}"))?;
-        Ok(self.next_id)
+        sent.map_err(|e| format!("QMP: {e}"))
     }
 
     async fn answer(&mut self, id: u64) -> std::result::Result<Value, String> {
@@ -139,7 +151,7 @@ impl Line {
 
 impl Control for Qmp {
     fn connect(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.on_line("connect", async |_| Ok(())))
+        Box::pin(self.on_line("connect", async |line| line.commands([], None).await.map(drop)))
     }
 
     fn boot(&self) -> BoxFuture<'_, Result<()>> {
@@ -159,8 +171,7 @@ impl Control for Qmp {
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("save", async move |line| {
             line.command("stop", Value::Null).await?;
-            let id = line.send("add-fd", json!({}), Some(&state)).await?;
-            let set = line.answer(id).await?["fdset-id"].clone();
+            let set = line.commands([("add-fd", json!({}))], Some(&state)).await?["fdset-id"].clone();
             let arguments = json!({"filename": format!("/dev/fdset/{set}"), "live": false});
             let saved = line.command("xen-save-devices-state", arguments).await;
             line.command("remove-fd", json!({"fdset-id": set})).await?;
@@ -172,15 +183,17 @@ impl Control for Qmp {
         Box::pin(self.on_line("load", async move |line| {
             // Memory in a shared file stays where it is; only the devices' state is in the stream.
             let capabilities = ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
-            line.command("migrate-set-capabilities", json!({"capabilities": capabilities})).await?;
-            let id = line.send("getfd", json!({"fdname": STATE}), Some(&state)).await?;
-            line.answer(id).await?;
-            line.command("migrate-incoming", json!({"uri": format!("fd:{STATE}")})).await?;
-            line.migrated().await?;
+            let capabilities = ("migrate-set-capabilities", json!({"capabilities": capabilities}));
+            let getfd = ("getfd", json!({"fdname": STATE}));
+            let incoming = ("migrate-incoming", json!({"uri": format!("fd:{STATE}")}));
             if run {
-                line.command("cont", Value::Null).await?;
+                // Said before the state is there, it has the VM run from the moment that it is. A state that cannot be
+                // loaded is the end of QEMU.
+                line.commands([capabilities, getfd, incoming, ("cont", Value::Null)], Some(&state)).await.map(drop)
+            } else {
+                line.commands([capabilities, getfd, incoming], Some(&state)).await?;
+                line.migrated().await
             }
-            Ok(())
         }))
     }
 
