@@ -20,6 +20,7 @@ use microvm_isolation::image::GuestImage;
 use microvm_isolation::vmm::{host_jail, JailPlan, QemuProgram};
 use microvm_jail::{Access, Identity, LaunchSpec, Namespaces, Resource, Rlimit, Seccomp};
 use microvm_protocol::handshake::Ask;
+use microvm_protocol::identity::DRIVE_BYTES;
 use serde_json::{json, Value};
 
 type Failure = Box<dyn std::error::Error>;
@@ -154,7 +155,8 @@ fn launch(
     }
     let own_root = step >= Step::Root && host.own_root();
     let (program, env) = if own_root { (shown.program, shown.env) } else { (binary.to_owned(), Vec::new()) };
-    let argv = [program.display().to_string()].into_iter().chain(arguments(&mut plan)?).collect();
+    let firmware = shown.firmware.filter(|_| own_root).map_or(Vec::new(), |firmware| owned(&["-L", firmware]));
+    let argv = [vec![program.display().to_string()], firmware, arguments(&mut plan)?].concat();
     let whole = plan.spec(argv, env, if step >= Step::Seccomp { Seccomp::AllowList } else { Seccomp::None });
     let spec = LaunchSpec {
         fds: vec![0],
@@ -176,13 +178,19 @@ async fn jailed(binary: &Path, qemu: &QemuProgram, launcher: &Path, step: Step) 
     elapsed.map_err(|error| format!("{step:?}: {error}").into())
 }
 
+/// Waits for a HELLO.
+fn hear(stream: &mut UnixStream) -> Result<(), Failure> {
+    match stream.read(&mut [0; 256])? {
+        0 => Err("QEMU ended".into()),
+        _ => Ok(()),
+    }
+}
+
 /// Microseconds from the question to the guest's HELLO.
 fn hello(stream: &mut UnixStream, again: &[u8]) -> Result<f64, Failure> {
     let begun = Instant::now();
     stream.write_all(again)?;
-    if stream.read(&mut [0; 256])? == 0 {
-        return Err("QEMU ended".into());
-    }
+    hear(stream)?;
     Ok(begun.elapsed().as_secs_f64() * 1e6)
 }
 
@@ -195,22 +203,28 @@ async fn round_trips(
 ) -> Result<[Vec<f64>; 2], Failure> {
     let tsc = tsc::frequency_khz().map_or_else(String::new, |khz| format!(" tsc_early_khz={khz}"));
     let append = format!("quiet panic=-1 tsc=reliable no_timer_check{tsc}");
-    let arguments = |kernel: &Path, initramfs: &Path| {
+    let arguments = |kernel: &Path, initramfs: &Path, config: &Path| {
         let (kernel, initramfs) = (kernel.display().to_string(), initramfs.display().to_string());
-        [owned(&GUEST), owned(&["-kernel", &kernel, "-initrd", &initramfs, "-append", &append])].concat()
+        let drive = format!("id=config,if=none,format=raw,readonly=on,file={}", config.display());
+        let files = ["-kernel", &kernel, "-initrd", &initramfs, "-append", &append, "-drive", &drive];
+        [owned(&GUEST), owned(&files), owned(&["-device", "virtio-blk-device,drive=config,serial=config"])].concat()
     };
-    let mut bare = Bare::launch(binary, &arguments(&image.kernel, &image.initramfs))?;
+    // It says nothing, and may be read by everyone.
+    let config = std::env::temp_dir().join(format!("microvm-bench-config-{}", std::process::id()));
+    std::fs::write(&config, [0; DRIVE_BYTES])?;
+    let mut bare = Bare::launch(binary, &arguments(&image.kernel, &image.initramfs, &config))?;
     let (jailed, mut stream) = launch(binary, qemu, &image.launcher, Step::Whole, |plan| {
         let kernel = plan.show("kernel", &image.kernel, "/vm/kernel", Access::Read)?;
         let initramfs = plan.show("initramfs", &image.initramfs, "/vm/initramfs", Access::Read)?;
-        Ok(arguments(&kernel, &initramfs))
+        let config = plan.show("config", &config, "/vm/config", Access::Read)?;
+        Ok(arguments(&kernel, &initramfs, &config))
     })?;
     let measured = tokio::task::block_in_place(|| {
         let again = Ask::Again.encode()?;
         for stream in [&mut bare.1, &mut stream] {
             stream.set_read_timeout(Some(Duration::from_secs(30)))?;
             // The first HELLO is said unasked.
-            stream.read(&mut [0; 256])?;
+            hear(stream)?;
         }
         let mut times = [Vec::new(), Vec::new()];
         for round in 0..n + 100 {
@@ -222,6 +236,7 @@ async fn round_trips(
     });
     jailed.kill();
     jailed.reaped().await;
+    std::fs::remove_file(&config)?;
     measured
 }
 
