@@ -71,7 +71,7 @@ impl Line {
         commands: [(&str, Value); N],
         fd: Option<&OwnedFd>,
     ) -> std::result::Result<Value, String> {
-        let negotiation = (!self.negotiated).then(|| ("qmp_capabilities", Value::Null));
+        let negotiation = (!self.negotiated).then_some(("qmp_capabilities", Value::Null));
         let first = self.next_id + 1;
         let text: String =
             negotiation.into_iter().chain(commands).map(|(name, arguments)| self.request(name, arguments)).collect();
