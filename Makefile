@@ -116,12 +116,14 @@ test: wheel attackers
 	$(VENV)/bin/python tests/matrix.py --build $(BUILD) --cargo $(CARGO) --stubtest $(VENV)/bin/python dist/*.whl
 
 # KVM for those who have none: the conformance suite in a guest whose CPU has emulated SVM (tests/nested). The VMMs are
-# taken from the folder MICROVM_TEST_BIN (an absolute path, not below /tmp) or from PATH; who is missing is skipped.
+# taken from the folder MICROVM_TEST_BIN (an absolute path, not below /tmp) or from PATH; who is missing is skipped. Other
+# tests run there, too, with cgroup v2: TESTS='test_jail.py test_network_egress.py'.
 test-nested: installed
 	@for ((run = 1; run <= $(or $(TIMES),1); run++)); do \
 	    echo "run $$run of $(or $(TIMES),1)"; \
 	    $(PYTHON) -m tests.nested.lab --timeout $(or $(DEADLINE),1800) --keep $(BUILD)/nested/results -- \
-	        $(BUILD)/venv-demo/bin/python tests/runner.py --totals /run/lab/totals 'test_conformance_*.py'; done
+	        env MICROVM_TEST_MBPS=12 $(BUILD)/venv-demo/bin/python tests/runner.py --totals /run/lab/totals \
+        $(or $(TESTS),'test_conformance_*.py'); done
 
 bench: installed
 	$(BUILD)/venv-demo/bin/python -m thirstys_waterfall.security.microvm_isolation bench \

@@ -24,7 +24,9 @@ def our_groups() -> List[str]:
 
 
 def all_given(report: Any) -> bool:
-    return all(layer["given"] for name, layer in report.items() if name != "mode")
+    """Whether nothing is missing; where cgroups cannot restrict devices (v2), a root without any does it."""
+    missing = {name for name, layer in report.items() if name != "mode" and not layer["given"]}
+    return missing <= ({"cgroup_devices"} if report["root"]["given"] else set())
 
 
 class Modes(VMTestCase):
@@ -79,7 +81,10 @@ class Modes(VMTestCase):
             "open('/proc/sys/user/max_user_namespaces', 'w').write('0')\n"
         )
         report = "print(json.dumps([vm.send_command('ping')['result'], vm.get_info()['jail']]))"
-        done = run_python(HEAD.partition("manager")[0] + without + RUNNING + report)
+        # That user may have no KVM: in the nested lab the VM is emulated by a VM that is emulated.
+        patient = RUNNING.replace('"default_memory_mb": 128', '"start_timeout_s": 240, "default_memory_mb": 128')
+        self.assertNotEqual(patient, RUNNING)
+        done = run_python(HEAD.partition("manager")[0] + without + patient + report)
         self.assertEqual(done.returncode, 0, done.stderr)
         pong, jail = json.loads(done.stdout)
         self.assertEqual(pong, "pong")

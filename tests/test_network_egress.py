@@ -1,10 +1,12 @@
 """Allow-lists, the names on them, the relay that asks for those, and the rate at which all of it goes."""
 
 import json
+import os
 import sys
 import threading
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, List, Tuple
 
 from .network import lab
@@ -158,7 +160,8 @@ class Bandwidth(NetworkTestCase):
         return rate
 
     def test_rate_is_held_in_both_directions(self) -> None:
-        for rate in (4, 40):
+        # What this machine can move at all: an emulated one, as in tests/nested, says less.
+        for rate in (4, int(os.environ.get("MICROVM_TEST_MBPS", "40"))):
             vm = self.running(network_config=connected(), resource_limits=limits(network_bandwidth_mbps=rate))
             rates = self.rate_from(vm), self.rate_to(vm)
             print("    {} Mbit/s: {:.1f} from the VM, {:.1f} to it".format(rate, *rates), file=sys.stderr)
@@ -170,15 +173,9 @@ class Bandwidth(NetworkTestCase):
     def test_vms_do_not_share_their_rates(self) -> None:
         small = limits(network_bandwidth_mbps=8)
         vms = [self.running(network_config=connected(), resource_limits=small) for _ in range(3)]
-        rates: List[float] = []
-        threads = [threading.Thread(target=lambda vm=vm: rates.append(self.rate_to(vm))) for vm in vms]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(len(rates), 3)
-        for rate in rates:
-            self.assertAlmostEqual(rate, 8, delta=0.8)
+        with ThreadPoolExecutor(len(vms)) as pool:
+            for rate in pool.map(self.rate_to, vms):
+                self.assertAlmostEqual(rate, 8, delta=0.8)
 
 
 if __name__ == "__main__":
