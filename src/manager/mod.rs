@@ -20,7 +20,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use crate::error::{Error, Result};
 use crate::host::memory::{self, HostMemory};
 use crate::host::{clock, private_dir, runtime_dir};
-use crate::image::template::{Digests, Shelf, Store, StoreLimits};
+use crate::image::template::{self, Digests, Shelf, Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
     Backend, Happening, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape,
@@ -318,7 +318,9 @@ impl Manager {
             if let Some(host) = host {
                 let cost = |memory_mb: u64| memory_mb + COST_MIB;
                 let present = registry.vms.iter().filter(|vm| !vm.is_suspended());
-                let promised: u64 = present.map(|vm| cost(vm.spec().limits.memory_mb)).sum();
+                let of_vms: u64 = present.map(|vm| cost(vm.spec().limits.memory_mb)).sum();
+                // Touched pages of templates are in use already.
+                let promised = of_vms + (template::untouched_bytes() >> 20);
                 check_host_memory(vm_id, cost(limits.memory_mb), promised.saturating_sub(taken), host)?;
             }
             if enter.is_some() && registry.vms.iter().any(|vm| vm.id() == vm_id) {

@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::digest::{self, FileId};
@@ -43,6 +43,7 @@ impl Template {
         let files = [seen(MANIFEST)?, seen(RAM)?, seen(STATE)?, seen(DISK)?];
         let manifest = check(&fs::read(&files[0].0)?)?;
         let ram = Arc::new(seal(&files[1].0, &manifest.ram, RAM)?);
+        held().push(Arc::downgrade(&ram));
         let state = Arc::new(seal(&files[2].0, &manifest.state, STATE)?);
         let disk = Arc::new(open(&files[3].0, &manifest.disk)?);
         let template = Self { manifest, ram, state, disk, files };
@@ -72,6 +73,21 @@ pub(super) fn describe(new: &Path, fit: Fit, hello: Vec<u8>) -> io::Result<Manif
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let (ram, state, disk) = (digest(RAM)?, digest(STATE)?, digest(DISK)?);
     Ok(Manifest { fit, hello, ram, state, disk, created_unix_s: created.as_secs() })
+}
+
+/// The memory of all templates that this process holds, those included that only clones hold any more.
+fn held() -> std::sync::MutexGuard<'static, Vec<Weak<OwnedFd>>> {
+    static HELD: Mutex<Vec<Weak<OwnedFd>>> = Mutex::new(Vec::new());
+    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Bytes of all templates in memory that no page was made for yet: the first clone that writes there has one made, for
+/// all to come.
+#[must_use]
+pub fn untouched_bytes() -> u64 {
+    let mut held = held();
+    held.retain(|ram| ram.strong_count() > 0);
+    held.iter().filter_map(Weak::upgrade).filter_map(|ram| memfd::untouched_bytes(&ram).ok()).sum()
 }
 
 fn mismatch(name: &str) -> io::Error {

@@ -391,6 +391,24 @@ mod tests {
         making.finish(fit(), b"hello".to_vec(), outline()).unwrap();
     }
 
+    #[test]
+    fn test_holes_of_a_template_count_for_as_long_as_a_clone_holds_its_memory() {
+        let (cache, shelf) = shelf("holes");
+        let making = shelf.make(shelf.hold("a").unwrap().unwrap(), "a").unwrap();
+        for file in [RAM, STATE, DISK] {
+            fs::write(making.path().join(file), file).unwrap();
+        }
+        // So large that the other tests' templates are nothing beside it.
+        let bytes = 1 << 40;
+        File::options().write(true).open(making.path().join(RAM)).unwrap().set_len(bytes).unwrap();
+        making.finish(fit(), b"hello".to_vec(), outline()).unwrap();
+        let ram = shelf.read("a").unwrap().unwrap().template.ram.clone();
+        assert!(files::untouched_bytes() >= bytes - 4096);
+        drop(ram);
+        assert!(files::untouched_bytes() < bytes / 2);
+        fs::remove_dir_all(cache).unwrap();
+    }
+
     #[tokio::test]
     async fn test_kept_is_found_again_and_removed_whole() {
         let (cache, shelf) = shelf("found");

@@ -23,7 +23,7 @@ mod manifest;
 mod store;
 
 pub use digest::{Digest, Digests, FileId};
-pub use files::{Template, DISK, RAM, STATE};
+pub use files::{untouched_bytes, Template, DISK, RAM, STATE};
 pub use fit::differences;
 pub use kept::{clean_up_folder, Held, Kept, Making, Outline, Shelf};
 pub use manifest::{Fit, FitDrive, Manifest};
