@@ -20,7 +20,9 @@ LEASES = Path("/run/tw-microvm-uids")
 
 
 def our_groups() -> List[str]:
-    return sorted(str(path) for path in CGROUPS.rglob("tw-microvm-*") if path.is_dir())
+    # Path.rglob fails when a folder goes while it looks; this passes it over.
+    folders = (os.path.join(above, name) for above, names, _ in os.walk(str(CGROUPS)) for name in names)
+    return sorted(folder for folder in folders if os.path.basename(folder).startswith("tw-microvm-"))
 
 
 def all_given(report: Any) -> bool:

@@ -167,7 +167,7 @@ pub async fn run(
     let mut launching = Launching::launch(prepared, settings, progress, template).await?;
     launching.load(true).await?;
     let running = launching.bring_up().await?;
-    running.open_broker(settings)?;
+    running.open_broker(&running.vm_id, settings)?;
     Ok(running)
 }
 

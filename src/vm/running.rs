@@ -80,11 +80,11 @@ impl Running {
         self.jailed.is_alive()
     }
 
-    /// Gives clients of this user a socket to talk to the agent.
-    pub fn open_broker(&self, settings: &Settings) -> Result<()> {
+    /// Gives clients of this user a socket to talk to the agent of `vm_id`.
+    pub fn open_broker(&self, vm_id: &VmId, settings: &Settings) -> Result<()> {
         let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(dir) = dir.as_ref() else { return Ok(()) };
-        let broker = Broker::serve(self.vm_id.clone(), &dir.socket(), self.agent.clone(), settings.command_timeout)?;
+        let broker = Broker::serve(vm_id.clone(), &dir.socket(), self.agent.clone(), settings.command_timeout)?;
         *self.broker.lock().unwrap_or_else(PoisonError::into_inner) = Some(broker);
         Ok(())
     }

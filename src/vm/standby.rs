@@ -77,8 +77,11 @@ impl Standby {
             Standby::Ready(mut running) => {
                 let progress = Progress::since(begun, "take");
                 // What the guest is told waits for it when it wakes.
-                let renaming = running.rename(spec, settings);
-                tokio::try_join!(running.adopt(spec), running.control().resume(), renaming)?;
+                let moving_in = async {
+                    running.rename(spec, settings).await?;
+                    running.open_broker(&spec.vm_id, settings)
+                };
+                tokio::try_join!(running.adopt(spec), running.control().resume(), moving_in)?;
                 running.vm_id = spec.vm_id.clone();
                 running.stages = progress.lengths();
                 running
@@ -86,7 +89,6 @@ impl Standby {
         };
         running.origin = "pool";
         running.since = Instant::now();
-        running.open_broker(settings)?;
         Ok(running)
     }
 }
@@ -96,7 +98,9 @@ impl Launching {
     async fn take(self, spec: &Spec, settings: &Settings) -> Result<Running> {
         let launching = self.rename(spec, settings).await?;
         launching.resume().await?;
-        launching.bring_up().await
+        let running = launching.bring_up().await?;
+        running.open_broker(&spec.vm_id, settings)?;
+        Ok(running)
     }
 }
 
