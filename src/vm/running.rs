@@ -90,14 +90,10 @@ impl Running {
     }
 
     /// Takes the directory of another name.
-    pub async fn rename(&self, spec: &Spec, settings: &Settings) -> Result<()> {
-        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (vm_id, base) = (spec.vm_id.clone(), settings.base.clone());
-        let renaming =
-            tokio::task::spawn_blocking(move || dir.map(|mut dir| dir.rename(&base, &vm_id).map(|()| dir)).transpose());
-        let dir = renaming.await.map_err(|error| Error::host("rename", &spec.vm_id, error))??;
-        *self.dir.lock().unwrap_or_else(PoisonError::into_inner) = dir;
-        Ok(())
+    pub fn rename(&self, spec: &Spec, settings: &Settings) -> Result<()> {
+        let mut dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        // In place: to hand it to another thread would take longer than what it does.
+        tokio::task::block_in_place(|| dir.as_mut().map_or(Ok(()), |dir| dir.rename(&settings.base, &spec.vm_id)))
     }
 
     /// One of its files, as this host names it; `None` once they are gone.

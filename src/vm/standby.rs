@@ -17,6 +17,9 @@ use crate::model::Form;
 /// How long a woken guest may take to answer.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
 
+/// So long that the guest's timers have run out when it wakes.
+const REHEARSED_PAUSE: Duration = Duration::from_millis(100);
+
 /// A VM without a user.
 pub enum Standby {
     /// The VMM runs, and waits for a template's state.
@@ -47,10 +50,16 @@ impl Standby {
             return Ok(Standby::Restored(launching));
         }
         let running = launching.bring_up().await?;
-        // What is done here for the first time need not be when it is taken.
-        running.adopt(spec).await?;
-        running.agent().request("ping", Value::Null, ADOPT_DEADLINE).await?;
-        running.control().pause().await?;
+        // What is done here for the first time need not be when it is taken: the way out of a pause, too.
+        for is_last in [false, true] {
+            running.adopt(spec).await?;
+            running.agent().request("ping", Value::Null, ADOPT_DEADLINE).await?;
+            running.control().pause().await?;
+            if !is_last {
+                tokio::time::sleep(REHEARSED_PAUSE).await;
+                running.control().resume().await?;
+            }
+        }
         Ok(Standby::Ready(running))
     }
 
@@ -78,7 +87,7 @@ impl Standby {
                 let progress = Progress::since(begun, "take");
                 // What the guest is told waits for it when it wakes.
                 let moving_in = async {
-                    running.rename(spec, settings).await?;
+                    running.rename(spec, settings)?;
                     running.open_broker(&spec.vm_id, settings)
                 };
                 tokio::try_join!(running.adopt(spec), running.control().resume(), moving_in)?;
