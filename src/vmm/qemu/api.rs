@@ -71,15 +71,25 @@ impl Line {
         commands: [(&str, Value); N],
         fd: Option<&OwnedFd>,
     ) -> std::result::Result<Value, String> {
+        self.commands_and(commands, fd, |_| {}).await
+    }
+
+    /// As [`Line::commands`]; `hear` gets the events that come meanwhile.
+    async fn commands_and<const N: usize>(
+        &mut self,
+        commands: [(&str, Value); N],
+        fd: Option<&OwnedFd>,
+        mut hear: impl FnMut(&Value),
+    ) -> std::result::Result<Value, String> {
         let negotiation = (!self.negotiated).then_some(("qmp_capabilities", Value::Null));
         let first = self.next_id + 1;
-        let text: String =
-            negotiation.into_iter().chain(commands).map(|(name, arguments)| self.request(name, arguments)).collect();
+        let commands = negotiation.into_iter().chain(commands);
+        let text: String = commands.map(|(name, arguments)| self.request(name, arguments)).collect();
         self.negotiated = true;
         self.send(&text, fd).await?;
         let mut last = Value::Null;
         for id in first..=self.next_id {
-            last = self.answer(id).await?;
+            last = self.answer(id, &mut hear).await?;
         }
         Ok(last)
     }
@@ -109,9 +119,10 @@ impl Line {
         sent.map_err(|e| format!("QMP: {e}"))
     }
 
-    async fn answer(&mut self, id: u64) -> std::result::Result<Value, String> {
+    async fn answer(&mut self, id: u64, mut hear: impl FnMut(&Value)) -> std::result::Result<Value, String> {
         // The greeting, events and late answers have another id or none.
-        let answer = self.line_with(|line| line.get("id").and_then(Value::as_u64) == Some(id)).await?;
+        let is_it = |line: &Value| line.get("id").and_then(Value::as_u64) == Some(id);
+        let answer = self.line_with(|line| is_it(line) || (hear(line), false).1).await?;
         match (answer.get("return"), answer.get("error")) {
             (Some(value), _) => Ok(value.clone()),
             (None, Some(error)) => {
@@ -134,7 +145,7 @@ impl Line {
         }
     }
 
-    async fn line_with(&mut self, wanted: impl Fn(&Value) -> bool) -> std::result::Result<Value, String> {
+    async fn line_with(&mut self, mut wanted: impl FnMut(&Value) -> bool) -> std::result::Result<Value, String> {
         loop {
             let read = self.stream.read_until(b'\n', &mut self.partial).await.map_err(|e| format!("QMP: {e}"))?;
             if read == 0 {
@@ -187,9 +198,17 @@ impl Control for Qmp {
             let getfd = ("getfd", json!({"fdname": STATE}));
             let incoming = ("migrate-incoming", json!({"uri": format!("fd:{STATE}")}));
             if run {
-                // Said before the state is there, it has the VM run from the moment that it is. A state that cannot be
-                // loaded is the end of QEMU.
-                line.commands([capabilities, getfd, incoming, ("cont", Value::Null)], Some(&state)).await.map(drop)
+                // Said before the state is there, `cont` has the VM run from the moment that it is. Nobody may talk to the
+                // guest before: an interrupt that comes while the devices are loaded is lost. A state that cannot be loaded
+                // is the end of QEMU.
+                let is_resume = |line: &Value| line["event"] == "RESUME";
+                let mut runs = false;
+                let commands = [capabilities, getfd, incoming, ("cont", Value::Null)];
+                line.commands_and(commands, Some(&state), |line| runs |= is_resume(line)).await?;
+                match runs {
+                    true => Ok(()),
+                    false => line.line_with(is_resume).await.map(drop),
+                }
             } else {
                 line.commands([capabilities, getfd, incoming], Some(&state)).await?;
                 line.migrated().await
@@ -263,6 +282,20 @@ mod tests {
     async fn test_execute_closed_in_the_middle_is_an_error() {
         let qmp = scripted(vec![]);
         assert_eq!(qmp.pause().await.unwrap_err().code(), "vmm_error");
+    }
+
+    #[tokio::test]
+    async fn test_load_waits_until_the_vm_runs_whenever_that_is_said() {
+        let answer = "{\"return\": {}, \"id\": ID}";
+        let resume = "{\"event\": \"RESUME\"}";
+        let state = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        // Loaded before `cont` is looked at, and after.
+        for last in [format!("{resume}\n{answer}"), format!("{answer}\n{resume}")] {
+            let qmp = scripted(vec![answer, answer, answer, last.leak()]);
+            qmp.load(state(), true).await.unwrap();
+        }
+        let qmp = scripted(vec![answer, answer, answer, answer]);
+        assert!(qmp.load(state(), true).await.unwrap_err().to_string().contains("closed the connection"));
     }
 
     #[test]
