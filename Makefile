@@ -187,9 +187,7 @@ watch-cost: installed
 	$(BUILD)/venv-demo/bin/python tests/watch_cost.py --vms $(or $(VMS),100) --seconds $(or $(SECONDS),60)
 
 # VMS busy VMs for MINUTES: lost or crossed answers, round trips, growth. `soak` is the same with VMs that come and go.
-soak load: wheel
-	@[ -x $(BUILD)/venv-demo/bin/python ] || $(PYTHON) -m venv $(BUILD)/venv-demo
-	@$(BUILD)/venv-demo/bin/pip install -q --no-index --force-reinstall dist/*.whl
+soak load: installed
 	$(BUILD)/venv-demo/bin/python tests/load.py $@ --vms $(or $(VMS),$(if $(filter load,$@),100,20)) \
 	    --minutes $(or $(MINUTES),30) --report $(BUILD)/$@.json
 
