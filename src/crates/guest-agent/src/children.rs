@@ -15,6 +15,7 @@ use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
+use crate::door::Door;
 use crate::job::Bell;
 
 /// How a child ended.
@@ -39,6 +40,8 @@ struct Table {
     spawned: u64,
 }
 
+/// Open unless the guest is frozen.
+pub static DOOR: Door = Door::new();
 static TABLE: Mutex<Table> = Mutex::new(Table { children: BTreeMap::new(), spawned: 0 });
 /// There is a child to wait for.
 static SPAWNED: Condvar = Condvar::new();

@@ -14,6 +14,8 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::actions::Guest;
 use crate::boot::WORK_CGROUP;
+use crate::children::DOOR;
+use crate::door::Shut;
 use crate::identity::{Blank, HostTime};
 use crate::network::Device;
 use crate::port::Link;
@@ -23,20 +25,34 @@ use crate::{encode, failed};
 /// How long the kernel may take to stop every program: one that waits for a disk is stopped when that has answered.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 
+/// No program runs, and none is begun, for as long as this lives.
+pub struct Standstill {
+    _shut: Shut<'static>,
+}
+
+impl Drop for Standstill {
+    fn drop(&mut self) {
+        if let Err(error) = write_state("0") {
+            eprintln!("microvm-agent: {WORK_CGROUP}: {error}");
+        }
+    }
+}
+
 fn write_state(state: &str) -> io::Result<()> {
     fs::write(format!("{WORK_CGROUP}/cgroup.freeze"), state)
 }
 
 /// Stops everything that runs on request, and returns when it stands.
-pub fn stop_programs() -> Result<(), Failure> {
-    let stopped = write_state("1").and_then(|()| wait_until_frozen());
-    let message = match stopped {
-        Ok(true) => return Ok(()),
-        Ok(false) => format!("a program could not be stopped within {} s", STOP_DEADLINE.as_secs()),
-        Err(error) => format!("{WORK_CGROUP}: {error}"),
-    };
-    let_programs_go();
-    Err(Failure { code: Code::Busy, message })
+pub fn stop_programs() -> Result<Standstill, Failure> {
+    let busy = |message| Failure { code: Code::Busy, message };
+    let late = |what| busy(format!("a program could not be {what} within {} s", STOP_DEADLINE.as_secs()));
+    let shut = DOOR.shut(STOP_DEADLINE).ok_or_else(|| late("begun"))?;
+    let standstill = Standstill { _shut: shut };
+    match write_state("1").and_then(|()| wait_until_frozen()) {
+        Ok(true) => Ok(standstill),
+        Ok(false) => Err(late("stopped")),
+        Err(error) => Err(busy(format!("{WORK_CGROUP}: {error}"))),
+    }
 }
 
 /// cgroup.events can be polled for a change (Documentation/admin-guide/cgroup-v2.rst).
@@ -63,16 +79,10 @@ fn says_frozen(events: &str) -> bool {
     events.lines().any(|line| line == "frozen 1")
 }
 
-/// Lets what was stopped go on.
-fn let_programs_go() {
-    if let Err(error) = write_state("0") {
-        eprintln!("microvm-agent: {WORK_CGROUP}: {error}");
-    }
-}
-
 /// Waits for the host's next OFFER. In the guest that was frozen the requests under way go on; in any other one nobody
 /// waits for them: they are cancelled, and their programs with them.
 pub fn wake(
+    standstill: Standstill,
     link: Link,
     server: Arc<Server>,
     blank: &Arc<Blank>,
@@ -86,7 +96,7 @@ pub fn wake(
     blank.settle(&identity, time)?;
     if identity.keeps_exchanges {
         half.accept_for(&link, &encode(&Outcome::Ready)?)?;
-        let_programs_go();
+        drop(standstill);
         return Ok((link, server));
     }
     server.cancel_all();
@@ -97,7 +107,7 @@ pub fn wake(
     };
     let outcome = joined.map_or_else(|message| failed("network", &message), |()| Outcome::Ready);
     let link = half.accept(&encode(&outcome)?)?;
-    let_programs_go();
+    drop(standstill);
     let server = Server::new(link.sender(), Guest::new(blank.become_one(identity, time, true)));
     Ok((link, server))
 }

@@ -7,6 +7,7 @@ mod actions;
 mod boot;
 mod checksum;
 mod children;
+mod door;
 mod freeze;
 mod identity;
 mod job;
@@ -59,8 +60,8 @@ fn run() -> Result<(), String> {
     let time = HostTime { unix_time_ns: half.unix_time_ns(), arrived };
     let mut link = half.accept(&outcome)?;
     let mut server = Server::new(link.sender(), actions::Guest::new(blank.become_one(identity, time, false)));
-    while let End::Frozen = serve::serve(&mut link, &server)? {
-        (link, server) = freeze::wake(link, server, &blank, device.as_ref())?;
+    while let End::Frozen(standstill) = serve::serve(&mut link, &server)? {
+        (link, server) = freeze::wake(standstill, link, server, &blank, device.as_ref())?;
     }
     Ok(())
 }

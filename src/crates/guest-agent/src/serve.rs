@@ -11,6 +11,7 @@ use microvm_protocol::message::{Code, Failure, Request, Response, FREEZE, MAX_ME
 use microvm_protocol::mux::Incoming;
 
 use crate::actions::Guest;
+use crate::freeze::Standstill;
 use crate::job::Job;
 use crate::pool::Pool;
 use crate::port::{Link, Sender};
@@ -24,7 +25,7 @@ pub enum End {
     /// The host closed the port.
     Closed,
     /// The session was laid down, and the programs stand still.
-    Frozen,
+    Frozen(Standstill),
 }
 
 /// One VM's requests, for as long as it is that VM.
@@ -40,8 +41,8 @@ pub fn serve(link: &mut Link, server: &Arc<Server>) -> Result<End, String> {
     while let Some(incoming) = link.receive()? {
         match incoming {
             Incoming::Request { id, body } => {
-                if server.accept(id, body)? == Accepted::Frozen {
-                    return Ok(End::Frozen);
+                if let Accepted::Frozen(standstill) = server.accept(id, body)? {
+                    return Ok(End::Frozen(standstill));
                 }
             }
             Incoming::Cancel { id } => server.tell(id, |job| job.cancel()),
@@ -57,10 +58,9 @@ pub fn serve(link: &mut Link, server: &Arc<Server>) -> Result<End, String> {
     Ok(End::Closed)
 }
 
-#[derive(PartialEq, Eq)]
 enum Accepted {
     Taken,
-    Frozen,
+    Frozen(Standstill),
 }
 
 /// The allocator gives the top of the heap back to the kernel whenever 128 KiB of it are free, so every long frame would
@@ -83,10 +83,10 @@ impl Server {
     /// Gets ready to be frozen: on this thread, so that nothing is taken in after it.
     fn freeze(&self, id: u32) -> Result<Accepted, String> {
         match self.guest.settle().and_then(|()| freeze::stop_programs()) {
-            Ok(()) => {
+            Ok(standstill) => {
                 let body = serde_json::to_vec(&Response::Ok { result: serde_json::json!({}) });
                 self.sender.conclude(id, body.map_err(|e| e.to_string())?)?;
-                Ok(Accepted::Frozen)
+                Ok(Accepted::Frozen(standstill))
             }
             Err(error) => {
                 answer(&self.sender, id, &Response::Error { error })?;

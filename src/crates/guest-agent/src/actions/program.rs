@@ -21,7 +21,7 @@ use nix::unistd::{fchown, Gid, Uid};
 
 use super::fail;
 use crate::boot;
-use crate::children::{self, Ended, Group, Spawned};
+use crate::children::{self, Ended, Group, Spawned, DOOR};
 use crate::job::{cancelled, Job};
 
 pub const ROOT: u32 = 0;
@@ -207,7 +207,14 @@ impl Program<'_> {
                 Ok(())
             });
         }
-        let (mut child, spawned) = children::spawn(&mut command, group, job.bell()).map_err(|error| {
+        let passage = DOOR.pass();
+        // While it waited at the door this guest may have become another VM.
+        if job.is_cancelled() {
+            return Err(cancelled(self.path));
+        }
+        let spawning = children::spawn(&mut command, group, job.bell());
+        drop(passage);
+        let (mut child, spawned) = spawning.map_err(|error| {
             let code = match error.kind() {
                 ErrorKind::NotFound => Code::ProgramNotFound,
                 ErrorKind::PermissionDenied => Code::PermissionDenied,
