@@ -20,7 +20,7 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help setup guest jail janitor attackers wheel installed demo test test-nested bench fuzz traffic clones cycles stress network-many \
+.PHONY: help setup guest jail zygote janitor attackers wheel installed demo test test-nested bench fuzz traffic clones cycles stress network-many \
     network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
@@ -37,7 +37,7 @@ help:
 	@echo 'make network-bench N=30: what a network costs a VM, and what it carries'
 	@echo 'make chaos   SECONDS=1800 VMS=50 SEED=: random faults; make chaos-kill: TIMES=100'
 	@echo 'make load    VMS=100 MINUTES=30; make soak: VMS=20 MINUTES=60; make watch-cost: VMS=100'
-	@echo 'make setup | guest | jail | janitor | attackers | clean: the parts'
+	@echo 'make setup | guest | jail | zygote | janitor | attackers | clean: the parts'
 
 setup: $(VENV)/ready
 	@missing=$$(for package in $(PACKAGES); do \
@@ -82,6 +82,12 @@ jail: setup
 	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-jail --profile static --target $(HOST)
 	@install -m 755 $(TARGET_DIR)/$(HOST)/static/microvm-jail $(DATA)/microvm-jail
 
+# The jail once more, as a library in the VMM's own process.
+zygote: setup
+	@mkdir -p $(DATA)
+	$(CARGO) build -p microvm-zygote --profile zygote --target $(HOST)
+	@install -m 644 $(TARGET_DIR)/$(HOST)/zygote/libmicrovm_zygote.so $(DATA)/libmicrovm_zygote.so
+
 # Who cleans up after a process that was killed: the core's own sweep, as a program.
 janitor: setup
 	@mkdir -p $(DATA)
@@ -99,7 +105,7 @@ attackers: setup
 	    print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])'); \
 	install -m 755 "$$built" $(BUILD)/lab-tests
 
-wheel: guest jail janitor
+wheel: guest jail zygote janitor
 	@rm -rf dist
 	$(VENV)/bin/maturin build --release -o dist
 

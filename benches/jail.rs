@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use microvm_isolation::host::binary;
 use microvm_isolation::host::cgroup::{Device, Groups, Limits};
 use microvm_isolation::host::lease::Lease;
-use microvm_isolation::host::process::Jailed;
+use microvm_isolation::host::process::{Jailed, Launcher};
 use microvm_isolation::host::tsc;
 use microvm_isolation::image::GuestImage;
 use microvm_isolation::vmm::{host_jail, JailPlan, QemuProgram};
@@ -166,7 +166,8 @@ fn launch(
         landlock: step >= Step::Landlock,
         ..whole
     };
-    Ok((Jailed::launch(launcher, &spec, &[theirs.as_fd()], Box::new((groups, lease)))?, ours))
+    let launcher = Launcher { program: launcher, zygote: None };
+    Ok((Jailed::launch(&launcher, &spec, &[theirs.as_fd()], Box::new((groups, lease)))?, ours))
 }
 
 async fn jailed(binary: &Path, qemu: &QemuProgram, launcher: &Path, step: Step) -> Result<f64, Failure> {

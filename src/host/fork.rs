@@ -5,6 +5,8 @@
 //! child puts `/dev/null` in their place. It may do only what is async-signal-safe: the table is an array of atomics.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::Once;
 
@@ -40,6 +42,19 @@ impl Drop for Concealed {
             slot.store(FREE, Ordering::Release);
         }
     }
+}
+
+/// Has a program that will live as long as this process keep no descriptor but its standard ones: what others in this
+/// process have left open for children of their own would stay open as long.
+pub fn inherit_nothing(command: &mut Command) -> &mut Command {
+    let close = || {
+        // An old kernel does not know the flag: there they stay open.
+        // SAFETY: one system call, which takes three integers.
+        unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+        Ok(())
+    };
+    // SAFETY: the closure is async-signal-safe.
+    unsafe { command.pre_exec(close) }
 }
 
 extern "C" fn close_in_child() {

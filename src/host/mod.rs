@@ -25,3 +25,4 @@ pub mod runtime_dir;
 pub mod socket_dir;
 pub mod tail;
 pub mod tsc;
+pub mod zygote;

@@ -5,21 +5,25 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{self, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use microvm_jail::{Confined, JailEvent, JailRequest, LaunchSpec};
+use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{
     recvmsg, sendmsg, setsockopt, shutdown, socketpair, sockopt, AddressFamily, ControlMessage, ControlMessageOwned,
     MsgFlags, Shutdown, SockFlag, SockType,
 };
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::sync::watch;
 
 use super::fork::{self, Concealed};
+use super::zygote::Zygotes;
 use crate::error::{Error, Result};
 
 /// How long a rehearsed launch may take; it takes milliseconds.
@@ -121,6 +125,7 @@ pub struct Jailed {
     pid: watch::Receiver<Option<i32>>,
     exit: watch::Receiver<Option<Exit>>,
     gone: watch::Receiver<bool>,
+    is_forked: bool,
     _leash: Concealed,
 }
 
@@ -129,9 +134,15 @@ impl Jailed {
     ///
     /// # Errors
     /// [`Error::Host`] when the launcher does not start.
-    pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[BorrowedFd<'_>], held: Box<dyn Send>) -> Result<Self> {
-        let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
-        let (ours, child) = spawn(launcher)?;
+    pub fn launch(
+        launcher: &Launcher<'_>,
+        spec: &LaunchSpec,
+        fds: &[BorrowedFd<'_>],
+        held: Box<dyn Send>,
+    ) -> Result<Self> {
+        let Launcher { program, zygote } = launcher;
+        let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, program.display(), reason);
+        let (ours, child) = spawn(program, *zygote)?;
         nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
             .map_err(|e| failed("O_NONBLOCK", &e))?;
         // SAFETY: an `OwnedFd` answers with the same open descriptor for as long as it lives.
@@ -141,11 +152,12 @@ impl Jailed {
         let (exit_tx, exit) = watch::channel(None);
         let (gone_tx, gone) = watch::channel(false);
         let told = Arc::<Mutex<Told>>::default();
+        let is_forked = matches!(child, Child::Forked(_));
         // From here on the task owns the child: it is reaped whatever happens next.
         tokio::spawn(watch_jail(control.clone(), child, told.clone(), pid_tx, exit_tx, gone_tx, held));
         let _leash = fork::conceal(control.get_ref());
-        let jailed = Self { control, told, pid, exit, gone, _leash };
-        send_spec(launcher, jailed.control.get_ref(), spec, fds)?;
+        let jailed = Self { control, told, pid, exit, gone, is_forked, _leash };
+        send_spec(program, jailed.control.get_ref(), spec, fds)?;
         Ok(jailed)
     }
 
@@ -153,6 +165,12 @@ impl Jailed {
     #[must_use]
     pub fn confined(&self) -> Option<Confined> {
         lock(&self.told).confined.clone()
+    }
+
+    /// Whether it came out of a zygote, whose layout in memory it shares.
+    #[must_use]
+    pub fn is_forked(&self) -> bool {
+        self.is_forked
     }
 
     /// What an audit has found so far.
@@ -245,12 +263,45 @@ impl Drop for Jailed {
     }
 }
 
+/// How a jail's launcher comes to run.
+#[derive(Debug, Clone, Copy)]
+pub struct Launcher<'a> {
+    pub program: &'a Path,
+    /// Where it is forked from, if it can be: the zygote of the program that it will jail.
+    pub zygote: Option<(&'a Arc<Zygotes>, &'a Path)>,
+}
+
+/// A launcher, this process's child.
+#[derive(Debug)]
+enum Child {
+    Executed(process::Child),
+    Forked(Pid),
+}
+
+impl Child {
+    /// Waits until it has ended. Blocking.
+    fn wait(&mut self) -> std::io::Result<()> {
+        match self {
+            Child::Executed(child) => child.wait().map(drop),
+            Child::Forked(pid) => loop {
+                match waitpid(*pid, None) {
+                    Err(Errno::EINTR) => {}
+                    ended => return Ok(ended.map(drop)?),
+                }
+            },
+        }
+    }
+}
+
 /// Starts the launcher; its control socket, and the process.
-fn spawn(launcher: &Path) -> Result<(OwnedFd, Child)> {
+fn spawn(launcher: &Path, zygote: Option<(&Arc<Zygotes>, &Path)>) -> Result<(OwnedFd, Child)> {
     let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(|e| failed("socketpair", &e))?;
     setsockopt(&ours, sockopt::PassCred, &true).map_err(|e| failed("SO_PASSCRED", &e))?;
+    if let Some(forked) = zygote.and_then(|(zygotes, program)| zygotes.fork(program, &theirs)) {
+        return Ok((ours, Child::Forked(forked)));
+    }
     let child = Command::new(launcher)
         .stdin(Stdio::from(theirs))
         .stdout(Stdio::null())
@@ -258,7 +309,7 @@ fn spawn(launcher: &Path) -> Result<(OwnedFd, Child)> {
         .env_clear()
         .spawn()
         .map_err(|e| failed("spawn", &e))?;
-    Ok((ours, child))
+    Ok((ours, Child::Executed(child)))
 }
 
 fn send_spec(launcher: &Path, control: &OwnedFd, spec: &LaunchSpec, fds: &[BorrowedFd<'_>]) -> Result<()> {
@@ -278,7 +329,7 @@ fn send_spec(launcher: &Path, control: &OwnedFd, spec: &LaunchSpec, fds: &[Borro
 /// [`Error::Host`] when the launcher does not start or hangs; a launch that fails is an [`Exit::Failed`].
 pub fn rehearse(launcher: &Path, spec: &LaunchSpec) -> Result<(Option<Confined>, Exit)> {
     let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
-    let (control, mut child) = spawn(launcher)?;
+    let (control, mut child) = spawn(launcher, None)?;
     let deadline = nix::sys::time::TimeVal::new(REHEARSAL_DEADLINE_S, 0);
     let talk = || -> Result<(Option<Confined>, Exit)> {
         setsockopt(&control, sockopt::ReceiveTimeout, &deadline).map_err(|e| failed("SO_RCVTIMEO", &e))?;
@@ -355,7 +406,7 @@ async fn watch_jail(
         ended
     })
     .await;
-    if !matches!(reaped, Ok(Ok(_))) {
+    if !matches!(reaped, Ok(Ok(()))) {
         log::warn!("the jail's launcher was not reaped: {reaped:?}");
     }
     gone.send_replace(true);

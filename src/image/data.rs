@@ -13,6 +13,8 @@ pub struct GuestImage {
     /// A small ext4 file system that every VM's disk begins as.
     pub disk_template: PathBuf,
     pub launcher: PathBuf,
+    /// Preloaded into a VMM that is forked for each VM.
+    pub zygote: PathBuf,
     pub janitor: PathBuf,
 }
 
@@ -25,6 +27,7 @@ impl GuestImage {
             initramfs: directory.join("initramfs.cpio"),
             disk_template: directory.join("disk.ext4"),
             launcher: directory.join("microvm-jail"),
+            zygote: directory.join("libmicrovm_zygote.so"),
             janitor: directory.join("microvm-janitor"),
         }
     }

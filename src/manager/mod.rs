@@ -19,11 +19,12 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use crate::error::{Error, Result};
 use crate::host::memory::{self, HostMemory};
+use crate::host::zygote::Zygotes;
 use crate::host::{clock, private_dir, runtime_dir};
 use crate::image::template::{self, Digests, Shelf, Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, Happening, IsolationType, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape,
+    Backend, Happening, IsolationType, JailMode, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape,
     TemplateName, VmId, VmState,
 };
 use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings, Spec};
@@ -119,6 +120,7 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         max_bytes: config.cache_max_mb << 20,
         max_age: Duration::from_secs(config.cache_max_age_days * 86_400),
     };
+    let zygotes = (config.jail != JailMode::Strict).then(|| Arc::new(Zygotes::new(&image.zygote)));
     Settings {
         base: config.runtime_dir.as_ref().map_or_else(runtime_dir::default_base, PathBuf::from),
         image,
@@ -129,6 +131,7 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         binaries: Binaries::from(config),
         min_isolation: config.min_isolation,
         jail: config.jail,
+        zygotes,
         uid_range: config.uid_range,
         cgroup_parent: config.cgroup_parent.as_ref().map(PathBuf::from),
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
@@ -242,6 +245,9 @@ impl Manager {
         self.stop_tasks();
         self.destroy_all().await;
         self.settings.suspended.removed().await;
+        if let Some(zygotes) = &self.settings.zygotes {
+            zygotes.end();
+        }
         self.events().close();
     }
 

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::host::cgroup::{self, Controller, Device, Groups, Outcome};
 use crate::host::clock;
 use crate::host::lease::Lease;
-use crate::host::process::Finding;
+use crate::host::process::Jailed;
 use crate::host::runtime_dir::{self, VmDir};
 use crate::model::{Budget, JailMode, NetworkConfig, ResourceLimits, CPU_PERIOD_US};
 use crate::vmm::{self, HostJail, JailPlan, Vmm, OVERHEAD_MIB};
@@ -174,6 +174,14 @@ fn kernel_layers(confined: &Confined) -> [(&'static str, Layer); 4] {
     [("landlock", landlock), ("seccomp", seccomp), ("keyring", keyring), ("namespace_limits", namespace_limits)]
 }
 
+/// Where the VMM's code and data are in its memory.
+fn layout(jailed: &Jailed) -> Layer {
+    match jailed.is_forked() {
+        true => Layer::Missing("its manager's other VMs have the same: jail=\"strict\" gives each VM its own".into()),
+        false => Layer::Given("the VMM was executed for this VM".into()),
+    }
+}
+
 fn cgroup_layer((controller, outcome): &Outcome) -> (&'static str, Layer) {
     let name = match controller {
         Controller::Cpu => "cgroup_cpu",
@@ -279,13 +287,14 @@ impl Confinement {
         })
     }
 
-    /// Every layer: whether it is given, and how, or why not. `confined` is what the jail itself told.
-    pub fn jail_json(&self, confined: Option<&Confined>, findings: &[Finding]) -> Value {
+    /// Every layer: whether it is given, and how, or why not, as far as `jailed` tells by now.
+    pub fn jail_json(&self, jailed: &Jailed) -> Value {
         let mut report = Map::new();
         report.insert("mode".into(), json!(self.mode.as_str()));
-        let told = confined.map(kernel_layers);
+        let told = jailed.confined().as_ref().map(kernel_layers);
+        let layout = ("address_layout", layout(jailed));
         let (expected, told) = (self.layers.iter(), told.iter().flatten());
-        for (name, layer) in expected.chain(told) {
+        for (name, layer) in expected.chain(told).chain([&layout]) {
             let (given, how) = match layer {
                 Layer::Given(how) => (true, how),
                 Layer::Missing(why) => (false, why),
@@ -293,7 +302,8 @@ impl Confinement {
             report.insert((*name).to_owned(), json!({"given": given, "how": how}));
         }
         if self.mode == JailMode::Audit {
-            let found: Vec<Value> = findings.iter().map(|f| json!({"layer": f.layer, "what": f.what})).collect();
+            let found: Vec<Value> =
+                jailed.findings().iter().map(|f| json!({"layer": f.layer, "what": f.what})).collect();
             report.insert("would_deny".into(), json!(found));
         }
         Value::Object(report)

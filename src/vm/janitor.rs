@@ -98,15 +98,15 @@ fn try_keep(kept: &mut Option<Kept>, program: &Path, places: Places) -> Result<(
 fn spawn(program: &Path) -> Result<Kept> {
     let failed = |error: std::io::Error| Error::host("start", program.display(), error);
     let (leash, theirs) = UnixStream::pair().map_err(failed)?;
-    let child = Command::new(program)
+    let mut command = Command::new(program);
+    command
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .current_dir("/")
         // Ctrl-C is for those who have a terminal.
-        .process_group(0)
-        .spawn()
-        .map_err(failed)?;
+        .process_group(0);
+    let child = fork::inherit_nothing(&mut command).spawn().map_err(failed)?;
     let _concealed = fork::conceal(&leash);
     Ok(Kept { made_in: std::process::id(), child, leash, _concealed, told: BTreeSet::new() })
 }

@@ -30,6 +30,7 @@ use tokio::sync::{watch, Semaphore};
 
 use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
+use crate::host::zygote::Zygotes;
 use crate::host::{clock, process};
 use crate::image::template::{Digests, Shelf, Store};
 use crate::image::GuestImage;
@@ -79,6 +80,8 @@ pub struct Settings {
     pub binaries: Binaries,
     pub min_isolation: Option<Grade>,
     pub jail: JailMode,
+    /// `None`: each VMM is executed, with a layout of its own in memory.
+    pub zygotes: Option<Arc<Zygotes>>,
     /// First and last uid for VMs, where root starts them.
     pub uid_range: (u32, u32),
     /// Below which group the VMs' groups are made; `None`: where this process may.

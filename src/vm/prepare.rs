@@ -198,6 +198,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         disk_ops_per_s: spec.limits.disk_ops_per_s,
         sockets,
         jail,
+        zygotes: settings.zygotes.clone(),
     };
     let (limits, held) = (spec.limits.clone(), Arc::new(held));
     Ok(Prepared { dir, vmm, plan, sources, limits, network, ids: None, held, confinement })

@@ -121,7 +121,7 @@ impl Running {
             backend: Some(self.backend),
             grade: Some(self.grade),
             accelerator: Some(self.accelerator),
-            jail: Some(self.confinement.jail_json(self.jailed.confined().as_ref(), &self.jailed.findings())),
+            jail: Some(self.confinement.jail_json(&self.jailed)),
             limits: Some(self.confinement.limits_json()),
             origin: Some(self.origin),
             stages: self.stages.clone(),

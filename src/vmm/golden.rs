@@ -34,6 +34,7 @@ pub fn plan() -> LaunchPlan {
             cgroup_procs: Vec::new(),
             audit: false,
         },
+        zygotes: None,
     }
 }
 

@@ -31,6 +31,7 @@ use crate::error::{Result, Tails};
 use crate::host::net::Tap;
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
+use crate::host::zygote::Zygotes;
 use crate::model::{Backend, Grade, VmId};
 use microvm_jail::Layer;
 
@@ -92,6 +93,8 @@ pub struct LaunchPlan {
     /// Where the VMM makes its sockets, if it said that it makes any.
     pub sockets: Option<Sockets>,
     pub jail: JailPlan,
+    /// For a backend whose VMM takes long to load; `None`: it is executed.
+    pub zygotes: Option<Arc<Zygotes>>,
 }
 
 /// A folder for a VMM's sockets.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use tokio::net::UnixStream;
 
 use crate::error::{Error, Result};
-use crate::host::process::Jailed;
+use crate::host::process::{Jailed, Launcher};
 use crate::host::tail::Tail;
 use crate::host::{kvm, tsc};
 use crate::model::{Backend, Grade};
@@ -146,7 +146,9 @@ impl Vmm for Qemu {
             spec.fds.push(TAP_FD);
             fds.push(tap.fd.as_fd());
         }
-        let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
+        let zygotes = plan.zygotes.as_ref().filter(|_| self.program.can_preload());
+        let zygote = zygotes.map(|zygotes| (zygotes, self.binary()));
+        let jailed = Jailed::launch(&Launcher { program: &jail.launcher, zygote }, &spec, &fds, held)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));
         Ok(Launched { jailed, agent: Transport::Open(agent), control, tails: LiveTails { console, vmm_stderr } })
     }

@@ -92,6 +92,12 @@ impl Program {
         self.files.needs.libraries.keys().any(|name| name.starts_with("libseccomp.so"))
     }
 
+    /// Whether the loader links it, with glibc: only then is there a moment between that and its `main`.
+    #[must_use]
+    pub fn can_preload(&self) -> bool {
+        self.files.needs.interpreter.is_some() && self.files.needs.libraries.contains_key("libc.so.6")
+    }
+
     #[must_use]
     pub fn seccomp(&self) -> Seccomp {
         match self.version() {

@@ -371,6 +371,7 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
         disk_ops_per_s: None,
         sockets: None,
         jail,
+        zygotes: None,
     };
     let wish = Wish { backend: Some(Backend::Qemu), min_isolation: None, vcpu_count: 1 };
     let chosen = vmm::select(&plan.vm_id, &wish, &Binaries::default()).expect("QEMU is installed");

@@ -1,7 +1,7 @@
 //! The jail: a small launcher that confines and supervises one VMM process, and the types it speaks.
 //!
-//! The library is what the core needs to talk to the launcher: [`LaunchSpec`], [`JailEvent`] and [`JailRequest`]. The
-//! binary `microvm-jail` is the launcher itself.
+//! What the core needs to talk to the launcher: [`LaunchSpec`], [`JailEvent`] and [`JailRequest`]. The launcher itself is
+//! the feature `launcher`.
 //!
 //! Architecture invariant: the jail is single-threaded, knows no tokio and nothing of the core, and reads no file, no
 //! argument and no environment variable of its own: all it acts on comes over the control socket. The VMM never
@@ -19,8 +19,9 @@
 //!                                └─> V  the VMM: own session, its descriptors, limits, Landlock, seccomp, exec
 //! ```
 //!
-//! The files follow the stages: `confine` (namespaces, cgroups, limits), `root`, `identity`, `landlock`, `seccomp` with
-//! its `policy`, `audit`.
+//! The files of `launcher` follow the stages: `confine` (namespaces, cgroups, limits), `root`, `identity`, `landlock`,
+//! `seccomp` with its `policy`, `audit`. V's last step is its caller's: the program `microvm-jail` executes the VMM, and a
+//! zygote, which is the VMM, loaded and linked, goes on in it.
 //!
 //! Root enters the user namespace last, when the others are made and the root is in place: they belong to the host's
 //! user namespace, so even a VMM that won every capability of its own could change none of them. L writes the maps,
@@ -60,6 +61,8 @@
 //! 128 + signal as well when C itself was killed.
 
 mod event;
+#[cfg(feature = "launcher")]
+pub mod launcher;
 mod spec;
 
 pub use event::{Confined, JailEvent, Layer, Stage, MAX_EVENT_BYTES, SETUP_FAILED};

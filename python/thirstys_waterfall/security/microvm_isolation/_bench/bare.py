@@ -24,7 +24,8 @@ class Machine:
     """The arguments of a VM of ours."""
 
     def __init__(self, pid: int, program: str) -> None:
-        arguments = Path("/proc/{}/cmdline".format(pid)).read_bytes().decode().split("\0")[1:-1]
+        # Behind those of a VMM that was forked there are as many zeros as its zygote had room for.
+        arguments = Path("/proc/{}/cmdline".format(pid)).read_bytes().decode().rstrip("\0").split("\0")[1:]
         pairs = zip([""] + arguments, arguments)
         ours = [argument for pair in pairs for argument in pair[1:] if not set(pair) & set(JAIL_OPTIONS)]
         self.arguments = [program] + ours

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use microvm_jail::{JailEvent, Stage};
+use crate::{JailEvent, Stage};
 use nix::errno::Errno;
 
 /// What failed, where, and what can be done about it.
@@ -50,7 +50,7 @@ impl fmt::Display for Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use microvm_jail::MAX_EVENT_BYTES;
+    use crate::MAX_EVENT_BYTES;
 
     #[test]
     fn test_event_of_endless_message_fits() {

@@ -8,15 +8,15 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use microvm_jail::{Identity, Layer, Stage};
+use crate::{Identity, Layer, Stage};
 use nix::errno::Errno;
 use nix::sched::CloneFlags;
 use nix::sys::prctl;
 use nix::sys::stat::{umask, Mode};
 use nix::unistd::{getegid, geteuid, setgroups, setresgid, setresuid, Gid, Pid, Uid};
 
-use crate::confine::enter;
-use crate::failure::Failure;
+use super::confine::enter;
+use super::failure::Failure;
 
 /// A user namespace in which the current user is the only one and keeps its number.
 pub fn enter_own_user_namespace() -> Result<(), Failure> {

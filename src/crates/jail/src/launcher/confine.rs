@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use microvm_jail::{Namespaces, Resource, Rlimit, Stage};
+use crate::{Namespaces, Resource, Rlimit, Stage};
 use nix::errno::Errno;
 use nix::mount::{mount, MsFlags};
 use nix::sched::{unshare, CloneFlags};
@@ -16,7 +16,7 @@ use nix::sys::statfs::{statfs, CGROUP2_SUPER_MAGIC};
 use nix::sys::{prctl, resource, signal::Signal};
 use nix::unistd::{chdir, getppid, sethostname, Pid};
 
-use crate::failure::Failure;
+use super::failure::Failure;
 
 /// The groups to join, open for writing: opened with the launcher's rights and in the launcher's mount namespace.
 pub type Cgroups = Vec<(PathBuf, File)>;

@@ -8,13 +8,13 @@ use std::io::ErrorKind;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use microvm_jail::{Access, Stage, Visible};
+use crate::{Access, Stage, Visible};
 use nix::errno::Errno;
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::statvfs::{statvfs, FsFlags};
 use nix::unistd::{chdir, pivot_root};
 
-use crate::failure::Failure;
+use super::failure::Failure;
 
 /// Where the tmpfs is put before it becomes the root; whatever is there reappears below [`OLD`].
 const STAGING: &str = "/tmp";

@@ -6,12 +6,12 @@
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 
-use microvm_jail::{Confined, JailEvent, Layer};
+use crate::{Confined, JailEvent, Layer};
 use nix::unistd::Pid;
 
-use crate::control::Control;
-use crate::failure::Failure;
-use crate::{audit, confine, descriptors, landlock, process, seccomp, Prepared};
+use super::control::Control;
+use super::failure::Failure;
+use super::{audit, confine, descriptors, landlock, process, seccomp, Prepared};
 
 /// What C has found out for V to report, and whom V answers to.
 pub struct FromSupervisor {
@@ -40,6 +40,7 @@ fn become_vmm(control: &Control, prepared: &Prepared, told: FromSupervisor) -> R
     if !spec.namespaces.pid {
         confine::die_with(told.supervisor)?;
     }
+    (prepared.become_vmm.prepare)(program)?;
     // Before seccomp, which does not know its calls.
     let landlock = landlock::restrict(spec)?;
     let installed = seccomp::install(spec)?;
@@ -49,5 +50,5 @@ fn become_vmm(control: &Control, prepared: &Prepared, told: FromSupervisor) -> R
     let FromSupervisor { keyring, namespace_limits, .. } = told;
     let confined = Confined { landlock, seccomp: installed.layer, keyring, namespace_limits };
     control.send(&JailEvent::Started { confined })?;
-    program.exec()
+    (prepared.become_vmm.enter)(program)
 }

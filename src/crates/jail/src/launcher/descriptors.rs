@@ -6,12 +6,12 @@
 use std::fs::{read_dir, File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use microvm_jail::Stage;
+use crate::Stage;
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
 
-use crate::failure::Failure;
+use super::failure::Failure;
 
 /// Duplicates `fd` to the lowest free number from `lowest` up, close-on-exec.
 pub fn duplicate_from(fd: BorrowedFd<'_>, lowest: RawFd) -> Result<OwnedFd, Errno> {

@@ -5,19 +5,19 @@
 
 use std::os::fd::AsFd;
 
-use microvm_jail::{JailEvent, Layer, Stage, SETUP_FAILED};
+use crate::{JailEvent, Layer, Stage, SETUP_FAILED};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{fork, getpid, ForkResult, Pid};
 
-use crate::audit::Audit;
-use crate::control::{Control, Incoming};
-use crate::failure::Failure;
-use crate::process::{self, Ended};
-use crate::vmm::{self, FromSupervisor};
-use crate::{audit, confine, identity, root, Prepared};
+use super::audit::Audit;
+use super::control::{Control, Incoming};
+use super::failure::Failure;
+use super::process::{self, Ended};
+use super::vmm::{self, FromSupervisor};
+use super::{audit, confine, identity, root, Prepared};
 
 /// Runs to the end of the VMM, and gives the exit code.
 pub fn run(control: &Control, mut prepared: Prepared) -> i32 {

@@ -7,15 +7,15 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use microvm_jail::{JailEvent, LaunchSpec, Stage, Visible};
+use crate::{JailEvent, LaunchSpec, Stage, Visible};
 use nix::errno::Errno;
 use nix::sys::socket::{
     recvmsg, sendmsg, socketpair, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
 };
 
-use crate::failure::Failure;
-use crate::landlock;
-use crate::policy::OPENS;
+use super::failure::Failure;
+use super::landlock;
+use super::policy::OPENS;
 
 /// Characters of a path in a finding: JSON turns one into at most six bytes, and an event has to stay below
 /// `MAX_EVENT_BYTES`.

@@ -5,12 +5,12 @@
 
 use std::os::fd::{FromRawFd, OwnedFd};
 
-use microvm_jail::{LaunchSpec, Layer, Seccomp, Stage};
+use crate::{LaunchSpec, Layer, Seccomp, Stage};
 use nix::errno::Errno;
 use seccompiler::{sock_filter, BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
-use crate::failure::Failure;
-use crate::policy::{self, Rules, OPENS};
+use super::failure::Failure;
+use super::policy::{self, Rules, OPENS};
 
 /// linux/seccomp.h.
 const SET_MODE_FILTER: libc::c_uint = 1;

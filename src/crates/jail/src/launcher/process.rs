@@ -2,12 +2,12 @@
 //!
 //! Architecture invariant: nothing here keeps state; every function is one or two system calls.
 
-use microvm_jail::{JailEvent, Stage};
+use crate::{JailEvent, Stage};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{setsid, ForkResult, Pid};
 
-use crate::failure::Failure;
+use super::failure::Failure;
 
 /// Signals that a terminal, a shell or a service manager sends to whole groups or sessions. The jail ends when its
 /// control socket closes, not when somebody presses Ctrl-C.

@@ -6,13 +6,13 @@
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use microvm_jail::{JailEvent, JailRequest, LaunchSpec, Stage, MAX_FDS, MAX_PACKET_BYTES, SETUP_FAILED};
+use crate::{JailEvent, JailRequest, LaunchSpec, Stage, MAX_FDS, MAX_PACKET_BYTES, SETUP_FAILED};
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::sys::socket::{getsockopt, recv, recvmsg, send, sockopt, ControlMessageOwned, MsgFlags, SockType};
 
-use crate::descriptors;
-use crate::failure::Failure;
+use super::descriptors;
+use super::failure::Failure;
 
 /// The control socket.
 #[derive(Debug)]

@@ -4,13 +4,13 @@
 
 use std::path::Path;
 
+use crate::{Access, LaunchSpec, Layer, Stage, Visible};
 use landlock::{
     Access as _, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetStatus, Scope, ABI,
 };
-use microvm_jail::{Access, LaunchSpec, Layer, Stage, Visible};
 
-use crate::failure::Failure;
+use super::failure::Failure;
 
 /// The newest rights that are asked for: files, TCP, ioctl on devices, abstract sockets and signals.
 const NEWEST: ABI = ABI::V6;

@@ -1,0 +1,179 @@
+//! Programs that are loaded and linked once and forked for each VM (`microvm-zygote`).
+//!
+//! Best effort: whatever goes wrong with a zygote, the program is executed instead.
+
+use std::collections::HashMap;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    recvmsg, sendmsg, setsockopt, socketpair, sockopt, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType,
+};
+use nix::sys::time::TimeVal;
+use nix::unistd::Pid;
+
+use super::fork::{self, Concealed};
+
+/// How long a zygote may take to load, and to fork; it takes milliseconds.
+const DEADLINE_S: i64 = 5;
+/// Room for the arguments that `ps` shows of a VMM.
+const TITLE_BYTES: usize = 16 * 1024;
+
+/// A program that waits to be forked. Dropping it ends it.
+#[derive(Debug)]
+struct Zygote {
+    made_in: u32,
+    socket: OwnedFd,
+    child: Child,
+    _concealed: Concealed,
+}
+
+#[derive(Debug)]
+enum State {
+    Loading,
+    Ready(Zygote),
+    /// It was tried, and does not work here.
+    Unfit,
+}
+
+/// The zygotes of one manager, by program.
+#[derive(Debug)]
+pub struct Zygotes {
+    library: PathBuf,
+    known: Mutex<HashMap<PathBuf, State>>,
+}
+
+impl Zygotes {
+    /// `library` is preloaded into the programs.
+    #[must_use]
+    pub fn new(library: &Path) -> Self {
+        Self { library: library.to_owned(), known: Mutex::default() }
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<PathBuf, State>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forks the jail's launcher out of the zygote of `program`, with `control` as its end of the control socket; it is
+    /// this process's child. `None` when there is no zygote: the first time one begins to load, beside the caller.
+    #[must_use]
+    pub fn fork(self: &Arc<Self>, program: &Path, control: &OwnedFd) -> Option<Pid> {
+        let mut known = self.known();
+        match known.get(program) {
+            Some(State::Ready(zygote)) if zygote.made_in == std::process::id() => match zygote.fork(control) {
+                Ok(launcher) => return Some(launcher),
+                Err(error) => log::debug!("the zygote of {}: {error}; it is started again", program.display()),
+            },
+            Some(State::Loading | State::Unfit) => return None,
+            // A forked child's copy of its parent's.
+            Some(State::Ready(_)) | None => {}
+        }
+        known.insert(program.to_owned(), State::Loading);
+        drop(known);
+        let (zygotes, program) = (self.clone(), program.to_owned());
+        std::thread::spawn(move || {
+            let state = match Zygote::start(&program, &zygotes.library) {
+                Ok(zygote) => State::Ready(zygote),
+                Err(error) => {
+                    log::info!("{} is executed for each VM: no zygote: {error}", program.display());
+                    State::Unfit
+                }
+            };
+            // Unless all were ended meanwhile.
+            if let Some(loading) = zygotes.known().get_mut(&program) {
+                *loading = state;
+            }
+        });
+        None
+    }
+
+    /// Ends them all; the next fork begins anew.
+    pub fn end(&self) {
+        self.known().clear();
+    }
+}
+
+impl Zygote {
+    fn start(program: &Path, library: &Path) -> std::io::Result<Self> {
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        setsockopt(&ours, sockopt::ReceiveTimeout, &TimeVal::new(DEADLINE_S, 0))?;
+        let mut command = Command::new(program);
+        command
+            .arg0("microvm-zygote")
+            .arg(" ".repeat(TITLE_BYTES))
+            .env_clear()
+            .env("LD_PRELOAD", library)
+            // Where a VMM with a root of its own looks for what it loads later.
+            .env("LD_LIBRARY_PATH", "/lib")
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .current_dir("/")
+            // Ctrl-C is for those who have a terminal.
+            .process_group(0);
+        let child = fork::inherit_nothing(&mut command).spawn()?;
+        // Its end of the socket.
+        drop(command);
+        let _concealed = fork::conceal(&ours);
+        let zygote = Self { made_in: std::process::id(), socket: ours, child, _concealed };
+        match zygote.receive::<1>()? {
+            [1] => Ok(zygote),
+            _ => Err(std::io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    fn fork(&self, control: &OwnedFd) -> std::io::Result<Pid> {
+        let rights = [control.as_raw_fd()];
+        let message = [ControlMessage::ScmRights(&rights)];
+        sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&[0])], &message, MsgFlags::MSG_NOSIGNAL, None)?;
+        match i32::from_ne_bytes(self.receive()?) {
+            pid @ 1.. => Ok(Pid::from_raw(pid)),
+            errno => Err(std::io::Error::from_raw_os_error(-errno)),
+        }
+    }
+
+    fn receive<const N: usize>(&self) -> std::io::Result<[u8; N]> {
+        let mut buffer = [0; N];
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let length = loop {
+            match recvmsg::<()>(self.socket.as_raw_fd(), &mut slices, None, MsgFlags::empty()) {
+                Err(Errno::EINTR) => {}
+                received => break received?.bytes,
+            }
+        };
+        if length == N {
+            return Ok(buffer);
+        }
+        Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "it has ended"))
+    }
+}
+
+impl Drop for Zygote {
+    fn drop(&mut self) {
+        if self.made_in != std::process::id() {
+            return;
+        }
+        // Its other end reads end-of-file, and it exits; one that hangs is not waited for.
+        let ended = self.child.kill().and_then(|()| self.child.wait());
+        if let Err(error) = ended {
+            log::debug!("a zygote was not reaped: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_program_that_is_no_zygote_is_unfit() {
+        for program in ["/bin/true", "/bin/cat", "/no/such/program"] {
+            assert!(Zygote::start(Path::new(program), Path::new("/no/such/library")).is_err(), "{program}");
+        }
+    }
+}
