@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use microvm_isolation::host::binary;
 use microvm_isolation::host::cgroup::{Device, Groups, Limits};
 use microvm_isolation::host::lease::Lease;
-use microvm_isolation::host::process::{Jailed, Launcher};
+use microvm_isolation::host::process::Jailed;
 use microvm_isolation::host::tsc;
 use microvm_isolation::image::GuestImage;
 use microvm_isolation::vmm::{host_jail, JailPlan, QemuProgram};
@@ -148,7 +148,7 @@ fn launch(
     let identity = lease.as_ref().map(|lease| Identity { uid: lease.uid(), gid: lease.uid() });
     let groups = if step >= Step::Whole { Some(groups()?) } else { None };
     let mut plan = JailPlan::new(launcher, &host, identity, &[])?;
-    let shown = qemu.show(&mut plan)?;
+    let shown = qemu.show(&mut plan, false)?;
     if let Some(groups) = &groups {
         plan.cgroup_procs = groups.procs();
         plan.rlimits = vec![Rlimit::both(Resource::Nofile, 200), Rlimit::both(Resource::Core, 0)];
@@ -166,8 +166,7 @@ fn launch(
         landlock: step >= Step::Landlock,
         ..whole
     };
-    let launcher = Launcher { program: launcher, zygote: None };
-    Ok((Jailed::launch(&launcher, &spec, &[theirs.as_fd()], Box::new((groups, lease)))?, ours))
+    Ok((Jailed::launch(launcher, &spec, &[theirs.as_fd()], Box::new((groups, lease)))?, ours))
 }
 
 async fn jailed(binary: &Path, qemu: &QemuProgram, launcher: &Path, step: Step) -> Result<f64, Failure> {

@@ -7,7 +7,7 @@ import signal
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager
 
@@ -16,6 +16,15 @@ from .support import DATA, ROOT, VMTestCase, alive, children, eventually, limits
 
 def cmdline(pid: int) -> List[bytes]:
     return Path("/proc/{}/cmdline".format(pid)).read_bytes().rstrip(b"\0").split(b"\0")
+
+
+def environment(pid: int) -> bytes:
+    return Path("/proc/{}/environ".format(pid)).read_bytes().rstrip(b"\0")
+
+
+def mounted(pid: int) -> Set[str]:
+    """Where something is mounted in a process's root."""
+    return {line.split()[4] for line in Path("/proc/{}/mountinfo".format(pid)).read_text().splitlines()}
 
 
 def zygotes(parent: Optional[int] = None) -> List[int]:
@@ -80,10 +89,15 @@ class Zygotes(VMTestCase):
             if not executed.start():
                 self.skipTest("needs a host that gives every layer: {}".format(executed.last_error))
             pids = [vm.get_info()["pid"] for vm in (forked, executed)]
-            for look in (status, descriptors, limits_of, cmdline):
+            for look in (status, descriptors, limits_of, cmdline, environment):
                 with self.subTest(look.__name__):
                     mine, theirs = map(look, pids)
                     self.assertEqual(mine, theirs)
+            seen = [mounted(pid) for pid in pids]
+            more = seen[1] - seen[0]
+            self.assertEqual(seen[0] - seen[1], set())
+            self.assertIn("/vmm/qemu-system-x86_64", more)
+            self.assertTrue(all(path.startswith(("/lib", "/vmm/qemu")) for path in more), more)
             comm = [Path("/proc/{}/comm".format(pid)).read_text() for pid in pids]
             self.assertEqual(*comm)
             uids = {Path("/proc/{}/mem".format(pid)).stat().st_uid for pid in pids}

@@ -26,6 +26,8 @@ pub struct Needs {
     pub interpreter: Option<(PathBuf, PathBuf)>,
     /// By the name that the loader looks for.
     pub libraries: BTreeMap<String, PathBuf>,
+    /// Those that only its modules need.
+    pub for_modules: BTreeMap<String, PathBuf>,
 }
 
 /// Asks the loader of `program` what it and `modules`, which it will load later, need.
@@ -36,8 +38,7 @@ pub fn needs(program: &Path, modules: &[PathBuf]) -> Result<Needs> {
     let failed = |reason: &dyn std::fmt::Display| Error::host("find the libraries of", program.display(), reason);
     let Some(named) = interpreter(program).map_err(|e| failed(&e))? else { return Ok(Needs::default()) };
     let real = named.canonicalize().map_err(|e| failed(&format!("{}: {e}", named.display())))?;
-    let mut libraries = BTreeMap::new();
-    for file in std::iter::once(program).chain(modules.iter().map(PathBuf::as_path)) {
+    let libraries_of = |file: &Path| -> Result<BTreeMap<String, PathBuf>> {
         let output = Command::new(&named)
             .arg("--list")
             .arg(file)
@@ -49,14 +50,23 @@ pub fn needs(program: &Path, modules: &[PathBuf]) -> Result<Needs> {
         if !output.status.success() {
             return Err(failed(&String::from_utf8_lossy(&output.stderr).trim()));
         }
+        let mut found = BTreeMap::new();
         for (name, path) in parse_list(&said).map_err(|e| failed(&e))? {
             let path = path.canonicalize().map_err(|e| failed(&format!("{}: {e}", path.display())))?;
-            libraries.insert(name, path);
+            // The interpreter has a place of its own.
+            if path != real {
+                found.insert(name, path);
+            }
         }
+        Ok(found)
+    };
+    let libraries = libraries_of(program)?;
+    let mut for_modules = BTreeMap::new();
+    for module in modules {
+        for_modules.extend(libraries_of(module)?);
     }
-    // The interpreter has a place of its own.
-    libraries.retain(|_, path| *path != real);
-    Ok(Needs { interpreter: Some((named, real)), libraries })
+    for_modules.retain(|name, _| !libraries.contains_key(name));
+    Ok(Needs { interpreter: Some((named, real)), libraries, for_modules })
 }
 
 fn interpreter(program: &Path) -> std::io::Result<Option<PathBuf>> {

@@ -134,9 +134,17 @@ impl Jailed {
     ///
     /// # Errors
     /// [`Error::Host`] when the launcher does not start.
-    pub fn launch(
+    pub fn launch(launcher: &Path, spec: &LaunchSpec, fds: &[BorrowedFd<'_>], held: Box<dyn Send>) -> Result<Self> {
+        Self::launch_by(&Launcher { program: launcher, zygote: None }, |_| Ok(spec.clone()), fds, held)
+    }
+
+    /// As [`Jailed::launch`]; `spec` is told whether the program is forked, and so has opened its own files by then.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the launcher does not start; those of `spec`.
+    pub fn launch_by(
         launcher: &Launcher<'_>,
-        spec: &LaunchSpec,
+        spec: impl FnOnce(bool) -> Result<LaunchSpec>,
         fds: &[BorrowedFd<'_>],
         held: Box<dyn Send>,
     ) -> Result<Self> {
@@ -157,7 +165,7 @@ impl Jailed {
         tokio::spawn(watch_jail(control.clone(), child, told.clone(), pid_tx, exit_tx, gone_tx, held));
         let _leash = fork::conceal(control.get_ref());
         let jailed = Self { control, told, pid, exit, gone, is_forked, _leash };
-        send_spec(program, jailed.control.get_ref(), spec, fds)?;
+        send_spec(program, jailed.control.get_ref(), &spec(is_forked)?, fds)?;
         Ok(jailed)
     }
 

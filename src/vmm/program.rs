@@ -57,12 +57,19 @@ impl Program {
         Ok(program)
     }
 
-    /// Shows the binary and its libraries; answers with the path by which the jailed VMM finds itself.
+    /// Shows the binary and its libraries, or, of a VMM that is loaded already, what only its modules need; answers with
+    /// the path by which the jailed VMM finds itself.
     ///
     /// # Errors
     /// [`Error::ImageUnreadable`].
-    pub fn show(&self, plan: &mut JailPlan) -> Result<PathBuf> {
+    pub fn show(&self, plan: &mut JailPlan, is_loaded: bool) -> Result<PathBuf> {
+        for (soname, path) in &self.needs.for_modules {
+            plan.show("VMM's library", path, &format!("/lib/{soname}"), Access::Execute)?;
+        }
         let inside = format!("/vmm/{}", file_name(&self.binary));
+        if is_loaded {
+            return Ok(if plan.own_root { inside.into() } else { self.binary.clone() });
+        }
         let program = plan.show("VMM", &self.binary, &inside, Access::Execute)?;
         if let Some((named, real)) = &self.needs.interpreter {
             plan.show("VMM's loader", real, &named.display().to_string(), Access::Execute)?;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use microvm_jail::{Layer, Seccomp};
 
 use crate::error::{Error, Result};
-use crate::host::process::{Jailed, Launcher};
+use crate::host::process::Jailed;
 use crate::host::socket_dir::SocketDir;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade};
@@ -94,7 +94,7 @@ impl Vmm for CloudHypervisor {
         let agent = Transport::Awaited(Awaited::listen(sockets.clone())?);
         let listening = sockets.bind(API)?;
         let mut jail = plan.jail.clone();
-        let program = self.program.show(&mut jail)?;
+        let program = self.program.show(&mut jail, false)?;
         let env = if jail.own_root { vec![library_path()] } else { Vec::new() };
         let mut spec = jail.spec(bodies::arguments(&program), env, Seccomp::DenyListForRustVmms);
         spec.fds = vec![1, 2, API_FD, EVENTS_FD];
@@ -102,7 +102,7 @@ impl Vmm for CloudHypervisor {
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let (events, events_end) = Events::pipe()?;
         let fds = [console_end.as_fd(), stderr_end.as_fd(), listening.as_fd(), events_end.as_fd()];
-        let jailed = Jailed::launch(&Launcher { program: &jail.launcher, zygote: None }, &spec, &fds, held)?;
+        let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
         // Ends with the VMM.
         tokio::spawn(events.watch(plan.vm_id.clone(), jailed.signals()));
         let nic = plan.nic.as_ref().and_then(|nic| Some((bodies::nic(nic), nic.tap.clone()?)));

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use microvm_jail::{Layer, Seccomp};
 
 use crate::error::{Error, Result};
-use crate::host::process::{Jailed, Launcher};
+use crate::host::process::Jailed;
 use crate::host::socket_dir::SocketDir;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade};
@@ -121,7 +121,7 @@ impl Vmm for Firecracker {
         if let Origin::Record { .. } = origin {
             jail.allow_files_of(plan.memory_mib << 20);
         }
-        let program = self.program.show(&mut jail)?;
+        let program = self.program.show(&mut jail, false)?;
         let argv = bodies::arguments(&program, &folder.inside);
         let env = if jail.own_root { vec![library_path()] } else { Vec::new() };
         let mut spec = jail.spec(argv, env, Seccomp::DenyListForRustVmms);
@@ -140,7 +140,7 @@ impl Vmm for Firecracker {
             spec.fds.push(RAM_FD);
             fds.push(ram.as_fd());
         }
-        let jailed = Jailed::launch(&Launcher { program: &jail.launcher, zygote: None }, &spec, &fds, held)?;
+        let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
         let stopper = self.wedges_on_resume().then(|| jailed.signals());
         let control = Box::new(Api::new(plan, origin, sockets, folder.inside.clone(), metrics, stopper));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })

@@ -127,28 +127,33 @@ impl Vmm for Qemu {
             jail.hide(&plan.kernel);
             jail.hide(&plan.initramfs);
         }
-        let shown = self.program.show(&mut jail)?;
-        let mut argv = vec![shown.program.display().to_string()];
-        argv.extend(args::arguments(plan, origin, self.host(shown.firmware)));
-        let mut spec = jail.spec(argv, shown.env, self.program.seccomp());
-        spec.proc = jail.own_root && is_clone;
-        spec.fds = vec![1, 2, AGENT_FD, QMP_FD];
         let (console, console_end) = Tail::pipe()?;
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let (agent, agent_end) = pair()?;
         let (qmp, qmp_end) = pair()?;
+        let mut targets = vec![1, 2, AGENT_FD, QMP_FD];
         let mut fds = vec![console_end.as_fd(), stderr_end.as_fd(), agent_end.as_fd(), qmp_end.as_fd()];
         if let Origin::Clone { ram } = origin {
-            spec.fds.push(RAM_FD);
+            targets.push(RAM_FD);
             fds.push(ram.as_fd());
         }
         if let Some(tap) = plan.nic.as_ref().and_then(|nic| nic.tap.as_ref()) {
-            spec.fds.push(TAP_FD);
+            targets.push(TAP_FD);
             fds.push(tap.fd.as_fd());
         }
         let zygotes = plan.zygotes.as_ref().filter(|_| self.program.can_preload());
         let zygote = zygotes.map(|zygotes| (zygotes, self.binary()));
-        let jailed = Jailed::launch(&Launcher { program: &jail.launcher, zygote }, &spec, &fds, held)?;
+        let launcher = jail.launcher.clone();
+        let spec = |is_forked: bool| {
+            let shown = self.program.show(&mut jail, is_forked)?;
+            let mut argv = vec![shown.program.display().to_string()];
+            argv.extend(args::arguments(plan, origin, self.host(shown.firmware)));
+            let mut spec = jail.spec(argv, shown.env, self.program.seccomp());
+            spec.proc = jail.own_root && is_clone;
+            spec.fds = targets;
+            Ok(spec)
+        };
+        let jailed = Jailed::launch_by(&Launcher { program: &launcher, zygote }, spec, &fds, held)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));
         Ok(Launched { jailed, agent: Transport::Open(agent), control, tails: LiveTails { console, vmm_stderr } })
     }

@@ -66,12 +66,12 @@ impl Program {
         program::parse_version(self.files.version_line.as_deref()?, "QEMU emulator version ")
     }
 
-    /// Adds QEMU's own files to a plan.
+    /// Adds QEMU's own files to a plan; of one that is loaded already, those that it has yet to open.
     ///
     /// # Errors
     /// [`crate::error::Error::ImageUnreadable`].
-    pub fn show(&self, plan: &mut JailPlan) -> Result<Shown> {
-        let program = self.files.show(plan)?;
+    pub fn show(&self, plan: &mut JailPlan, is_loaded: bool) -> Result<Shown> {
+        let program = self.files.show(plan, is_loaded)?;
         for module in &self.modules {
             let name = module.file_name().unwrap_or_default().to_string_lossy();
             plan.show("QEMU's module", module, &format!("/vmm/modules/{name}"), Access::Execute)?;

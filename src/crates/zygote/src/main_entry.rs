@@ -1,7 +1,7 @@
 //! The place between the loader and the VMM's `main`.
 
 use std::convert::Infallible;
-use std::ffi::{c_char, c_int, c_void, CString};
+use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -68,7 +68,7 @@ pub unsafe extern "C" fn __libc_start_main(
 }
 
 fn show_launcher() -> Result<(), Errno> {
-    title::show(c"microvm-jail", std::iter::once(c"microvm-jail"))
+    title::show(c"microvm-jail", &[c"microvm-jail"], &[] as &[&CStr])
 }
 
 /// Whether this process is what a fork copies as a whole: one thread, and no descriptor but the standard ones. A library
@@ -87,7 +87,7 @@ fn prepare(program: &Program) -> Result<(), Failure> {
     // As execve(2) does: the process is its user's again (/proc/self/fd, by which QEMU opens its memory).
     nix::sys::prctl::set_dumpable(true).map_err(|errno| failed(errno.desc()))?;
     let name = program.argv.first().and_then(file_name).unwrap_or_default();
-    title::show(&name, program.argv.iter()).map_err(|errno| failed(errno.desc()))
+    title::show(&name, &program.argv, &program.env).map_err(|errno| failed(errno.desc()))
 }
 
 /// Goes on into the VMM's `main`, as a process that has just executed it.
