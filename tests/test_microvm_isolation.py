@@ -196,10 +196,11 @@ class Lifecycle(VMTestCase):
             answers = {self.result(vm, "exec", shell(command))["stdout"] for vm in vms}
             self.assertEqual(len(answers), 2, command)
 
-    def test_config_drive_is_wiped_and_nothing_secret_is_in_argv(self) -> None:
+    def test_nothing_secret_is_in_a_file_or_in_argv(self) -> None:
         info = self.running().get_info()
-        drive = (Path(info["socket_path"]).parent / "config").read_bytes()
-        self.assertEqual(drive, bytes(len(drive)))
+        # What the guest is told goes by a port of the VMM's; the conformance suite looks at those that have a drive for it.
+        files = {path.name for path in Path(info["socket_path"]).parent.iterdir()}
+        self.assertLessEqual(files, {"sock", "disk", "lock", "cgroups"})
         self.assertNotIn(b"key", Path("/proc/{}/cmdline".format(info["pid"])).read_bytes())
 
     def test_vmm_is_in_namespaces_of_its_own(self) -> None:

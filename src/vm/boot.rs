@@ -7,11 +7,12 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use microvm_protocol::identity::CONFIG_SERIAL;
+use microvm_protocol::identity::Identity;
 
 use super::confine::Confinement;
+use super::introduction::Introduction;
 use super::network::Connection;
-use super::prepare::{self, prepare, Ids, Prepared, Told};
+use super::prepare::{self, prepare, Ids, Prepared};
 use super::running::{Base, Running};
 use super::standby::Standby;
 use super::{snapshot, template, Settings, Spec};
@@ -21,7 +22,6 @@ use crate::host::memfd;
 use crate::host::process::Jailed;
 use crate::host::procfs::Usage;
 use crate::host::runtime_dir::VmDir;
-use crate::image;
 use crate::image::template::Template;
 use crate::model::{ResourceLimits, VmId};
 use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm};
@@ -177,7 +177,8 @@ pub struct Launching {
     vmm: Box<dyn Vmm>,
     plan: LaunchPlan,
     limits: ResourceLimits,
-    told: Told,
+    identity: Identity,
+    introduction: Introduction,
     jailed: Jailed,
     transport: Transport,
     control: Box<dyn Control>,
@@ -199,7 +200,7 @@ impl Launching {
         template: Option<Arc<Template>>,
     ) -> Result<Self> {
         progress.at("drives");
-        let (prepared, told) = prepared.write_drives(settings, template.clone()).await?;
+        let (prepared, identity) = prepared.write_drives(settings, template.clone()).await?;
         let Prepared { dir, vmm, mut plan, limits, network, held, mut confinement, .. } = prepared;
         progress.at("launch");
         if let Some(template) = &template {
@@ -209,7 +210,9 @@ impl Launching {
             confinement.note_first_touch(untouched);
         }
         let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
-        let Launched { jailed, agent: transport, control, tails } = vmm.launch(&plan, &origin, Box::new(held))?;
+        let launched = vmm.launch(&plan, &origin, Box::new(held))?;
+        let Launched { jailed, agent: transport, control, tails, identity: port } = launched;
+        let introduction = Introduction::by(port);
         // The tap is the VMM's from here on: it goes when the VMM does.
         plan.nic = None;
         let connection = network.map(|network| network.connection);
@@ -219,7 +222,8 @@ impl Launching {
             vmm,
             plan,
             limits,
-            told,
+            identity,
+            introduction,
             jailed,
             transport,
             control,
@@ -269,10 +273,8 @@ impl Launching {
         let (vm_id, base) = (spec.vm_id.clone(), settings.base.clone());
         let renaming = tokio::task::spawn_blocking(move || {
             self.dir.rename(&base, &vm_id)?;
-            let (identity, told) = prepare::identity(&vm_id, &self.limits, None, Ids::generate()?)?;
-            image::write_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
+            self.identity = prepare::identity(&vm_id, &self.limits, None, Ids::generate()?)?;
             self.plan.vm_id = vm_id;
-            self.told = told;
             self.progress = Progress::since(begun, "take");
             Ok(self)
         });
@@ -287,7 +289,8 @@ impl Launching {
             dir,
             vmm,
             plan,
-            told: Told { key, ids },
+            identity,
+            introduction,
             jailed,
             transport,
             control,
@@ -312,11 +315,12 @@ impl Launching {
                 None => Agent::hello(vm_id, &mut transport).await?,
             };
             progress.at("handshake");
-            Agent::connect(vm_id.clone(), transport, key, &hello).await
+            introduction.tell(&identity, dir.path())?;
+            Agent::connect(vm_id.clone(), transport, identity.key.clone(), &hello).await
         };
         let agent = Arc::new(attempt.race(in_guest).await?);
         progress.at("done");
-        image::wipe_config_drive(&dir.path().join(CONFIG_SERIAL))?;
+        introduction.wipe(dir.path())?;
         Ok(Running {
             vm_id: vm_id.clone(),
             backend: vmm.backend(),
@@ -324,7 +328,8 @@ impl Launching {
             grade: vmm.grade(),
             accelerator: vmm.accelerator(),
             confinement,
-            ids,
+            ids: Ids { machine_id: identity.machine_id, boot_id: identity.boot_id },
+            introduction,
             origin: if template.is_some() { "clone" } else { "boot" },
             base: template
                 .map(|template| Box::new(Base { ram: template.ram.clone(), fit: template.manifest.fit.clone() })),

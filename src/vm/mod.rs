@@ -10,6 +10,7 @@ mod confine;
 mod copy;
 mod events;
 mod health;
+mod introduction;
 pub mod janitor;
 mod monitor;
 pub mod network;

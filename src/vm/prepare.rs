@@ -58,15 +58,13 @@ pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
 }
 
 impl Prepared {
-    /// Fills the drives: who the guest is, and a disk, which is the template's where there is one. Returns what the guest
-    /// is told.
-    pub async fn write_drives(self, settings: &Settings, template: Option<Arc<Template>>) -> Result<(Self, Told)> {
+    /// Fills the disk, which is the template's where there is one. Returns who the guest is to be.
+    pub async fn write_drives(self, settings: &Settings, template: Option<Arc<Template>>) -> Result<(Self, Identity)> {
         let (vm_id, image) = (self.plan.vm_id.clone(), settings.image.disk_template.clone());
         let writing = tokio::task::spawn_blocking(move || {
             let network = self.network.as_ref().map(|network| network.guest.clone());
             let ids = self.ids.map_or_else(Ids::generate, Ok)?;
-            let (identity, told) = identity(&self.plan.vm_id, &self.limits, network, ids)?;
-            image::write_config_drive(&identity, &self.dir.path().join(CONFIG_SERIAL))?;
+            let identity = identity(&self.plan.vm_id, &self.limits, network, ids)?;
             let disk = self.dir.path().join(DISK_SERIAL);
             match template {
                 Some(template) => {
@@ -77,7 +75,7 @@ impl Prepared {
                 }
                 None => image::write_disk(&image, &disk)?,
             }
-            Ok((self, told))
+            Ok((self, identity))
         });
         writing.await.map_err(|error| Error::host("write the drives of", vm_id, error))?
     }
@@ -96,22 +94,10 @@ impl Ids {
     }
 }
 
-/// What the host keeps of an identity.
-pub struct Told {
-    pub key: Key,
-    pub ids: Ids,
-}
-
 /// An identity with new keys and a new seed.
-pub fn identity(
-    vm_id: &VmId,
-    limits: &ResourceLimits,
-    network: Option<GuestNetwork>,
-    ids: Ids,
-) -> Result<(Identity, Told)> {
-    let key = Key(clock::random()?);
-    let identity = Identity {
-        key: key.clone(),
+pub fn identity(vm_id: &VmId, limits: &ResourceLimits, network: Option<GuestNetwork>, ids: Ids) -> Result<Identity> {
+    Ok(Identity {
+        key: Key(clock::random()?),
         ephemeral: KeyPair::of(Key(clock::random()?)),
         seed: Key(clock::random()?),
         machine_id: ids.machine_id,
@@ -122,8 +108,7 @@ pub fn identity(
         hostname: vm_id.hostname(),
         network,
         keeps_exchanges: false,
-    };
-    Ok((identity, Told { key, ids }))
+    })
 }
 
 /// The folder in which the VMM makes its sockets.
@@ -158,10 +143,9 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         let path = jail.show(serial, &path, &format!("/vm/{serial}"), access)?;
         Ok(Drive { serial, path, read_only: access == Access::Read, size })
     };
-    let mut drives = vec![
-        drive(CONFIG_SERIAL, DRIVE_BYTES as u64, Access::Read)?,
-        drive(DISK_SERIAL, spec.limits.disk_size_mb << 20, Access::Write)?,
-    ];
+    let config = vmm.capabilities().config_drive.then(|| drive(CONFIG_SERIAL, DRIVE_BYTES as u64, Access::Read));
+    let mut drives: Vec<Drive> = config.transpose()?.into_iter().collect();
+    drives.push(drive(DISK_SERIAL, spec.limits.disk_size_mb << 20, Access::Write)?);
     if let Some(rootfs) = &spec.rootfs_path {
         let path = jail.show("rootfs_path", rootfs, "/image/rootfs", Access::Read)?;
         let size = rootfs.metadata().map_err(|error| Error::host("stat", rootfs.display(), error))?.len();
@@ -215,8 +199,7 @@ mod tests {
         let mut seen = HashSet::new();
         for _ in 0..200 {
             let ids = Ids::generate().unwrap();
-            let (identity, told) = identity(&vm_id, &ResourceLimits::default(), None, ids).unwrap();
-            assert_eq!((&told.key, told.ids), (&identity.key, ids));
+            let identity = identity(&vm_id, &ResourceLimits::default(), None, ids).unwrap();
             assert_eq!((identity.machine_id, identity.boot_id), (ids.machine_id, ids.boot_id));
             let long = [identity.key.0, identity.ephemeral.secret.0, identity.ephemeral.public, identity.seed.0];
             let short = [identity.machine_id, identity.boot_id];

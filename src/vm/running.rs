@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use super::confine::Confinement;
 use super::health::Watch;
+use super::introduction::Introduction;
 use super::network::Connection;
 use super::prepare::Ids;
 use super::{Facts, Settings, Spec};
@@ -46,6 +47,7 @@ pub struct Running {
     pub(super) accelerator: &'static str,
     pub(super) confinement: Confinement,
     pub(super) ids: Ids,
+    pub(super) introduction: Introduction,
     /// `None`: it booted.
     pub(super) base: Option<Box<Base>>,
     /// `boot`, `clone`, `pool` or `resume`.
@@ -96,10 +98,15 @@ impl Running {
         tokio::task::block_in_place(|| dir.as_mut().map_or(Ok(()), |dir| dir.rename(&settings.base, &spec.vm_id)))
     }
 
+    /// Where its files are, as this host names it; `None` once they are gone.
+    pub fn folder(&self) -> Option<PathBuf> {
+        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        dir.as_ref().map(|dir| dir.path().to_owned())
+    }
+
     /// One of its files, as this host names it; `None` once they are gone.
     pub fn file(&self, name: &str) -> Option<PathBuf> {
-        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
-        dir.as_ref().map(|dir| dir.path().join(name))
+        self.folder().map(|folder| folder.join(name))
     }
 
     /// Ends the VMM by force; its end is noticed as any other.

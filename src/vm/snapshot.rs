@@ -6,8 +6,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use microvm_protocol::identity::CONFIG_SERIAL;
-
 use super::boot::{run, Progress};
 use super::copy::{fit_of, Copy};
 use super::prepare::{self, prepare, Ids};
@@ -16,7 +14,6 @@ use super::template::fit;
 use super::{MicroVm, Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
-use crate::image;
 use crate::image::template::{differences, Fit, Kept, Making, Outline, Shelf};
 use crate::model::{NetworkConfig, TemplateName, VmState};
 
@@ -164,14 +161,14 @@ impl MicroVm {
     /// Any: the VMM is ended then.
     pub(super) async fn thaw(&self, running: &Running, hello: &[u8], state: VmState) -> Result<()> {
         let thawed = async {
-            let (mut identity, told) = prepare::identity(self.id(), &self.spec.limits, None, running.ids)?;
+            let mut identity = prepare::identity(self.id(), &self.spec.limits, None, running.ids)?;
             identity.keeps_exchanges = true;
-            let gone = || Error::host("write", "the config drive", "the VM's files are gone");
-            let config = running.file(CONFIG_SERIAL).ok_or_else(gone)?;
-            image::write_config_drive(&identity, &config)?;
+            let gone = || Error::host("introduce", self.id(), "the VM's files are gone");
+            let folder = running.folder().ok_or_else(gone)?;
+            running.introduction.tell(&identity, &folder)?;
             running.control().resume().await?;
-            running.agent().thaw(told.key, hello, FREEZE_DEADLINE).await?;
-            image::wipe_config_drive(&config)?;
+            running.agent().thaw(identity.key.clone(), hello, FREEZE_DEADLINE).await?;
+            running.introduction.wipe(&folder)?;
             match state {
                 VmState::Paused => running.control().pause().await,
                 _ => Ok(()),

@@ -11,6 +11,7 @@ use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, ROOTFS_SERIAL};
 use tokio::io::AsyncWriteExt;
 
 use super::boot::{Attempt, Progress};
+use super::introduction::Introduction;
 use super::prepare::{self, Prepared};
 use super::{Settings, Spec};
 use crate::channel::Agent;
@@ -110,8 +111,9 @@ pub async fn fit(settings: &Settings, prepared: &Prepared) -> Result<Fit> {
 async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
     let (plan, origin) = blank(prepared, &settings.image, dir)?;
     let vm_id = &plan.vm_id;
-    let Launched { jailed, agent, control, tails } =
-        prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
+    let launched = prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
+    let Launched { jailed, agent, control, tails, identity } = launched;
+    let introduction = Introduction::by(identity);
     let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
     let state = File::options().write(true).create_new(true).open(dir.join(STATE));
     let state = state.map_err(|error| Error::host("create", dir.display(), error))?;
@@ -126,6 +128,7 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
         }
         for _ in 0..REHEARSALS {
             tokio::time::sleep(BETWEEN).await;
+            introduction.rehearse()?;
             transport.write_all(&freeze).await.map_err(|error| Error::host("write", "the agent's port", error))?;
             hello = Agent::hello(vm_id, &mut transport).await?;
         }
@@ -140,8 +143,10 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
         let owner = nix::unistd::geteuid().as_raw();
         [RAM, DISK].iter().try_for_each(|name| image::give_to(owner, &dir.join(name)))?;
     }
-    let config = dir.join(CONFIG_SERIAL);
-    std::fs::remove_file(&config).map_err(|error| Error::host("remove", config.display(), error))?;
+    if plan.drives.iter().any(|drive| drive.serial == CONFIG_SERIAL) {
+        let config = dir.join(CONFIG_SERIAL);
+        std::fs::remove_file(&config).map_err(|error| Error::host("remove", config.display(), error))?;
+    }
     Ok(hello)
 }
 

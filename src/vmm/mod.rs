@@ -22,6 +22,7 @@ mod transport;
 use std::fmt::Debug;
 use std::future::Future;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -157,6 +158,8 @@ pub struct Launched {
     pub agent: Transport,
     pub control: Box<dyn Control>,
     pub tails: LiveTails,
+    /// The host's end of the port by which the guest hears who it is; `None`: by its config drive.
+    pub identity: Option<UnixStream>,
 }
 
 /// Bytes that a VM's drives moved.
@@ -211,6 +214,8 @@ pub struct Capabilities {
     pub clones: bool,
     /// A VM that runs can be copied: its state is written while it stands still, and it goes on.
     pub copies: bool,
+    /// A guest hears who it is from a drive; else by [`Launched::identity`].
+    pub config_drive: bool,
     pub wire: Wire,
     pub max_vcpus: u64,
     /// It takes one vCPU or an even number.

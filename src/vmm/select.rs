@@ -119,8 +119,14 @@ mod tests {
     use crate::vmm::Wire;
 
     const WISH: Wish = Wish { backend: None, min_isolation: None, vcpu_count: 3 };
-    const CAN: Capabilities =
-        Capabilities { clones: false, copies: false, wire: Wire::Named, max_vcpus: 32, even_vcpus: true };
+    const CAN: Capabilities = Capabilities {
+        clones: false,
+        copies: false,
+        config_drive: true,
+        wire: Wire::Named,
+        max_vcpus: 32,
+        even_vcpus: true,
+    };
 
     #[test]
     fn test_refusal_names_what_the_backend_cannot_do() {

@@ -80,7 +80,14 @@ impl Vmm for CloudHypervisor {
 
     fn capabilities(&self) -> Capabilities {
         // vmm/src/config.rs: what KVM can have; the guest's kernel ends earlier.
-        Capabilities { clones: false, copies: false, wire: Wire::WithHeaders, max_vcpus: 254, even_vcpus: false }
+        Capabilities {
+            clones: false,
+            copies: false,
+            config_drive: true,
+            wire: Wire::WithHeaders,
+            max_vcpus: 254,
+            even_vcpus: false,
+        }
     }
 
     fn can_clone(&self, _plan: &LaunchPlan) -> std::result::Result<(), String> {
@@ -107,6 +114,6 @@ impl Vmm for CloudHypervisor {
         tokio::spawn(events.watch(plan.vm_id.clone(), jailed.signals()));
         let nic = plan.nic.as_ref().and_then(|nic| Some((bodies::nic(nic), nic.tap.clone()?)));
         let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan), nic));
-        Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
+        Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr }, identity: None })
     }
 }

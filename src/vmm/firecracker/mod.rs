@@ -90,7 +90,14 @@ impl Vmm for Firecracker {
 
     fn capabilities(&self) -> Capabilities {
         // src/vmm/src/vmm_config/machine_config.rs: MAX_SUPPORTED_VCPUS, and either 1 or an even number.
-        Capabilities { clones: true, copies: false, wire: Wire::Named, max_vcpus: 32, even_vcpus: true }
+        Capabilities {
+            clones: true,
+            copies: false,
+            config_drive: true,
+            wire: Wire::Named,
+            max_vcpus: 32,
+            even_vcpus: true,
+        }
     }
 
     fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String> {
@@ -143,6 +150,6 @@ impl Vmm for Firecracker {
         let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
         let stopper = self.wedges_on_resume().then(|| jailed.signals());
         let control = Box::new(Api::new(plan, origin, sockets, folder.inside.clone(), metrics, stopper));
-        Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr } })
+        Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr }, identity: None })
     }
 }

@@ -1,12 +1,15 @@
 //! A launch plan as QEMU's arguments. Pure.
 
+use microvm_protocol::{IDENTITY_PORT_NAME, SERIAL_PORT_NAME};
+
 use crate::vmm::{LaunchPlan, Nic, Origin};
 
 /// The descriptors that QEMU finds its sockets, a template's memory and its tap at.
 pub const AGENT_FD: i32 = 3;
 pub const QMP_FD: i32 = 4;
-pub const RAM_FD: i32 = 5;
-pub const TAP_FD: i32 = 6;
+pub const IDENTITY_FD: i32 = 5;
+pub const RAM_FD: i32 = 6;
+pub const TAP_FD: i32 = 7;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
@@ -129,7 +132,11 @@ pub fn arguments(plan: &LaunchPlan, origin: &Origin, host: Host) -> Vec<String> 
         "-device",
         "virtio-serial-device",
         "-device",
-        &format!("virtserialport,chardev=agent,name={}", microvm_protocol::SERIAL_PORT_NAME),
+        &format!("virtserialport,chardev=agent,name={SERIAL_PORT_NAME}"),
+        "-chardev",
+        &format!("socket,id=identity,fd={IDENTITY_FD}"),
+        "-device",
+        &format!("virtserialport,chardev=identity,name={IDENTITY_PORT_NAME}"),
     ]
     .map(str::to_owned)
     .into();
@@ -222,6 +229,6 @@ mod tests {
             "qemu-nic.args",
             &arguments(&plan, &Origin::Boot, Host { tsc_khz: None, firmware: None, sandbox: false, ..HOST }),
         );
-        assert_eq!(wire(true), "tap,id=net,fd=6");
+        assert_eq!(wire(true), "tap,id=net,fd=7");
     }
 }

@@ -19,7 +19,7 @@ use crate::vmm::{
     Binaries, Capabilities, Drive, LaunchPlan, Launched, LiveTails, Nic, Origin, Transport, Vmm, VmmNeeds, Wire,
 };
 use api::Qmp;
-use args::{Accelerator, Host, AGENT_FD, QMP_FD, RAM_FD, TAP_FD};
+use args::{Accelerator, Host, AGENT_FD, IDENTITY_FD, QMP_FD, RAM_FD, TAP_FD};
 pub use program::Program;
 
 /// QEMU on this host.
@@ -111,7 +111,14 @@ impl Vmm for Qemu {
 
     fn capabilities(&self) -> Capabilities {
         // hw/i386/microvm.c: max_cpus.
-        Capabilities { clones: true, copies: true, wire: Wire::Plain, max_vcpus: 288, even_vcpus: false }
+        Capabilities {
+            clones: true,
+            copies: true,
+            config_drive: false,
+            wire: Wire::Plain,
+            max_vcpus: 288,
+            even_vcpus: false,
+        }
     }
 
     fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String> {
@@ -131,8 +138,13 @@ impl Vmm for Qemu {
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let (agent, agent_end) = pair()?;
         let (qmp, qmp_end) = pair()?;
-        let mut targets = vec![1, 2, AGENT_FD, QMP_FD];
-        let mut fds = vec![console_end.as_fd(), stderr_end.as_fd(), agent_end.as_fd(), qmp_end.as_fd()];
+        let failed = |error: std::io::Error| Error::host("socketpair", "the identity's port", error);
+        let (identity, identity_end) = StdStream::pair().map_err(failed)?;
+        // What it is told fits the socket.
+        identity.set_nonblocking(true).map_err(failed)?;
+        let mut targets = vec![1, 2, AGENT_FD, QMP_FD, IDENTITY_FD];
+        let mut fds =
+            vec![console_end.as_fd(), stderr_end.as_fd(), agent_end.as_fd(), qmp_end.as_fd(), identity_end.as_fd()];
         if let Origin::Clone { ram } = origin {
             targets.push(RAM_FD);
             fds.push(ram.as_fd());
@@ -155,6 +167,7 @@ impl Vmm for Qemu {
         };
         let jailed = Jailed::launch_by(&Launcher { program: &launcher, zygote }, spec, &fds, held)?;
         let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));
-        Ok(Launched { jailed, agent: Transport::Open(agent), control, tails: LiveTails { console, vmm_stderr } })
+        let (agent, tails) = (Transport::Open(agent), LiveTails { console, vmm_stderr });
+        Ok(Launched { jailed, agent, control, tails, identity: Some(identity) })
     }
 }

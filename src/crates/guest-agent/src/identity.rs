@@ -5,17 +5,19 @@
 //! emulated CPU for the first time, and each new piece of code that it runs is translated first.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use microvm_protocol::identity::{Identity, Key, CONFIG_SERIAL, DRIVE_BYTES};
+use microvm_protocol::IDENTITY_PORT_NAME;
 use nix::mount::{mount, MsFlags};
 use nix::sys::time::TimeSpec;
 use nix::time::{clock_settime, ClockId};
 
-use crate::boot;
+use crate::{boot, port};
 
 /// random(4): `RNDADDENTROPY` takes this structure.
 #[repr(C)]
@@ -52,9 +54,38 @@ impl Name {
 #[repr(C, align(4096))]
 struct Block([u8; DRIVE_BYTES]);
 
+/// Where it says who this guest is.
+enum Told {
+    /// A port of its own: what was read is gone, and the code that reads it has just read the OFFER.
+    ByPort(File),
+    /// The config drive, where the VMM has no ports.
+    ByDrive(File),
+}
+
+impl Told {
+    fn open() -> Result<Self, String> {
+        let Some(device) = boot::drive(CONFIG_SERIAL) else {
+            return port::open_serial(IDENTITY_PORT_NAME).map(Self::ByPort);
+        };
+        // O_DIRECT: what a template's kernel knows of its drive is not true of a clone's.
+        let drive = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&device);
+        drive.map(Self::ByDrive).map_err(|e| format!("{device}: {e}"))
+    }
+
+    fn read(&self, block: &mut Block) -> Result<(), String> {
+        match self {
+            Self::ByPort(port) => {
+                let mut port = port;
+                port.read_exact(&mut block.0).map_err(|e| format!("the identity's port: {e}"))
+            }
+            Self::ByDrive(drive) => drive.read_exact_at(&mut block.0, 0).map_err(|e| format!("the config drive: {e}")),
+        }
+    }
+}
+
 /// A guest that can become any VM.
 pub struct Blank {
-    config: File,
+    told: Told,
     block: Mutex<Box<Block>>,
     random: File,
     machine_id: Name,
@@ -65,9 +96,7 @@ pub struct Blank {
 
 impl Blank {
     pub fn open() -> Result<Self, String> {
-        let device = boot::drive(CONFIG_SERIAL).ok_or("there is no config drive")?;
-        // O_DIRECT: what a template's kernel knows of its drive is not true of a clone's.
-        let config = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&device);
+        let told = Told::open()?;
         let random = OpenOptions::new().write(true).open("/dev/urandom");
         fs::create_dir_all("/etc").map_err(|e| format!("mkdir /etc: {e}"))?;
         let boot_id = Name::open("/run/boot_id")?;
@@ -76,7 +105,7 @@ impl Blank {
         mount(Some(boot_id.path), shown, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .map_err(|e| format!("bind {shown}: {e}"))?;
         Ok(Self {
-            config: config.map_err(|e| format!("{device}: {e}"))?,
+            told,
             block: Mutex::new(Box::new(Block([0; DRIVE_BYTES]))),
             random: random.map_err(|e| format!("/dev/urandom: {e}"))?,
             machine_id: Name::open("/etc/machine-id")?,
@@ -88,7 +117,7 @@ impl Blank {
 
     pub fn read_identity(&self) -> Result<Identity, String> {
         let mut block = self.block.lock().unwrap_or_else(PoisonError::into_inner);
-        self.config.read_exact_at(&mut block.0, 0).map_err(|e| format!("the config drive: {e}"))?;
+        self.told.read(&mut block)?;
         let identity = Identity::from_drive(&block.0).map_err(|e| e.to_string());
         block.0.fill(0);
         identity

@@ -38,7 +38,7 @@ pub fn open(set_up_failed: bool) -> Result<Port, String> {
     let handshake = GuestHandshake::new(set_up_failed).map_err(|e| e.to_string())?;
     let file = match boot::machine().vsock_port {
         Some(port) => connect(port)?,
-        None => open_serial()?,
+        None => open_serial(SERIAL_PORT_NAME)?,
     };
     let reading = duplicate(&file)?;
     Ok(Port { file, reading, decoder: Decoder::default(), handshake })
@@ -56,27 +56,27 @@ fn connect(port: u32) -> Result<File, String> {
     Ok(File::from(socket))
 }
 
-/// Finds the virtio-serial port by its name.
-fn open_serial() -> Result<File, String> {
+/// Finds a virtio-serial port by its name.
+pub fn open_serial(port_name: &str) -> Result<File, String> {
     let begun = Instant::now();
     loop {
-        if let Some(name) = find() {
+        if let Some(name) = find(port_name) {
             let path = format!("/dev/{name}");
             return OpenOptions::new().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"));
         }
         if begun.elapsed() > PORT_DEADLINE {
-            return Err(format!("no virtio port is named {SERIAL_PORT_NAME}"));
+            return Err(format!("no virtio port is named {port_name}"));
         }
         // The port's name arrives by a control message of the device, a moment after the driver is up.
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-fn find() -> Option<String> {
+fn find(port_name: &str) -> Option<String> {
     let ports = fs::read_dir("/sys/class/virtio-ports").ok()?;
     ports.flatten().find_map(|port| {
         let name = fs::read_to_string(port.path().join("name")).ok()?;
-        (name.trim() == SERIAL_PORT_NAME).then(|| port.file_name().to_string_lossy().into_owned())
+        (name.trim() == port_name).then(|| port.file_name().to_string_lossy().into_owned())
     })
 }
 

@@ -7,7 +7,7 @@
 //! host  -> guest  4 AGAIN   (empty) instead of OFFER: say HELLO once more
 //! host  -> guest  5 FREEZE  (empty) instead of OFFER: get ready to be frozen, then say HELLO once more
 //! ```
-//! HELLO is the readiness event: the guest is up and has no identity yet; that it reads from its config drive when the
+//! HELLO is the readiness event: the guest is up and has no identity yet; that it reads, apart from this transport, when the
 //! OFFER comes. A template is saved between the two, so all its clones have said the same HELLO. HELLO and the
 //! generation chosen are the handshake's prologue, so whoever alters them breaks it. Both payloads are sealed; the first
 //! one under the VM's key alone, without forward secrecy.

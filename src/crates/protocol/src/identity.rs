@@ -1,4 +1,4 @@
-//! The config drive: who a guest is, and the key by which it proves it.
+//! Who a guest is, and the key by which it proves it: a block that it reads from a port or from its config drive.
 //!
 //! ```text
 //!  0         8               12
@@ -10,8 +10,8 @@
 //!          | 1 u8, only if the exchanges of the session before go on
 //! ```
 //! Not JSON as a whole: it is read at every start, by code that an emulated CPU then runs for the first time. A guest
-//! ignores what follows the fields it knows, so that a frozen one understands a newer host. The host writes the drive
-//! before the guest asks for it and wipes it once the session stands.
+//! ignores what follows the fields it knows, so that a frozen one understands a newer host. The host writes the block
+//! before the OFFER, and wipes a drive once the session stands.
 
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};

@@ -11,7 +11,7 @@
 //!     frame    | kind u8 | flags u8 | id u32 BE | payload |   sealed        frame.rs, session.rs
 //!       exchange   a request, its response, the streams between them        mux/
 //!         JSON     what requests, responses and events say                  message.rs
-//! config drive | magic | length u32 BE | JSON | zeros |                     identity.rs
+//! identity     | magic | length u32 BE | JSON | zeros |                     identity.rs
 //! ```
 //! A whole conversation, from the guest's first byte:
 //!
@@ -50,6 +50,8 @@ pub const GENERATION_MAX: u8 = 1;
 pub const VSOCK_HOST_PORT: u32 = 5005;
 /// The name of the agent's virtio-serial port, as it appears in `/sys/class/virtio-ports/*/name`.
 pub const SERIAL_PORT_NAME: &str = "microvm.agent";
+/// The name of the port by which a guest without a config drive hears who it is.
+pub const IDENTITY_PORT_NAME: &str = "microvm.identity";
 
 /// Why a peer's bytes were refused. After any of these the connection cannot go on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

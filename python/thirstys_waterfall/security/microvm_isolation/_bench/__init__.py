@@ -89,12 +89,11 @@ class Bench:
         return vm
 
     def drives(self, name: str) -> Dict[str, Path]:
-        """A config drive that says nothing and a copy of the template's disk."""
+        """A copy of the template's disk."""
         folder = self.folder / "bare-{}".format(name)
         folder.mkdir(exist_ok=True)
-        (folder / "config").write_bytes(bytes(4096))
         copy_sparse(self.template / "disk", folder / "disk")
-        return {"config": folder / "config", "disk": folder / "disk"}
+        return {"disk": folder / "disk"}
 
     def times(self, manager: MicroVMIsolationManager) -> Tuple[float, float, float]:
         """Milliseconds of start(), of start() and the first answer, and of destroy_vm()."""

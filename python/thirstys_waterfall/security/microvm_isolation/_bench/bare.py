@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 # The jail's: where its root has QEMU's files, and QEMU's own part in it.
 JAIL_OPTIONS = ("-L", "-sandbox")
@@ -32,16 +32,15 @@ class Machine:
 
     def launch(self, drives: Dict[str, Path], ram: Optional[Path], more: Dict[str, str]) -> "Running":
         """Start QEMU with drives by their ids; ``more`` maps an option to the value it gets instead of its own."""
-        ours, theirs = zip(*(socket.socketpair() for _ in range(2)))
-        agent, qmp = (end.fileno() for end in theirs)
+        ours, theirs = zip(*(socket.socketpair() for _ in range(3)))
+        ends = dict(zip(("agent", "qmp", "identity"), (end.fileno() for end in theirs)))
         arguments: List[str] = []
         option = ""
         for argument in self.arguments:
             if option in more:
                 argument = more[option]
             elif option == "-chardev":
-                argument = re.sub(r"id=agent,fd=\d+", "id=agent,fd={}".format(agent), argument)
-                argument = re.sub(r"id=qmp,fd=\d+", "id=qmp,fd={}".format(qmp), argument)
+                argument = re.sub(r"id=(\w+),fd=\d+", lambda found: "id={0},fd={1}".format(found[1], ends[found[1]]), argument)
             elif option == "-drive":
                 name = re.search(r"id=(\w+)", argument)
                 assert name is not None, argument
@@ -52,18 +51,20 @@ class Machine:
             arguments.append(argument)
         begun = time.perf_counter()
         process = subprocess.Popen(  # on stderr it warns of states without a description, which nobody needs
-            arguments, pass_fds=(agent, qmp), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            arguments, pass_fds=tuple(ends.values()), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         for end in theirs:
             end.close()
-        return Running(process, ours[0], ours[1], begun)
+        return Running(process, ours, begun)
 
 
 class Running:
     """A QEMU of this module's."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", agent: socket.socket, qmp: socket.socket, begun: float) -> None:
-        self.process, self.agent, self.begun = process, agent, begun
+    def __init__(self, process: "subprocess.Popen[bytes]", ends: Sequence[socket.socket], begun: float) -> None:
+        self.process, self.begun = process, begun
+        # Nobody says anything to the last one, by which a guest would hear who it is.
+        self.agent, qmp, self._identity = ends
         self.agent.settimeout(DEADLINE_S)
         qmp.settimeout(DEADLINE_S)
         self._qmp = qmp
@@ -118,6 +119,7 @@ class Running:
         self.agent.close()
         self._lines.close()
         self._qmp.close()
+        self._identity.close()
 
     def _command(self, name: str, arguments: Optional[Dict[str, Any]] = None) -> None:
         self._send({"execute": name, "arguments": arguments or {}})

@@ -1,0 +1,70 @@
+//! How a guest hears who it is: apart from the transport on which it then proves that it has heard it.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use microvm_protocol::identity::{Identity, CONFIG_SERIAL, DRIVE_BYTES};
+
+use crate::error::{Error, Result};
+use crate::image;
+
+/// The way to one guest.
+#[derive(Debug)]
+pub enum Introduction {
+    /// A port of the VMM's beside the agent's: what the guest has read is nowhere any more.
+    Port(UnixStream),
+    /// The config drive, for a VMM without ports.
+    Drive,
+}
+
+impl Introduction {
+    /// By `port`, where the VMM has one.
+    #[must_use]
+    pub fn by(port: Option<UnixStream>) -> Self {
+        port.map_or(Self::Drive, Self::Port)
+    }
+
+    /// Tells the guest, which looks when the OFFER comes; `dir` has its drives.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn tell(&self, identity: &Identity, dir: &Path) -> Result<()> {
+        match self {
+            Self::Drive => image::write_config_drive(identity, &dir.join(CONFIG_SERIAL)),
+            Self::Port(port) => {
+                let mut bytes = identity.to_drive().map_err(|error| Error::host("encode", "an identity", error))?;
+                let written = write(port, &bytes);
+                bytes.fill(0);
+                written
+            }
+        }
+    }
+
+    /// Says nothing in as many bytes, to a guest that rehearses.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn rehearse(&self) -> Result<()> {
+        match self {
+            // It says nothing as it is.
+            Self::Drive => Ok(()),
+            Self::Port(port) => write(port, &[0; DRIVE_BYTES]),
+        }
+    }
+
+    /// Wipes what the guest has been told.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn wipe(&self, dir: &Path) -> Result<()> {
+        match self {
+            Self::Drive => image::wipe_config_drive(&dir.join(CONFIG_SERIAL)),
+            Self::Port(_) => Ok(()),
+        }
+    }
+}
+
+fn write(mut port: &UnixStream, bytes: &[u8]) -> Result<()> {
+    port.write_all(bytes).map_err(|error| Error::host("write", "the identity's port", error))
+}
