@@ -8,6 +8,8 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::fork::{self, Concealed};
+
 /// Takes the lock file at `path`, made when it is missing; `None` when someone holds it.
 ///
 /// # Errors
@@ -25,5 +27,43 @@ pub fn try_exclusive(path: &Path) -> io::Result<Option<Flock<File>>> {
         Ok(Some(held))
     } else {
         Err(io::Error::from(ErrorKind::NotFound))
+    }
+}
+
+/// Waits for a turn at a folder that exists: shared by those who add to it, alone for one who clears it.
+///
+/// # Errors
+/// What opening or locking it failed with.
+pub fn turn(folder: &Path, kind: FlockArg) -> io::Result<Turn> {
+    let mut file = File::open(folder)?;
+    loop {
+        match Flock::lock(file, kind) {
+            Ok(lock) => return Ok(Turn { _concealed: fork::conceal(&*lock), _lock: lock }),
+            Err((again, Errno::EINTR)) => file = again,
+            Err((_, errno)) => return Err(errno.into()),
+        }
+    }
+}
+
+/// A turn at a folder, until it is dropped; no fork takes it along.
+#[derive(Debug)]
+pub struct Turn {
+    _concealed: Concealed,
+    _lock: Flock<File>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_turns_are_shared_by_those_who_add_and_alone_for_one_who_clears() {
+        let folder = std::env::temp_dir();
+        let adds = turn(&folder, FlockArg::LockShared).unwrap();
+        let too = turn(&folder, FlockArg::LockSharedNonblock).unwrap();
+        drop(too);
+        let clears = turn(&folder, FlockArg::LockExclusiveNonblock);
+        assert_eq!(clears.unwrap_err().kind(), ErrorKind::WouldBlock);
+        drop(adds);
     }
 }

@@ -15,7 +15,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::Flock;
+use nix::fcntl::{Flock, FlockArg};
 
 use super::cgroup;
 use super::fork::{self, Concealed};
@@ -75,24 +75,27 @@ impl VmDir {
                 allowed: format!("a path so short that {socket:?} has at most {MAX_SOCKET_PATH} bytes"),
             });
         }
-        match DirBuilder::new().mode(0o700).create(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(Error::host("mkdir", path.display(), error)),
-        }
-        let lock = lock::try_exclusive(&path.join(LOCK))
-            .map_err(|error| Error::host("lock", path.join(LOCK).display(), error))?;
+        let lock = Self::made_and_locked(base, &path)?;
         let Some(lock) = lock else {
             return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "another process of this user".into() });
         };
         // Remains of a dead owner, if any: everything but the lock that we now hold.
         cgroup::sweep(&path.join(GROUPS));
-        for entry in fs::read_dir(&path).into_iter().flatten().flatten().filter(|entry| entry.file_name() != LOCK) {
-            let stale = entry.path();
-            let removed = if stale.is_dir() { fs::remove_dir_all(&stale) } else { fs::remove_file(&stale) };
-            removed.map_err(|error| Error::host("remove", stale.display(), error))?;
-        }
+        clear(&path).map_err(|error| Error::host("clear", path.display(), error))?;
         Ok(Self { path, _concealed: fork::conceal(&*lock), lock: Some(lock) })
+    }
+
+    /// The directory's lock; `None` when a living process holds it.
+    fn made_and_locked(base: &Path, path: &Path) -> Result<Option<Flock<File>>> {
+        // Without its lock, it looks as if nobody lived there: nobody sweeps, and no owner leaves, in between.
+        let _turn =
+            lock::turn(base, FlockArg::LockShared).map_err(|error| Error::host("lock", base.display(), error))?;
+        match DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(Error::host("mkdir", path.display(), error)),
+        }
+        lock::try_exclusive(&path.join(LOCK)).map_err(|error| Error::host("lock", path.join(LOCK).display(), error))
     }
 
     #[must_use]
@@ -122,6 +125,8 @@ impl VmDir {
     }
 
     fn remove(&mut self) -> std::io::Result<()> {
+        clear(&self.path)?;
+        let _turn = self.path.parent().map(|base| lock::turn(base, FlockArg::LockExclusive)).transpose()?;
         fs::remove_dir_all(&self.path)?;
         self.lock = None;
         Ok(())
@@ -136,6 +141,15 @@ impl Drop for VmDir {
     }
 }
 
+/// Removes all but the lock.
+fn clear(path: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(path)?.flatten().filter(|entry| entry.file_name() != LOCK) {
+        let within = entry.path();
+        if entry.file_type()?.is_dir() { fs::remove_dir_all(&within)? } else { fs::remove_file(&within)? }
+    }
+    Ok(())
+}
+
 /// Removes the directories whose owners are dead; returns their names.
 ///
 /// # Errors
@@ -145,6 +159,13 @@ pub fn sweep(base: &Path) -> Vec<String> {
     let mut swept = Vec::new();
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         let path = entry.path();
+        let _turn = match lock::turn(base, FlockArg::LockExclusive) {
+            Ok(turn) => turn,
+            Err(error) => {
+                log::debug!("{}: not looked at: {error}", base.display());
+                break;
+            }
+        };
         match lock::try_exclusive(&path.join(LOCK)) {
             Ok(Some(_held)) => {
                 cgroup::sweep(&path.join(GROUPS));
@@ -203,6 +224,39 @@ mod tests {
         assert_eq!(sweep(&base), ["stale"]);
         assert!(held.path().exists());
         drop(held);
+        fs::remove_dir(&base).unwrap();
+    }
+
+    #[test]
+    fn test_directories_are_made_in_the_midst_of_sweeps() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+
+        let base = base("midst");
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let sweeper = scope.spawn(|| {
+                let mut swept = Vec::new();
+                while !over.load(Ordering::Relaxed) {
+                    swept.extend(sweep(&base));
+                }
+                swept
+            });
+            let makers: Vec<_> = (0..2)
+                .map(|maker| {
+                    let base = &base;
+                    scope.spawn(move || {
+                        for _ in 0..500 {
+                            let dir = VmDir::create(base, &VmId::parse(&format!("vm{maker}")).unwrap()).unwrap();
+                            fs::write(dir.path().join("disk"), b"x").unwrap();
+                        }
+                    })
+                })
+                .collect();
+            let made: Vec<_> = makers.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+            over.store(true, Ordering::Relaxed);
+            assert!(made.iter().all(|maker| maker.is_ok()));
+            assert_eq!(sweeper.join().unwrap(), Vec::<String>::new());
+        });
         fs::remove_dir(&base).unwrap();
     }
 
