@@ -68,7 +68,7 @@ impl Bench {
             keeps_exchanges: false,
         };
         image::create_drive(&dir.join("config"), DRIVE_BYTES as u64, None)?;
-        image::write_config_drive(&identity, &dir.join("config"))?;
+        image::write_config_drive(&dir.join("config"), &identity.to_drive()?)?;
         image::create_drive(&dir.join("disk"), 1 << 30, None)?;
         image::write_disk(&image.disk_template, &dir.join("disk"))?;
         let listen = |name: &str| UnixListener::bind(dir.join(name));

@@ -145,7 +145,11 @@ impl Drop for VmDir {
 fn clear(path: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(path)?.flatten().filter(|entry| entry.file_name() != LOCK) {
         let within = entry.path();
-        if entry.file_type()?.is_dir() { fs::remove_dir_all(&within)? } else { fs::remove_file(&within)? }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(&within)?
+        } else {
+            fs::remove_file(&within)?
+        }
     }
     Ok(())
 }

@@ -5,7 +5,7 @@
 //! is not trusted: names are ours, and nothing is followed.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{chown, DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener as StdListener;
@@ -129,6 +129,23 @@ impl SocketDir {
         made.map_err(|error| self.failed("make a file at", name, &error))
     }
 
+    /// What the VMM wrote into a file that it made here.
+    ///
+    /// # Errors
+    /// [`Error::Host`], also when it is no file or has more than `limit` bytes.
+    pub fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
+        let read = || {
+            let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+            let file = OpenOptions::new().read(true).custom_flags(flags).open(self.named(name))?;
+            let mut bytes = Vec::new();
+            if !file.metadata()?.is_file() || file.take(limit + 1).read_to_end(&mut bytes)? as u64 > limit {
+                return Err(io::Error::other(format!("it must be a file of at most {limit} bytes")));
+            }
+            Ok(bytes)
+        };
+        read().map_err(|error| self.failed("read", name, &error))
+    }
+
     /// Waits until the VMM has made the socket `name`, and connects to it. Has no deadline of its own.
     ///
     /// # Errors
@@ -215,6 +232,20 @@ mod tests {
         sockets.remove("agent");
         assert!(!moved.join("agent").exists());
         fs::remove_dir_all(moved).unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_read_takes_files_of_a_size_alone() {
+        let path = folder("read");
+        let sockets = SocketDir::open(&path, None).unwrap();
+        fs::write(path.join("file"), b"1234").unwrap();
+        assert_eq!(sockets.read("file", 4).unwrap(), b"1234");
+        assert!(sockets.read("file", 3).unwrap_err().to_string().contains("at most 3 bytes"));
+        std::os::unix::fs::symlink("file", path.join("link")).unwrap();
+        assert!(sockets.read("link", 4).is_err());
+        let _pipe = sockets.pipe("pipe").unwrap();
+        assert!(sockets.read("pipe", 4).is_err());
+        fs::remove_dir_all(path).unwrap();
     }
 
     #[tokio::test]

@@ -6,8 +6,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{chown, FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use microvm_protocol::identity::{Identity, DRIVE_BYTES};
-
 use crate::error::{Error, Result};
 use crate::host::{memfd, reflink};
 
@@ -85,27 +83,13 @@ pub fn copy_disk(template: &OwnedFd, path: &Path) -> Result<()> {
     copy().map_err(failed)
 }
 
-/// Writes who the guest is, also over another identity that no guest has read yet; the VMM may have the drive open.
+/// Writes the block that says who the guest is, also over another one; the VMM may have the drive open.
 ///
 /// # Errors
 /// [`Error::Host`].
-pub fn write_config_drive(identity: &Identity, path: &Path) -> Result<()> {
-    let mut bytes = identity.to_drive().map_err(|error| Error::host("write", path.display(), error))?;
-    let written = overwrite(path, &bytes);
-    bytes.fill(0);
+pub fn write_config_drive(path: &Path, block: &[u8]) -> Result<()> {
+    let written = open(path).and_then(|drive| drive.write_all_at(block, 0));
     written.map_err(|error| Error::host("write", path.display(), error))
-}
-
-fn overwrite(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    open(path)?.write_all_at(bytes, 0)
-}
-
-/// Overwrites the config drive with zeros, in place: the VMM still has it open.
-///
-/// # Errors
-/// [`Error::Host`].
-pub fn wipe_config_drive(path: &Path) -> Result<()> {
-    overwrite(path, &[0; DRIVE_BYTES]).map_err(|error| Error::host("wipe", path.display(), error))
 }
 
 #[cfg(test)]

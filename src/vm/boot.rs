@@ -307,8 +307,8 @@ impl Launching {
             if template.is_none() {
                 progress.at("guest boot");
             }
-            // Who connects says HELLO, a clone as well.
-            let said = template.as_ref().filter(|_| !transport.is_awaited()).map(|made| made.manifest.hello.clone());
+            // A connection that is made begins with HELLO, a clone's as well.
+            let said = template.as_ref().filter(|_| transport.is_open()).map(|made| made.manifest.hello.clone());
             let mut transport = transport.open().await?;
             let hello = match said {
                 Some(hello) => hello,

@@ -30,15 +30,13 @@ impl Introduction {
     /// # Errors
     /// [`Error::Host`].
     pub fn tell(&self, identity: &Identity, dir: &Path) -> Result<()> {
-        match self {
-            Self::Drive => image::write_config_drive(identity, &dir.join(CONFIG_SERIAL)),
-            Self::Port(port) => {
-                let mut bytes = identity.to_drive().map_err(|error| Error::host("encode", "an identity", error))?;
-                let written = write(port, &bytes);
-                bytes.fill(0);
-                written
-            }
-        }
+        let mut block = identity.to_drive().map_err(|error| Error::host("encode", "an identity", error))?;
+        let told = match self {
+            Self::Port(port) => write(port, &block),
+            Self::Drive => image::write_config_drive(&dir.join(CONFIG_SERIAL), &block),
+        };
+        block.fill(0);
+        told
     }
 
     /// Says nothing in as many bytes, to a guest that rehearses.
@@ -47,9 +45,9 @@ impl Introduction {
     /// [`Error::Host`].
     pub fn rehearse(&self) -> Result<()> {
         match self {
+            Self::Port(port) => write(port, &[0; DRIVE_BYTES]),
             // It says nothing as it is.
             Self::Drive => Ok(()),
-            Self::Port(port) => write(port, &[0; DRIVE_BYTES]),
         }
     }
 
@@ -59,12 +57,12 @@ impl Introduction {
     /// [`Error::Host`].
     pub fn wipe(&self, dir: &Path) -> Result<()> {
         match self {
-            Self::Drive => image::wipe_config_drive(&dir.join(CONFIG_SERIAL)),
             Self::Port(_) => Ok(()),
+            Self::Drive => image::write_config_drive(&dir.join(CONFIG_SERIAL), &[0; DRIVE_BYTES]),
         }
     }
 }
 
-fn write(mut port: &UnixStream, bytes: &[u8]) -> Result<()> {
-    port.write_all(bytes).map_err(|error| Error::host("write", "the identity's port", error))
+fn write(mut port: &UnixStream, block: &[u8]) -> Result<()> {
+    port.write_all(block).map_err(|error| Error::host("write", "the identity's port", error))
 }

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::host::kvm;
 use crate::image::template::{Fit, FitDrive, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
-use crate::vmm::{Drive, LaunchPlan, Launched, Nic, Origin};
+use crate::vmm::{Drive, LaunchPlan, Launched, Nic, Origin, RAM_PLACE};
 
 /// HELLOs asked for before the guest is frozen: it rehearses before each.
 const REHEARSALS: usize = 3;
@@ -156,7 +156,7 @@ fn blank(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<(LaunchP
     let owner = prepared.held.uid();
     let ram = dir.join(RAM);
     image::create_drive(&ram, plan.memory_mib << 20, owner)?;
-    let ram = plan.jail.show(RAM, &ram, "/vm/ram", Access::Write)?;
+    let ram = plan.jail.show(RAM, &ram, RAM_PLACE, Access::Write)?;
     for drive in plan.drives.iter_mut().filter(|drive| drive.serial != ROOTFS_SERIAL) {
         let own = dir.join(if drive.serial == DISK_SERIAL { DISK } else { drive.serial });
         image::create_drive(&own, drive.size, owner)?;

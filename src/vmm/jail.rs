@@ -89,6 +89,19 @@ impl JailPlan {
         Ok(inside)
     }
 
+    /// Whether a VMM finds the files of any VM at the same places, and what it holds below `/proc/self/fd`: what a template
+    /// needs that names its files.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn has_fixed_places(&self) -> std::result::Result<(), String> {
+        match &self.no_proc {
+            Some(reason) => Err(format!("a clone's memory needs a /proc in its jail: {reason}")),
+            None if !self.own_root => Err("a template names its files by their places in a root of its own".into()),
+            None => Ok(()),
+        }
+    }
+
     /// Takes a file out again that is shown as `inside`.
     pub fn hide(&mut self, inside: &Path) {
         self.files.retain(|file| file.inside != inside);
@@ -108,6 +121,13 @@ impl JailPlan {
     pub fn allow_files_of(&mut self, bytes: u64) {
         for limit in self.rlimits.iter_mut().filter(|limit| limit.resource == Resource::Fsize) {
             (limit.soft, limit.hard) = (limit.soft.max(bytes), limit.hard.max(bytes));
+        }
+    }
+
+    /// Lets the VMM make files in a folder for its sockets, which is shown as `inside`.
+    pub fn allow_files_in(&mut self, inside: &Path) {
+        for folder in self.files.iter_mut().filter(|file| file.inside == inside) {
+            folder.access = Access::Folder;
         }
     }
 

@@ -141,6 +141,9 @@ impl LiveTails {
     }
 }
 
+/// Where a VMM finds the memory of the template that it makes.
+pub const RAM_PLACE: &str = "/vm/ram";
+
 /// How a VMM comes to run a guest.
 #[derive(Debug, Clone)]
 pub enum Origin {

@@ -1,7 +1,9 @@
-//! The way to the agent: open from the start, or a connection that the guest makes.
+//! The way to the agent: open from the start, or a connection that the guest or this process makes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::error::{Error, Result};
@@ -9,15 +11,27 @@ use crate::host::socket_dir::SocketDir;
 
 /// The VMM's socket for the guest's vsock, in its folder.
 pub const VSOCK: &str = "vsock";
+/// `OK` and a port.
+const MAX_LINE: usize = 32;
+/// The VMM gives a guest that does not answer two seconds, and hangs up.
+const CALL_AGAIN: Duration = Duration::from_millis(5);
 
 /// A transport, or where it will come from.
 #[derive(Debug)]
 pub enum Transport {
     Open(UnixStream),
     Awaited(Awaited),
+    Called(Called),
 }
 
-/// A guest's connection to [`microvm_protocol::VSOCK_HOST_PORT`] of its host, which a hybrid vsock makes a connection to
+/// A guest that listens at [`microvm_protocol::VSOCK_PORT`]: a clone that would never hear that its template's connection
+/// is gone. A hybrid vsock connects whoever says `CONNECT PORT` at its socket.
+#[derive(Debug)]
+pub struct Called {
+    sockets: Arc<SocketDir>,
+}
+
+/// A guest's connection to [`microvm_protocol::VSOCK_PORT`] of its host, which a hybrid vsock makes a connection to
 /// a Unix socket named after the port (firecracker/docs/vsock.md; cloud-hypervisor/docs/vsock.md). One is taken, the
 /// agent's: it comes before any other program of the guest runs.
 #[derive(Debug)]
@@ -27,7 +41,7 @@ pub struct Awaited {
 }
 
 fn name() -> String {
-    format!("{VSOCK}_{}", microvm_protocol::VSOCK_HOST_PORT)
+    format!("{VSOCK}_{}", microvm_protocol::VSOCK_PORT)
 }
 
 impl Awaited {
@@ -40,6 +54,34 @@ impl Awaited {
     }
 }
 
+impl Called {
+    #[must_use]
+    pub fn at(sockets: Arc<SocketDir>) -> Self {
+        Self { sockets }
+    }
+
+    async fn call(&self) -> Result<UnixStream> {
+        loop {
+            let mut stream = self.sockets.connect(VSOCK).await?;
+            if is_answered(&mut stream).await.unwrap_or(false) {
+                return Ok(stream);
+            }
+            tokio::time::sleep(CALL_AGAIN).await;
+        }
+    }
+}
+
+/// Asks for the guest's port; `false` when nobody listens there.
+async fn is_answered(stream: &mut UnixStream) -> std::io::Result<bool> {
+    stream.write_all(format!("CONNECT {}\n", microvm_protocol::VSOCK_PORT).as_bytes()).await?;
+    let mut line = Vec::new();
+    // Byte by byte: what follows the line is the guest's.
+    while line.len() < MAX_LINE && line.last() != Some(&b'\n') {
+        line.push(stream.read_u8().await?);
+    }
+    Ok(line.starts_with(b"OK "))
+}
+
 impl Drop for Awaited {
     fn drop(&mut self) {
         self.sockets.remove(&name());
@@ -47,10 +89,10 @@ impl Drop for Awaited {
 }
 
 impl Transport {
-    /// Whether the agent is yet to connect, be it that of a clone.
+    /// Whether it is there already; else its beginning is the agent's HELLO, a clone's as well.
     #[must_use]
-    pub fn is_awaited(&self) -> bool {
-        matches!(self, Transport::Awaited(_))
+    pub fn is_open(&self) -> bool {
+        matches!(self, Transport::Open(_))
     }
 
     /// Waits until the agent is connected. Has no deadline of its own.
@@ -60,10 +102,39 @@ impl Transport {
     pub async fn open(self) -> Result<UnixStream> {
         match self {
             Transport::Open(stream) => Ok(stream),
+            Transport::Called(called) => called.call().await,
             Transport::Awaited(awaited) => {
                 let accepted = awaited.listener.accept().await;
                 accepted.map(|(stream, _)| stream).map_err(|error| Error::host("accept", "the agent", error))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::socket_dir;
+
+    #[tokio::test]
+    async fn test_call_is_repeated_until_it_is_answered_and_leaves_the_guests_words() {
+        let path = std::env::temp_dir().join(format!("transport-{}", std::process::id()));
+        socket_dir::create(&path, None).unwrap();
+        let sockets = Arc::new(SocketDir::open(&path, None).unwrap());
+        let listener = UnixListener::bind(path.join(VSOCK)).unwrap();
+        let called = async {
+            for answer in ["", "nonsense that is longer than any answer may be", "OK 1073741824\nhello"] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut line = [0; 13];
+                stream.read_exact(&mut line).await.unwrap();
+                assert_eq!(&line, b"CONNECT 5005\n");
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+        };
+        let (stream, ()) = tokio::join!(Transport::Called(Called::at(sockets)).open(), called);
+        let mut said = String::new();
+        stream.unwrap().read_to_string(&mut said).await.unwrap();
+        assert_eq!(said, "hello");
+        std::fs::remove_dir_all(path).unwrap();
     }
 }

@@ -1,22 +1,28 @@
 //! Cloud Hypervisor's API, over the socket that it was born with.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::bodies;
+use super::state::{pack, unpack, DEVICES, MACHINE, MAX_BYTES};
 use crate::error::{Error, Result};
 use crate::host::net::Tap;
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
 use crate::vmm::http::{Answer, Call, Client};
-use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
+use crate::vmm::{BoxFuture, Control, DiskIo, LaunchPlan, Origin, CONTROL_DEADLINE};
 
 /// The API's name in the folder for sockets.
 pub const API: &str = "api";
 /// How long it may take to load a kernel and make a machine; the start has a deadline of its own besides.
 const BOOT_DEADLINE: Duration = Duration::from_secs(30);
+/// How long it may take to write what its devices are at.
+const SAVE_DEADLINE: Duration = Duration::from_secs(60);
 /// What a counter says before anything was counted.
 const NOTHING: u64 = u64::MAX;
 
@@ -25,15 +31,29 @@ pub struct Api {
     vm_id: VmId,
     sockets: Arc<SocketDir>,
     client: Client,
+    /// The folder for sockets, as the VMM finds it.
+    folder: PathBuf,
     /// The requests that make the machine and start it.
     machine: [Call; 2],
     /// What plugs it into its network, and the tap, until it is the VMM's alone.
     nic: Mutex<Option<(Call, Arc<Tap>)>>,
+    plan: LaunchPlan,
 }
 
 impl Api {
-    pub fn new(vm_id: VmId, sockets: Arc<SocketDir>, machine: [Call; 2], nic: Option<(Call, Arc<Tap>)>) -> Self {
-        Self { vm_id, sockets, client: Client::new(CONTROL_DEADLINE), machine, nic: Mutex::new(nic) }
+    pub fn new(plan: &LaunchPlan, origin: &Origin, sockets: Arc<SocketDir>, folder: PathBuf) -> Self {
+        let ram = if let Origin::Record { ram } = origin { Some(ram.as_path()) } else { None };
+        let nic = plan.nic.as_ref().and_then(|nic| Some((bodies::nic(nic), nic.tap.clone()?)));
+        Self {
+            vm_id: plan.vm_id.clone(),
+            sockets,
+            client: Client::new(CONTROL_DEADLINE),
+            folder,
+            machine: bodies::machine(plan, ram),
+            nic: Mutex::new(nic),
+            // The tap is the VMM's alone once it has it.
+            plan: LaunchPlan { nic: None, ..plan.clone() },
+        }
     }
 
     fn failed(&self, operation: &'static str, reason: String) -> Error {
@@ -96,14 +116,32 @@ impl Control for Api {
         Box::pin(async { self.ask("resume", bodies::resume()).await.map(drop) })
     }
 
-    fn save(&self, _state: OwnedFd) -> BoxFuture<'_, Result<()>> {
-        let reason = "Cloud Hypervisor's VMs make no templates in this release";
-        Box::pin(async move { Err(self.failed("save", reason.into())) })
+    fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let patient = Client::new(SAVE_DEADLINE);
+            self.ask("save", bodies::pause()).await?;
+            self.ask_by(&patient, "save", bodies::snapshot(&self.folder), None).await?;
+            let read = |name| self.sockets.read(name, MAX_BYTES);
+            let packed = pack(&read(MACHINE)?, &read(DEVICES)?).map_err(|reason| self.failed("save", reason))?;
+            File::from(state).write_all(&packed).map_err(|error| self.failed("save", error.to_string()))
+        })
     }
 
-    fn load(&self, _state: OwnedFd, _run: bool) -> BoxFuture<'_, Result<()>> {
-        let reason = "Cloud Hypervisor's VMs are no clones in this release";
-        Box::pin(async move { Err(self.failed("load", reason.into())) })
+    fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let failed = |reason| self.failed("load", reason);
+            let io_failed = |error: std::io::Error| failed(error.to_string());
+            let mut packed = Vec::new();
+            File::from(state).read_to_end(&mut packed).map_err(io_failed)?;
+            let (machine, devices) = unpack(&packed, &self.plan).map_err(failed)?;
+            self.sockets.file(MACHINE)?.write_all(&machine).map_err(io_failed)?;
+            self.sockets.file(DEVICES)?.write_all(devices).map_err(io_failed)?;
+            self.ask("load", bodies::restore(&self.folder)).await?;
+            if run {
+                self.resume().await?;
+            }
+            Ok(())
+        })
     }
 
     fn quit(&self) -> BoxFuture<'_, Result<bool>> {
@@ -159,7 +197,7 @@ mod tests {
     }
 
     fn api(fake: &Fake) -> Api {
-        Api::new(plan().vm_id, fake.sockets.clone(), bodies::machine(&plan()), None)
+        Api::new(&plan(), &Origin::Boot, fake.sockets.clone(), "/run".into())
     }
 
     #[tokio::test]

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use microvm_protocol::cmdline::Machine as GuestMachine;
-use microvm_protocol::VSOCK_HOST_PORT;
+use microvm_protocol::VSOCK_PORT;
 use serde::Serialize;
 
 use crate::vmm::http::Call;
@@ -17,6 +17,8 @@ use crate::vmm::{Drive, LaunchPlan, Nic};
 pub const API_FD: i32 = 3;
 /// And at which it writes its events.
 pub const EVENTS_FD: i32 = 4;
+/// And at which a clone finds its template's memory.
+pub const RAM_FD: i32 = 5;
 /// Any number from 3 up: this vsock knows no other guest.
 const GUEST_CID: u32 = 3;
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
@@ -26,7 +28,7 @@ const REFILL_MS: u64 = 1000;
 #[derive(Debug, Serialize)]
 struct VmConfig<'a> {
     cpus: Cpus,
-    memory: Memory,
+    memory: Memory<'a>,
     payload: Payload,
     disks: Vec<Disk<'a>>,
     rng: Rng,
@@ -45,9 +47,19 @@ struct Cpus {
 }
 
 #[derive(Debug, Serialize)]
-struct Memory {
-    /// In bytes.
+struct Memory<'a> {
+    /// In bytes, of what is in no zone.
     size: u64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    zones: Vec<Zone<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct Zone<'a> {
+    id: &'static str,
+    size: u64,
+    file: &'a Path,
+    shared: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -71,7 +83,7 @@ struct Disk<'a> {
 }
 
 #[derive(Debug, Serialize)]
-struct RateLimiter {
+pub struct RateLimiter {
     #[serde(skip_serializing_if = "Option::is_none")]
     bandwidth: Option<TokenBucket>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -107,6 +119,16 @@ struct Vsock {
     socket: String,
 }
 
+#[derive(Debug, Serialize)]
+struct Destination {
+    destination_url: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Source {
+    source_url: String,
+}
+
 /// The tap itself comes as a descriptor along with the request.
 #[derive(Debug, Serialize)]
 struct Net<'a> {
@@ -124,13 +146,19 @@ pub fn arguments(program: &Path) -> Vec<String> {
     [&program.display().to_string(), "--api-socket", &api, "--event-monitor", &events].map(str::to_owned).into()
 }
 
-/// The requests that make the machine and then start it; what has descriptors goes between the two.
-pub fn machine(plan: &LaunchPlan) -> [Call; 2] {
+/// The requests that make the machine and then start it; what has descriptors goes between the two. `ram`: the file that
+/// has the memory of a template.
+pub fn machine(plan: &LaunchPlan, ram: Option<&Path>) -> [Call; 2] {
     let folder = plan.sockets.as_ref().map(|sockets| sockets.inside.clone()).unwrap_or_default();
-    let guest = GuestMachine { vsock_port: Some(VSOCK_HOST_PORT), drives: Vec::new(), power_off: true };
+    let guest = GuestMachine { vsock_port: Some(VSOCK_PORT), drives: Vec::new(), power_off: true };
     let config = VmConfig {
         cpus: Cpus { boot_vcpus: plan.vcpu_count, max_vcpus: plan.vcpu_count, nested: false },
-        memory: Memory { size: plan.memory_mib << 20 },
+        memory: match ram {
+            None => Memory { size: plan.memory_mib << 20, zones: Vec::new() },
+            Some(file) => {
+                Memory { size: 0, zones: vec![Zone { id: "ram", size: plan.memory_mib << 20, file, shared: true }] }
+            }
+        },
         payload: Payload {
             kernel: plan.kernel.display().to_string(),
             initramfs: plan.initramfs.display().to_string(),
@@ -138,7 +166,8 @@ pub fn machine(plan: &LaunchPlan) -> [Call; 2] {
         },
         disks: plan.drives.iter().map(|drive| disk(drive, plan)).collect(),
         rng: Rng { src: "/dev/urandom" },
-        balloon: Balloon { size: 0, deflate_on_oom: true, free_page_reporting: true },
+        // A clone's memory is the template's file, which it cannot give back: it would end at the first report.
+        balloon: Balloon { size: 0, deflate_on_oom: true, free_page_reporting: ram.is_none() },
         serial: Console { mode: "Tty" },
         console: Console { mode: "Off" },
         vsock: Vsock { cid: GUEST_CID, socket: folder.join(VSOCK).display().to_string() },
@@ -163,7 +192,7 @@ fn disk<'a>(drive: &'a Drive, plan: &LaunchPlan) -> Disk<'a> {
 }
 
 /// Reads and writes together, as the limits mean it.
-fn rate_limiter(plan: &LaunchPlan) -> Option<RateLimiter> {
+pub fn rate_limiter(plan: &LaunchPlan) -> Option<RateLimiter> {
     let bucket = |size| TokenBucket { size, refill_time: REFILL_MS };
     let (bandwidth, ops) = (plan.disk_bytes_per_s.map(bucket), plan.disk_ops_per_s.map(bucket));
     (bandwidth.is_some() || ops.is_some()).then_some(RateLimiter { bandwidth, ops })
@@ -181,6 +210,20 @@ pub fn resume() -> Call {
     Call::put_nothing("/api/v1/vm.resume")
 }
 
+/// Writes the state of a paused VM into `folder`; memory that is a file's stays there.
+pub fn snapshot(folder: &Path) -> Call {
+    Call::put("/api/v1/vm.snapshot", &Destination { destination_url: url(folder) })
+}
+
+/// Makes a paused VM of the state in `folder`.
+pub fn restore(folder: &Path) -> Call {
+    Call::put("/api/v1/vm.restore", &Source { source_url: url(folder) })
+}
+
+fn url(folder: &Path) -> String {
+    format!("file://{}", folder.display())
+}
+
 pub fn counters() -> Call {
     Call::get("/api/v1/vm.counters")
 }
@@ -196,7 +239,10 @@ mod tests {
 
     fn all() -> Vec<Call> {
         let rest = [nic(&Nic::unplugged()), ping(), pause(), resume(), counters(), shutdown()];
-        machine(&plan()).into_iter().chain(rest).collect()
+        let folder = Path::new("/run");
+        let template = machine(&plan(), Some(Path::new(crate::vmm::RAM_PLACE))).into_iter().take(1);
+        let template = template.chain([snapshot(folder), restore(folder)]);
+        machine(&plan(), None).into_iter().chain(rest).chain(template).collect()
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod api;
 mod bodies;
 mod events;
+mod state;
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -20,10 +21,12 @@ use crate::host::tail::Tail;
 use crate::model::{Backend, Grade};
 use crate::vmm::install::needs_kvm;
 use crate::vmm::program::{library_path, Program};
-use crate::vmm::transport::Awaited;
-use crate::vmm::{Binaries, Capabilities, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire};
+use crate::vmm::transport::{Awaited, Called};
+use crate::vmm::{
+    Binaries, Capabilities, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire, RAM_PLACE,
+};
 use api::{Api, API};
-use bodies::{API_FD, EVENTS_FD};
+use bodies::{API_FD, EVENTS_FD, RAM_FD};
 use events::Events;
 
 /// Each of its PCI devices has event descriptors for every vector and queue: of six devices it held 230, and refused one
@@ -64,7 +67,9 @@ impl Vmm for CloudHypervisor {
     }
 
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
-        bodies::machine(plan).into_iter().map(|call| format!("{call:?}")).collect()
+        // The limits are a clone's own.
+        let plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..plan.clone() };
+        bodies::machine(&plan, Some(Path::new(RAM_PLACE))).into_iter().map(|call| format!("{call:?}")).collect()
     }
 
     fn needs(&self, _connected: bool) -> VmmNeeds {
@@ -81,7 +86,7 @@ impl Vmm for CloudHypervisor {
     fn capabilities(&self) -> Capabilities {
         // vmm/src/config.rs: what KVM can have; the guest's kernel ends earlier.
         Capabilities {
-            clones: false,
+            clones: true,
             copies: false,
             config_drive: true,
             wire: Wire::WithHeaders,
@@ -90,30 +95,50 @@ impl Vmm for CloudHypervisor {
         }
     }
 
-    fn can_clone(&self, _plan: &LaunchPlan) -> std::result::Result<(), String> {
-        Err("this release makes no templates of Cloud Hypervisor's VMs".into())
+    fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String> {
+        plan.jail.has_fixed_places()?;
+        match plan.nic {
+            None => Ok(()),
+            Some(_) => Err("Cloud Hypervisor's templates have no network device: it knows none without a tap".into()),
+        }
     }
 
-    fn launch(&self, plan: &LaunchPlan, _origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {
+    fn launch(&self, plan: &LaunchPlan, origin: &Origin, held: Box<dyn Send>) -> Result<Launched> {
         let missing = || Error::host("launch", "Cloud Hypervisor", "the plan has no folder for its sockets");
         let folder = plan.sockets.as_ref().ok_or_else(missing)?;
         let sockets = Arc::new(SocketDir::open(&folder.host, folder.owner)?);
-        let agent = Transport::Awaited(Awaited::listen(sockets.clone())?);
+        let is_clone = matches!(origin, Origin::Clone { .. });
+        let agent = match is_clone {
+            // Its vsock forgets connections without a word to the guest.
+            true => Transport::Called(Called::at(sockets.clone())),
+            false => Transport::Awaited(Awaited::listen(sockets.clone())?),
+        };
         let listening = sockets.bind(API)?;
         let mut jail = plan.jail.clone();
+        if is_clone {
+            jail.hide(&plan.kernel);
+            jail.hide(&plan.initramfs);
+        }
+        if let Origin::Record { .. } = origin {
+            jail.allow_files_in(&folder.inside);
+        }
         let program = self.program.show(&mut jail, false)?;
         let env = if jail.own_root { vec![library_path()] } else { Vec::new() };
         let mut spec = jail.spec(bodies::arguments(&program), env, Seccomp::DenyListForRustVmms);
+        spec.proc = is_clone;
         spec.fds = vec![1, 2, API_FD, EVENTS_FD];
         let (console, console_end) = Tail::pipe()?;
         let (vmm_stderr, stderr_end) = Tail::pipe()?;
         let (events, events_end) = Events::pipe()?;
-        let fds = [console_end.as_fd(), stderr_end.as_fd(), listening.as_fd(), events_end.as_fd()];
+        let mut fds = vec![console_end.as_fd(), stderr_end.as_fd(), listening.as_fd(), events_end.as_fd()];
+        if let Origin::Clone { ram } = origin {
+            spec.fds.push(RAM_FD);
+            fds.push(ram.as_fd());
+        }
         let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
         // Ends with the VMM.
         tokio::spawn(events.watch(plan.vm_id.clone(), jailed.signals()));
-        let nic = plan.nic.as_ref().and_then(|nic| Some((bodies::nic(nic), nic.tap.clone()?)));
-        let control = Box::new(Api::new(plan.vm_id.clone(), sockets, bodies::machine(plan), nic));
+        let control = Box::new(Api::new(plan, origin, sockets, folder.inside.clone()));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr }, identity: None })
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use microvm_protocol::cmdline::Machine as GuestMachine;
 use microvm_protocol::identity::DISK_SERIAL;
-use microvm_protocol::VSOCK_HOST_PORT;
+use microvm_protocol::VSOCK_PORT;
 use serde::Serialize;
 
 use crate::vmm::http::Call;
@@ -132,7 +132,7 @@ pub fn arguments(program: &Path, folder: &Path) -> Vec<String> {
 pub fn machine(plan: &LaunchPlan) -> Vec<Call> {
     let folder = plan.sockets.as_ref().map(|sockets| sockets.inside.clone()).unwrap_or_default();
     let guest = GuestMachine {
-        vsock_port: Some(VSOCK_HOST_PORT),
+        vsock_port: Some(VSOCK_PORT),
         drives: plan.drives.iter().map(|drive| drive.serial.to_owned()).collect(),
         power_off: false,
     };
@@ -230,7 +230,7 @@ mod tests {
     fn all() -> Vec<Call> {
         let connected = LaunchPlan { nic: Some(Nic::unplugged()), ..plan() };
         let folder = Path::new("/run");
-        let template = [create_snapshot(folder, Path::new("/vm/ram")), load_snapshot(folder, true)];
+        let template = [create_snapshot(folder, Path::new(crate::vmm::RAM_PLACE)), load_snapshot(folder, true)];
         let rest = [start(), pause(), resume(), flush_metrics(), limit_disk(&plan()).unwrap()];
         machine(&connected).into_iter().chain(rest).chain(template).collect()
     }

@@ -101,12 +101,7 @@ impl Vmm for Firecracker {
     }
 
     fn can_clone(&self, plan: &LaunchPlan) -> std::result::Result<(), String> {
-        if let Some(reason) = &plan.jail.no_proc {
-            return Err(format!("a clone's memory needs a /proc in its jail: {reason}"));
-        }
-        if !plan.jail.own_root {
-            return Err("a template names its files by their places in a root of its own".into());
-        }
+        plan.jail.has_fixed_places()?;
         match plan.nic {
             None => Ok(()),
             Some(_) => Err("Firecracker's templates have no network device: it knows none without a tap".into()),

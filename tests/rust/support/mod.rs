@@ -357,7 +357,7 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
     };
     let drives =
         vec![drive(CONFIG_SERIAL, DRIVE_BYTES as u64, Access::Read), drive(DISK_SERIAL, 64 << 20, Access::Write)];
-    image::write_config_drive(&identity, &path(CONFIG_SERIAL)).unwrap();
+    image::write_config_drive(&path(CONFIG_SERIAL), &identity.to_drive().unwrap()).unwrap();
     image::write_disk(&image.disk_template, &path(DISK_SERIAL)).unwrap();
     let plan = LaunchPlan {
         vm_id: id(name),

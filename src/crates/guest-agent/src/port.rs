@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,9 @@ use microvm_protocol::message::Started;
 use microvm_protocol::mux::{Incoming, Mux};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::{ProtocolError, SERIAL_PORT_NAME};
-use nix::sys::socket::{self, socket, AddressFamily, SockFlag, SockType, VsockAddr};
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::socket::{self, socket, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
 
 use crate::boot;
 
@@ -31,27 +33,41 @@ pub struct Port {
     reading: File,
     decoder: Decoder,
     handshake: GuestHandshake,
+    /// Where the host calls a clone that nobody tells that its template's connection is gone.
+    calls: Option<OwnedFd>,
 }
 
 /// Opens the transport.
 pub fn open(set_up_failed: bool) -> Result<Port, String> {
     let handshake = GuestHandshake::new(set_up_failed).map_err(|e| e.to_string())?;
-    let file = match boot::machine().vsock_port {
-        Some(port) => connect(port)?,
-        None => open_serial(SERIAL_PORT_NAME)?,
+    let (calls, file) = match boot::machine().vsock_port {
+        Some(port) => (Some(listen(port)?), connect(port)?),
+        None => (None, open_serial(SERIAL_PORT_NAME)?),
     };
     let reading = duplicate(&file)?;
-    Ok(Port { file, reading, decoder: Decoder::default(), handshake })
+    Ok(Port { file, reading, decoder: Decoder::default(), handshake, calls })
 }
 
 fn duplicate(file: &File) -> Result<File, String> {
     file.try_clone().map_err(|e| format!("dup: {e}"))
 }
 
+fn vsock() -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+}
+
+fn listen(port: u32) -> Result<OwnedFd, String> {
+    let failed = |e: nix::Error| format!("vsock port {port}: {e}");
+    let socket = vsock().map_err(failed)?;
+    socket::bind(socket.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port)).map_err(failed)?;
+    socket::listen(&socket, Backlog::new(1).map_err(failed)?).map_err(failed)?;
+    Ok(socket)
+}
+
 /// Connects to the host, which listens before it lets this guest boot.
 fn connect(port: u32) -> Result<File, String> {
     let failed = |e: nix::Error| format!("vsock port {port} of the host: {e}");
-    let socket = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;
+    let socket = vsock().map_err(failed)?;
     socket::connect(socket.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_HOST, port)).map_err(failed)?;
     Ok(File::from(socket))
 }
@@ -100,20 +116,47 @@ impl Port {
                         self.say_hello()?;
                     }
                 },
-                None => match (self.file.read(self.decoder.space()), boot::machine().vsock_port) {
-                    (Ok(length @ 1..), _) => self.decoder.filled(length),
-                    (Ok(_) | Err(_), Some(port)) => self.connect_again(port)?,
-                    (Ok(_), None) => return Err("handshake: the host closed the port".into()),
-                    (Err(error), None) => return Err(format!("handshake: {error}")),
-                },
+                None => self.hear()?,
             }
         }
+    }
+
+    /// Waits for more from the host, over whatever connection.
+    fn hear(&mut self) -> Result<(), String> {
+        if self.is_called()? {
+            return self.take_call();
+        }
+        match (self.file.read(self.decoder.space()), boot::machine().vsock_port) {
+            (Ok(length @ 1..), _) => self.decoder.filled(length),
+            (Ok(_) | Err(_), Some(port)) => self.connect_again(port)?,
+            (Ok(_), None) => return Err("handshake: the host closed the port".into()),
+            (Err(error), None) => return Err(format!("handshake: {error}")),
+        }
+        Ok(())
+    }
+
+    /// Waits for the host's next word; `true`: it comes by another connection.
+    fn is_called(&self) -> Result<bool, String> {
+        let Some(calls) = &self.calls else { return Ok(false) };
+        let mut waiting = [calls.as_fd(), self.file.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        match poll(&mut waiting, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => Ok(waiting[0].any().unwrap_or(false)),
+            Err(e) => Err(format!("poll: {e}")),
+        }
+    }
+
+    /// The connection that a clone inherited leads nowhere, even if it seems to be open.
+    fn take_call(&mut self) -> Result<(), String> {
+        let Some(calls) = &self.calls else { return Ok(()) };
+        let called = socket::accept4(calls.as_raw_fd(), SockFlag::SOCK_CLOEXEC).map_err(|e| format!("accept: {e}"))?;
+        // SAFETY: a new descriptor that nothing else has.
+        self.begin_anew(File::from(unsafe { OwnedFd::from_raw_fd(called) }))
     }
 
     /// A clone wakes up without the connection that its template had.
     fn connect_again(&mut self, port: u32) -> Result<(), String> {
         let begun = Instant::now();
-        self.file = loop {
+        let file = loop {
             match connect(port) {
                 Ok(file) => break file,
                 Err(error) if begun.elapsed() > PORT_DEADLINE => return Err(error),
@@ -121,14 +164,19 @@ impl Port {
                 Err(_) => std::thread::sleep(Duration::from_millis(1)),
             }
         };
-        self.reading = duplicate(&self.file)?;
+        self.begin_anew(file)
+    }
+
+    fn begin_anew(&mut self, file: File) -> Result<(), String> {
+        self.reading = duplicate(&file)?;
+        self.file = file;
         self.decoder = Decoder::default();
         self.say_hello()
     }
 
     /// Has the host prove the key.
     pub fn take_offer(self, offer: &[u8], identity: &Identity) -> Result<Half, String> {
-        let Self { file, reading, decoder, handshake } = self;
+        let Self { file, reading, decoder, handshake, .. } = self;
         let offered = handshake.receive(offer, &identity.key, &identity.ephemeral).map_err(failed)?;
         Ok(Half { file, reading, decoder, offered })
     }
@@ -293,7 +341,8 @@ impl Link {
     pub fn port(&self) -> Result<Port, String> {
         let dup = || self.reading.try_clone().map_err(|e| format!("dup: {e}"));
         let (file, reading) = (dup()?, dup()?);
-        Ok(Port { file, reading, decoder: Decoder::default(), handshake: GuestHandshake::new(false).map_err(failed)? })
+        let handshake = GuestHandshake::new(false).map_err(failed)?;
+        Ok(Port { file, reading, decoder: Decoder::default(), handshake, calls: None })
     }
 
     /// What the host says next; `None` when it closed the port.

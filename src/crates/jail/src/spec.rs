@@ -100,6 +100,8 @@ pub enum Access {
     Device,
     /// A folder for sockets: they can be made and removed in it, and what else is in it read and written; no file can be made.
     Sockets,
+    /// As `Sockets`, and files can be made in it.
+    Folder,
 }
 
 impl Visible {

@@ -237,19 +237,22 @@ fn test_rust_vmms_make_unix_sockets_and_no_others() {
 }
 
 #[test]
-fn test_folder_for_sockets_takes_sockets_alone() {
-    let folder = std::env::temp_dir().join(format!("jail-sockets-{}", std::process::id()));
-    std::fs::create_dir(&folder).unwrap();
-    std::fs::write(folder.join("there"), "old\n").unwrap();
-    let text =
-        "read was </run/there; echo $was; echo new >/run/there; read is </run/there; echo $is; echo x >/run/made";
-    let Some(mut spec) = script(text) else { return };
-    spec.files.push(file(&folder.display().to_string(), "/run", Access::Sockets));
-    let outcome = run(spec);
-    let made = folder.join("made").exists();
-    std::fs::remove_dir_all(&folder).unwrap();
-    assert!(outcome.output.starts_with("old\nnew\n"), "{}", outcome.output);
-    assert!(outcome.output.contains("/run/made: Permission denied") && !made, "{}", outcome.output);
+fn test_folder_for_sockets_takes_files_only_where_it_is_said() {
+    for (access, takes_files) in [(Access::Sockets, false), (Access::Folder, true)] {
+        let folder = std::env::temp_dir().join(format!("jail-sockets-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("there"), "old\n").unwrap();
+        let text =
+            "read was </run/there; echo $was; echo new >/run/there; read is </run/there; echo $is; echo x >/run/made";
+        let Some(mut spec) = script(text) else { return std::fs::remove_dir_all(&folder).unwrap() };
+        spec.files.push(file(&folder.display().to_string(), "/run", access));
+        let outcome = run(spec);
+        let made = folder.join("made").exists();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert!(outcome.output.starts_with("old\nnew\n"), "{}", outcome.output);
+        assert_eq!(made, takes_files, "{}", outcome.output);
+        assert_eq!(outcome.output.contains("/run/made: Permission denied"), !takes_files, "{}", outcome.output);
+    }
 }
 
 #[test]

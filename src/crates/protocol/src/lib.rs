@@ -46,8 +46,8 @@ pub const GENERATION_MIN: u8 = 1;
 /// The newest generation of the wire format that this build speaks.
 pub const GENERATION_MAX: u8 = 1;
 
-/// The vsock port on the host (CID 2) to which an agent connects.
-pub const VSOCK_HOST_PORT: u32 = 5005;
+/// The vsock port on the host (CID 2) to which an agent connects, and at which a guest without an identity listens.
+pub const VSOCK_PORT: u32 = 5005;
 /// The name of the agent's virtio-serial port, as it appears in `/sys/class/virtio-ports/*/name`.
 pub const SERIAL_PORT_NAME: &str = "microvm.agent";
 /// The name of the port by which a guest without a config drive hears who it is.

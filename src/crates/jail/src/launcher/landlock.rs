@@ -59,6 +59,7 @@ fn rights(access: Access, is_dir: bool) -> BitFlags<AccessFs> {
         Access::Write => read | AccessFs::WriteFile | AccessFs::Truncate,
         Access::Device => read | AccessFs::WriteFile | AccessFs::IoctlDev,
         Access::Sockets => read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeSock | AccessFs::RemoveFile,
+        Access::Folder => rights(Access::Sockets, is_dir) | AccessFs::MakeReg,
     }
 }
 
@@ -73,6 +74,7 @@ pub fn would_deny(files: &[Visible], path: &Path, flags: i32) -> bool {
     let allows = |access: Access| match access {
         Access::Read | Access::Execute => !is_write(flags),
         Access::Write | Access::Device | Access::Sockets => path.exists(),
+        Access::Folder => true,
     };
     !files.iter().any(|file| path.starts_with(&file.inside) && allows(file.access))
 }

@@ -100,7 +100,7 @@ fn restrictions(access: Access) -> MsFlags {
     match access {
         Access::Read => always | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY,
         Access::Execute => always | MsFlags::MS_NODEV | MsFlags::MS_RDONLY,
-        Access::Write | Access::Sockets => always | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        Access::Write | Access::Sockets | Access::Folder => always | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
         // Read-only mounts do not keep device nodes from being written to, only from being changed.
         Access::Device => always | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY,
     }
