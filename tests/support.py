@@ -1,6 +1,9 @@
 """What the tests share: small VMs, waiting with a deadline, and a look at what a VM leaves on the host."""
 
+import contextlib
+import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +11,7 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import (
@@ -20,6 +23,8 @@ from thirstys_waterfall.security.microvm_isolation import (
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(package.__file__).resolve().parent / "_data"
+# The code of the description, by the title of its section.
+BLOCKS = dict(re.findall(r"^### ([^\n]+)\n+```python\n(.*?)^```", (ROOT / "tests" / "mission_blocks.md").read_text(), re.M | re.S))
 IMPORT = "thirstys_waterfall.security.microvm_isolation"
 
 
@@ -77,6 +82,16 @@ def run_python(code: str, timeout: float = 120.0, **options: Any) -> "subprocess
         timeout=timeout,
         **options,
     )
+
+
+def play(code: str, **names: Any) -> Tuple[Dict[str, Any], str]:
+    """Run a block where these names are known, and the package's; returns its names and what it printed."""
+    space: Dict[str, Any] = {name: getattr(package, name) for name in package.__all__}
+    space.update(names)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "a block of the description", "exec"), space)
+    return space, printed.getvalue()
 
 
 def find_tool(name: str) -> Optional[str]:

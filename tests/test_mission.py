@@ -1,43 +1,25 @@
 """Every code block of the description, as written, on real VMs."""
 
-import contextlib
-import io
-import re
-from pathlib import Path
-from typing import Any, Dict
-
 from thirstys_waterfall.security import microvm_isolation as package
 
-from .support import VMTestCase
-
-TEXT = (Path(__file__).parent / "mission_blocks.md").read_text()
-BLOCKS = dict(re.findall(r"^### ([^\n]+)\n+```python\n(.*?)^```", TEXT, re.M | re.S))
+from .support import BLOCKS, VMTestCase, play
 
 
 class Mission(VMTestCase):
     config = {"max_vcpus": 16, "max_memory_mb": 8192}
 
-    def play(self, title: str, **names: Any) -> "tuple[Dict[str, Any], str]":
-        """Run a block where the names of the blocks before it are known; returns its names and what it printed."""
-        space: Dict[str, Any] = {name: getattr(package, name) for name in package.__all__}
-        space.update(names)
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(BLOCKS[title], title, "exec"), space)
-        return space, printed.getvalue()
-
     def test_blocks_are_all_there(self) -> None:
         self.assertEqual(len(BLOCKS), 8, list(BLOCKS))
 
     def test_basic_example_renders_and_leaves_nothing(self) -> None:
-        space, printed = self.play("Basic Example")
+        space, printed = play(BLOCKS["Basic Example"])
         self.assertEqual(space["response"]["status"], "ok")
         self.assertEqual(space["response"]["result"]["url"], "about:blank")
         self.assertIn("VM State: running", printed)
         self.assertEqual(space["manager"].list_vms(), [])
 
     def test_advanced_example_is_created_and_its_start_names_what_is_missing(self) -> None:
-        space, _ = self.play("Advanced Example", manager=self.manager)
+        space, _ = play(BLOCKS["Advanced Example"], manager=self.manager)
         self.assertIn("extension", space["vm_id"])
         self.assertFalse(self.manager.start_vm(space["vm_id"]))
         self.assertEqual(self.manager.last_error.code, "image_unreadable")
@@ -45,27 +27,27 @@ class Mission(VMTestCase):
 
     def test_resource_management_prints_the_numbers(self) -> None:
         self.running()
-        _, printed = self.play("Resource Management", manager=self.manager)
+        _, printed = play(BLOCKS["Resource Management"], manager=self.manager)
         self.assertIn("vCPUs allocated: 1/15", printed)
         self.assertIn("VMs by state: {'running': 1}", printed)
 
     def test_health_monitoring_prints_real_metrics(self) -> None:
         vm = self.running()
-        space, printed = self.play("Health Monitoring", manager=self.manager, vm_id=vm.vm_id)
+        space, printed = play(BLOCKS["Health Monitoring"], manager=self.manager, vm_id=vm.vm_id)
         self.assertIn("Healthy VMs: 1", printed)
         self.assertIn("Status: healthy", printed)
         self.assertGreater(space["metrics"].memory_usage_mb, 10)
 
     def test_communication_channel_is_answered(self) -> None:
         vm = self.running()
-        space, _ = self.play("Communication Channel", vm_id=vm.vm_id)
+        space, _ = play(BLOCKS["Communication Channel"], vm_id=vm.vm_id)
         self.assertEqual(space["response"]["error"]["code"], "network_isolated")
 
     def test_configuration_blocks_are_accepted(self) -> None:
-        space, _ = self.play("Manager Configuration")
+        space, _ = play(BLOCKS["Manager Configuration"])
         manager = package.MicroVMIsolationManager(space["config"])
         self.assertEqual(manager._max_memory_mb, 8192)
-        space, _ = self.play("Resource Limits")
+        space, _ = play(BLOCKS["Resource Limits"])
         self.assertEqual(space["limits"].disk_size_mb, 2048)
-        space, _ = self.play("Network Configuration")
+        space, _ = play(BLOCKS["Network Configuration"])
         self.assertEqual(space["network"].mac_address, "52:54:00:12:34:56")

@@ -4,15 +4,16 @@ Binaries are looked up in the folder that ``MICROVM_TEST_BIN`` names, then on ``
 separated by commas) leaves others out. A backend that cannot run here is skipped, with doctor's reason.
 """
 
+import contextlib
 import os
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, Iterator, Optional, Type
 
 from thirstys_waterfall.security.microvm_isolation import VMBackend, doctor
 
-from ..support import VMTestCase, make_rootfs
+from ..support import BLOCKS, DATA, VMTestCase, make_rootfs
 
 BINARIES = {
     VMBackend.QEMU: ("qemu_binary", "qemu-system-x86_64"),
@@ -32,15 +33,22 @@ def config(backend: VMBackend) -> Dict[str, Any]:
     return settings
 
 
-def told_of(backend: VMBackend) -> Dict[str, Any]:
-    """What doctor tells of this backend; it looks on ``PATH`` alone."""
+@contextlib.contextmanager
+def on_path() -> Iterator[None]:
+    """With the binaries on ``PATH``."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("MICROVM_TEST_BIN"), before]))
     try:
-        told: Dict[str, Any] = next(entry for entry in doctor()["backends"] if entry["backend"] == backend.value)
-        return told
+        yield
     finally:
         os.environ["PATH"] = before
+
+
+def told_of(backend: VMBackend) -> Dict[str, Any]:
+    """What doctor tells of this backend; it looks on ``PATH`` alone."""
+    with on_path():
+        told: Dict[str, Any] = next(entry for entry in doctor()["backends"] if entry["backend"] == backend.value)
+        return told
 
 
 def why_not(backend: VMBackend) -> Optional[str]:
@@ -56,6 +64,12 @@ class BackendTestCase(VMTestCase):
     """Tests on one backend."""
 
     backend: VMBackend
+
+    def block(self, title: str) -> str:
+        """A block of the description, unchanged but for the backend's name and where the files of it are."""
+        code = BLOCKS[title].replace('"QEMU"', '"{}"'.format(self.backend.name))
+        code = code.replace("VMBackend.FIRECRACKER", "VMBackend.{}".format(self.backend.name))
+        return code.replace("/path/to/custom/kernel", str(DATA / "vmlinux"))
 
     @classmethod
     def setUpClass(cls) -> None:

@@ -4,9 +4,9 @@ import subprocess
 import unittest
 from pathlib import Path
 
-from thirstys_waterfall.security.microvm_isolation import IsolationType, VMNetworkConfig, VMResourceLimits, doctor
+from thirstys_waterfall.security.microvm_isolation import VMNetworkConfig, doctor
 
-from ..support import DATA, eventually, find_tool, limits, shell
+from ..support import eventually, find_tool, limits, play, shell
 from .case import BackendTestCase, for_each_backend, load_made
 
 
@@ -41,28 +41,10 @@ class Connected(BackendTestCase):
         self.assertIn("rate 8Mbit", shown)
 
     def test_advanced_example_of_the_description(self) -> None:
-        vm_id = self.manager.create_vm(
-            isolation_type=IsolationType.EXTENSION,
-            resource_limits=VMResourceLimits(
-                vcpu_count=1,
-                memory_mb=512,
-                disk_size_mb=1024,
-                network_bandwidth_mbps=100,
-                max_file_handles=1024,
-                max_processes=128,
-            ),
-            backend=self.backend,
-            network_config=VMNetworkConfig(
-                tap_device="tap0",
-                ip_address="192.168.100.10",
-                gateway="192.168.100.1",
-                dns_servers=["8.8.8.8", "8.8.4.4"],
-                isolated_network=False,
-            ),
-            kernel_path=str(DATA / "vmlinux"),
-            rootfs_path=str(self.rootfs()),
-        )
-        vm = self.manager.get_vm(vm_id)
+        code = self.block("Advanced Example").replace("/path/to/custom/rootfs.ext4", str(self.rootfs()))
+        space, _ = play(code, manager=self.manager)
+        vm = self.manager.get_vm(space["vm_id"])
+        self.assertEqual(vm.get_info()["backend"], self.backend.value)
         self.assertTrue(vm.start(), vm.last_error)
         told = self.result(vm, "exec", shell("cat /etc/made-by; ulimit -n"))["stdout"].split()
         self.assertEqual(told, ["tests", "1024"])
