@@ -179,7 +179,7 @@ network-bench: installed
 # Random faults on VMS VMs under load for SECONDS, a small tmpfs that fills up below them, some with a network; SEED.
 chaos: installed
 	@mkdir -p $(BUILD)/chaos
-	unshare --net --mount sh -c 'mount -t tmpfs -o size=$$((64 + 12 * $(or $(VMS),50)))m tmpfs $(BUILD)/chaos && \
+	unshare --net --mount sh -c 'mount -t tmpfs -o size=$$((128 + 12 * $(or $(VMS),50)))m tmpfs $(BUILD)/chaos && \
 	    TMPDIR=$(BUILD)/chaos exec $(BUILD)/venv-demo/bin/python tests/chaos/storm.py --connected --fill \
 	    --seconds $(or $(SECONDS),1800) --vms $(or $(VMS),50) $(if $(SEED),--seed $(SEED))'
 

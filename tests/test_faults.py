@@ -9,7 +9,7 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict, List
 
-from .support import IMPORT, VMTestCase, eventually, find_tool, run_python, shell
+from .support import IMPORT, VMTestCase, eventually, find_tool, limits, run_python, shell
 
 HEAD = """
 import os, sys
@@ -20,7 +20,7 @@ config = {{"default_memory_mb": 128, "default_disk_size_mb": 64, "health_interva
 
 @unittest.skipUnless(os.geteuid() == 0, "needs root to mount a small file system")
 class SmallDisk(VMTestCase):
-    """The runtime folder on a file system that fills up."""
+    """The VMs' disks on a file system that fills up."""
 
     def setUp(self) -> None:
         folder = tempfile.mkdtemp()
@@ -29,7 +29,8 @@ class SmallDisk(VMTestCase):
         self.disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m,mode=700", "tmpfs", str(self.disk)], check=True)
         self.addCleanup(subprocess.run, ["umount", "-l", str(self.disk)], check=True)
-        self.config = {"runtime_dir": str(self.disk / "run"), "health_interval_s": 0.3}
+        # No template: it would not fit.
+        self.config = {"cache_dir": str(self.disk / "cache"), "templates": False, "health_interval_s": 0.3}
         super().setUp()
 
     def fill(self) -> Path:
@@ -48,7 +49,7 @@ class SmallDisk(VMTestCase):
         self.assertFalse(vm.start())
         self.assertIn("No space left", str(vm.last_error))
         self.assertEqual(vm.get_state().value, "error")
-        self.assertEqual([path.name for path in (self.disk / "run").glob("*")], [])
+        self.assertEqual(list((self.disk / "cache" / "disks").glob("*")), [])
         fill.unlink()
         self.assertTrue(vm.start(), vm.last_error)
 
@@ -67,6 +68,25 @@ class SmallDisk(VMTestCase):
         # Another VM's files need room, too; then both have it.
         fill.unlink()
         self.assertEqual(self.result(vm, "exec", write)["exit_code"], 0)
+
+
+@unittest.skipUnless(os.geteuid() == 0, "needs root to mount a file system in memory")
+class RuntimeInMemory(VMTestCase):
+    """The runtime folder where most hosts have it, on a tmpfs: what is written there is the VMM's own memory."""
+
+    def setUp(self) -> None:
+        folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, str(folder))
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", str(folder)], check=True)
+        self.addCleanup(subprocess.run, ["umount", "-l", str(folder)], check=True)
+        self.config = {"runtime_dir": str(folder / "run")}
+        super().setUp()
+
+    def test_guest_may_fill_a_disk_that_is_larger_than_its_vmms_memory(self) -> None:
+        vm = self.running(resource_limits=limits(disk_size_mb=1024))
+        write = shell("dd if=/dev/zero of=/data/f bs=1M count=600 conv=fsync 2>&1", timeout=120)
+        self.assertEqual(vm.send_command("exec", write, timeout=130)["result"]["exit_code"], 0, vm.last_error)
+        self.assertEqual(self.result(vm, "ping"), "pong")
 
 
 class Folders(VMTestCase):

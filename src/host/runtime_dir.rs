@@ -5,17 +5,21 @@
 //!   <vm_id>/             0700
 //!     lock               flock'ed by the owning process for as long as the VM exists
 //!     sock               the broker
-//!     config, disk       the VM's drives
+//!     config             what tells the guest who it is, for a VMM without ports
 //!     cgroups            the folders of the VM's control groups
+//! <disks>/               0700, on a real file system: the base is memory on most hosts, and would be the VMM's own
+//!   <base>-<vm_id>       the VM's disk; <base> stands for that folder
 //! ```
-//! A directory whose lock nobody holds belonged to a process that died; whoever finds it removes it.
+//! A directory whose lock nobody holds belonged to a process that died; whoever finds it removes it, and its disk.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
 
 use super::cgroup;
 use super::fork::{self, Concealed};
@@ -50,10 +54,30 @@ pub fn socket_path(base: &Path, vm_id: &VmId) -> PathBuf {
     base.join(vm_id.as_str()).join(SOCKET)
 }
 
-/// One VM's directory; removed with all it holds when dropped.
+/// The folders of all VMs of a manager.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Folders {
+    pub base: PathBuf,
+    pub disks: PathBuf,
+}
+
+impl Folders {
+    /// What the names of this base's disks begin with: other bases have theirs in the same folder.
+    fn prefix(&self) -> String {
+        let hash = blake3::hash(self.base.as_os_str().as_bytes()).to_hex();
+        format!("{}-", &hash[..8])
+    }
+
+    fn disk(&self, vm_id: &str) -> PathBuf {
+        self.disks.join(self.prefix() + vm_id)
+    }
+}
+
+/// One VM's directory and disk; removed with all it holds when dropped.
 #[derive(Debug)]
 pub struct VmDir {
     path: PathBuf,
+    disk: PathBuf,
     _concealed: Concealed,
     lock: Option<Flock<File>>,
 }
@@ -64,8 +88,10 @@ impl VmDir {
     /// # Errors
     /// [`Error::VmIdTaken`] when a living process holds it, [`Error::Host`] when the base is not ours or not writable,
     /// [`Error::InvalidValue`] when a socket's path would not fit in it.
-    pub fn create(base: &Path, vm_id: &VmId) -> Result<Self> {
+    pub fn create(folders: &Folders, vm_id: &VmId) -> Result<Self> {
+        let Folders { base, disks } = folders;
         private_dir::ensure(base, "runtime_dir")?;
+        private_dir::ensure(disks, "cache_dir")?;
         let path = base.join(vm_id.as_str());
         let socket = socket_path(base, vm_id);
         if socket.as_os_str().len() > MAX_SOCKET_PATH {
@@ -82,7 +108,9 @@ impl VmDir {
         // Remains of a dead owner, if any: everything but the lock that we now hold.
         cgroup::sweep(&path.join(GROUPS));
         clear(&path).map_err(|error| Error::host("clear", path.display(), error))?;
-        Ok(Self { path, _concealed: fork::conceal(&*lock), lock: Some(lock) })
+        let disk = folders.disk(vm_id.as_str());
+        remove_disk(&disk).map_err(|error| Error::host("remove", disk.display(), error))?;
+        Ok(Self { path, disk, _concealed: fork::conceal(&*lock), lock: Some(lock) })
     }
 
     /// The directory's lock; `None` when a living process holds it.
@@ -103,6 +131,12 @@ impl VmDir {
         &self.path
     }
 
+    /// Where its disk is to be.
+    #[must_use]
+    pub fn disk(&self) -> &Path {
+        &self.disk
+    }
+
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.path.join(SOCKET)
@@ -112,19 +146,21 @@ impl VmDir {
     ///
     /// # Errors
     /// As [`VmDir::create`]'s; nothing has changed then.
-    pub fn rename(&mut self, base: &Path, vm_id: &VmId) -> Result<()> {
-        let new = Self::create(base, vm_id)?;
+    pub fn rename(&mut self, folders: &Folders, vm_id: &VmId) -> Result<()> {
+        let new = Self::create(folders, vm_id)?;
         for entry in fs::read_dir(&self.path).into_iter().flatten().flatten().filter(|entry| entry.file_name() != LOCK)
         {
             let (from, to) = (entry.path(), new.path.join(entry.file_name()));
             fs::rename(&from, &to).map_err(|error| Error::host("rename", from.display(), error))?;
         }
+        fs::rename(&self.disk, &new.disk).map_err(|error| Error::host("rename", self.disk.display(), error))?;
         // The old directory goes, with what is left of it: its lock.
         *self = new;
         Ok(())
     }
 
     fn remove(&mut self) -> std::io::Result<()> {
+        remove_disk(&self.disk)?;
         clear(&self.path)?;
         let _turn = self.path.parent().map(|base| lock::turn(base, FlockArg::LockExclusive)).transpose()?;
         fs::remove_dir_all(&self.path)?;
@@ -138,6 +174,13 @@ impl Drop for VmDir {
         if let Err(error) = self.remove() {
             log::warn!("{}: could not be removed: {error}", self.path.display());
         }
+    }
+}
+
+fn remove_disk(path: &Path) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 
@@ -159,7 +202,8 @@ fn clear(path: &Path) -> std::io::Result<()> {
 /// # Errors
 /// None: what cannot be looked at is left alone and logged.
 #[must_use]
-pub fn sweep(base: &Path) -> Vec<String> {
+pub fn sweep(folders: &Folders) -> Vec<String> {
+    let base = &folders.base;
     let mut swept = Vec::new();
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -182,7 +226,24 @@ pub fn sweep(base: &Path) -> Vec<String> {
             Err(error) => log::debug!("{}: not looked at: {error}", path.display()),
         }
     }
+    sweep_disks(folders);
     swept
+}
+
+/// Removes the disks whose VMs have no directory any more; where the base is memory, none has after the host's next start.
+fn sweep_disks(folders: &Folders) {
+    let prefix = folders.prefix();
+    for entry in fs::read_dir(&folders.disks).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(vm_id) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else { continue };
+        // The directory is there before the disk is, and goes after it.
+        if folders.base.join(vm_id).exists() {
+            continue;
+        }
+        if let Err(error) = remove_disk(&entry.path()) {
+            log::warn!("{}: stale, but could not be removed: {error}", entry.path().display());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -190,68 +251,87 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    fn base(name: &str) -> PathBuf {
+    /// Both below one folder, which [`end`] removes when nothing is left in them.
+    fn begin(name: &str) -> Folders {
         let path = std::env::temp_dir().join(format!("rtdir-{}-{name}", std::process::id()));
         drop(fs::remove_dir_all(&path));
-        path
+        Folders { base: path.join("run"), disks: path.join("disks") }
+    }
+
+    fn end(folders: &Folders) {
+        fs::remove_dir(&folders.base).unwrap();
+        fs::remove_dir(&folders.disks).unwrap();
+        fs::remove_dir(folders.base.parent().unwrap()).unwrap();
+    }
+
+    fn made(folders: &Folders, name: &str) -> VmDir {
+        let dir = VmDir::create(folders, &VmId::parse(name).unwrap()).unwrap();
+        fs::write(dir.disk(), b"x").unwrap();
+        dir
     }
 
     #[test]
     fn test_create_twice_says_taken_and_drop_removes() {
-        let base = base("taken");
-        let id = VmId::parse("a").unwrap();
-        let first = VmDir::create(&base, &id).unwrap();
-        assert_eq!(VmDir::create(&base, &id).unwrap_err().code(), "vm_id_taken");
+        let folders = begin("taken");
+        let first = made(&folders, "a");
+        assert_eq!(VmDir::create(&folders, &VmId::parse("a").unwrap()).unwrap_err().code(), "vm_id_taken");
+        assert!(first.disk().exists());
         drop(first);
-        assert!(!base.join("a").exists());
-        fs::remove_dir(&base).unwrap();
+        end(&folders);
     }
 
     #[test]
     fn test_rename_takes_the_files_along() {
-        let base = base("rename");
-        let mut dir = VmDir::create(&base, &VmId::parse("old").unwrap()).unwrap();
-        fs::write(dir.path().join("disk"), b"x").unwrap();
-        dir.rename(&base, &VmId::parse("new").unwrap()).unwrap();
-        assert_eq!((base.join("old").exists(), fs::read(base.join("new/disk")).unwrap()), (false, b"x".to_vec()));
-        assert_eq!(VmDir::create(&base, &VmId::parse("new").unwrap()).unwrap_err().code(), "vm_id_taken");
+        let folders = begin("rename");
+        let mut dir = made(&folders, "old");
+        fs::write(dir.path().join("config"), b"y").unwrap();
+        dir.rename(&folders, &VmId::parse("new").unwrap()).unwrap();
+        assert!(!folders.base.join("old").exists());
+        assert_eq!(fs::read(folders.base.join("new/config")).unwrap(), b"y");
+        assert_eq!((fs::read(dir.disk()).unwrap(), fs::read_dir(&folders.disks).unwrap().count()), (b"x".to_vec(), 1));
+        assert_eq!(VmDir::create(&folders, &VmId::parse("new").unwrap()).unwrap_err().code(), "vm_id_taken");
         drop(dir);
-        fs::remove_dir(&base).unwrap();
+        end(&folders);
     }
 
     #[test]
     fn test_sweep_removes_only_what_nobody_holds() {
-        let base = base("sweep");
-        let held = VmDir::create(&base, &VmId::parse("held").unwrap()).unwrap();
-        fs::create_dir(base.join("stale")).unwrap();
-        fs::write(base.join("stale/disk"), b"x").unwrap();
-        assert_eq!(sweep(&base), ["stale"]);
-        assert!(held.path().exists());
+        let folders = begin("sweep");
+        let held = made(&folders, "held");
+        fs::create_dir(folders.base.join("stale")).unwrap();
+        for stale in ["stale", "gone"] {
+            fs::write(folders.disk(stale), b"x").unwrap();
+        }
+        let others = Folders { base: "/run/others".into(), ..folders.clone() }.disk("stale");
+        fs::write(&others, b"x").unwrap();
+        assert_eq!(sweep(&folders), ["stale"]);
+        assert!(held.path().exists() && held.disk().exists() && others.exists());
+        assert_eq!(fs::read_dir(&folders.disks).unwrap().count(), 2);
         drop(held);
-        fs::remove_dir(&base).unwrap();
+        fs::remove_file(others).unwrap();
+        end(&folders);
     }
 
     #[test]
     fn test_directories_are_made_in_the_midst_of_sweeps() {
         use std::sync::atomic::{AtomicBool, Ordering};
 
-        let base = base("midst");
+        let folders = begin("midst");
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let sweeper = scope.spawn(|| {
                 let mut swept = Vec::new();
                 while !over.load(Ordering::Relaxed) {
-                    swept.extend(sweep(&base));
+                    swept.extend(sweep(&folders));
                 }
                 swept
             });
             let makers: Vec<_> = (0..2)
                 .map(|maker| {
-                    let base = &base;
+                    let folders = &folders;
                     scope.spawn(move || {
                         for _ in 0..500 {
-                            let dir = VmDir::create(base, &VmId::parse(&format!("vm{maker}")).unwrap()).unwrap();
-                            fs::write(dir.path().join("disk"), b"x").unwrap();
+                            assert!(made(folders, &format!("vm{maker}")).disk().exists());
                         }
                     })
                 })
@@ -261,15 +341,18 @@ mod tests {
             assert!(made.iter().all(|maker| maker.is_ok()));
             assert_eq!(sweeper.join().unwrap(), Vec::<String>::new());
         });
-        fs::remove_dir(&base).unwrap();
+        end(&folders);
     }
 
     #[test]
     fn test_create_in_an_open_base_is_refused() {
-        let base = base("open");
-        fs::create_dir(&base).unwrap();
-        fs::set_permissions(&base, fs::Permissions::from_mode(0o755)).unwrap();
-        assert_eq!(VmDir::create(&base, &VmId::parse("a").unwrap()).unwrap_err().code(), "host_error");
-        fs::remove_dir(&base).unwrap();
+        for open in 0..2 {
+            let folders = begin("open");
+            let folder = [&folders.base, &folders.disks][open];
+            fs::create_dir_all(folder).unwrap();
+            fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+            assert_eq!(VmDir::create(&folders, &VmId::parse("a").unwrap()).unwrap_err().code(), "host_error");
+            fs::remove_dir_all(folder.parent().unwrap()).unwrap();
+        }
     }
 }

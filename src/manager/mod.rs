@@ -19,8 +19,9 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use crate::error::{Error, Result};
 use crate::host::memory::{self, HostMemory};
+use crate::host::runtime_dir::{self, Folders};
 use crate::host::zygote::Zygotes;
-use crate::host::{clock, private_dir, runtime_dir};
+use crate::host::{clock, private_dir};
 use crate::image::template::{self, Digests, Shelf, Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
@@ -122,7 +123,10 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
     };
     let zygotes = (config.jail != JailMode::Strict).then(|| Arc::new(Zygotes::new(&image.zygote)));
     Settings {
-        base: config.runtime_dir.as_ref().map_or_else(runtime_dir::default_base, PathBuf::from),
+        folders: Folders {
+            base: config.runtime_dir.as_ref().map_or_else(runtime_dir::default_base, PathBuf::from),
+            disks: cache.join("disks"),
+        },
         image,
         templates: config.templates.then(|| Arc::new(Store::new(&cache, limits))),
         snapshots: Arc::new(Shelf::snapshots(&cache)),
@@ -188,14 +192,14 @@ impl Manager {
     /// Removes what dead processes left, begins to clean up, to make the templates that are to be prepared and to fill
     /// the pool; nothing when it runs already.
     pub async fn start(self: &Arc<Self>) {
-        let (base, templates) = (self.settings.base.clone(), self.settings.templates.clone());
+        let (folders, templates) = (self.settings.folders.clone(), self.settings.templates.clone());
         let shelves = [self.settings.snapshots.clone(), self.settings.suspended.clone()];
         let sweep = move || {
             shelves.iter().for_each(|shelf| shelf.clean_up());
             if let Some(templates) = templates {
                 templates.clean_up();
             }
-            janitor::sweep(&base)
+            janitor::sweep(&folders)
         };
         match tokio::task::spawn_blocking(sweep).await {
             Ok(swept) if !swept.is_empty() => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),

@@ -270,9 +270,9 @@ impl Launching {
     /// Makes what stands by the VM of `spec`, whose guest has not yet looked who it is.
     pub async fn rename(mut self, spec: &Spec, settings: &Settings) -> Result<Self> {
         let begun = Instant::now();
-        let (vm_id, base) = (spec.vm_id.clone(), settings.base.clone());
+        let (vm_id, folders) = (spec.vm_id.clone(), settings.folders.clone());
         let renaming = tokio::task::spawn_blocking(move || {
-            self.dir.rename(&base, &vm_id)?;
+            self.dir.rename(&folders, &vm_id)?;
             self.identity = prepare::identity(&vm_id, &self.limits, None, Ids::generate()?)?;
             self.plan.vm_id = vm_id;
             self.progress = Progress::since(begun, "take");

@@ -11,8 +11,6 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use microvm_protocol::identity::DISK_SERIAL;
-
 use super::prepare::prepare;
 use super::running::Running;
 use super::template::fit;
@@ -56,7 +54,7 @@ impl Copy {
 
     /// Copies the rest of a VM whose vCPUs stand still.
     pub async fn take(self, running: &Running) -> Result<()> {
-        let disk = running.file(DISK_SERIAL).ok_or_else(|| Error::host("copy", "a VM", "its files are gone"))?;
+        let disk = running.disk().ok_or_else(|| Error::host("copy", "a VM", "its files are gone"))?;
         let path = self.dir.join(STATE);
         let state = File::options()
             .write(true)

@@ -19,7 +19,8 @@ use super::confine::LEASES;
 use super::{network, Settings};
 use crate::error::{Error, Result};
 use crate::host::fork::{self, Concealed};
-use crate::host::{lease, process, runtime_dir};
+use crate::host::runtime_dir::{self, Folders};
+use crate::host::{lease, process};
 use crate::image::template;
 
 /// How long a process that closes its descriptors may take to be gone.
@@ -31,7 +32,7 @@ const PASSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Durat
 /// The folders that the VMs of one manager have in use.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 struct Places {
-    runtime_dir: PathBuf,
+    folders: Folders,
     templates: Option<PathBuf>,
     /// Of snapshots and suspended VMs.
     shelves: Vec<PathBuf>,
@@ -48,11 +49,11 @@ struct Kept {
 
 static KEPT: Mutex<Option<Kept>> = Mutex::new(None);
 
-/// Removes what dead processes left in and for `runtime_dir`; returns the names of their VMs. Blocking.
+/// Removes what dead processes left in and for `folders`; returns the names of their VMs. Blocking.
 #[must_use]
-pub fn sweep(runtime_dir: &Path) -> Vec<String> {
+pub fn sweep(folders: &Folders) -> Vec<String> {
     // First: it ends the VMMs, and a tap is somebody's as long as its VMM lives.
-    let swept = runtime_dir::sweep(runtime_dir);
+    let swept = runtime_dir::sweep(folders);
     network::sweep();
     lease::sweep(Path::new(LEASES));
     swept
@@ -63,7 +64,7 @@ pub fn sweep(runtime_dir: &Path) -> Vec<String> {
 pub fn keep(settings: &Settings) {
     let templates = settings.templates.as_ref().map(|store| store.folder().to_owned());
     let shelves = [&settings.snapshots, &settings.suspended].map(|shelf| shelf.folder().to_owned()).into();
-    let places = Places { runtime_dir: settings.base.clone(), templates, shelves };
+    let places = Places { folders: settings.folders.clone(), templates, shelves };
     let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
     let told = try_keep(&mut kept, &settings.image.janitor, places);
     drop(kept);
@@ -124,8 +125,8 @@ pub fn serve() -> Result<()> {
     master.ended_within(DEATH);
     for pause in PASSES {
         std::thread::sleep(pause);
-        for Places { runtime_dir, templates, shelves } in &places {
-            let swept = sweep(runtime_dir);
+        for Places { folders, templates, shelves } in &places {
+            let swept = sweep(folders);
             log::debug!("removed {}", swept.join(", "));
             if let Some(templates) = templates {
                 template::remove_unfinished(templates);

@@ -31,6 +31,7 @@ use tokio::sync::{watch, Semaphore};
 
 use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
+use crate::host::runtime_dir::Folders;
 use crate::host::zygote::Zygotes;
 use crate::host::{clock, process};
 use crate::image::template::{Digests, Shelf, Store};
@@ -70,7 +71,7 @@ pub struct Spec {
 /// What the VMs of one manager have in common.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    pub base: PathBuf,
+    pub folders: Folders,
     pub image: GuestImage,
     /// `None`: every VM boots.
     pub templates: Option<Arc<Store>>,
@@ -221,7 +222,7 @@ impl MicroVm {
     #[must_use]
     pub fn facts(&self) -> Facts {
         let running = self.cell().running.clone();
-        let socket = crate::host::runtime_dir::socket_path(&self.settings.base, self.id());
+        let socket = crate::host::runtime_dir::socket_path(&self.settings.folders.base, self.id());
         match running {
             Some(running) => Facts { socket, ..running.facts() },
             None => Facts { socket, backend: self.spec.backend, ..Facts::default() },

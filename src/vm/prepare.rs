@@ -65,15 +65,15 @@ impl Prepared {
             let network = self.network.as_ref().map(|network| network.guest.clone());
             let ids = self.ids.map_or_else(Ids::generate, Ok)?;
             let identity = identity(&self.plan.vm_id, &self.limits, network, ids)?;
-            let disk = self.dir.path().join(DISK_SERIAL);
+            let disk = self.dir.disk();
             match template {
                 Some(template) => {
-                    image::copy_disk(&template.disk, &disk)?;
+                    image::copy_disk(&template.disk, disk)?;
                     if !template.is_unchanged() {
                         return Err(Error::host("copy", "a template's disk", "the template changed meanwhile"));
                     }
                 }
-                None => image::write_disk(&image, &disk)?,
+                None => image::write_disk(&image, disk)?,
             }
             Ok((self, identity))
         });
@@ -134,18 +134,18 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let level = if spec.backend.is_some() { log::Level::Debug } else { log::Level::Info };
     log::log!(level, "{vm_id}: backend {}: {chosen}", vmm.backend());
     janitor::keep(settings);
-    let dir = VmDir::create(&settings.base, vm_id)?;
-    let path = |name: &str| dir.path().join(name);
+    let dir = VmDir::create(&settings.folders, vm_id)?;
     let (mut jail, held, confinement) = confine(spec, settings, &dir, vmm.as_ref())?;
-    let mut drive = |serial: &'static str, size: u64, access: Access| {
-        let path = path(serial);
-        image::create_drive(&path, size, held.uid())?;
-        let path = jail.show(serial, &path, &format!("/vm/{serial}"), access)?;
+    let mut drive = |serial: &'static str, path: &Path, size: u64, access: Access| {
+        image::create_drive(path, size, held.uid())?;
+        let path = jail.show(serial, path, &format!("/vm/{serial}"), access)?;
         Ok(Drive { serial, path, read_only: access == Access::Read, size })
     };
-    let config = vmm.capabilities().config_drive.then(|| drive(CONFIG_SERIAL, DRIVE_BYTES as u64, Access::Read));
+    let config = dir.path().join(CONFIG_SERIAL);
+    let config =
+        vmm.capabilities().config_drive.then(|| drive(CONFIG_SERIAL, &config, DRIVE_BYTES as u64, Access::Read));
     let mut drives: Vec<Drive> = config.transpose()?.into_iter().collect();
-    drives.push(drive(DISK_SERIAL, spec.limits.disk_size_mb << 20, Access::Write)?);
+    drives.push(drive(DISK_SERIAL, dir.disk(), spec.limits.disk_size_mb << 20, Access::Write)?);
     if let Some(rootfs) = &spec.rootfs_path {
         let path = jail.show("rootfs_path", rootfs, "/image/rootfs", Access::Read)?;
         let size = rootfs.metadata().map_err(|error| Error::host("stat", rootfs.display(), error))?.len();

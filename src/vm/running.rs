@@ -95,7 +95,7 @@ impl Running {
     pub fn rename(&self, spec: &Spec, settings: &Settings) -> Result<()> {
         let mut dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
         // In place: to hand it to another thread would take longer than what it does.
-        tokio::task::block_in_place(|| dir.as_mut().map_or(Ok(()), |dir| dir.rename(&settings.base, &spec.vm_id)))
+        tokio::task::block_in_place(|| dir.as_mut().map_or(Ok(()), |dir| dir.rename(&settings.folders, &spec.vm_id)))
     }
 
     /// Where its files are, as this host names it; `None` once they are gone.
@@ -104,9 +104,10 @@ impl Running {
         dir.as_ref().map(|dir| dir.path().to_owned())
     }
 
-    /// One of its files, as this host names it; `None` once they are gone.
-    pub fn file(&self, name: &str) -> Option<PathBuf> {
-        self.folder().map(|folder| folder.join(name))
+    /// Its disk, as this host names it; `None` once it is gone.
+    pub fn disk(&self) -> Option<PathBuf> {
+        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        dir.as_ref().map(|dir| dir.disk().to_owned())
     }
 
     /// Ends the VMM by force; its end is noticed as any other.

@@ -96,8 +96,8 @@ def mounts() -> Set[str]:
 class Host:
     """What there was at first, to compare with what is left at last."""
 
-    def __init__(self, runtime_dir: Path, prefix: str) -> None:
-        self.runtime_dir, self.prefix = runtime_dir, prefix
+    def __init__(self, runtime_dir: Path, prefix: str, cache_dir: Path = Path("/var/cache/tw-microvm")) -> None:
+        self.runtime_dir, self.prefix, self.cache_dir = runtime_dir, prefix, cache_dir
         self.interfaces, self.tables, self.mounts = interfaces(), tables(), mounts()
         # Of others on this machine.
         self.leases = set(unheld_leases())
@@ -105,6 +105,7 @@ class Host:
     def left(self, known: Set[Process]) -> List[str]:
         """Everything that should not be there when no VM is: words for people."""
         files = sorted(str(path) for path in self.runtime_dir.glob("*")) if self.runtime_dir.exists() else []
+        files += sorted(str(path) for path in (self.cache_dir / "disks").glob("*-{}*".format(self.prefix)))
         return (
             still_alive(known)
             + ["file {}".format(path) for path in files]

@@ -40,10 +40,11 @@ FOLLOWS = {
 
 
 class Storm:
-    def __init__(self, seed: int, vms: int, runtime_dir: Path, connected: bool, fill: Optional[Path]) -> None:
+    def __init__(self, seed: int, vms: int, folder: Path, connected: bool, fill: Optional[Path]) -> None:
         self.chance = random.Random(seed)
         self.vms, self.connected, self.fill = vms, connected, fill
-        self.host = Host(runtime_dir, "storm{}-".format(os.getpid()))
+        runtime_dir, cache_dir = folder / "run", folder / "cache"
+        self.host = Host(runtime_dir, "storm{}-".format(os.getpid()), cache_dir)
         self.wrong: List[str] = []
         self.done: "Counter[str]" = Counter()
         self.numbers = iter(range(1 << 30))
@@ -51,7 +52,7 @@ class Storm:
         self.go, self.over = threading.Event(), threading.Event()
         self.busy = 0
         self.idle = threading.Condition(self.lock)
-        config = {"runtime_dir": str(runtime_dir), "max_vcpus": vms + 8, "max_memory_mb": 128 * (vms + 8)}
+        config = {"runtime_dir": str(runtime_dir), "cache_dir": str(cache_dir), "max_vcpus": vms + 8, "max_memory_mb": 128 * (vms + 8)}
         config.update({"health_interval_s": 1.0, "cleanup_interval_s": 600.0, "overcommit_memory": True})
         self.files = open_files()
         self.manager = MicroVMIsolationManager(config)
@@ -230,6 +231,8 @@ class Storm:
         grouped = {Path(group).name[len("tw-microvm-") :].rpartition("-")[0] for group in groups(self.host.prefix)}
         vmms = [pid for pid, _ in descendants(os.getpid()) if b"qemu" in Path("/proc/{}/cmdline".format(pid)).read_bytes()]
         found = ["folder {}".format(name) for name in folders ^ live] + ["group {}".format(n) for n in grouped - live]
+        disks = {path.name.partition("-")[2] for path in (self.host.cache_dir / "disks").glob("*")}
+        found += ["disk {}".format(name) for name in disks ^ live]
         return found + (["{} VMMs of {} VMs".format(len(vmms), len(live))] if len(vmms) != len(live) else [])
 
     # The whole.
@@ -294,9 +297,8 @@ def cmdline(pid: int) -> bytes:
 
 def storm(seed: int, vms: int, seconds: float, connected: bool, fill: bool, folder: str) -> Storm:
     """One storm; its ``wrong`` should be empty, its ``done`` says what happened."""
-    runtime_dir = Path(folder) / "run"
     filler = Path(folder) / "fill" if fill else None
-    weather = Storm(seed, vms, runtime_dir, connected, filler)
+    weather = Storm(seed, vms, Path(folder), connected, filler)
     weather.run(seconds)
     return weather
 

@@ -130,7 +130,8 @@ def attack(task: Dict[str, Any], folder: Path) -> Dict[str, Any]:
         listener.listen(5)
     (folder / "secret").write_text("a secret of the host's\n")
     (folder / "kernel").write_bytes(b"x")
-    manager = MicroVMIsolationManager(dict(task["config"], default_memory_mb=128, default_disk_size_mb=64))
+    config = dict(task["config"], default_memory_mb=128, default_disk_size_mb=64, cache_dir=str(folder / "cache"))
+    manager = MicroVMIsolationManager(config)
     manager.start()
     try:
         victim = manager.get_vm(manager.create_vm("plugin"))
@@ -144,7 +145,7 @@ def attack(task: Dict[str, Any], folder: Path) -> Dict[str, Any]:
             scratch=folder,
             port=listeners[0].getsockname()[1],
             abstract="intruder-{}".format(os.getpid()),
-            other_disk=victims / "disk",
+            other_disk=next((folder / "cache" / "disks").glob("*-" + victim.vm_id), victims / "disk"),
             other_socket=victims / "sock",
             runtime_dir=victims.parent,
             host_name=os.uname().nodename,
