@@ -52,6 +52,12 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
+def disks_of(vm_id: str) -> List[Path]:
+    """The disk of a VM with the default ``cache_dir``, if it is there."""
+    cache = Path("/var/cache/tw-microvm" if os.geteuid() == 0 else "~/.cache/tw-microvm").expanduser()
+    return list((cache / "disks").glob("*-" + vm_id))
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 

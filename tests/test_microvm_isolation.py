@@ -31,7 +31,7 @@ from thirstys_waterfall.security.microvm_isolation import (
     doctor,
 )
 
-from .support import DATA, IMPORT, VMTestCase, alive, eventually, limits, make_rootfs, shell
+from .support import DATA, IMPORT, VMTestCase, alive, disks_of, eventually, limits, make_rootfs, shell
 
 
 class Values(unittest.TestCase):
@@ -121,6 +121,7 @@ class Lifecycle(VMTestCase):
         info = vm.get_info()
         folder = Path(info["socket_path"]).parent
         self.assertTrue(alive(info["pid"]))
+        (disk,) = disks_of(vm.vm_id)
         self.assertTrue(vm.pause())
         self.assertIs(vm.get_state(), VMState.PAUSED)
         self.assertFalse(vm.pause())
@@ -128,12 +129,12 @@ class Lifecycle(VMTestCase):
         self.assertTrue(vm.resume())
         self.assertEqual(self.result(vm, "ping"), "pong")
         self.assertTrue(vm.stop() and vm.stop())
-        self.assertFalse(alive(info["pid"]) or folder.exists())
+        self.assertFalse(alive(info["pid"]) or folder.exists() or disk.exists())
         self.assertTrue(vm.start(), vm.last_error)
         self.assertEqual(self.result(vm, "ping"), "pong")
         self.assertTrue(self.manager.destroy_vm(vm.vm_id))
         self.assertIs(vm.get_state(), VMState.DESTROYED)
-        self.assertFalse(vm.start() or folder.exists())
+        self.assertFalse(vm.start() or folder.exists() or disk.exists())
 
     def test_instance_without_a_manager_works(self) -> None:
         name = "alone-{}".format(os.getpid())

@@ -6,7 +6,7 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from ..support import VMTestCase, eventually, limits, shell
+from ..support import VMTestCase, disks_of, eventually, limits, shell
 
 MEMORY_MB, DISK_MB, OVERHEAD_MB = 128, 32, 128
 # Processes that would fill any table, out of reach of the agent's own limits.
@@ -19,6 +19,7 @@ class Host:
     def __init__(self, info: Dict[str, Any]) -> None:
         self.pid = info["pid"]
         self.folder = Path(info["socket_path"]).parent
+        self.vm_id = info["vm_id"]
         # What a clone may be counted besides: pages of its template that nobody has touched before.
         said = re.search(r"up to (\d+) MiB more", " ".join(info["limits"]["memory_mb"])) if "limits" in info else None
         self.first_touch_mb = int(said.group(1)) if said else 0
@@ -34,7 +35,8 @@ class Host:
 
     def disk_mb(self) -> float:
         """What all files of the VM take, in whatever way the guest wrote them."""
-        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir()) / (1 << 20)
+        files = [*self.folder.iterdir(), *disks_of(self.vm_id)]
+        return sum(path.stat().st_blocks * 512 for path in files) / (1 << 20)
 
     def group_peak_mb(self) -> Optional[int]:
         """The most that its memory group ever held; ``None`` without cgroup v1."""
