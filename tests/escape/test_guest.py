@@ -109,7 +109,7 @@ class Greedy(VMTestCase):
         self.assertEqual(len(list(self.host.folder.iterdir())), before)
 
     def test_console_flood_fills_no_log(self) -> None:
-        manager = Host({"pid": "self", "socket_path": self.vm.get_info()["socket_path"]})
+        manager = Host(dict(self.vm.get_info(), pid="self"))
         before = manager.rss_mb()
         size = sum(path.stat().st_size for path in self.host.folder.iterdir() if path.is_file())
         self.rage("yes flooding the console of this machine | head -c 3000000 > /dev/console; dmesg -n 8; i=0; "
