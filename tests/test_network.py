@@ -174,6 +174,8 @@ class Taps(NetworkTestCase):
         self.addCleanup(run, "ip link delete mine")
         run("ip address add 192.168.100.1/24 dev mine")
         run("ip link set mine up")
+        # Where the host forwards, a new namespace may.
+        Path("/proc/sys/net/ipv4/conf/mine/forwarding").write_text("0\n")
         before = state()
         vm = self.connected({"tap_device": "mine", "ip_address": "192.168.100.10", "gateway": "192.168.100.1"})
         self.assertEqual(self.get(vm, "http://web.test/")["status"], 200)
