@@ -85,7 +85,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for all of it")
     parser.add_argument("--keep", type=Path, help="where the results go; absent: nowhere")
-    # With two, QEMU 7.2 hung in one run of three, both of its vCPUs busy with interrupts that it never delivered.
+    # QEMU 7.2 hangs now and then, its vCPUs busy with interrupts that it never delivers: more often with two than with one.
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--memory", type=int, default=6144, help="MiB")
     parser.add_argument("command", nargs="+")
