@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Dict, List
 
+from . import debian
+
 HERE = Path(__file__).resolve().parent
 PACKAGE = "linux-image-amd64"
 MODULES = (
@@ -22,22 +24,12 @@ MODULES = (
 
 
 def kernel(cache: Path) -> Path:
-    """The folder with Debian's kernel package unpacked; downloaded once, never installed."""
+    """The folder with Debian's kernel package."""
     listed = subprocess.run(["apt-cache", "depends", PACKAGE], stdout=subprocess.PIPE, universal_newlines=True, check=True)
     found = re.search(r"Depends: (linux-image-\S+)", listed.stdout)
     if found is None:
         raise RuntimeError("apt knows no {}: run apt-get update".format(PACKAGE))
-    folder = cache / found.group(1)
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", found.group(1)], cwd=str(cache), check=True)
-        package = next(cache.glob(found.group(1) + "_*.deb"))
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(str(partial), ignore_errors=True)
-        subprocess.run(["dpkg-deb", "-x", str(package), str(partial)], check=True)
-        package.unlink()
-        partial.rename(folder)
-    return folder
+    return debian.unpacked(cache, found.group(1), [found.group(1)])
 
 
 def vmlinuz(folder: Path) -> Path:

@@ -9,6 +9,7 @@ without one. Needs QEMU, busybox-static, cpio, and root (to share all files).
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,16 +18,42 @@ import tempfile
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from . import guest
+from . import debian, guest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = Path(os.environ.get("MICROVM_NESTED_CACHE", str(ROOT / "build" / "nested")))
+QEMU = "qemu-system-x86_64"
 TIMED_OUT = 124
 NO_STATUS = 125
 # `mitigations=off` and the clock spare emulated work; without `la57` page tables have a level less.
 CMDLINE = "console=ttyS0 quiet mitigations=off tsc=reliable nokaslr audit=0 panic=-1"
 CPU = "max,-la57"
+
+
+def emulator() -> List[str]:
+    """The QEMU that emulates the host, with what it must be told: the one named, or one that does not hang.
+
+    QEMU 7.2 now and then delivers its guest's hypervisor no interrupt any more: where the one in PATH is older than 10, this
+    release's backports are looked into.
+    """
+    named = os.environ.get("MICROVM_NESTED_QEMU")
+    if named:
+        return [named]
+    version = subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
+    found = re.search(r"version (\d+)\.", version)
+    if found is None or int(found.group(1)) >= 10:
+        return [QEMU]
+    try:
+        newer = CACHE / "qemu"
+        if not newer.is_dir():
+            debian.unpacked(CACHE, "qemu", ["qemu-system-x86", "qemu-system-data"], debian.backports(CACHE))
+        call = [str(newer / "usr" / "bin" / QEMU), "-L", str(newer / "usr" / "share" / "qemu"), "-L", "/usr/share/seabios"]
+        subprocess.run([call[0], "--version"], stdout=subprocess.DEVNULL, check=True)
+        return call
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        print("lab: no newer QEMU ({}): {}".format(error, version.splitlines()[0]), file=sys.stderr)
+        return [QEMU]
 
 
 def qemu(folder: Path, kernel: Path, initramfs: Path, cpus: int, memory_mib: int) -> List[str]:
@@ -35,7 +62,7 @@ def qemu(folder: Path, kernel: Path, initramfs: Path, cpus: int, memory_mib: int
         shares += ["-fsdev", "local,id={},path={},security_model=none{}".format(tag, path, options)]
         shares += ["-device", "virtio-9p-pci,fsdev={0},mount_tag={0}".format(tag)]
     return [
-        os.environ.get("MICROVM_NESTED_QEMU", "qemu-system-x86_64"),
+        *emulator(),
         *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU),
         *("-smp", str(cpus), "-m", str(memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", CMDLINE),
@@ -85,7 +112,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for all of it")
     parser.add_argument("--keep", type=Path, help="where the results go; absent: nowhere")
-    # QEMU 7.2 hangs now and then, its vCPUs busy with interrupts that it never delivers: more often with two than with one.
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--memory", type=int, default=6144, help="MiB")
     parser.add_argument("command", nargs="+")
