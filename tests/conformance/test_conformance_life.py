@@ -30,6 +30,7 @@ class Life(BackendTestCase):
     def test_basic_example_of_the_description(self) -> None:
         with on_path():
             space, printed = play(self.block("Basic Example"))
+        self.assertIsNotNone(space["response"], space["vm"].last_error)
         self.assertEqual(space["response"]["status"], "ok")
         self.assertEqual(space["response"]["result"]["url"], "about:blank")
         self.assertEqual(space["info"]["backend"], self.backend.value)
