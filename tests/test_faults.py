@@ -200,8 +200,8 @@ class Clocks(VMTestCase):
     config = {"health_interval_s": 0.3, "policies": {"session": {"deadline_s": 5}}}
 
     def test_deadlines_and_heartbeats_do_not_use_the_clock_that_jumps(self) -> None:
-        # The wall clock is this machine's and not ours to set; a guest whose clock is a day off looks the same as a host
-        # whose clock has jumped: see test_health. Here: a deadline is met by the monotonic clock.
+        # The wall clock is this machine's and not ours to set; tests/conformance/test_conformance_clock.py does that to one
+        # of its own. Here: a deadline is met by the monotonic clock.
         vm = self.running(isolation_type="session")
         begun = time.monotonic()
         self.assertTrue(eventually(lambda: self.manager.get_vm(vm.vm_id) is None, 15.0))
