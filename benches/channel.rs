@@ -19,7 +19,7 @@ use microvm_isolation::channel::{Agent, Download, Fetched, Process, Upload};
 use microvm_isolation::host::tsc;
 use microvm_isolation::image::{self, GuestImage};
 use microvm_isolation::model::VmId;
-use microvm_protocol::identity::{Identity, Key, KeyPair, DRIVE_BYTES};
+use microvm_protocol::identity::{Credentials, Identity, Key, DRIVE_BYTES};
 use serde_json::{json, Value};
 
 type Failure = Box<dyn std::error::Error>;
@@ -53,10 +53,9 @@ impl Bench {
     async fn launch(image: &GuestImage) -> Result<Self, Failure> {
         let dir = std::env::temp_dir().join(format!("microvm-bench-channel-{}", std::process::id()));
         std::fs::create_dir(&dir)?;
-        let key = Key([0x42; 32]);
+        let credentials = Credentials::agree(Key([0x42; 32]), &Key([1; 32]), &Key([2; 32]));
         let identity = Identity {
-            key: key.clone(),
-            ephemeral: KeyPair::of(Key([2; 32])),
+            credentials: credentials.clone(),
             seed: Key([3; 32]),
             machine_id: [4; 16],
             boot_id: [5; 16],
@@ -103,7 +102,7 @@ impl Bench {
         let mut stream = tokio::net::UnixStream::from_std(agent_stream)?;
         let vm_id = VmId::parse("bench")?;
         let hello = Agent::hello(&vm_id, &mut stream).await?;
-        let agent = Agent::connect(vm_id, stream, key, &hello).await?;
+        let agent = Agent::connect(vm_id, stream, credentials.of_peer(), &hello).await?;
         let mut bench = Self { child, dir, raw, agent, port: String::new() };
         let find =
             "for p in /sys/class/virtio-ports/*; do [ \"$(cat $p/name)\" = bench.raw ] && echo /dev/${p##*/}; done";

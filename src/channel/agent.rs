@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use microvm_protocol::handshake::{HostHandshake, HostStep};
-use microvm_protocol::identity::Key;
+use microvm_protocol::identity::Credentials;
 use microvm_protocol::message::{is_modest, Outcome, Request, Response, MAX_MESSAGE};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::Session;
@@ -81,9 +81,9 @@ impl Agent {
     /// # Errors
     /// [`Error::HandshakeFailed`]; a peer that does not hold the VM's key is logged. [`Error::StartFailed`] with what
     /// failed in the guest.
-    pub async fn connect(vm_id: VmId, mut stream: UnixStream, key: Key, hello: &[u8]) -> Result<Self> {
+    pub async fn connect(vm_id: VmId, mut stream: UnixStream, credentials: Credentials, hello: &[u8]) -> Result<Self> {
         let mut decoder = Decoder::default();
-        let shaken = shake_hands(&mut stream, &mut decoder, key, hello).await;
+        let shaken = shake_hands(&mut stream, &mut decoder, credentials, hello).await;
         let (session, said) = shaken.map_err(|reason| refused(&vm_id, reason))?;
         match serde_json::from_slice(&said) {
             Ok(Outcome::Ready) => {}
@@ -241,11 +241,11 @@ fn refused(vm_id: &VmId, reason: String) -> Error {
 async fn shake_hands(
     stream: &mut UnixStream,
     decoder: &mut Decoder,
-    key: Key,
+    credentials: Credentials,
     hello: &[u8],
 ) -> std::result::Result<(Session, Vec<u8>), String> {
     let refused = |error: ProtocolError| error.to_string();
-    let mut handshake = HostHandshake::new(key);
+    let mut handshake = HostHandshake::new(credentials);
     let mut step = handshake.receive(hello, clock::unix_time_ns()).map_err(refused)?;
     loop {
         match step {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use microvm_protocol::connection::Connection;
 use microvm_protocol::handshake::{Ask, HostHandshake, HostStep};
-use microvm_protocol::identity::Key;
+use microvm_protocol::identity::Credentials;
 use microvm_protocol::message::{Failure, Outcome, Request, Response, FREEZE};
 use serde_json::Value;
 use tokio::sync::oneshot;
@@ -159,11 +159,11 @@ impl Agent {
     ///
     /// # Errors
     /// [`Error::HandshakeFailed`], [`Error::ChannelTimeout`], [`Error::ChannelClosed`]; the session is closed then.
-    pub async fn thaw(&self, key: Key, hello: &[u8], deadline: Duration) -> Result<()> {
+    pub async fn thaw(&self, credentials: Credentials, hello: &[u8], deadline: Duration) -> Result<()> {
         let until = Instant::now() + deadline;
         let refused = |reason: String| Error::HandshakeFailed { vm_id: self.link.vm_id.clone(), reason };
         let thawed = async {
-            let mut handshake = HostHandshake::new(key);
+            let mut handshake = HostHandshake::new(credentials);
             let step = handshake.receive(hello, clock::unix_time_ns()).map_err(|error| refused(error.to_string()))?;
             let HostStep::Send(offer) = step else { return Err(refused("HELLO led to no OFFER".into())) };
             let (asker, said) = oneshot::channel();

@@ -316,7 +316,7 @@ impl Launching {
             };
             progress.at("handshake");
             introduction.tell(&identity, dir.path())?;
-            Agent::connect(vm_id.clone(), transport, identity.key.clone(), &hello).await
+            Agent::connect(vm_id.clone(), transport, identity.credentials.of_peer(), &hello).await
         };
         let agent = Arc::new(attempt.race(in_guest).await?);
         progress.at("done");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use microvm_jail::Access;
 use microvm_protocol::identity::{
-    GuestNetwork, Identity, Key, KeyPair, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL,
+    Credentials, GuestNetwork, Identity, Key, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL,
 };
 
 use super::confine::{confine, Confinement, Held};
@@ -97,8 +97,7 @@ impl Ids {
 /// An identity with new keys and a new seed.
 pub fn identity(vm_id: &VmId, limits: &ResourceLimits, network: Option<GuestNetwork>, ids: Ids) -> Result<Identity> {
     Ok(Identity {
-        key: Key(clock::random()?),
-        ephemeral: KeyPair::of(Key(clock::random()?)),
+        credentials: Credentials::agree(Key(clock::random()?), &Key(clock::random()?), &Key(clock::random()?)),
         seed: Key(clock::random()?),
         machine_id: ids.machine_id,
         boot_id: ids.boot_id,
@@ -201,11 +200,12 @@ mod tests {
             let ids = Ids::generate().unwrap();
             let identity = identity(&vm_id, &ResourceLimits::default(), None, ids).unwrap();
             assert_eq!((identity.machine_id, identity.boot_id), (ids.machine_id, ids.boot_id));
-            let long = [identity.key.0, identity.ephemeral.secret.0, identity.ephemeral.public, identity.seed.0];
+            let own = &identity.credentials;
+            let long = [own.key.0, own.public, own.peer, own.shared.0, identity.seed.0];
             let short = [identity.machine_id, identity.boot_id];
             let all = long.iter().map(|bytes| bytes.to_vec()).chain(short.iter().map(|bytes| bytes.to_vec()));
             all.for_each(|bytes| assert!(seen.insert(bytes)));
         }
-        assert_eq!(seen.len(), 200 * 6);
+        assert_eq!(seen.len(), 200 * 7);
     }
 }

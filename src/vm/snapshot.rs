@@ -167,7 +167,7 @@ impl MicroVm {
             let folder = running.folder().ok_or_else(gone)?;
             running.introduction.tell(&identity, &folder)?;
             running.control().resume().await?;
-            running.agent().thaw(identity.key.clone(), hello, FREEZE_DEADLINE).await?;
+            running.agent().thaw(identity.credentials.of_peer(), hello, FREEZE_DEADLINE).await?;
             running.introduction.wipe(&folder)?;
             match state {
                 VmState::Paused => running.control().pause().await,

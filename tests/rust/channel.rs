@@ -47,7 +47,7 @@ async fn test_connect_to_a_peer_without_key_is_refused_and_logged() {
 async fn test_connect_to_a_recorded_session_is_refused_and_logged() {
     let _turn = support::turn().await;
     let (ours, tapped) = UnixStream::pair().unwrap();
-    let mut recorded = Guest::record(tapped, async { support::agent("first", ours).await.unwrap() }).await;
+    let mut recorded = Guest::record("first", tapped, async { support::agent("first", ours).await.unwrap() }).await;
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.write_all(&std::mem::take(&mut recorded)).await.unwrap();
     let again = support::agent("replayed", ours).await;

@@ -13,7 +13,7 @@ use microvm_isolation::vmm::{self, Binaries, Drive, JailPlan, LaunchPlan, Launch
 use microvm_jail::Access;
 use microvm_protocol::frame::{Frame, Kind};
 use microvm_protocol::handshake::GuestHandshake;
-use microvm_protocol::identity::{Identity, Key, KeyPair, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES};
+use microvm_protocol::identity::{Credentials, Identity, Key, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES};
 use microvm_protocol::mux::{Incoming, Mux};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::{Role, Session};
@@ -114,17 +114,23 @@ pub struct Guest {
 pub async fn connect(name: &str, key: Key) -> (Result<Agent>, Option<Guest>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     listen();
-    tokio::join!(agent(name, ours), Guest::shake_hands(theirs, key))
+    tokio::join!(agent(name, ours), Guest::shake_hands(theirs, credentials(name, key)))
 }
 
 /// The host's end, from HELLO to a session.
 pub async fn agent(name: &str, mut stream: UnixStream) -> Result<Agent> {
     let hello = Agent::hello(&id(name), &mut stream).await?;
-    Agent::connect(id(name), stream, KEY, &hello).await
+    Agent::connect(id(name), stream, credentials(name, KEY).of_peer(), &hello).await
 }
 
-fn ephemeral() -> KeyPair {
-    KeyPair::of(Key([0x44; 32]))
+/// A guest's; each VM has others.
+fn credentials(name: &str, key: Key) -> Credentials {
+    let secret = |salt: u8| {
+        let mut bytes = [salt; 32];
+        bytes.iter_mut().zip(name.bytes()).for_each(|(byte, of_name)| *byte ^= of_name);
+        Key(bytes)
+    };
+    Credentials::agree(key, &secret(0x44), &secret(0x45))
 }
 
 /// Peers that do not know what to prove.
@@ -146,7 +152,7 @@ pub fn no_key() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 impl Guest {
-    async fn shake_hands(mut stream: UnixStream, key: Key) -> Option<Self> {
+    async fn shake_hands(mut stream: UnixStream, credentials: Credentials) -> Option<Self> {
         let handshake = GuestHandshake::new(false).unwrap();
         stream.write_all(&handshake.hello().unwrap()).await.unwrap();
         let mut decoder = Decoder::default();
@@ -158,18 +164,18 @@ impl Guest {
             decoder.filled(length);
         };
         // Dropping the stream is how a guest refuses.
-        let offered = handshake.receive(&offer, &key, &ephemeral()).ok()?;
+        let offered = handshake.receive(&offer, &credentials).ok()?;
         let (accept, session) = offered.accept(b"{\"guest\":\"ready\"}").unwrap();
         stream.write_all(&accept).await.unwrap();
         Some(Self { stream, session, decoder })
     }
 
     /// What a guest said in a session with one question, to be said again.
-    pub async fn record(stream: UnixStream, host: impl Future<Output = Agent>) -> Vec<u8> {
+    pub async fn record(name: &str, stream: UnixStream, host: impl Future<Output = Agent>) -> Vec<u8> {
         let (relay, guest_end) = UnixStream::pair().unwrap();
         let said = Arc::new(Mutex::new(Vec::new()));
         let relayed = tokio::spawn(relay_bytes(relay, stream, said.clone(), Arc::default()));
-        let (agent, guest) = tokio::join!(host, Guest::shake_hands(guest_end, KEY));
+        let (agent, guest) = tokio::join!(host, Guest::shake_hands(guest_end, credentials(name, KEY)));
         let mut guest = guest.unwrap();
         let (answered, ()) = tokio::join!(
             agent.request("ping", serde_json::Value::Null, std::time::Duration::from_secs(20)),
@@ -337,8 +343,7 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
     let folder = Folder::new(name);
     let path = |name: &str| folder.0.join(name);
     let identity = Identity {
-        key: KEY,
-        ephemeral: ephemeral(),
+        credentials: credentials(name, KEY),
         seed: OTHER_KEY,
         machine_id: [1; 16],
         boot_id: [2; 16],

@@ -126,7 +126,7 @@ impl Blank {
     /// This guest as the VM that `identity` says it is; `settled`: it took on its names already.
     pub fn become_one(self: &Arc<Self>, mut identity: Identity, time: HostTime, settled: bool) -> Own {
         // The session has keys of its own by now; assigning zeroes what was there.
-        (identity.key, identity.ephemeral.secret) = (Key([0; 32]), Key([0; 32]));
+        (identity.credentials.key, identity.credentials.shared) = (Key([0; 32]), Key([0; 32]));
         let names = Mutex::new(Names { vm_id: identity.vm_id.clone(), hostname: identity.hostname.clone() });
         Own { blank: self.clone(), identity, names, time, settled: Mutex::new(settled) }
     }

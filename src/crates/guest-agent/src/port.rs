@@ -177,7 +177,7 @@ impl Port {
     /// Has the host prove the key.
     pub fn take_offer(self, offer: &[u8], identity: &Identity) -> Result<Half, String> {
         let Self { file, reading, decoder, handshake, .. } = self;
-        let offered = handshake.receive(offer, &identity.key, &identity.ephemeral).map_err(failed)?;
+        let offered = handshake.receive(offer, &identity.credentials).map_err(failed)?;
         Ok(Half { file, reading, decoder, offered })
     }
 }

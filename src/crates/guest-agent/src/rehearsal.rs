@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use microvm_protocol::connection::Connection;
 use microvm_protocol::handshake::{GuestHandshake, HostHandshake, HostStep};
-use microvm_protocol::identity::{Identity, Key, KeyPair};
+use microvm_protocol::identity::{Credentials, Identity, Key};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::ProtocolError;
 
@@ -23,12 +23,11 @@ const CLOCK_DEADLINE: Duration = Duration::from_secs(3);
 pub fn rehearse(blank: &Blank) {
     settle_clock();
     drop(blank.read_identity());
-    let key = Key([0; 32]);
-    drop(handshake(&key));
+    let credentials = Credentials { key: Key([0; 32]), public: [0; 32], peer: [0; 32], shared: Key([0; 32]) };
+    drop(handshake(&credentials));
     let identity = Identity {
-        ephemeral: KeyPair { secret: key.clone(), public: [0; 32] },
-        seed: key.clone(),
-        key,
+        seed: credentials.key.clone(),
+        credentials,
         machine_id: [0; 16],
         boot_id: [0; 16],
         max_file_handles: 0,
@@ -53,11 +52,11 @@ fn settle_clock() {
 }
 
 /// A whole handshake with itself, and one exchange after it.
-fn handshake(key: &Key) -> Result<(), ProtocolError> {
+fn handshake(credentials: &Credentials) -> Result<(), ProtocolError> {
     let guest = GuestHandshake::new(false)?;
-    let mut host = HostHandshake::new(key.clone());
+    let mut host = HostHandshake::new(credentials.of_peer());
     let HostStep::Send(offer) = host.receive(&record(&guest.hello()?)?, 0)? else { return Ok(()) };
-    let (accept, session) = guest.receive(&record(&offer)?, key, &KeyPair::of(key.clone()))?.accept(b"{}")?;
+    let (accept, session) = guest.receive(&record(&offer)?, credentials)?.accept(b"{}")?;
     let HostStep::Established(peer, _) = host.receive(&record(&accept)?, 0)? else { return Ok(()) };
     let (mut host, mut guest) = (Connection::new(*peer), Connection::new(session));
     let mut bytes = Vec::new();

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use microvm_protocol::frame::MAX_PAYLOAD;
 use microvm_protocol::handshake::{GuestHandshake, HostHandshake, HostStep};
-use microvm_protocol::identity::{Key, KeyPair};
+use microvm_protocol::identity::{Credentials, Key};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::Session;
 
@@ -22,9 +22,10 @@ fn record(bytes: &[u8]) -> Result<Vec<u8>, Failure> {
 }
 
 fn sessions() -> Result<(Session, Session), Failure> {
-    let (guest, mut host, key) = (GuestHandshake::new(false)?, HostHandshake::new(Key([1; 32])), Key([1; 32]));
+    let credentials = Credentials::agree(Key([1; 32]), &Key([2; 32]), &Key([3; 32]));
+    let (guest, mut host) = (GuestHandshake::new(false)?, HostHandshake::new(credentials.of_peer()));
     let HostStep::Send(offer) = host.receive(&record(&guest.hello()?)?, 0)? else { return Err("no offer".into()) };
-    let (accept, guest) = guest.receive(&record(&offer)?, &key, &KeyPair::of(key.clone()))?.accept(b"")?;
+    let (accept, guest) = guest.receive(&record(&offer)?, &credentials)?.accept(b"")?;
     let HostStep::Established(host, _) = host.receive(&record(&accept)?, 0)? else { return Err("no session".into()) };
     Ok((*host, guest))
 }

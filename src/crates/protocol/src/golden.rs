@@ -6,9 +6,8 @@
 
 use crate::connection::Connection;
 use crate::handshake::{GuestHandshake, HostHandshake, HostStep};
-use crate::identity::{Key, KeyPair};
+use crate::identity::{Credentials, Key};
 use crate::mux::{Incoming, STDIN, STDOUT, WINDOW};
-use crate::secrets::Given;
 use crate::session::tests::{records, NOW};
 use crate::GENERATION_MAX;
 
@@ -16,6 +15,11 @@ const KEY: Key = Key([0x11; 32]);
 const HOST_EPHEMERAL: Key = Key([0x22; 32]);
 const GUEST_EPHEMERAL: Key = Key([0x33; 32]);
 const READY: &[u8] = br#"{"guest":"ready"}"#;
+
+/// The guest's.
+fn credentials() -> Credentials {
+    Credentials::agree(KEY, &HOST_EPHEMERAL, &GUEST_EPHEMERAL)
+}
 
 fn path() -> String {
     format!("{}/golden/generation-{GENERATION_MAX}.txt", env!("CARGO_MANIFEST_DIR"))
@@ -39,13 +43,10 @@ struct Conversation {
 impl Conversation {
     fn begin() -> Self {
         let guest = GuestHandshake::new(false).unwrap();
-        let mut host = HostHandshake::new(KEY);
-        let given = Given::default();
-        given.set(KeyPair::of(HOST_EPHEMERAL));
-        host.ephemeral = Some(given);
+        let mut host = HostHandshake::new(credentials().of_peer());
         let hello = guest.hello().unwrap();
         let HostStep::Send(offer) = host.receive(&records(&hello)[0], NOW).unwrap() else { panic!() };
-        let offered = guest.receive(&records(&offer)[0], &KEY, &KeyPair::of(GUEST_EPHEMERAL)).unwrap();
+        let offered = guest.receive(&records(&offer)[0], &credentials()).unwrap();
         let (accept, guest_session) = offered.accept(READY).unwrap();
         let HostStep::Established(session, _) = host.receive(&records(&accept)[0], NOW).unwrap() else { panic!() };
         let lines = [("guest HELLO", &hello), ("host OFFER", &offer), ("guest ACCEPT", &accept)];
@@ -131,7 +132,7 @@ fn test_generation_frozen_requests_are_understood_by_todays_guest() {
     let guest = GuestHandshake::new(false).unwrap();
     let (host, said) = (of("host"), of("guest"));
     assert_eq!(guest.hello().unwrap(), said[0].1);
-    let offered = guest.receive(&records(&host[0].1)[0], &KEY, &KeyPair::of(GUEST_EPHEMERAL)).unwrap();
+    let offered = guest.receive(&records(&host[0].1)[0], &credentials()).unwrap();
     let (accept, session) = offered.accept(READY).unwrap();
     assert_eq!(accept, said[1].1);
     let mut guest = Connection::new(session);

@@ -14,7 +14,7 @@
 
 use snow::{Builder, HandshakeState};
 
-use crate::identity::{Key, KeyPair};
+use crate::identity::{Credentials, Key};
 use crate::secrets::{Given, Wiping};
 use crate::session::{Role, Session};
 use crate::{record, ProtocolError, GENERATION_MAX, GENERATION_MIN};
@@ -31,10 +31,10 @@ const MAX_HANDSHAKE: usize = 4096;
 /// The longest payload of an ACCEPT; longer ones are for [`crate::session`].
 pub const MAX_ACCEPT_PAYLOAD: usize = MAX_HANDSHAKE - 64;
 
-fn noise(key: &Key, role: Role, prologue: &[u8], given: Option<&Given>) -> Result<HandshakeState, ProtocolError> {
+fn noise(key: &Key, role: Role, prologue: &[u8], given: &Given) -> Result<HandshakeState, ProtocolError> {
     let cipher = |e: snow::Error| ProtocolError::Cipher { detail: e.to_string() };
     let params = PATTERN.parse().map_err(cipher)?;
-    let builder = Builder::with_resolver(params, Box::new(Wiping(given.cloned())))
+    let builder = Builder::with_resolver(params, Box::new(Wiping(given.clone())))
         .psk(0, &key.0)
         .map_err(cipher)?
         .prologue(prologue)
@@ -60,10 +60,8 @@ fn refused(error: snow::Error) -> ProtocolError {
 #[derive(Debug)]
 pub struct HostHandshake {
     key: Key,
+    given: Given,
     noise: Option<HandshakeState>,
-    /// Always fresh, but for the test that freezes every byte.
-    #[cfg(test)]
-    pub(crate) ephemeral: Option<Given>,
 }
 
 /// What a record led to.
@@ -77,13 +75,8 @@ pub enum HostStep {
 
 impl HostHandshake {
     #[must_use]
-    pub fn new(key: Key) -> Self {
-        Self {
-            key,
-            noise: None,
-            #[cfg(test)]
-            ephemeral: None,
-        }
+    pub fn new(credentials: Credentials) -> Self {
+        Self { key: credentials.key.clone(), given: Given::new(credentials), noise: None }
     }
 
     /// Takes one record's body from the guest; `unix_time_ns` is now.
@@ -94,11 +87,7 @@ impl HostHandshake {
         match (self.noise.take(), body) {
             (None, [HELLO, rest @ ..]) => {
                 let generation = choose_generation(rest)?;
-                #[cfg(test)]
-                let ephemeral = self.ephemeral.as_ref();
-                #[cfg(not(test))]
-                let ephemeral = None;
-                let mut noise = noise(&self.key, Role::Host, &prologue(rest, generation), ephemeral)?;
+                let mut noise = noise(&self.key, Role::Host, &prologue(rest, generation), &self.given)?;
                 let mut offer = vec![OFFER, generation];
                 let mut buffer = [0; MAX_HANDSHAKE];
                 let length = noise.write_message(&unix_time_ns.to_be_bytes(), &mut buffer).map_err(refused)?;
@@ -187,7 +176,7 @@ impl GuestHandshake {
         let mut hello = MAGIC.to_vec();
         hello.extend_from_slice(&[GENERATION_MIN, GENERATION_MAX, u8::from(set_up_failed)]);
         let given = Given::default();
-        let noise = noise(&Key([0; 32]), Role::Guest, &prologue(&hello, GENERATION_MAX), Some(&given))?;
+        let noise = noise(&Key([0; 32]), Role::Guest, &prologue(&hello, GENERATION_MAX), &given)?;
         Ok(Self { hello, given, noise })
     }
 
@@ -207,7 +196,7 @@ impl GuestHandshake {
     ///
     /// # Errors
     /// [`ProtocolError::Authentication`] when the host does not hold the key.
-    pub fn receive(mut self, body: &[u8], key: &Key, ephemeral: &KeyPair) -> Result<Offered, ProtocolError> {
+    pub fn receive(mut self, body: &[u8], credentials: &Credentials) -> Result<Offered, ProtocolError> {
         let (generation, message) = match body {
             [OFFER, generation, message @ ..] if message.len() <= MAX_HANDSHAKE => (*generation, message),
             [OFFER, ..] => return Err(ProtocolError::Malformed { what: "OFFER" }),
@@ -218,11 +207,11 @@ impl GuestHandshake {
             return Err(ProtocolError::NoCommonGeneration { min: generation, max: generation });
         }
         if generation == GENERATION_MAX {
-            self.noise.set_psk(0, &key.0).map_err(refused)?;
+            self.noise.set_psk(0, &credentials.key.0).map_err(refused)?;
         } else {
-            self.noise = noise(key, Role::Guest, &prologue(&self.hello, generation), Some(&self.given))?;
+            self.noise = noise(&credentials.key, Role::Guest, &prologue(&self.hello, generation), &self.given)?;
         }
-        self.given.set(ephemeral.clone());
+        self.given.set(credentials.clone());
         let mut buffer = [0; MAX_HANDSHAKE];
         let length = self.noise.read_message(message, &mut buffer).map_err(refused)?;
         let time = buffer[..length].try_into().map_err(|_| ProtocolError::Malformed { what: "OFFER: its time" })?;

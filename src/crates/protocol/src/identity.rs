@@ -5,8 +5,8 @@
 //!  +---------+---------------+--------+-------+
 //!  | magic   | length u32 BE | fields | zeros |      one block of 4096 bytes
 //!  +---------+---------------+--------+-------+
-//!  fields: key [32] | ephemeral secret [32] | ephemeral public key [32] | seed [32] | machine id [16] | boot id [16]
-//!          | max file handles u64 BE | max processes u64 BE | vm id: length u8, UTF-8 | host name: length u8, UTF-8 | network: length u16 BE, JSON; 0: none
+//!  fields: key [32] | public key [32] | host's public key [32] | what they agree on [32] | seed [32]
+//!          | machine id [16] | boot id [16] | max file handles u64 BE | max processes u64 BE | vm id: length u8, UTF-8 | host name: length u8, UTF-8 | network: length u16 BE, JSON; 0: none
 //!          | 1 u8, only if the exchanges of the session before go on
 //! ```
 //! Not JSON as a whole: it is read at every start, by code that an emulated CPU then runs for the first time. A guest
@@ -18,7 +18,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::{secrets, ProtocolError};
 
-const MAGIC: &[u8; 8] = b"TWMVCFG1";
+const MAGIC: &[u8; 8] = b"TWMVCFG2";
 const HEADER: usize = 12;
 /// The size of the drive, in bytes: one page, which a guest reads past its caches.
 pub const DRIVE_BYTES: usize = 4096;
@@ -37,26 +37,38 @@ impl std::fmt::Debug for Key {
     }
 }
 
-/// A key pair for one X25519.
+/// What one side proves in one handshake: the VM's key, and its half of an X25519 that the host carried out for both. A guest
+/// has no entropy of its own that early, an emulated one would take milliseconds for it, and its host, which made the VM's
+/// key, too, is no party to hide its secret from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeyPair {
-    pub secret: Key,
+pub struct Credentials {
+    pub key: Key,
     pub public: [u8; 32],
+    /// The other side's public key.
+    pub peer: [u8; 32],
+    /// What the two agree on.
+    pub shared: Key,
 }
 
-impl KeyPair {
+impl Credentials {
+    /// The guest's, of secrets that are forgotten.
     #[must_use]
-    pub fn of(secret: Key) -> Self {
-        Self { public: secrets::public(&secret), secret }
+    pub fn agree(key: Key, host: &Key, guest: &Key) -> Self {
+        let (public, peer) = (secrets::public(guest), secrets::public(host));
+        Self { key, public, peer, shared: secrets::shared(guest, peer) }
+    }
+
+    /// The other side's.
+    #[must_use]
+    pub fn of_peer(&self) -> Self {
+        Self { key: self.key.clone(), public: self.peer, peer: self.public, shared: self.shared.clone() }
     }
 }
 
 /// What a guest is told before it does anything else.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    pub key: Key,
-    /// The guest's half of the handshake's Diffie-Hellman.
-    pub ephemeral: KeyPair,
+    pub credentials: Credentials,
     /// Fresh entropy from the host, credited to the guest's pool, then a reseed is forced.
     pub seed: Key,
     /// machine-id(5) and `/proc/sys/kernel/random/boot_id`, which a clone must not share with its template.
@@ -94,9 +106,10 @@ impl Identity {
         drive.extend_from_slice(MAGIC);
         drive.extend_from_slice(&[0; 4]);
         for bytes in [
-            &self.key.0[..],
-            &self.ephemeral.secret.0,
-            &self.ephemeral.public,
+            &self.credentials.key.0[..],
+            &self.credentials.public,
+            &self.credentials.peer,
+            &self.credentials.shared.0,
             &self.seed.0,
             &self.machine_id,
             &self.boot_id,
@@ -140,8 +153,12 @@ impl Identity {
         let length = u32::from_be_bytes([header[8], header[9], header[10], header[11]]) as usize;
         let mut fields = Fields(rest.get(..length).ok_or(malformed("config drive: length beyond its end"))?);
         Ok(Self {
-            key: Key(fields.array()?),
-            ephemeral: KeyPair { secret: Key(fields.array()?), public: fields.array()? },
+            credentials: Credentials {
+                key: Key(fields.array()?),
+                public: fields.array()?,
+                peer: fields.array()?,
+                shared: Key(fields.array()?),
+            },
             seed: Key(fields.array()?),
             machine_id: fields.array()?,
             boot_id: fields.array()?,
@@ -198,8 +215,7 @@ mod tests {
 
     fn identity() -> Identity {
         Identity {
-            key: Key([7; 32]),
-            ephemeral: KeyPair::of(Key([8; 32])),
+            credentials: Credentials::agree(Key([7; 32]), &Key([8; 32]), &Key([6; 32])),
             seed: Key([9; 32]),
             machine_id: [1; 16],
             boot_id: [2; 16],
@@ -238,7 +254,18 @@ mod tests {
     #[test]
     fn test_drive_wiped_is_refused() {
         assert!(Identity::from_drive(&vec![0; DRIVE_BYTES]).is_err());
-        assert!(Identity::from_drive(b"TWMVCFG1\xff\xff\xff\xff").is_err());
+        assert!(Identity::from_drive(b"TWMVCFG2\xff\xff\xff\xff").is_err());
+    }
+
+    #[test]
+    fn test_credentials_of_both_sides_are_one_diffie_hellman() {
+        let (host, guest) = (Key([8; 32]), Key([6; 32]));
+        let guests = Credentials::agree(Key([7; 32]), &host, &guest);
+        let hosts = guests.of_peer();
+        assert_eq!((guests.public, hosts.public), (secrets::public(&guest), secrets::public(&host)));
+        assert_eq!(hosts.shared, secrets::shared(&host, guests.public));
+        assert_eq!(hosts.of_peer(), guests);
+        assert_ne!(Credentials::agree(Key([7; 32]), &host, &Key([5; 32])).shared, guests.shared);
     }
 
     #[test]

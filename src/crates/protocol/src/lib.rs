@@ -11,7 +11,7 @@
 //!     frame    | kind u8 | flags u8 | id u32 BE | payload |   sealed        frame.rs, session.rs
 //!       exchange   a request, its response, the streams between them        mux/
 //!         JSON     what requests, responses and events say                  message.rs
-//! identity     | magic | length u32 BE | JSON | zeros |                     identity.rs
+//! identity     | magic | length u32 BE | fields | zeros |                   identity.rs
 //! ```
 //! A whole conversation, from the guest's first byte:
 //!

@@ -1,7 +1,7 @@
 //! The primitives of the handshake and the session, with keys that are wiped.
 //!
-//! snow's own wrappers leave the session's keys and the ephemeral private key in freed memory; these do not. What remains
-//! for a moment, in the handshake's state, is snow's copy of the pre-shared key and its chaining key.
+//! snow's own wrappers leave the session's keys in freed memory; these do not. What remains for a moment, in the
+//! handshake's state, is snow's copy of the pre-shared key and its chaining key.
 
 use std::hint::black_box;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,12 +10,11 @@ use curve25519_dalek::montgomery::MontgomeryPoint;
 use snow::params::{CipherChoice, DHChoice, HashChoice};
 use snow::resolvers::{CryptoResolver, DefaultResolver};
 use snow::types::{Cipher, Dh, Hash, Random};
-use zeroize::Zeroize;
 
-use crate::identity::{Key, KeyPair};
+use crate::identity::{Credentials, Key};
 
-/// The default primitives, wrapped; with [`Given`], the ephemeral keys are those.
-pub struct Wiping(pub Option<Given>);
+/// The default primitives, wrapped, with a Diffie-Hellman that was carried out already.
+pub struct Wiping(pub Given);
 
 impl CryptoResolver for Wiping {
     fn resolve_rng(&self) -> Option<Box<dyn Random>> {
@@ -23,7 +22,7 @@ impl CryptoResolver for Wiping {
     }
 
     fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn Dh>> {
-        let dh = X25519 { given: self.0.clone(), ..X25519::default() };
+        let dh = X25519 { given: self.0.clone(), own: None };
         matches!(choice, DHChoice::Curve25519).then(|| Box::new(dh) as Box<dyn Dh>)
     }
 
@@ -36,25 +35,32 @@ impl CryptoResolver for Wiping {
     }
 }
 
-/// A guest's ephemeral keys, which come with its identity: a guest has no entropy of its own that early, an emulated one
-/// would take milliseconds to make them, and its host, which made the VM's key, too, is no party to hide them from. They
-/// are used once.
+/// One side's credentials for one handshake, which may begin before they are there. They are used once.
 #[derive(Debug, Clone, Default)]
-pub struct Given(Arc<Mutex<Option<KeyPair>>>);
+pub struct Given(Arc<Mutex<Option<Credentials>>>);
 
 impl Given {
-    pub fn set(&self, keys: KeyPair) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(keys);
+    pub fn new(credentials: Credentials) -> Self {
+        Self(Arc::new(Mutex::new(Some(credentials))))
     }
 
-    fn take(&self) -> Result<KeyPair, snow::Error> {
+    pub fn set(&self, credentials: Credentials) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(credentials);
+    }
+
+    fn take(&self) -> Result<Credentials, snow::Error> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or(snow::Error::Rng)
     }
 }
 
-/// The public key that belongs to a secret.
+/// The public key that belongs to a secret (RFC 7748).
 pub fn public(secret: &Key) -> [u8; 32] {
     MontgomeryPoint::mul_base_clamped(secret.0).to_bytes()
+}
+
+/// What the holder of a secret and the one of a public key agree on (RFC 7748).
+pub fn shared(secret: &Key, public: [u8; 32]) -> Key {
+    Key(MontgomeryPoint(public).mul_clamped(secret.0).to_bytes())
 }
 
 /// A cipher whose key is overwritten when it is dropped.
@@ -89,18 +95,10 @@ impl Cipher for WipedCipher {
     }
 }
 
-/// X25519 (RFC 7748).
-#[derive(Default)]
+/// X25519, carried out ahead of the handshake by the one who made both secrets.
 struct X25519 {
-    private: [u8; 32],
-    public: [u8; 32],
-    given: Option<Given>,
-}
-
-impl Drop for X25519 {
-    fn drop(&mut self) {
-        self.private.zeroize();
-    }
+    given: Given,
+    own: Option<Credentials>,
 }
 
 impl Dh for X25519 {
@@ -116,37 +114,26 @@ impl Dh for X25519 {
         32
     }
 
-    fn set(&mut self, privkey: &[u8]) {
-        self.private.copy_from_slice(privkey);
-        self.public = MontgomeryPoint::mul_base_clamped(self.private).to_bytes();
-    }
+    /// A static key, which the pattern does not have.
+    fn set(&mut self, _privkey: &[u8]) {}
 
-    fn generate(&mut self, rng: &mut dyn Random) -> Result<(), snow::Error> {
-        if let Some(given) = &self.given {
-            let keys = given.take()?;
-            (self.private, self.public) = (keys.secret.0, keys.public);
-            return Ok(());
-        }
-        let mut private = [0; 32];
-        rng.try_fill_bytes(&mut private)?;
-        self.set(&private);
-        private.zeroize();
+    fn generate(&mut self, _rng: &mut dyn Random) -> Result<(), snow::Error> {
+        self.own = Some(self.given.take()?);
         Ok(())
     }
 
     fn pubkey(&self) -> &[u8] {
-        &self.public
+        self.own.as_ref().map_or(&[0; 32], |own| &own.public)
     }
 
+    /// The secret is not here.
     fn privkey(&self) -> &[u8] {
-        &self.private
+        &[0; 32]
     }
 
     fn dh(&self, pubkey: &[u8], out: &mut [u8]) -> Result<(), snow::Error> {
-        let point = pubkey.first_chunk::<32>().ok_or(snow::Error::Dh)?;
-        let mut shared = MontgomeryPoint(*point).mul_clamped(self.private).to_bytes();
-        out[..32].copy_from_slice(&shared);
-        shared.zeroize();
+        let own = self.own.as_ref().filter(|own| pubkey.starts_with(&own.peer)).ok_or(snow::Error::Dh)?;
+        out[..32].copy_from_slice(&own.shared.0);
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use snow::TransportState;
 
 use crate::frame::TAG;
-use crate::{record, ProtocolError};
+use crate::ProtocolError;
 
 /// Records sealed under one key before both sides move on to the next one.
 pub const REKEY_EVERY: u64 = 1 << 16;
@@ -21,12 +21,13 @@ pub struct Session {
     role: Role,
     sealed: u64,
     opened: u64,
+    /// As long as the longest record so far.
     plain: Vec<u8>,
 }
 
 impl Session {
     pub(crate) fn new(noise: TransportState, role: Role) -> Self {
-        Self { noise, role, sealed: 0, opened: 0, plain: vec![0; record::MAX_BODY] }
+        Self { noise, role, sealed: 0, opened: 0, plain: Vec::new() }
     }
 
     #[must_use]
@@ -58,6 +59,9 @@ impl Session {
     /// # Errors
     /// [`ProtocolError::Unsealed`]; the session cannot go on.
     pub fn open(&mut self, body: &[u8]) -> Result<&[u8], ProtocolError> {
+        if self.plain.len() < body.len() {
+            self.plain.resize(body.len(), 0);
+        }
         let length = self.noise.read_message(body, &mut self.plain).map_err(|_| ProtocolError::Unsealed)?;
         self.opened += 1;
         if self.opened.is_multiple_of(REKEY_EVERY) {
@@ -71,7 +75,7 @@ impl Session {
 pub(crate) mod tests {
     use super::*;
     use crate::handshake::{GuestHandshake, HostHandshake, HostStep};
-    use crate::identity::{Key, KeyPair};
+    use crate::identity::{Credentials, Key};
     use crate::record::Decoder;
     use proptest::prelude::*;
 
@@ -87,12 +91,17 @@ pub(crate) mod tests {
         all
     }
 
+    /// A guest's, for the handshake of this number.
+    fn credentials(key: Key, number: u8) -> Credentials {
+        Credentials::agree(key, &Key([number; 32]), &Key([number + 1; 32]))
+    }
+
     pub(crate) fn pair(host_key: Key, guest_key: Key) -> Result<(Session, Session), ProtocolError> {
         let guest = GuestHandshake::new(false).unwrap();
-        let mut host = HostHandshake::new(host_key);
+        let mut host = HostHandshake::new(credentials(host_key, 2).of_peer());
         let hello = records(&guest.hello()?).remove(0);
         let HostStep::Send(offer) = host.receive(&hello, NOW)? else { panic!("no offer") };
-        let offered = guest.receive(&records(&offer)[0], &guest_key, &KeyPair::of(Key([3; 32])))?;
+        let offered = guest.receive(&records(&offer)[0], &credentials(guest_key, 2))?;
         assert_eq!(offered.unix_time_ns, NOW);
         let (accept, guest_session) = offered.accept(b"ready")?;
         let HostStep::Established(session, said) = host.receive(&records(&accept)[0], NOW)? else {
@@ -113,21 +122,38 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn test_handshake_with_other_public_keys_than_agreed_is_refused_by_both() {
+        let key = || Key([1; 32]);
+        let hello = |guest: &GuestHandshake| records(&guest.hello().unwrap()).remove(0);
+        let (guest, mut host) =
+            (GuestHandshake::new(false).unwrap(), HostHandshake::new(credentials(key(), 2).of_peer()));
+        let HostStep::Send(offer) = host.receive(&hello(&guest), NOW).unwrap() else { panic!() };
+        let offered = guest.receive(&records(&offer)[0], &credentials(key(), 4)).unwrap();
+        assert!(matches!(offered.accept(b""), Err(ProtocolError::Authentication { .. })));
+
+        let (own, other) = (credentials(key(), 2), Credentials { public: [9; 32], ..credentials(key(), 2) });
+        let (guest, mut host) = (GuestHandshake::new(false).unwrap(), HostHandshake::new(own.of_peer()));
+        let HostStep::Send(offer) = host.receive(&hello(&guest), NOW).unwrap() else { panic!() };
+        let (accept, _) = guest.receive(&records(&offer)[0], &other).unwrap().accept(b"").unwrap();
+        assert!(matches!(host.receive(&records(&accept)[0], NOW), Err(ProtocolError::Authentication { .. })));
+    }
+
+    #[test]
     fn test_handshake_of_a_recorded_session_is_refused_by_the_host() {
         let guest = GuestHandshake::new(false).unwrap();
         let hello = records(&guest.hello().unwrap()).remove(0);
-        let mut first = HostHandshake::new(Key([1; 32]));
+        let own = credentials(Key([1; 32]), 2);
+        let mut first = HostHandshake::new(own.of_peer());
         let HostStep::Send(offer) = first.receive(&hello, NOW).unwrap() else { panic!() };
-        let (accept, _) =
-            guest.receive(&records(&offer)[0], &Key([1; 32]), &KeyPair::of(Key([3; 32]))).unwrap().accept(b"").unwrap();
-        let mut second = HostHandshake::new(Key([1; 32]));
+        let (accept, _) = guest.receive(&records(&offer)[0], &own).unwrap().accept(b"").unwrap();
+        let mut second = HostHandshake::new(credentials(Key([1; 32]), 4).of_peer());
         second.receive(&hello, NOW).unwrap();
         assert!(matches!(second.receive(&records(&accept)[0], NOW), Err(ProtocolError::Authentication { .. })));
     }
 
     #[test]
     fn test_handshake_of_a_future_generation_is_refused() {
-        let mut host = HostHandshake::new(Key([1; 32]));
+        let mut host = HostHandshake::new(credentials(Key([1; 32]), 2).of_peer());
         let error = host.receive(b"\x01TWMV\x7e\x7f\0", NOW).unwrap_err();
         assert_eq!(error, ProtocolError::NoCommonGeneration { min: 126, max: 127 });
     }

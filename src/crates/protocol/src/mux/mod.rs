@@ -24,7 +24,9 @@
 mod inbox;
 mod outbox;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+
+use rustc_hash::FxHashMap;
 
 use crate::message::MAX_MESSAGE;
 use crate::session::Role;
@@ -143,7 +145,8 @@ impl Exchange {
 #[derive(Debug)]
 pub struct Mux {
     role: Role,
-    exchanges: HashMap<u32, Exchange>,
+    /// Ids are the host's own, so nobody floods one bucket; a guest has fewer instructions to run for the first time.
+    exchanges: FxHashMap<u32, Exchange>,
     newest: u32,
     /// Bytes of the peer's unfinished messages.
     assembling: usize,
@@ -155,7 +158,14 @@ pub struct Mux {
 impl Mux {
     #[must_use]
     pub fn new(role: Role) -> Self {
-        Self { role, exchanges: HashMap::new(), newest: 0, assembling: 0, outbox: Outbox::default(), pinging: None }
+        Self {
+            role,
+            exchanges: FxHashMap::default(),
+            newest: 0,
+            assembling: 0,
+            outbox: Outbox::default(),
+            pinging: None,
+        }
     }
 
     /// Exchanges that are open, cancelled ones included.
