@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import stat
 import tempfile
@@ -134,6 +135,13 @@ class Modes(VMTestCase):
 
 
 class Traces(VMTestCase):
+    def test_emulator_has_no_huge_pages(self) -> None:
+        info = self.running().get_info()
+        told = re.search(r"^THP_enabled:\s*(\d)", Path("/proc/{}/status".format(info["pid"])).read_text(), re.M)
+        if told is None:
+            self.skipTest("kernels before 5.0 do not tell")
+        self.assertEqual(told.group(1), "0" if info["accelerator"] == "tcg" else "1")
+
     def test_groups_and_uid_go_with_the_vm(self) -> None:
         if os.geteuid() != 0 or not (CGROUPS / "memory").is_dir():
             self.skipTest("needs root and cgroup v1: four hierarchies, and a uid for each VM")

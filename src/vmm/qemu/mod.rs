@@ -162,6 +162,8 @@ impl Vmm for Qemu {
             argv.extend(args::arguments(plan, origin, self.host(shown.firmware)));
             let mut spec = jail.spec(argv, shown.env, self.program.seccomp());
             spec.proc = jail.own_root && is_clone;
+            // TCG asks for them for its translations: a clone that fills a quarter of one would wait until it is zeroed.
+            spec.huge_pages = self.accelerator == Accelerator::Kvm;
             spec.fds = targets;
             Ok(spec)
         };

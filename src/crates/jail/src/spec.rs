@@ -55,6 +55,9 @@ pub struct LaunchSpec {
     pub identity: Option<Identity>,
     #[serde(default)]
     pub rlimits: Vec<Rlimit>,
+    /// Transparent huge pages where the VMM asks for them; without it, nowhere.
+    #[serde(default = "yes")]
+    pub huge_pages: bool,
     /// `cgroup.procs` or (v1) `tasks` files, absolute, of the groups to join before anything else is set up, one per
     /// hierarchy.
     #[serde(default)]
@@ -274,6 +277,7 @@ impl LaunchSpec {
             files: Vec::new(),
             identity: None,
             rlimits: Vec::new(),
+            huge_pages: true,
             cgroup_procs: Vec::new(),
             landlock: true,
             seccomp: Seccomp::default(),

@@ -195,6 +195,17 @@ fn test_program_has_no_privileges_in_any_set() {
 }
 
 #[test]
+fn test_program_has_huge_pages_only_when_it_may() {
+    for huge_pages in [true, false] {
+        let Some(spec) = script("/bin/busybox sleep 600") else { return };
+        let status = status_of(LaunchSpec { huge_pages, ..spec });
+        // Kernels before 5.0 do not tell.
+        let told = status.lines().find_map(|line| line.strip_prefix("THP_enabled:"));
+        assert!(told.is_none_or(|told| (told.trim() == "1") == huge_pages), "{huge_pages}: {told:?}");
+    }
+}
+
+#[test]
 fn test_identity_is_the_only_user_and_needs_root() {
     let Some(spec) = script("/bin/busybox id") else { return };
     let outcome = run(LaunchSpec { identity: Some(Identity { uid: 1_234_567, gid: 7_654_321 }), ..spec });

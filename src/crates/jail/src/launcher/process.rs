@@ -70,6 +70,14 @@ pub fn shield() -> Result<(), Failure> {
     blocked.thread_set_mask().map_err(|errno| Failure::errno(Stage::Session, errno, "setting the signal mask"))
 }
 
+/// Whatever this process advises (madvise(2)), its memory comes in ordinary pages, and that of what it executes.
+pub fn do_without_huge_pages() -> Result<(), Failure> {
+    // SAFETY: it changes a flag of this process's memory.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) })
+        .map(drop)
+        .map_err(|errno| Failure::errno(Stage::Rlimits, errno, "PR_SET_THP_DISABLE"))
+}
+
 /// Signals as a program expects to find them: nothing ignored, nothing blocked.
 pub fn reset_signals() -> Result<(), Failure> {
     // The kernel's struct sigaction (handler, flags, restorer, mask): all zeros is SIG_DFL on every architecture.

@@ -37,6 +37,9 @@ fn become_vmm(control: &Control, prepared: &Prepared, told: FromSupervisor) -> R
     descriptors::place(passed, &spec.fds)?;
     confine::enter_cwd(&spec.cwd)?;
     confine::apply_rlimits(&spec.rlimits)?;
+    if !spec.huge_pages {
+        process::do_without_huge_pages()?;
+    }
     if !spec.namespaces.pid {
         confine::die_with(told.supervisor)?;
     }
