@@ -24,11 +24,22 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = Path(os.environ.get("MICROVM_NESTED_CACHE", str(ROOT / "build" / "nested")))
 QEMU = "qemu-system-x86_64"
+# The first release that was not seen to hang.
+RELIABLE = 10
 TIMED_OUT = 124
 NO_STATUS = 125
 # `mitigations=off` and the clock spare emulated work; without `la57` page tables have a level less.
 CMDLINE = "console=ttyS0 quiet mitigations=off tsc=reliable nokaslr audit=0 panic=-1"
 CPU = "max,-la57"
+
+
+def release(program: str) -> int:
+    """The first number of a QEMU's version."""
+    told = subprocess.run([program, "--version"], stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
+    found = re.search(r"version (\d+)\.", told)
+    if found is None:
+        raise RuntimeError("{} tells no version: {!r}".format(program, told))
+    return int(found.group(1))
 
 
 def emulator() -> List[str]:
@@ -40,19 +51,17 @@ def emulator() -> List[str]:
     named = os.environ.get("MICROVM_NESTED_QEMU")
     if named:
         return [named]
-    version = subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
-    found = re.search(r"version (\d+)\.", version)
-    if found is None or int(found.group(1)) >= 10:
+    if release(QEMU) >= RELIABLE:
         return [QEMU]
     try:
         newer = CACHE / "qemu"
         if not newer.is_dir():
             debian.unpacked(CACHE, "qemu", ["qemu-system-x86", "qemu-system-data"], debian.backports(CACHE))
         call = [str(newer / "usr" / "bin" / QEMU), "-L", str(newer / "usr" / "share" / "qemu"), "-L", "/usr/share/seabios"]
-        subprocess.run([call[0], "--version"], stdout=subprocess.DEVNULL, check=True)
+        release(call[0])
         return call
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        print("lab: no newer QEMU ({}): {}".format(error, version.splitlines()[0]), file=sys.stderr)
+        print("lab: no newer QEMU than the one in PATH: {}".format(error), file=sys.stderr)
         return [QEMU]
 
 
