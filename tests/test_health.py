@@ -3,10 +3,12 @@
 import ctypes
 import os
 import signal
+import subprocess
 import time
 import unittest
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from .support import VMTestCase, eventually, limits, shell
 
@@ -127,17 +129,34 @@ class Verdicts(HealthTestCase):
         quotas = [quota for quota in quotas if quota.exists()]
         if not quotas:
             self.skipTest("needs the cpu controller of cgroup v1")
-        before = quotas[0].read_text()
-        quotas[0].write_text("1000")
-        self.addCleanup(quotas[0].write_text, before)
-        try:
-            vm.send_command("exec", shell("while :; do :; done", timeout=4), timeout=0.1)
+        # A hundredth of a CPU is enough for a VM that has it to itself.
+        with self.crowd(quotas[0].parent, 32), self.squeezed(quotas[0]):
             slow = eventually(lambda: "host_slow" in [look["reason"] for look in self.history(vm)], 20.0)
             self.assertTrue(slow, self.history(vm))
             self.assertNotIn("agent_silent", self.verdicts(vm))
-        finally:
-            quotas[0].write_text(before)
         self.assertTrue(eventually(lambda: self.history(vm)[-1]["reason"] == "ok", 15.0), self.history(vm))
+
+    @contextmanager
+    def squeezed(self, quota: Path) -> Iterator[None]:
+        """A hundredth of a CPU for a control group, with which its processes could not even end soon."""
+        before = quota.read_text()
+        quota.write_text("1000")
+        try:
+            yield
+        finally:
+            quota.write_text(before)
+
+    @contextmanager
+    def crowd(self, group: Path, size: int) -> Iterator[None]:
+        """So many processes in a control group, all of which want a CPU all the time."""
+        busy = 'echo $$ > "$0"; while :; do :; done'
+        crowd = [subprocess.Popen(["sh", "-c", busy, str(group / "tasks")]) for _ in range(size)]
+        try:
+            yield
+        finally:
+            for process in crowd:
+                process.kill()
+                process.wait()
 
     def history(self, vm: Any) -> List[Dict[str, Any]]:
         return list(vm.get_info()["health"]["history"])
