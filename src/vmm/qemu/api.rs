@@ -192,9 +192,6 @@ impl Control for Qmp {
 
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("load", async move |line| {
-            // Memory in a shared file stays where it is; only the devices' state is in the stream.
-            let capabilities = ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
-            let capabilities = ("migrate-set-capabilities", json!({"capabilities": capabilities}));
             let getfd = ("getfd", json!({"fdname": STATE}));
             let incoming = ("migrate-incoming", json!({"uri": format!("fd:{STATE}")}));
             if run {
@@ -203,14 +200,15 @@ impl Control for Qmp {
                 // is the end of QEMU.
                 let is_resume = |line: &Value| line["event"] == "RESUME";
                 let mut runs = false;
-                let commands = [capabilities, getfd, incoming, ("cont", Value::Null)];
+                let commands = [getfd, incoming, ("cont", Value::Null)];
                 line.commands_and(commands, Some(&state), |line| runs |= is_resume(line)).await?;
                 match runs {
                     true => Ok(()),
                     false => line.line_with(is_resume).await.map(drop),
                 }
             } else {
-                line.commands([capabilities, getfd, incoming], Some(&state)).await?;
+                let events = json!({"capabilities": [{"capability": "events", "state": true}]});
+                line.commands([("migrate-set-capabilities", events), getfd, incoming], Some(&state)).await?;
                 line.migrated().await
             }
         }))
@@ -291,10 +289,10 @@ mod tests {
         let state = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         // Loaded before `cont` is looked at, and after.
         for last in [format!("{resume}\n{answer}"), format!("{answer}\n{resume}")] {
-            let qmp = scripted(vec![answer, answer, answer, last.leak()]);
+            let qmp = scripted(vec![answer, answer, last.leak()]);
             qmp.load(state(), true).await.unwrap();
         }
-        let qmp = scripted(vec![answer, answer, answer, answer]);
+        let qmp = scripted(vec![answer, answer, answer]);
         assert!(qmp.load(state(), true).await.unwrap_err().to_string().contains("closed the connection"));
     }
 

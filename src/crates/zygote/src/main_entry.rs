@@ -96,6 +96,9 @@ fn enter_main(program: &Program) -> Result<Infallible, Failure> {
     close_the_jails(program.first_free_fd);
     let argc = c_int::try_from(program.argv.len()).map_err(|_| failed("too many arguments"))?;
     let (argv, env) = (leak(&program.argv), leak(&program.env));
+    // Each thread's own arena would grow by a page and a system call at a time, while the vCPU's translates code.
+    // SAFETY: it sets a number.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     let canary = fresh_canary().ok_or_else(|| failed("no entropy"))?;
     // SAFETY: one thread, and the C library reads the variable when it is asked next.
     unsafe { environ = env };
