@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from array import array
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -61,7 +62,7 @@ class Load:
         self.manager = MicroVMIsolationManager(config)
         self.manager.start()
         self.wrong: List[str] = []
-        self.trips: List[float] = []
+        self.trips = array("d")
         self.counts = {"commands": 0, "files": 0, "restarts": 0, "lives": 0, "failures": 0}
         self.lock = threading.Lock()
         self.over = threading.Event()

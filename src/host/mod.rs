@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod elf;
 pub mod fork;
+pub mod heap;
 pub mod kvm;
 pub mod lease;
 pub mod lock;
