@@ -247,6 +247,7 @@ fn sum_block_stats(answer: &Value) -> DiskIo {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::golden::assert_golden;
 
     /// A peer that greets, then answers each command with the given lines (`ID` stands for the command's id).
     fn scripted(answers: Vec<&'static str>) -> Qmp {
@@ -294,6 +295,58 @@ mod tests {
         }
         let qmp = scripted(vec![answer, answer, answer]);
         assert!(qmp.load(state(), true).await.unwrap_err().to_string().contains("closed the connection"));
+    }
+
+    /// What a QEMU would be told, which answers everything as one does where all is well.
+    async fn told(say: impl AsyncFnOnce(&Qmp)) -> Vec<String> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let hearing = tokio::spawn(async move {
+            let (mut lines, mut peer) = (Vec::new(), BufReader::new(theirs));
+            peer.get_mut().write_all(b"{\"QMP\": {}}\n").await.unwrap();
+            loop {
+                let mut line = String::new();
+                if peer.read_line(&mut line).await.unwrap() == 0 {
+                    return lines;
+                }
+                let command: Value = serde_json::from_str(&line).unwrap();
+                let (answer, event) = match command["execute"].as_str().unwrap() {
+                    "add-fd" => (json!({"fdset-id": 0, "fd": 9}), None),
+                    "migrate-incoming" => {
+                        (json!({}), Some(json!({"event": "MIGRATION", "data": {"status": "completed"}})))
+                    }
+                    "cont" => (json!({}), Some(json!({"event": "RESUME"}))),
+                    _ => (json!({}), None),
+                };
+                let answer = json!({"return": answer, "id": command["id"]});
+                let event = event.map(|event| format!("{event}\n")).unwrap_or_default();
+                peer.get_mut().write_all(format!("{answer}\n{event}").as_bytes()).await.unwrap();
+                lines.push(line.trim_end().to_owned());
+            }
+        });
+        say(&Qmp::new(VmId::parse("vm").unwrap(), ours)).await;
+        hearing.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn test_commands_are_golden() {
+        let state = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let mut lines = vec!["# a clone that runs at once".to_owned()];
+        lines.extend(told(async |qmp| qmp.load(state(), true).await.unwrap()).await);
+        lines.push("# a clone that waits".into());
+        lines.extend(told(async |qmp| qmp.load(state(), false).await.unwrap()).await);
+        lines.push("# a template is recorded".into());
+        lines.extend(told(async |qmp| qmp.save(state()).await.unwrap()).await);
+        lines.push("# a life".into());
+        let life = async |qmp: &Qmp| {
+            qmp.connect().await.unwrap();
+            qmp.pause().await.unwrap();
+            qmp.resume().await.unwrap();
+            qmp.disk_io().await.unwrap();
+            qmp.why_stopped().await.unwrap();
+            assert!(qmp.quit().await.unwrap());
+        };
+        lines.extend(told(life).await);
+        assert_golden("qemu.commands", &lines);
     }
 
     #[test]
