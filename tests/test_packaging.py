@@ -89,6 +89,9 @@ class Doctor(unittest.TestCase):
         command = [sys.executable, "-m", IMPORT, "doctor"]
         text = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)
         self.assertEqual(text.returncode, 0)
-        self.assertIn("qemu", text.stdout)
+        self.assertRegex(text.stdout, r"\n  /dev/kvm: (not )?usable\n")
+        for backend in doctor()["backends"]:
+            self.assertIn("\n  {}: ".format(backend["backend"]), text.stdout)
+            self.assertIn(backend["version"] or "", text.stdout)
         self.assertEqual(json.loads(subprocess.check_output(command + ["--json"])), doctor())
         self.assertEqual(subprocess.run([sys.executable, "-m", IMPORT], stdout=subprocess.PIPE).returncode, 2)

@@ -40,7 +40,7 @@ def render(report: Dict[str, Any]) -> List[str]:
         lines += [title] + _facts(report.get(key, {})) + [""]
     kvm = report.get("kvm", {})
     lines.append("KVM")
-    lines.append("  {}: {}".format(kvm.get("device", "/dev/kvm"), "usable" if kvm.get("usable") else "not usable"))
+    lines.append("  /dev/kvm: {}".format("usable" if kvm.get("usable") else "not usable"))
     lines += _why(kvm) + ["", "Backends"]
     for backend in report.get("backends", []):
         lines += _backend(backend)
@@ -61,9 +61,12 @@ def render(report: Dict[str, Any]) -> List[str]:
 
 
 def _backend(backend: Dict[str, Any]) -> List[str]:
+    # One that cannot run here may be installed all the same.
+    found = " ".join(filter(None, [backend.get("path"), backend.get("version")]))
     if not backend.get("available"):
-        return ["  {}: not available".format(backend.get("backend"))] + _why(backend, "    ")
-    head = "  {}: {} {}".format(backend.get("backend"), backend.get("path"), backend.get("version") or "").rstrip()
+        found = ", ".join(filter(None, ["not available", found]))
+        return ["  {}: {}".format(backend.get("backend"), found)] + _why(backend, "    ")
+    head = "  {}: {}".format(backend.get("backend"), found)
     grade = "    accelerator {}, isolation grade {}".format(backend.get("accelerator"), backend.get("isolation_grade"))
     return [head, grade] + _why(backend, "    ")
 
