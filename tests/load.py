@@ -27,7 +27,7 @@ from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManage
 NOTE_S = 10.0
 KINDS = ["browser_tab", "extension", "session", "plugin"]
 # In the two thirds that are looked at; an allocator's pools settle in the first.
-ALLOWED_GROWTH = {"rss_mib": 16.0, "descriptors": 8.0, "threads": 4.0, "children": 2.0}
+ALLOWED_GROWTH = {"rss_mib": 4.0, "descriptors": 8.0, "threads": 4.0, "children": 2.0}
 
 
 def resources(vms: int) -> Dict[str, float]:

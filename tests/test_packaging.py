@@ -74,6 +74,11 @@ class Package(unittest.TestCase):
         done = run_python("import threading, {}; print(threading.active_count())".format(IMPORT))
         self.assertEqual((done.stdout, done.stderr), ("1\n", ""))
 
+    def test_core_has_a_heap_of_its_own_that_is_set_up_as_wanted(self) -> None:
+        # What sets it up is a symbol that a linker could drop without a word.
+        done = run_python("import {}".format(IMPORT), env=dict(os.environ, _RJEM_MALLOC_CONF="confirm_conf:true"))
+        self.assertIn("-- Set conf value: narenas:2\n", done.stderr)
+
 
 class Doctor(unittest.TestCase):
     def test_report_is_complete_and_json(self) -> None:

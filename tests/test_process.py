@@ -73,6 +73,29 @@ class Ends(VMTestCase):
         done = run_python(code)
         self.assertEqual(done.stdout.split()[:2], ["forked_process", "pong"], done.stderr)
 
+    def test_children_forked_while_others_allocate_have_a_heap_that_works(self) -> None:
+        code = (
+            "import os, signal, threading, warnings\n"
+            "from {} import MicroVMIsolationManager\n"
+            "warnings.simplefilter('ignore')\n"
+            "def use():\n"
+            "    for _ in range(50):\n        MicroVMIsolationManager({{'default_memory_mb': 128}}).list_vms()\n"
+            "over = threading.Event()\n"
+            "def busy():\n    while not over.is_set():\n        use()\n"
+            "threads = [threading.Thread(target=busy) for _ in range(4)]\n"
+            "[thread.start() for thread in threads]\n"
+            "for _ in range(100):\n"
+            "    child = os.fork()\n"
+            "    if child == 0:\n"
+            "        signal.alarm(20)\n"
+            "        mine = threading.Thread(target=use)\n"
+            "        mine.start(); use(); mine.join(); os._exit(0)\n"
+            "    print(os.waitpid(child, 0)[1], flush=True)\n"
+            "over.set()"
+        ).format(IMPORT)
+        done = run_python(code)
+        self.assertEqual((done.stdout.split(), done.stderr), (["0"] * 100, ""))
+
 
 class Signals(VMTestCase):
     def interrupt(self, action: str) -> List[str]:

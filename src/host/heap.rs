@@ -1,47 +1,15 @@
-//! What the C library's heap of this process holds for later.
+//! The core's heap, apart from that of the program that it is loaded into.
+//!
+//! The C library has up to eight heaps for each CPU, so that threads do not wait for each other, and a block stays in the
+//! one it is from. A VM's session is served now by this thread, now by that, so all of them grew to the most that each had
+//! ever held, in pieces, while what was in use did not grow. To have fewer is a setting of the whole process, which is not
+//! ours to make. This heap can have two; its locks are taken before a fork and let go after it, on both sides.
 
-/// What it may keep: less is soon in use again, and asked of the kernel anew.
-const KEPT_BYTES: usize = 8 << 20;
+use tikv_jemallocator::Jemalloc;
 
-/// Gives memory that the heap holds but nobody uses back to the kernel, whole pages of it, when there is enough to be worth
-/// it. A few milliseconds, in which threads that allocate may wait.
-pub fn give_back() {
-    // SAFETY: both look at the heap under its own locks.
-    unsafe {
-        if libc::mallinfo2().fordblks > KEPT_BYTES {
-            libc::malloc_trim(0);
-        }
-    }
-}
+#[global_allocator]
+static HEAP: Jemalloc = Jemalloc;
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PAGE: usize = 4096;
-
-    fn is_resident(page: usize) -> bool {
-        let mut state = 0u8;
-        // SAFETY: a page of this process, and room for its one byte.
-        let seen = unsafe { libc::mincore(page as *mut libc::c_void, 1, &raw mut state) };
-        seen == 0 && state & 1 == 1
-    }
-
-    #[test]
-    fn test_give_back_takes_pages_from_between_what_is_in_use() {
-        // Below the size from which each has a mapping of its own, so that what is kept holds the heap's end.
-        let (mut large, mut kept) = (Vec::new(), Vec::new());
-        for _ in 0..512 {
-            large.push(vec![1u8; 16 * PAGE]);
-            kept.push(vec![1u8; 64]);
-        }
-        let pages: Vec<usize> = large.iter().map(|one| (one.as_ptr() as usize + PAGE).next_multiple_of(PAGE)).collect();
-        let resident = || pages.iter().filter(|page| is_resident(**page)).count();
-        drop(large);
-        assert!(resident() > 500, "the heap keeps what is freed: {}", resident());
-        give_back();
-        // Other tests may have taken some meanwhile.
-        assert!(resident() < 100, "{} of 512 are still there", resident());
-        assert!(kept.iter().all(|one| one == &[1; 64]));
-    }
-}
+/// Two heaps for however many threads; pages that nobody has used for a second go back to the kernel.
+#[unsafe(export_name = "_rjem_malloc_conf")]
+pub static OPTIONS: &[u8; 30] = b"narenas:2,dirty_decay_ms:1000\0";

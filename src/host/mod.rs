@@ -8,7 +8,8 @@ pub mod cgroup;
 pub mod clock;
 pub mod elf;
 pub mod fork;
-pub mod heap;
+#[cfg(feature = "python")]
+mod heap;
 pub mod kvm;
 pub mod lease;
 pub mod lock;

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::host::memory::{self, HostMemory};
 use crate::host::runtime_dir::{self, Folders};
 use crate::host::zygote::Zygotes;
-use crate::host::{clock, heap, private_dir};
+use crate::host::{clock, private_dir};
 use crate::image::template::{self, Digests, Shelf, Store, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
@@ -38,8 +38,6 @@ pub use pool::ShelfUse;
 
 /// Starts at once, for each CPU: one computes while another waits for the kernel.
 const STARTS_PER_CPU: usize = 2;
-/// How long memory that nobody uses may stay with the heap.
-const GIVE_BACK_INTERVAL: Duration = Duration::from_secs(60);
 /// Events that may wait for the policies to be enforced.
 const POLICY_EVENTS: usize = 65_536;
 
@@ -213,7 +211,6 @@ impl Manager {
             let interval = Duration::from_secs_f64(self.config.cleanup_interval_s);
             let (runtime, weak) = (Handle::current(), Arc::downgrade(self));
             tasks.push(runtime.spawn(clean_up(weak.clone(), interval)).abort_handle());
-            tasks.push(runtime.spawn(give_memory_back()).abort_handle());
             if !self.config.policies.is_empty() {
                 let hearer = self.events().listen(POLICY_EVENTS);
                 tasks.push(runtime.spawn(policy::enforce(weak.clone(), hearer)).abort_handle());
@@ -464,16 +461,6 @@ async fn clean_up(manager: Weak<Manager>, interval: Duration) {
                 manager.remove(&vm).await;
                 log::info!("{}: removed, it was dead", vm.id());
             }
-        }
-    }
-}
-
-/// VMs come and go, and files pass through: without this the heap would keep the most that there ever was, in pieces.
-async fn give_memory_back() {
-    loop {
-        tokio::time::sleep(GIVE_BACK_INTERVAL).await;
-        if let Err(error) = tokio::task::spawn_blocking(heap::give_back).await {
-            log::warn!("memory was not given back: {error}");
         }
     }
 }
