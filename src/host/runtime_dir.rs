@@ -19,6 +19,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statfs::{statfs, TMPFS_MAGIC};
+use nix::unistd::{access, AccessFlags, Uid};
 use serde::{Deserialize, Serialize};
 
 use super::cgroup;
@@ -29,15 +31,28 @@ use crate::model::VmId;
 
 /// sockaddr_un holds 107 bytes and a NUL.
 const MAX_SOCKET_PATH: usize = 107;
+const SHARED_MEMORY: &str = "/dev/shm";
 const SOCKET: &str = "sock";
 const LOCK: &str = "lock";
 /// Names the VM's control groups, one folder a line.
 pub const GROUPS: &str = "cgroups";
 
 /// The base directory that every process of this user works out alike: no environment variable has a say.
+///
+/// In memory if there is any: containers and small hosts have `/run` on their disk, where ext4 looks at every file that was
+/// removed in the last minute before it makes another.
 #[must_use]
 pub fn default_base() -> PathBuf {
     let uid = nix::unistd::geteuid();
+    let usual = usual_base(uid);
+    let shared = Path::new(SHARED_MEMORY).join(format!("tw-microvm-{uid}"));
+    if !usual.parent().is_some_and(is_in_memory) && may_be_base(&shared, uid) {
+        return shared;
+    }
+    usual
+}
+
+fn usual_base(uid: Uid) -> PathBuf {
     if uid.is_root() {
         return PathBuf::from("/run/tw-microvm");
     }
@@ -45,6 +60,19 @@ pub fn default_base() -> PathBuf {
     match run_user.metadata() {
         Ok(meta) if meta.is_dir() && meta.uid() == uid.as_raw() => run_user.join("tw-microvm"),
         _ => std::env::temp_dir().join(format!("tw-microvm-{uid}")),
+    }
+}
+
+fn is_in_memory(folder: &Path) -> bool {
+    statfs(folder).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC)
+}
+
+/// Whether it is there, or can be made, in memory. All may make files beside it: somebody else's of that name is left alone.
+fn may_be_base(folder: &Path, uid: Uid) -> bool {
+    let Some(parent) = folder.parent().filter(|parent| is_in_memory(parent)) else { return false };
+    match folder.symlink_metadata() {
+        Ok(meta) => meta.is_dir() && meta.uid() == uid.as_raw(),
+        Err(_) => access(parent, AccessFlags::W_OK | AccessFlags::X_OK).is_ok(),
     }
 }
 
@@ -278,6 +306,22 @@ mod tests {
         assert!(first.disk().exists());
         drop(first);
         end(&folders);
+    }
+
+    #[test]
+    fn test_base_is_in_memory_and_never_what_is_somebody_elses() {
+        let uid = nix::unistd::geteuid();
+        let base = default_base();
+        assert!(base == usual_base(uid) || is_in_memory(base.parent().unwrap()));
+        assert!(!is_in_memory(Path::new("/proc")) && !may_be_base(Path::new("/proc/tw"), uid));
+        let free = Path::new(SHARED_MEMORY).join(format!("tw-microvm-test-{}", std::process::id()));
+        assert!(may_be_base(&free, uid), "this host has no /dev/shm");
+        private_dir::ensure(&free, "runtime_dir").unwrap();
+        assert!(may_be_base(&free, uid) && !may_be_base(&free, Uid::from_raw(uid.as_raw() + 1)));
+        fs::remove_dir(&free).unwrap();
+        std::os::unix::fs::symlink("/", &free).unwrap();
+        assert!(!may_be_base(&free, uid));
+        fs::remove_file(&free).unwrap();
     }
 
     #[test]
