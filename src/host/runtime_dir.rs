@@ -134,8 +134,7 @@ impl VmDir {
             return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "another process of this user".into() });
         };
         // Remains of a dead owner, if any: everything but the lock that we now hold.
-        cgroup::sweep(&path.join(GROUPS));
-        clear(&path).map_err(|error| Error::host("clear", path.display(), error))?;
+        groups_gone(&path).and_then(|()| clear(&path)).map_err(|error| Error::host("clear", path.display(), error))?;
         let disk = folders.disk(vm_id.as_str());
         remove_disk(&disk).map_err(|error| Error::host("remove", disk.display(), error))?;
         Ok(Self { path, disk, _concealed: fork::conceal(&*lock), lock: Some(lock) })
@@ -188,6 +187,7 @@ impl VmDir {
     }
 
     fn remove(&mut self) -> std::io::Result<()> {
+        groups_gone(&self.path)?;
         remove_disk(&self.disk)?;
         clear(&self.path)?;
         let _turn = self.path.parent().map(|base| lock::turn(base, FlockArg::LockExclusive)).transpose()?;
@@ -202,6 +202,14 @@ impl Drop for VmDir {
         if let Err(error) = self.remove() {
             log::warn!("{}: could not be removed: {error}", self.path.display());
         }
+    }
+}
+
+/// The folder names the VM's groups: while one of them is there, the folder stays, for the next sweep.
+fn groups_gone(folder: &Path) -> std::io::Result<()> {
+    match cgroup::sweep(&folder.join(GROUPS)) {
+        true => Ok(()),
+        false => Err(std::io::Error::other("a control group of its is still there")),
     }
 }
 
@@ -243,13 +251,10 @@ pub fn sweep(folders: &Folders) -> Vec<String> {
             }
         };
         match lock::try_exclusive(&path.join(LOCK)) {
-            Ok(Some(_held)) => {
-                cgroup::sweep(&path.join(GROUPS));
-                match fs::remove_dir_all(&path) {
-                    Ok(()) => swept.push(entry.file_name().to_string_lossy().into_owned()),
-                    Err(error) => log::warn!("{}: stale, but could not be removed: {error}", path.display()),
-                }
-            }
+            Ok(Some(_held)) => match groups_gone(&path).and_then(|()| fs::remove_dir_all(&path)) {
+                Ok(()) => swept.push(entry.file_name().to_string_lossy().into_owned()),
+                Err(error) => log::warn!("{}: stale, but could not be removed: {error}", path.display()),
+            },
             Ok(None) => {}
             Err(error) => log::debug!("{}: not looked at: {error}", path.display()),
         }
@@ -353,6 +358,36 @@ mod tests {
         assert_eq!(fs::read_dir(&folders.disks).unwrap().count(), 2);
         drop(held);
         fs::remove_file(others).unwrap();
+        end(&folders);
+    }
+
+    #[test]
+    fn test_folder_stays_until_the_groups_that_it_names_are_gone() {
+        let folders = begin("groups");
+        let dir = made(&folders, "vm");
+        let limits = cgroup::Limits {
+            cpu_quota_us: 100_000,
+            cpu_period_us: 100_000,
+            memory_bytes: 1 << 30,
+            tasks: 64,
+            devices: Vec::new(),
+            io: None,
+        };
+        let groups = cgroup::Groups::create(&format!("stays-{}", std::process::id()), None, &limits).unwrap();
+        let record = dir.path().join(GROUPS);
+        groups.record(&record).unwrap();
+        let Some(group) = cgroup::recorded(&record).pop() else {
+            eprintln!("skipped: no control groups here");
+            return;
+        };
+        // Its owner dies without a word, and something keeps one group from going.
+        std::mem::forget(groups);
+        fs::create_dir(group.join("child")).unwrap();
+        drop(dir);
+        assert!(record.exists() && sweep(&folders).is_empty());
+        fs::remove_dir(group.join("child")).unwrap();
+        assert_eq!(sweep(&folders), ["vm"]);
+        assert!(!group.exists());
         end(&folders);
     }
 

@@ -74,7 +74,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
             memory_bytes: budget.memory_bytes,
             tasks: budget.tasks,
             devices: common.chain(devices).map(|(device, _)| device).collect(),
-            io: io_limit(&spec.limits, dir.path()),
+            io: io_limit(&spec.limits, dir.disk()),
         },
     )?;
     groups.record(&dir.path().join(runtime_dir::GROUPS))?;
@@ -124,9 +124,10 @@ fn device(path: &Path) -> Option<(Device, u32)> {
 }
 
 /// The block device below the VM's files; file systems without one (tmpfs, overlays) have major number 0.
-fn io_limit(limits: &ResourceLimits, dir: &Path) -> Option<(Device, Option<u64>, Option<u64>)> {
+/// Of the device that the disk is to be on.
+fn io_limit(limits: &ResourceLimits, disk: &Path) -> Option<(Device, Option<u64>, Option<u64>)> {
     let (bytes, operations) = (limits.disk_bytes_per_s, limits.disk_ops_per_s);
-    let number = dir.metadata().ok()?.dev();
+    let number = disk.parent()?.metadata().ok()?.dev();
     let device = Device { major: nix::sys::stat::major(number), minor: nix::sys::stat::minor(number) };
     (device.major != 0 && (bytes.is_some() || operations.is_some())).then_some((device, bytes, operations))
 }
@@ -226,7 +227,11 @@ fn limits(
         fixed.iter().cloned().chain(more.into_iter().flatten()).collect()
     };
     let rate = |value: Option<u64>, what: &str| match value {
-        Some(value) => list(&[format!("VMM: its limiter of the disk, {value} {what}")], vec![by(Controller::Io)]),
+        Some(value) => {
+            let group =
+                by(Controller::Io).unwrap_or_else(|| "VMM: not enforced by cgroup: its disk is on no device".into());
+            vec![format!("VMM: its limiter of the disk, {value} {what}"), group]
+        }
         None => vec!["not limited: none was asked for".to_owned()],
     };
     let mib = budget.memory_bytes >> 20;

@@ -203,21 +203,23 @@ pub fn record(folders: &[PathBuf], file: &Path) -> Result<()> {
     fs::write(file, lines).map_err(|error| Error::host("write", file.display(), error))
 }
 
-/// Removes the groups that a dead process noted in `file`; killing what may be left in them.
-pub fn sweep(file: &Path) {
-    for line in fs::read_to_string(file).unwrap_or_default().lines() {
-        let folder = Path::new(line);
+/// Removes the groups that are noted in `file`, killing what may be left in them; whether none of them is there any more.
+pub fn sweep(file: &Path) -> bool {
+    let mut all_gone = true;
+    for folder in recorded(file) {
         let ours = folder.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PREFIX));
         if !ours || !folder.join("cgroup.procs").exists() {
             continue;
         }
-        match remove(folder) {
-            Ok(()) => log::info!("{}: removed, its owner was dead", folder.display()),
-            Err(error) => log::warn!("{}: stale, but could not be removed: {error}", folder.display()),
+        if let Err(error) = remove(&folder) {
+            log::warn!("{}: the group was not removed: {error}", folder.display());
+            all_gone = false;
         }
     }
+    all_gone
 }
 
+/// Others may be at it at the same time.
 fn remove(folder: &Path) -> std::io::Result<()> {
     let mut tries = 0;
     loop {
@@ -226,7 +228,10 @@ fn remove(folder: &Path) -> std::io::Result<()> {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             // EBUSY: processes, or what the kernel still has to clear away of them.
             Err(error) if tries == REMOVE_TRIES => return Err(error),
-            Err(_) => kill_all(folder)?,
+            Err(_) => match kill_all(folder) {
+                Err(error) if folder.exists() => return Err(error),
+                Ok(()) | Err(_) => {}
+            },
         }
         tries += 1;
         std::thread::sleep(REMOVE_PAUSE);
