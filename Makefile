@@ -107,6 +107,7 @@ attackers: setup
 
 wheel: guest jail zygote janitor
 	@rm -rf dist
+	@$(CARGO) metadata --format-version 1 --filter-platform $(HOST) | $(PYTHON) src/third-party.py >$(DATA)/THIRD-PARTY.txt
 	$(VENV)/bin/maturin build --release -o dist
 
 # The wheel in an environment that holds nothing else.

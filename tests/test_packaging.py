@@ -70,6 +70,15 @@ class Package(unittest.TestCase):
         self.assertEqual(outside, [])
         self.assertTrue({folder + "py.typed", folder + "_native.pyi"} <= {str(f) for f in files})
 
+    def test_licences_of_all_that_is_linked_in_come_along(self) -> None:
+        data = Path(package.__file__).parent / "_data"
+        listed, *texts = (data / "THIRD-PARTY.txt").read_text().split("=" * 100)
+        crates = {line.split(" ")[1] for line in listed.splitlines() if line.startswith("- ")}
+        self.assertTrue({"tokio", "snow", "landlock", "tikv-jemalloc-sys"} <= crates, crates)
+        self.assertFalse({crate for crate in crates if crate.startswith("microvm-")})
+        self.assertTrue(any("jemalloc" in text and "Redistributions in binary form" in text for text in texts))
+        self.assertIn("THIRD-PARTY.txt", (data / "NOTICE-GPL.md").read_text())
+
     def test_import_starts_no_thread_and_prints_nothing(self) -> None:
         done = run_python("import threading, {}; print(threading.active_count())".format(IMPORT))
         self.assertEqual((done.stdout, done.stderr), ("1\n", ""))
