@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
+# Where the VMs were of the ordinary user whom some tests become: empty by now, it would outlive that user.
+USERS_FOLDER = Path("/dev/shm/tw-microvm-61234")
 
 
 class Counting(unittest.TextTestResult):
@@ -38,6 +40,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Counting)
     result = runner.run(suite)
     assert isinstance(result, Counting)
+    try:
+        USERS_FOLDER.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        print("left behind: {}".format(error))
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
     for test, reason in result.skipped:
         print("skipped: {}: {}".format(test, reason))
