@@ -1,6 +1,6 @@
 """Writes the licences of the crates that are linked into what the wheel carries, each text once, to stdout.
 
-``cargo metadata`` on stdin. Of several licences to choose from it takes MIT, where the crate has its text.
+``cargo metadata`` on stdin. Where a crate may be had under MIT, the text of Apache's licence is left out.
 """
 
 import json
@@ -32,8 +32,9 @@ def linked(metadata: Dict[str, Any]) -> List[Dict[str, Any]]:
 def texts(package: Dict[str, Any]) -> List[str]:
     folder = Path(package["manifest_path"]).parent
     files = sorted({file for pattern in TEXTS for file in folder.glob(pattern) if file.is_file()})
-    chosen = [file for file in files if "MIT" in file.name.upper()] if "OR" in (package["license"] or "").split() else []
-    return ["\n".join(line.rstrip() for line in file.read_text().strip().splitlines()) for file in chosen or files]
+    if any("MIT" in file.name.upper() for file in files):
+        files = [file for file in files if "APACHE" not in file.name.upper()]
+    return ["\n".join(line.rstrip() for line in file.read_text().strip().splitlines()) for file in files]
 
 
 def main() -> None:
