@@ -209,7 +209,7 @@ impl Drop for VmDir {
 fn groups_gone(folder: &Path) -> std::io::Result<()> {
     match cgroup::sweep(&folder.join(GROUPS)) {
         true => Ok(()),
-        false => Err(std::io::Error::other("a control group of its is still there")),
+        false => Err(std::io::Error::other("one of its control groups is still there")),
     }
 }
 
@@ -365,15 +365,7 @@ mod tests {
     fn test_folder_stays_until_the_groups_that_it_names_are_gone() {
         let folders = begin("groups");
         let dir = made(&folders, "vm");
-        let limits = cgroup::Limits {
-            cpu_quota_us: 100_000,
-            cpu_period_us: 100_000,
-            memory_bytes: 1 << 30,
-            tasks: 64,
-            devices: Vec::new(),
-            io: None,
-        };
-        let groups = cgroup::Groups::create(&format!("stays-{}", std::process::id()), None, &limits).unwrap();
+        let groups = cgroup::Groups::create(&format!("stays-{}", std::process::id()), None, &cgroup::PROBED).unwrap();
         let record = dir.path().join(GROUPS);
         groups.record(&record).unwrap();
         let Some(group) = cgroup::recorded(&record).pop() else {

@@ -123,8 +123,7 @@ fn device(path: &Path) -> Option<(Device, u32)> {
     Some((Device { major, minor }, meta.gid()))
 }
 
-/// The block device below the VM's files; file systems without one (tmpfs, overlays) have major number 0.
-/// Of the device that the disk is to be on.
+/// On the block device that the disk is to be on; file systems without one (tmpfs, overlays) have major number 0.
 fn io_limit(limits: &ResourceLimits, disk: &Path) -> Option<(Device, Option<u64>, Option<u64>)> {
     let (bytes, operations) = (limits.disk_bytes_per_s, limits.disk_ops_per_s);
     let number = disk.parent()?.metadata().ok()?.dev();

@@ -228,10 +228,7 @@ fn remove(folder: &Path) -> std::io::Result<()> {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             // EBUSY: processes, or what the kernel still has to clear away of them.
             Err(error) if tries == REMOVE_TRIES => return Err(error),
-            Err(_) => match kill_all(folder) {
-                Err(error) if folder.exists() => return Err(error),
-                Ok(()) | Err(_) => {}
-            },
+            Err(_) => kill_all(folder).or_else(|error| if folder.exists() { Err(error) } else { Ok(()) })?,
         }
         tries += 1;
         std::thread::sleep(REMOVE_PAUSE);
@@ -244,11 +241,7 @@ fn kill_all(folder: &Path) -> std::io::Result<()> {
     if at_once.exists() {
         return fs::write(at_once, "1");
     }
-    let processes = match fs::read_to_string(folder.join("cgroup.procs")) {
-        Ok(processes) => processes,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
+    let processes = fs::read_to_string(folder.join("cgroup.procs"))?;
     for pid in processes.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 1) {
         match nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL) {
             // It ended by itself meanwhile.
@@ -265,18 +258,20 @@ fn set(folder: &Path, file: &str, value: &str) -> std::result::Result<(), String
     fs::write(&path, value).map_err(|error| format!("writing {value:?} to {}: {error}", path.display()))
 }
 
+/// What a group is asked for that only has to be there.
+pub(super) const PROBED: Limits = Limits {
+    cpu_quota_us: 100_000,
+    cpu_period_us: 100_000,
+    memory_bytes: 1 << 30,
+    tasks: 64,
+    devices: Vec::new(),
+    io: None,
+};
+
 /// Which controllers this process could use, and where; makes groups to find out, and removes them.
 pub fn probe(parent: Option<&Path>) -> Vec<Outcome> {
-    let limits = Limits {
-        cpu_quota_us: 100_000,
-        cpu_period_us: 100_000,
-        memory_bytes: 1 << 30,
-        tasks: 64,
-        devices: Vec::new(),
-        io: None,
-    };
     let name = format!("probe-{}-{:x}", std::process::id(), super::clock::unix_time_ns());
-    match Groups::create(&name, parent, &limits) {
+    match Groups::create(&name, parent, &PROBED) {
         Ok(groups) => groups.outcomes().to_vec(),
         Err(error) => Controller::ALL.into_iter().map(|controller| (controller, Err(error.to_string()))).collect(),
     }
