@@ -20,13 +20,16 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help setup guest jail zygote janitor attackers wheel installed demo test test-nested bench fuzz traffic clones cycles stress network-many \
+.PHONY: help check dev t against setup guest jail zygote janitor attackers wheel installed demo test test-nested bench fuzz traffic clones cycles stress network-many \
     network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
 	@echo 'make test    build all and run every test'
 	@echo 'make wheel   build the wheel into dist/'
+	@echo 'make check   format, lints, types, layers, unit and golden tests: no VM'
+	@echo 'make dev     a debug build in the tree; make t T=tests.test_channel.Streams: one test with it'
+	@echo 'make against BEFORE=WHEEL: the starts of two wheels, in turns; N=60'
 	@echo 'make test-nested  the conformance suite on every backend, in a guest with KVM: TIMES=5 MICROVM_TEST_BIN=FOLDER'
 	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
 	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
@@ -54,8 +57,32 @@ $(VENV)/ready:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends python3-venv; }
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/pip install -q 'maturin>=1.7,<2' mypy typing_extensions
+	@$(VENV)/bin/pip install -q 'maturin>=1.7,<2' 'mypy>=1.13,<3' 'ruff>=0.8,<1' typing_extensions
 	@touch $@
+
+# Every commit's gate: nothing here starts a VM or builds a wheel. Each crate on its own, or their features unify.
+CRATES := microvm-protocol microvm-jail microvm-agent microvm-zygote microvm-janitor
+check: $(VENV)/ready
+	@SECONDS=0; \
+	$(CARGO) fmt --all --check; \
+	$(CARGO) clippy -q --locked --no-default-features --all-targets -- -D warnings; \
+	$(CARGO) clippy -q --locked -- -D warnings; \
+	for crate in $(CRATES); do $(CARGO) clippy -q --locked -p $$crate --all-targets -- -D warnings; done; \
+	$(VENV)/bin/ruff check -q python tests examples fuzz; \
+	$(VENV)/bin/mypy -p thirstys_waterfall.security.microvm_isolation; \
+	$(PYTHON) -m unittest -q tests.test_layers; \
+	$(CARGO) test -q --locked --no-default-features --lib -- model:: net:: vmm:: channel:: store::; \
+	$(CARGO) test -q --locked -p microvm-protocol; \
+	echo "check: all green in $$SECONDS s"
+
+# A debug build of the core where Python finds it with PYTHONPATH=python; _data comes from `make wheel` once.
+dev: setup
+	@[ -d $(DATA) ] || { echo 'the guest and its helpers are not built: run `make wheel` once' >&2; exit 1; }
+	$(CARGO) build -q
+	@install -m 755 $(TARGET_DIR)/debug/libmicrovm_isolation.so $(DATA)/../_native.abi3.so
+
+t: dev
+	PYTHONPATH=python $(PYTHON) -m unittest -v $(T)
 
 # The kernel takes minutes: it is built again only when the SHA-256 of all that goes into it changes.
 guest: setup
@@ -150,6 +177,13 @@ fuzz:
 	    RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run -s none $$target -- -max_total_time=$(or $(SECONDS),600) \
 	        -rss_limit_mb=1024 -malloc_limit_mb=256 -timeout=10 -print_final_stats=1 2>&1 \
 	        | grep -E '^(stat::|Done|==|SUMMARY|.*(crash|leak|timeout|oom)-)|panicked'; done
+
+# The starts of another wheel beside this one's, in turns.
+against: installed
+	@[ -f "$(BEFORE)" ] || { echo 'BEFORE=WHEEL names the other wheel' >&2; exit 1; }
+	@rm -rf $(BUILD)/venv-before && $(PYTHON) -m venv $(BUILD)/venv-before
+	@$(BUILD)/venv-before/bin/pip install -q --no-index $(BEFORE)
+	$(PYTHON) tests/against.py $(BUILD)/venv-before/bin/python $(BUILD)/venv-demo/bin/python --n $(or $(N),60) --json $(BUILD)/against.json
 
 # The tests of the channel in the lengths that its issue names.
 traffic: installed

@@ -12,9 +12,10 @@ from typing import List
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager  # noqa: E402
+
 from tests.stress import ALLOWED_GROWTH_MIB, resources  # noqa: E402
 from tests.support import limits  # noqa: E402
-from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager  # noqa: E402
 
 WINDOW = 100
 

@@ -21,8 +21,9 @@ from typing import Any, Callable, Dict, List
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tests.support import children, limits, open_files  # noqa: E402
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager  # noqa: E402
+
+from tests.support import children, limits, open_files  # noqa: E402
 
 NOTE_S = 10.0
 KINDS = ["browser_tab", "extension", "session", "plugin"]
@@ -163,7 +164,7 @@ class Load:
             if grew > ALLOWED_GROWTH[name]:
                 self.complain("{} grew by {:.1f} in the last two thirds".format(name, grew))
         trips = sorted(self.trips) or [0.0]
-        at = lambda share: trips[min(len(trips) - 1, int(share * len(trips)))]  # noqa: E731
+        at = lambda share: trips[min(len(trips) - 1, int(share * len(trips)))]
         return {
             "vms": self.vms,
             "threads": self.threads,

@@ -14,8 +14,9 @@ from typing import Dict, List
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tests.support import children, limits, open_files  # noqa: E402
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager  # noqa: E402
+
+from tests.support import children, limits, open_files  # noqa: E402
 
 # What an allocator may keep; a leak of one VM's bookkeeping per life would be far above it after 3 minutes.
 ALLOWED_GROWTH_MIB = 16

@@ -21,7 +21,6 @@ from thirstys_waterfall.security.microvm_isolation import (
     CancelledError,
     ChannelError,
     CommandError,
-    CommunicationChannel,
     InvalidStateError,
     MicroVMError,
     VMState,

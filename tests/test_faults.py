@@ -62,7 +62,7 @@ class SmallDisk(VMTestCase):
         failed = self.result(vm, "exec", write)
         self.assertNotEqual(failed["exit_code"], 0)
         self.assertIn("Input/output error", failed["stdout"])
-        told = lambda: [event for event in seen if event.get("what") == "host_disk"]  # noqa: E731
+        told = lambda: [event for event in seen if event.get("what") == "host_disk"]
         self.assertTrue(eventually(told, 20.0), seen)
         self.assertEqual((self.result(vm, "ping"), vm.get_state().value), ("pong", "running"))
         # Another VM's files need room, too; then both have it.

@@ -24,10 +24,10 @@ from thirstys_waterfall.security.microvm_isolation import (
     QuotaExceededError,
     VMBackend,
     VMHealthMetrics,
+    VmIdTakenError,
     VMNetworkConfig,
     VMResourceLimits,
     VMState,
-    VmIdTakenError,
     doctor,
 )
 

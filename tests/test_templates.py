@@ -17,8 +17,9 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
-from tests.support import DATA, IMPORT, VMTestCase, children, eventually, find_tool, limits, make_rootfs, run_python, shell
 from thirstys_waterfall.security.microvm_isolation import IsolationType, MicroVMIsolationManager
+
+from tests.support import DATA, IMPORT, VMTestCase, children, eventually, find_tool, limits, make_rootfs, run_python, shell
 
 CLONES = int(os.environ.get("MICROVM_CLONES", "12"))
 KILLS = int(os.environ.get("MICROVM_KILLS", "3"))

@@ -14,8 +14,9 @@ from typing import List, Optional, Tuple
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tests.support import limits  # noqa: E402
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager  # noqa: E402
+
+from tests.support import limits  # noqa: E402
 
 # A VM that has just started still does what its kernel has put off.
 SETTLE_S = 10.0

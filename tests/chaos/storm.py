@@ -20,9 +20,10 @@ from typing import Any, Callable, Dict, List, Optional
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
+from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, VMNetworkConfig  # noqa: E402
+
 from tests.chaos.host import Host, descendants, groups, stat  # noqa: E402
 from tests.support import eventually, limits, open_files  # noqa: E402
-from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, VMNetworkConfig  # noqa: E402
 
 WORKERS = 4
 # How long a VM that was stopped, starved or robbed of its disk may take to be well again.
@@ -210,7 +211,7 @@ class Storm:
     # What must hold.
 
     def check(self, fault: str) -> None:
-        wrong = lambda what: self.complain("after {}: {}".format(fault, what))  # noqa: E731
+        wrong = lambda what: self.complain("after {}: {}".format(fault, what))
         usage, ids = self.manager.get_resource_usage(), self.manager.list_vms()
         if (usage["total_vms"], usage["vcpus_allocated"]) != (len(ids), len(ids)):
             wrong("the quota does not add up: {}".format(usage))
@@ -218,7 +219,7 @@ class Storm:
             wrong("the quota has changed: {}".format(usage))
         for vm_id in self.manager.list_vms(state="running"):
             vm = self.manager.get_vm(vm_id)
-            alive = lambda: vm.get_state().value != "running" or vm.send_command("ping", timeout=5)  # noqa: E731
+            alive = lambda: vm.get_state().value != "running" or vm.send_command("ping", timeout=5)
             if not eventually(alive, RECOVERY_S):
                 wrong("{} does not answer: {} {}".format(vm_id, vm.last_error, vm.get_info()["health"]))
         # A VM that died a moment ago may still be on its way out.
@@ -278,7 +279,7 @@ class Storm:
         dropped = self.events.dropped
         self.manager.stop()
         janitor = {process for process in known if b"microvm-janitor" in cmdline(process[0])}
-        left = lambda: self.host.left(known - janitor)  # noqa: E731
+        left = lambda: self.host.left(known - janitor)
         if not eventually(lambda: not left(), 2.0):
             self.complain("left at the end: {}".format(left()))
         # The runtime's own descriptors, the janitor's leash.

@@ -12,7 +12,6 @@ from thirstys_waterfall.security.microvm_isolation import CommunicationChannel, 
 from ..support import DATA, IMPORT, alive, eventually, limits, play, run_python, shell
 from .case import BackendTestCase, for_each_backend, load_made, on_path, told_of
 
-
 # A process with a running VM that is killed.
 KILLED = """
 import os, signal

@@ -13,6 +13,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from ..support import DATA, ROOT
 
+
 def built_intruder() -> Path:
     """The program that ``make attackers`` builds."""
     named = os.environ.get("MICROVM_INTRUDER")

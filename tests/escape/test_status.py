@@ -69,7 +69,7 @@ class Process:
         return " ".join(sorted(found)) or "none"
 
     def limit(self, name: str) -> str:
-        line = lambda pid: next(l for l in self.read("limits", pid).splitlines() if l.startswith(name))
+        line = lambda pid: next(row for row in self.read("limits", pid).splitlines() if row.startswith(name))
         soft, hard = line(self.pid)[len(name) :].split()[:2]
         if name == "Max processes" and line(self.pid) == line(self.manager):
             return "the manager's"

@@ -4,7 +4,6 @@ from enum import Enum
 from typing import Any, Optional
 
 
-
 class _Named(Enum):
     """An enum that also finds its members by name or value in any case, with ``-`` or ``_``."""
 
