@@ -72,6 +72,8 @@ pub enum Error {
     Vmm { vm_id: VmId, operation: &'static str, reason: String },
     #[error("{operation} failed on {object}: {reason}")]
     Host { operation: &'static str, object: String, reason: String },
+    #[error("{field}={path:?} is not used: {reason}; {remedy}")]
+    FolderRefused { field: &'static str, path: PathBuf, reason: String, remedy: String },
     #[error("this {what} was made in process {made_in}; it cannot be used in the forked process {used_in}: make a new one there")]
     ForkedProcess { what: &'static str, made_in: u32, used_in: u32 },
     #[error("{vm_id}: {operation} was cancelled")]
@@ -116,7 +118,7 @@ impl Error {
             Error::HandshakeFailed { .. } => "handshake_failed",
             Error::MessageTooLarge { .. } => "message_too_large",
             Error::Vmm { .. } => "vmm_error",
-            Error::Host { .. } => "host_error",
+            Error::Host { .. } | Error::FolderRefused { .. } => "host_error",
             Error::ForkedProcess { .. } => "forked_process",
             Error::Cancelled { .. } => "cancelled",
         }
@@ -140,6 +142,9 @@ impl Error {
             }
             Error::StateMismatch { differences, .. } => json!({"differences": differences}),
             Error::NetworkUnavailable { reason, remedy, .. } => json!({"reason": reason, "remedy": remedy}),
+            Error::FolderRefused { path, reason, remedy, .. } => {
+                json!({"path": path.display().to_string(), "reason": reason, "remedy": remedy})
+            }
             Error::ChannelClosed { sent, .. } | Error::ChannelTimeout { sent, .. } => json!({"sent": sent}),
             Error::MessageTooLarge { .. } => json!({"sent": false}),
             Error::InvalidState { operation, state, .. } => json!({"operation": operation, "state": state.as_str()}),

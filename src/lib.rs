@@ -1,7 +1,7 @@
 //! Hard isolation for browser tabs, extensions, sessions and plugins: each in a microVM of its own.
 //!
-//! Architecture invariant: arrows point down. `py -> manager -> vm -> {vmm, channel, image, net} -> {host, model}`; only
-//! `py` knows Python, only `host` makes system calls, `model` does no I/O at all.
+//! Architecture invariant: arrows point down. `py -> manager -> vm -> {vmm, channel, image, net} -> store -> {host, model}`; only
+//! `py` knows Python, only `host` and `store` make system calls, `model` does no I/O at all.
 
 pub mod channel;
 pub mod error;
@@ -12,5 +12,6 @@ pub mod model;
 pub mod net;
 #[cfg(feature = "python")]
 mod py;
+pub mod store;
 pub mod vm;
 pub mod vmm;

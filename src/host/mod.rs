@@ -3,6 +3,7 @@
 //! Architecture invariant: the only module of the core that makes system calls beyond plain file I/O, and the only one
 //! with `unsafe`. It knows nothing of VMs or VMMs: it launches, watches and measures whatever it is given.
 
+pub mod acl;
 pub mod binary;
 pub mod cgroup;
 pub mod clock;

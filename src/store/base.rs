@@ -1,0 +1,450 @@
+//! The folders that hold all that this program keeps: checked, marked, and opened once.
+//!
+//! ```text
+//! <folder>/          0700, of the effective user, on a way that no other user can change
+//!   .tw-microvm      the mark: what the folder is for, and its id
+//! ```
+//! A folder without the mark is taken when it is empty (then it is marked), or when it has a default's name and nothing in
+//! it but what an earlier version made. Any other is refused: what is in it is not ours.
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::fcntl::FlockArg;
+use nix::sys::stat::{fstat, SFlag};
+use nix::sys::statfs::{statfs, TMPFS_MAGIC};
+use nix::unistd::{access, geteuid, AccessFlags, Uid, User};
+
+use super::dir::{is_kind, Dir, Entry, Id};
+use super::mark::{self, Mark};
+use super::walk::{self, Found, Refusal};
+use crate::error::{Error, Result};
+use crate::model::VmId;
+
+pub use super::mark::Kind;
+
+/// Names in a refusal; more say nothing more.
+const NAMES: usize = 5;
+const SHARED_MEMORY: &str = "/dev/shm";
+/// The folders in a cache that has no mark yet.
+const CACHED: [&str; 4] = ["templates", "snapshots", "suspended", "disks"];
+
+/// A folder that was checked and is held.
+#[derive(Debug)]
+pub struct Root {
+    dir: Dir,
+    mark: Mark,
+    id: Id,
+    /// The folders that it lies in.
+    above: Vec<Id>,
+}
+
+impl Deref for Root {
+    type Target = Dir;
+
+    fn deref(&self) -> &Dir {
+        &self.dir
+    }
+}
+
+impl Root {
+    /// 32 hexadecimal digits that name this folder and no other.
+    #[must_use]
+    pub fn mark_id(&self) -> &str {
+        &self.mark.id
+    }
+
+    /// Takes over a descriptor that another process of this user's checked; the checks that need no path are made again.
+    ///
+    /// # Errors
+    /// [`Error::FolderRefused`].
+    pub fn received(kind: Kind, fd: &OwnedFd, path: &Path) -> Result<Self> {
+        let refused = |reason: String| refuse(kind, path, Refusal::new(reason, "name another folder"));
+        let stat = fstat(fd).map_err(|errno| refused(errno.to_string()))?;
+        if !is_kind(&stat, SFlag::S_IFDIR) || stat.st_uid != geteuid().as_raw() || stat.st_mode & 0o077 != 0 {
+            return Err(refused("it is not a folder of this user's alone".into()));
+        }
+        let dir = Dir::from_fd(fd, path.to_owned()).map_err(|error| refused(error.to_string()))?;
+        let mark = mark::read(&dir).map_err(|error| refused(error.to_string()))?;
+        let mark = mark.filter(|mark| mark.kind == kind).ok_or_else(|| refused("it has no mark".into()))?;
+        Ok(Self { dir, mark, id: Id::of(&stat), above: Vec::new() })
+    }
+
+    /// A descriptor for another process.
+    ///
+    /// # Errors
+    /// What dup(2) failed with.
+    pub fn to_send(&self) -> io::Result<OwnedFd> {
+        self.dir.as_fd().try_clone_to_owned()
+    }
+}
+
+/// A folder that the configuration names, opened when it is first needed.
+#[derive(Debug)]
+pub struct Base {
+    kind: Kind,
+    path: PathBuf,
+    is_default: bool,
+    opened: Mutex<Option<Arc<Root>>>,
+}
+
+fn refuse(kind: Kind, path: &Path, Refusal { reason, remedy }: Refusal) -> Error {
+    Error::FolderRefused { field: kind.field(), path: path.to_owned(), reason, remedy }
+}
+
+impl Base {
+    /// Names a folder by its absolute path; nothing is made yet.
+    #[must_use]
+    pub fn new(kind: Kind, path: PathBuf) -> Self {
+        let is_default = match kind {
+            Kind::Runtime => default_runtime_folders(geteuid()).contains(&path),
+            Kind::Cache => path == default_cache(),
+            Kind::Leases => true,
+        };
+        Self { kind, path, is_default, opened: Mutex::default() }
+    }
+
+    /// As the configuration has it.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The folder, which is made when there is none. Blocking.
+    ///
+    /// # Errors
+    /// [`Error::FolderRefused`].
+    pub fn root(&self) -> Result<Arc<Root>> {
+        let opened = self.open(true)?;
+        // Made just now, and removed in between.
+        opened.ok_or_else(|| self.refuse(Refusal::new("it vanished while it was opened", "try again")))
+    }
+
+    /// The folder, if it is there and anything may be in it: a sweep makes nothing. Blocking.
+    ///
+    /// # Errors
+    /// [`Error::FolderRefused`].
+    pub fn existing(&self) -> Result<Option<Arc<Root>>> {
+        self.open(false)
+    }
+
+    fn refuse(&self, refusal: Refusal) -> Error {
+        refuse(self.kind, &self.path, refusal)
+    }
+
+    fn open(&self, make: bool) -> Result<Option<Arc<Root>>> {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another folder may have its name by now, or none: then that is checked anew.
+        if let Some(root) = opened.as_ref().filter(|root| is_at(root.id, &self.path)) {
+            return Ok(Some(root.clone()));
+        }
+        *opened = None;
+        if !self.path.is_absolute() {
+            return Err(self.refuse(Refusal::new("the path is relative", "give it in full")));
+        }
+        let Some(Found { dir, id, above }) = walk::to(&self.path, make).map_err(|why| self.refuse(why))? else {
+            return Ok(None);
+        };
+        let Some(mark) = self.mark(&dir, make)? else { return Ok(None) };
+        let root = Arc::new(Root { dir, mark, id, above });
+        *opened = Some(root.clone());
+        Ok(Some(root))
+    }
+
+    /// The folder's mark, which an empty folder gets when something is to be made in it.
+    fn mark(&self, dir: &Dir, make: bool) -> Result<Option<Mark>> {
+        let marked = || {
+            let failed = |error: io::Error| {
+                let reason = format!("its mark {} cannot be read: {error}", dir.at(mark::FILE).display());
+                self.refuse(Refusal::new(reason, "name another folder"))
+            };
+            let found = mark::read(dir).map_err(failed)?;
+            match found.as_ref().filter(|mark| mark.kind != self.kind) {
+                None => Ok(found),
+                Some(other) => {
+                    let reason = format!("it is a {} folder (by its mark {})", other.kind.as_str(), mark::FILE);
+                    Err(self.refuse(Refusal::new(reason, "name another folder")))
+                }
+            }
+        };
+        if let Some(mark) = marked()? {
+            return Ok(Some(mark));
+        }
+        let failed = |error: io::Error| {
+            self.refuse(Refusal::new(format!("it cannot be written: {error}"), "name a folder that can"))
+        };
+        let _turn = dir.turn(FlockArg::LockExclusive).map_err(failed)?;
+        // Another process may have marked it meanwhile.
+        if let Some(mark) = marked()? {
+            return Ok(Some(mark));
+        }
+        let entries = dir.entries().map_err(failed)?;
+        let others: Vec<&Entry> = entries.iter().filter(|entry| !is_nothing(entry)).collect();
+        if others.is_empty() && !make {
+            return Ok(None);
+        }
+        let strangers: Vec<String> = others
+            .iter()
+            .filter(|entry| !self.is_default || !was_ours(self.kind, dir, entry))
+            .map(|entry| format!("{:?}", entry.name))
+            .collect();
+        if !strangers.is_empty() {
+            let more = if strangers.len() > NAMES { ", ..." } else { "" };
+            let reason = format!(
+                "it has other files in it ({}{more}) and no mark of ours ({}), and what VMs leave in it is removed",
+                strangers[..strangers.len().min(NAMES)].join(", "),
+                mark::FILE
+            );
+            return Err(self.refuse(Refusal::new(reason, "name an empty folder, or one that is not there yet")));
+        }
+        mark::write(dir, self.kind).map(Some).map_err(failed)
+    }
+}
+
+fn is_at(id: Id, path: &Path) -> bool {
+    nix::sys::stat::lstat(path).is_ok_and(|stat| Id::of(&stat) == id)
+}
+
+/// What an empty folder may hold: a mark half made, and what mkfs makes.
+fn is_nothing(entry: &Entry) -> bool {
+    entry.name == mark::DRAFT || (entry.name == "lost+found" && entry.is_dir && entry.owner == 0)
+}
+
+/// Whether an earlier version, which had no marks, made an entry.
+fn was_ours(kind: Kind, dir: &Dir, entry: &Entry) -> bool {
+    let name = entry.name.to_str().unwrap_or_default();
+    let (own, private) = (entry.owner == geteuid().as_raw(), entry.mode & 0o077 == 0);
+    let closed_folder = own && private && entry.is_dir;
+    match kind {
+        Kind::Runtime => {
+            let of_vm = || {
+                let Ok(vm) = dir.dir(&entry.name) else { return false };
+                let empty = || vm.entries().is_ok_and(|entries| entries.is_empty());
+                vm.open("lock").is_ok() || empty()
+            };
+            closed_folder && VmId::parse(name).is_ok() && of_vm()
+        }
+        Kind::Cache => closed_folder && CACHED.contains(&name),
+        Kind::Leases => own && !entry.is_dir && name.parse::<u32>().is_ok(),
+    }
+}
+
+/// Refuses two folders of which one is the other, or lies in it.
+///
+/// # Errors
+/// [`Error::FolderRefused`].
+pub fn check_apart(runtime: &Root, cache: &Root) -> Result<()> {
+    let how = if runtime.id == cache.id {
+        "is"
+    } else if runtime.above.contains(&cache.id) {
+        "lies in"
+    } else if cache.above.contains(&runtime.id) {
+        "holds"
+    } else {
+        return Ok(());
+    };
+    let reason = format!("it {how} {}, which is {}", cache.path().display(), Kind::Cache.field());
+    Err(refuse(Kind::Runtime, runtime.path(), Refusal::new(reason, "name folders that lie apart")))
+}
+
+/// The runtime folder that every process of this user works out alike: no environment variable has a say.
+///
+/// In memory if there is any: containers and small hosts have `/run` on their disk, where ext4 looks at every file that was
+/// removed in the last minute before it makes another.
+#[must_use]
+pub fn default_runtime() -> PathBuf {
+    let uid = geteuid();
+    let [shared, usual] = default_runtime_folders(uid);
+    if !usual.parent().is_some_and(is_in_memory) && may_be_base(&shared, uid) {
+        return shared;
+    }
+    usual
+}
+
+/// Where it may be. The names can be guessed: [`Base`] refuses a folder that another user made there.
+fn default_runtime_folders(uid: Uid) -> [PathBuf; 2] {
+    let shared = Path::new(SHARED_MEMORY).join(format!("tw-microvm-{uid}"));
+    let run_user = PathBuf::from(format!("/run/user/{uid}"));
+    let usual = match run_user.symlink_metadata() {
+        _ if uid.is_root() => PathBuf::from("/run/tw-microvm"),
+        Ok(meta) if meta.is_dir() && meta.uid() == uid.as_raw() => run_user.join("tw-microvm"),
+        _ => PathBuf::from(format!("/tmp/tw-microvm-{uid}")),
+    };
+    [shared, usual]
+}
+
+fn is_in_memory(folder: &Path) -> bool {
+    statfs(folder).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC)
+}
+
+/// Whether it is there, or can be made, in memory. All may make files beside it: another user's of that name is left alone.
+fn may_be_base(folder: &Path, uid: Uid) -> bool {
+    let Some(parent) = folder.parent().filter(|parent| is_in_memory(parent)) else { return false };
+    match folder.symlink_metadata() {
+        Ok(meta) => meta.is_dir() && meta.uid() == uid.as_raw(),
+        Err(_) => access(parent, AccessFlags::W_OK | AccessFlags::X_OK).is_ok(),
+    }
+}
+
+/// Where what may be made again is kept, unless the configuration says otherwise; no environment variable has a say.
+#[must_use]
+pub fn default_cache() -> PathBuf {
+    let uid = geteuid();
+    if uid.is_root() {
+        return PathBuf::from("/var/cache/tw-microvm");
+    }
+    let home = User::from_uid(uid).ok().flatten().map(|user| user.dir);
+    let own = |home: &PathBuf| File::open(home).and_then(|file| file.metadata()).is_ok_and(|m| m.uid() == uid.as_raw());
+    match home.filter(own) {
+        Some(home) => home.join(".cache/tw-microvm"),
+        None => PathBuf::from(format!("/tmp/tw-microvm-cache-{uid}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::dir::tests::Scratch;
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::{symlink, PermissionsExt};
+
+    fn base(kind: Kind, path: PathBuf) -> Base {
+        Base::new(kind, path)
+    }
+
+    fn refusal(base: &Base) -> String {
+        let (made, looked) = (base.root().unwrap_err(), base.existing().unwrap_err());
+        assert_eq!(made.to_string(), looked.to_string());
+        made.to_string()
+    }
+
+    #[test]
+    fn test_a_new_folder_is_made_marked_and_opened_once() {
+        let scratch = Scratch::new("base");
+        let first = base(Kind::Runtime, scratch.0.join("a/run"));
+        assert!(first.existing().unwrap().is_none() && !scratch.0.join("a").exists());
+        let root = first.root().unwrap();
+        assert!(Arc::ptr_eq(&root, &first.root().unwrap()));
+        let again = base(Kind::Runtime, scratch.0.join("a/run")).existing().unwrap().unwrap();
+        assert_eq!(again.mark_id(), root.mark_id());
+        fs::remove_dir_all(scratch.0.join("a/run")).unwrap();
+        assert!(first.existing().unwrap().is_none());
+        assert_ne!(first.root().unwrap().mark_id(), root.mark_id());
+    }
+
+    #[test]
+    fn test_an_empty_folder_is_taken_and_one_with_other_files_is_refused() {
+        let scratch = Scratch::new("foreign");
+        let path = scratch.0.join("run");
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        let folder = base(Kind::Runtime, path.clone());
+        assert!(folder.existing().unwrap().is_none() && fs::read_dir(&path).unwrap().count() == 0);
+        fs::write(path.join(".bashrc"), b"").unwrap();
+        let message = refusal(&folder);
+        for part in ["config[\"runtime_dir\"]", path.to_str().unwrap(), ".bashrc", "empty folder"] {
+            assert!(message.contains(part), "{message}");
+        }
+        fs::remove_file(path.join(".bashrc")).unwrap();
+        folder.root().unwrap();
+        fs::write(path.join(".bashrc"), b"").unwrap();
+        assert!(folder.existing().unwrap().is_some());
+    }
+
+    #[test]
+    fn test_a_folder_of_another_kind_is_refused() {
+        let scratch = Scratch::new("kinds");
+        base(Kind::Cache, scratch.0.join("x")).root().unwrap();
+        assert!(refusal(&base(Kind::Runtime, scratch.0.join("x"))).contains("it is a cache folder"));
+    }
+
+    #[test]
+    fn test_a_mark_that_is_a_link_is_none() {
+        let scratch = Scratch::new("mark-link");
+        let real = base(Kind::Cache, scratch.0.join("real"));
+        real.root().unwrap();
+        let path = scratch.0.join("false");
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        symlink(scratch.0.join("real").join(mark::FILE), path.join(mark::FILE)).unwrap();
+        assert!(refusal(&base(Kind::Cache, path)).contains("cannot be read"));
+    }
+
+    #[test]
+    fn test_folders_that_are_one_or_lie_in_one_another_are_refused() {
+        let scratch = Scratch::new("apart");
+        let cache = base(Kind::Cache, scratch.0.join("c")).root().unwrap();
+        let within = base(Kind::Runtime, scratch.0.join("c/x/run")).root().unwrap();
+        let apart = base(Kind::Runtime, scratch.0.join("run")).root().unwrap();
+        let below = base(Kind::Cache, scratch.0.join("run/c")).root().unwrap();
+        check_apart(&apart, &cache).unwrap();
+        assert!(check_apart(&within, &cache).unwrap_err().to_string().contains("it lies in"));
+        assert!(check_apart(&apart, &below).unwrap_err().to_string().contains("it holds"));
+    }
+
+    /// As [`Base::new`] would make it of a default's path.
+    fn default(kind: Kind, path: &Path) -> Base {
+        Base { is_default: true, ..Base::new(kind, path.to_owned()) }
+    }
+
+    #[test]
+    fn test_what_an_earlier_version_made_is_adopted_at_the_defaults_alone() {
+        let scratch = Scratch::new("adopt");
+        let dir = scratch.dir();
+        let run = dir.make_dir("run").unwrap();
+        drop(run.make_dir("tab-1").unwrap().make_lock("lock").unwrap());
+        run.make_dir("tab-2").unwrap();
+        assert!(refusal(&base(Kind::Runtime, run.path().to_owned())).contains("tab-1"));
+        let stranger = run.make_dir("tab-3").unwrap();
+        stranger.create("thesis").unwrap();
+        assert!(refusal(&default(Kind::Runtime, run.path())).contains("(\"tab-3\")"));
+        run.remove_all("tab-3").unwrap();
+        assert!(default(Kind::Runtime, run.path()).existing().unwrap().is_some());
+
+        let cache = dir.make_dir("cache").unwrap();
+        CACHED.iter().for_each(|name| drop(cache.make_dir(name).unwrap()));
+        assert!(refusal(&base(Kind::Cache, cache.path().to_owned())).contains("templates"));
+        cache.create("notes").unwrap();
+        assert!(refusal(&default(Kind::Cache, cache.path())).contains("(\"notes\")"));
+        cache.remove_file("notes").unwrap();
+        default(Kind::Cache, cache.path()).root().unwrap();
+    }
+
+    #[test]
+    fn test_received_checks_the_descriptor_again() {
+        let scratch = Scratch::new("received");
+        let root = base(Kind::Runtime, scratch.0.join("run")).root().unwrap();
+        let received = Root::received(Kind::Runtime, &root.to_send().unwrap(), root.path()).unwrap();
+        assert_eq!(received.mark_id(), root.mark_id());
+        assert!(Root::received(Kind::Cache, &root.to_send().unwrap(), root.path()).is_err());
+        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(Root::received(Kind::Runtime, &root.to_send().unwrap(), root.path()).is_err());
+    }
+
+    #[test]
+    fn test_the_default_is_in_memory_and_never_another_users() {
+        let uid = geteuid();
+        let [_, usual] = default_runtime_folders(uid);
+        let chosen = default_runtime();
+        assert!(chosen == usual || is_in_memory(chosen.parent().unwrap()));
+        assert!(!is_in_memory(Path::new("/proc")) && !may_be_base(Path::new("/proc/tw"), uid));
+        let free = Path::new(SHARED_MEMORY).join(format!("tw-microvm-test-{}", std::process::id()));
+        assert!(may_be_base(&free, uid), "this host has no /dev/shm");
+        fs::create_dir(&free).unwrap();
+        assert!(may_be_base(&free, uid) && !may_be_base(&free, Uid::from_raw(uid.as_raw() + 1)));
+        fs::remove_dir(&free).unwrap();
+        symlink("/", &free).unwrap();
+        assert!(!may_be_base(&free, uid));
+        fs::remove_file(&free).unwrap();
+    }
+}

@@ -1,0 +1,140 @@
+//! Locks: held by an open descriptor, so a process that dies lets go.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, ErrorKind};
+
+use nix::errno::Errno;
+use nix::fcntl::{openat, Flock, FlockArg, OFlag};
+use nix::sys::stat::{fstat, Mode};
+
+use super::dir::{Dir, Id};
+use crate::host::fork::{self, Concealed};
+
+/// A lock on a file; no fork takes it along.
+#[derive(Debug)]
+pub struct Lock {
+    _concealed: Concealed,
+    file: Flock<File>,
+}
+
+impl Lock {
+    /// Locks an open file; `None` when another description holds it.
+    ///
+    /// # Errors
+    /// What flock(2) failed with.
+    pub fn try_on(file: File) -> io::Result<Option<Self>> {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => Ok(Some(Self { _concealed: fork::conceal(&*file), file })),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(errno.into()),
+        }
+    }
+
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+/// A turn at a folder, until it is dropped; no fork takes it along.
+#[derive(Debug)]
+pub struct Turn {
+    _concealed: Concealed,
+    _lock: Flock<File>,
+}
+
+impl Dir {
+    /// Takes the lock file `name`, which must be there; `None` when another process, or this one, holds it.
+    ///
+    /// # Errors
+    /// `NotFound`, also when it was removed in between; as [`Dir::open`]'s.
+    pub fn lock(&self, name: impl AsRef<OsStr>) -> io::Result<Option<Lock>> {
+        let file = self.open_writable(name.as_ref())?;
+        self.held(name.as_ref(), file)
+    }
+
+    /// As [`Dir::lock`], for one that is made when it is missing.
+    ///
+    /// # Errors
+    /// `NotFound` when it was removed in between; the caller may try again. As [`Dir::open`]'s.
+    pub fn make_lock(&self, name: impl AsRef<OsStr>) -> io::Result<Option<Lock>> {
+        let file = self.create_or_open(name.as_ref())?;
+        self.held(name.as_ref(), file)
+    }
+
+    fn held(&self, name: &OsStr, file: File) -> io::Result<Option<Lock>> {
+        let Some(lock) = Lock::try_on(file)? else { return Ok(None) };
+        // Its holder may have removed it between our open and our lock: then it has no name any more.
+        match Id::of(&self.stat(name)?) == Id::of(&fstat(lock.file())?) {
+            true => Ok(Some(lock)),
+            false => Err(io::Error::from(ErrorKind::NotFound)),
+        }
+    }
+
+    /// Waits for a turn: shared by those who add to the folder, alone for one who clears it.
+    ///
+    /// # Errors
+    /// What opening or locking it failed with.
+    pub fn turn(&self, kind: FlockArg) -> io::Result<Turn> {
+        // A description of its own: threads that share one would share the lock.
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut file = File::from(openat(self, ".", flags, Mode::empty())?);
+        loop {
+            match Flock::lock(file, kind) {
+                Ok(lock) => return Ok(Turn { _concealed: fork::conceal(&*lock), _lock: lock }),
+                Err((again, Errno::EINTR)) => file = again,
+                Err((_, errno)) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::dir::tests::Scratch;
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn test_turns_are_shared_by_those_who_add_and_alone_for_one_who_clears() {
+        let scratch = Scratch::new("turns");
+        let dir = scratch.dir();
+        let adds = dir.turn(FlockArg::LockShared).unwrap();
+        drop(dir.turn(FlockArg::LockSharedNonblock).unwrap());
+        let clears = dir.turn(FlockArg::LockExclusiveNonblock);
+        assert_eq!(clears.unwrap_err().kind(), ErrorKind::WouldBlock);
+        drop(adds);
+        drop(dir.turn(FlockArg::LockExclusiveNonblock).unwrap());
+    }
+
+    #[test]
+    fn test_lock_is_one_holders_and_is_never_made_to_find_out() {
+        let scratch = Scratch::new("lock");
+        let dir = scratch.dir();
+        assert_eq!(dir.lock("lock").unwrap_err().kind(), ErrorKind::NotFound);
+        assert!(!dir.has("lock").unwrap());
+        let held = dir.make_lock("lock").unwrap().unwrap();
+        assert!(dir.lock("lock").unwrap().is_none() && dir.make_lock("lock").unwrap().is_none());
+        drop(held);
+        assert!(dir.lock("lock").unwrap().is_some());
+    }
+
+    #[test]
+    fn test_lock_of_a_file_that_lost_its_name_is_not_taken() {
+        let scratch = Scratch::new("lost");
+        let dir = scratch.dir();
+        let file = dir.create_or_open("lock").unwrap();
+        dir.remove_file("lock").unwrap();
+        dir.create("lock").unwrap();
+        assert_eq!(dir.held(OsStr::new("lock"), file).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn test_lock_behind_a_link_is_not_made() {
+        let (scratch, outside) = (Scratch::new("lock-link"), Scratch::new("lock-link-outside"));
+        symlink(outside.0.join("made"), scratch.0.join("lock")).unwrap();
+        assert!(scratch.dir().make_lock("lock").is_err());
+        assert!(!outside.0.join("made").exists());
+    }
+}
