@@ -62,7 +62,7 @@ $(VENV)/ready:
 
 # Every commit's gate: nothing here starts a VM or builds a wheel. Each crate on its own, or their features unify.
 CRATES := microvm-protocol microvm-jail microvm-agent microvm-zygote microvm-janitor
-check: $(VENV)/ready
+check: setup
 	@SECONDS=0; \
 	$(CARGO) fmt --all --check; \
 	$(CARGO) clippy -q --locked --no-default-features --all-targets -- -D warnings; \
