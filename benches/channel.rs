@@ -82,7 +82,7 @@ impl Bench {
                 "-M",
                 "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=on",
             ])
-            .args(["-accel", "tcg,tb-size=32", "-cpu", "max,erms=off", "-smp", "1", "-m", &format!("{MEMORY_MB}M")])
+            .args(["-accel", "tcg,tb-size=32", "-cpu", "max,erms=off,fsrm=off", "-smp", "1", "-m", &format!("{MEMORY_MB}M")])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "null"])
             .arg("-kernel")
             .arg(&image.kernel)

@@ -45,7 +45,7 @@ const GUEST: [&str; 18] = [
     "-accel",
     "tcg,tb-size=32",
     "-cpu",
-    "max,erms=off",
+    "max,erms=off,fsrm=off",
     "-m",
     "128M",
     "-nodefaults",

@@ -26,15 +26,22 @@ pub fn find(name: &str, search_path: Option<&OsStr>) -> Option<PathBuf> {
 /// # Errors
 /// Text for people.
 pub fn version_line(path: &Path) -> Result<String, String> {
-    let output = Command::new(path)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| format!("{} --version: {error}", path.display()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    match text.lines().find(|line| !line.trim().is_empty()) {
-        Some(line) if output.status.success() => Ok(line.trim().to_owned()),
-        _ => Err(format!("{} --version ended with {} and no version", path.display(), output.status)),
+    let said = output(path, &["--version"])?;
+    let line = said.lines().find(|line| !line.trim().is_empty());
+    line.map(|line| line.trim().to_owned()).ok_or_else(|| format!("{} --version printed no version", path.display()))
+}
+
+/// What `path` prints when it is run with `args` and ends well, or why there is nothing.
+///
+/// # Errors
+/// Text for people.
+pub fn output(path: &Path, args: &[&str]) -> Result<String, String> {
+    let named = || format!("{} {}", path.display(), args.join(" "));
+    let output = Command::new(path).args(args).stdin(Stdio::null()).output();
+    let output = output.map_err(|error| format!("{}: {error}", named()))?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(format!("{} ended with {}", named(), output.status)),
     }
 }
 
@@ -45,6 +52,13 @@ mod tests {
     #[test]
     fn test_find_sh_on_the_path_is_found() {
         assert!(find("sh", Some(OsStr::new("/nowhere:/bin"))).is_some());
+    }
+
+    #[test]
+    fn test_output_is_of_programs_that_end_well() {
+        assert_eq!(output(Path::new("/bin/echo"), &["a", "b"]).unwrap(), "a b\n");
+        let why = output(Path::new("/bin/sh"), &["-c", "echo no; exit 3"]).unwrap_err();
+        assert!(why.starts_with("/bin/sh -c") && why.contains('3'), "{why}");
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub struct Program {
     pub needs: elf::Needs,
     /// What it answers to `--version`.
     pub version_line: Option<String>,
+    /// What it prints for the backend's own question.
+    pub answer: Option<String>,
 }
 
 type Identity = (PathBuf, u64, u64, i64, i64, u64);
@@ -32,12 +34,16 @@ fn file_name(path: &Path) -> String {
 }
 
 impl Program {
-    /// Looks at a binary, or remembers what it found out about the same file; `modules` names what it loads besides.
-    /// Blocking.
+    /// Looks at a binary, or remembers what it found out about the same file; `modules` names what it loads besides,
+    /// `question` is a command line that it is run with. Blocking.
     ///
     /// # Errors
     /// [`Error::Host`] when it is no program of this machine's, or misses a library.
-    pub fn inspect(path: &Path, modules: impl FnOnce(&Path) -> Vec<PathBuf>) -> Result<Arc<Self>> {
+    pub fn inspect(
+        path: &Path,
+        modules: impl FnOnce(&Path) -> Vec<PathBuf>,
+        question: Option<&[&str]>,
+    ) -> Result<Arc<Self>> {
         static KNOWN: Mutex<Option<HashMap<Identity, Arc<Program>>>> = Mutex::new(None);
         let failed = |error: std::io::Error| Error::host("inspect", path.display(), error);
         let binary = path.canonicalize().map_err(failed)?;
@@ -48,11 +54,12 @@ impl Program {
             return Ok(program.clone());
         }
         let modules = modules(&binary);
-        let (needs, version_line) = std::thread::scope(|scope| {
+        let (needs, version_line, answer) = std::thread::scope(|scope| {
             let version = scope.spawn(|| binary::version_line(&binary).ok());
-            (elf::needs(&binary, &modules), version.join().unwrap_or(None))
+            let answer = scope.spawn(|| binary::output(&binary, question?).ok());
+            (elf::needs(&binary, &modules), version.join().unwrap_or(None), answer.join().unwrap_or(None))
         });
-        let program = Arc::new(Self { needs: needs?, version_line, binary });
+        let program = Arc::new(Self { needs: needs?, version_line, answer, binary });
         known.insert(identity, program.clone());
         Ok(program)
     }

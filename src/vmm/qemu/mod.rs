@@ -52,7 +52,7 @@ impl Qemu {
 
     fn host(&self, firmware: Option<&'static str>) -> Host {
         let (accelerator, tsc_khz, sandbox) = (self.accelerator, self.tsc_khz(), self.program.has_sandbox());
-        Host { accelerator, tsc_khz, firmware, sandbox }
+        Host { accelerator, tsc_khz, firmware, sandbox, fsrm: self.program.has_cpu_flag("fsrm") }
     }
 }
 

@@ -45,13 +45,18 @@ fn modules(binary: &Path) -> Vec<PathBuf> {
     beside(binary, &MODULE_FOLDERS, TCG_MODULE).into_iter().collect()
 }
 
+/// Whether the answer to `-cpu help` names a flag: after the models, a heading and then names between blanks.
+fn lists_cpu_flag(answer: &str, name: &str) -> bool {
+    answer.split_once("CPUID flags:").is_some_and(|(_, flags)| flags.split_whitespace().any(|flag| flag == name))
+}
+
 impl Program {
     /// Looks at a binary, or remembers what it found out about the same file. Blocking.
     ///
     /// # Errors
     /// [`crate::error::Error::Host`] when it is no program of this machine's, or misses a library.
     pub fn inspect(path: &Path) -> Result<Self> {
-        let files = program::Program::inspect(path, modules)?;
+        let files = program::Program::inspect(path, modules, Some(&["-cpu", "help"]))?;
         let firmware = |name: &'static str| Some((name, beside(&files.binary, &FIRMWARE_FOLDERS, name)?));
         let firmware = FIRMWARE.into_iter().filter_map(firmware).collect();
         Ok(Self { modules: modules(&files.binary), firmware, files })
@@ -92,6 +97,12 @@ impl Program {
         self.files.needs.libraries.keys().any(|name| name.starts_with("libseccomp.so"))
     }
 
+    /// Whether its CPUs know a feature by this name, be it that they have it or not.
+    #[must_use]
+    pub fn has_cpu_flag(&self, name: &str) -> bool {
+        lists_cpu_flag(self.files.answer.as_deref().unwrap_or_default(), name)
+    }
+
     /// Whether the loader links it, with glibc: only then is there a moment between that and its `main`.
     #[must_use]
     pub fn can_preload(&self) -> bool {
@@ -123,5 +134,18 @@ impl Program {
             )),
         };
         vec![("vmm_sandbox", sandbox), ("seccomp_allow_list", allow_list)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_cpu_flag_is_a_whole_word_of_the_list_of_flags() {
+        let answer = "x86 fsrm  a model\n\nRecognized CPUID flags:\n  3dnow erms est\n  fpu fsgsbase fsrm2 xtpr\n\n";
+        assert!(lists_cpu_flag(answer, "erms") && lists_cpu_flag(answer, "xtpr"));
+        assert!(!lists_cpu_flag(answer, "fsrm") && !lists_cpu_flag("", "erms"));
+        assert!(lists_cpu_flag(&answer.replace("fsrm2", "fsrm"), "fsrm"));
     }
 }
