@@ -11,6 +11,7 @@ use crate::host::{memfd, reflink};
 
 /// The unit in which the template is copied; what is zero in it stays a hole.
 const CHUNK: usize = 64 * 1024;
+static ZEROS: [u8; CHUNK] = [0; CHUNK];
 
 /// Makes a drive of `size` bytes that reads as zeros, for `owner` alone; `None`: for this user.
 ///
@@ -49,7 +50,7 @@ pub fn write_disk(template: &Path, path: &Path) -> Result<()> {
         if length == 0 {
             return Ok(());
         }
-        if chunk[..length].iter().any(|byte| *byte != 0) {
+        if !ZEROS.starts_with(&chunk[..length]) {
             disk.write_all_at(&chunk[..length], at).map_err(failed)?;
         }
         at += length as u64;

@@ -13,6 +13,7 @@ use crate::host::memfd;
 
 /// The unit of a sparse digest, and of what is copied: pages that hold only zeros count for nothing.
 const PAGE: usize = 4096;
+static ZEROS: [u8; PAGE] = [0; PAGE];
 /// Pages read at once.
 const BATCH: usize = 256 * PAGE;
 
@@ -103,7 +104,7 @@ pub fn pages(file: &File, mut visit: impl FnMut(u64, Option<&[u8]>) -> io::Resul
             let bytes = &mut batch[..wanted];
             file.read_exact_at(bytes, at)?;
             for (page, start) in bytes.chunks(PAGE).zip((at..).step_by(PAGE)) {
-                if page.iter().all(|byte| *byte == 0) {
+                if ZEROS.starts_with(page) {
                     visit(start, None)?;
                     continue;
                 }
