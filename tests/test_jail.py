@@ -107,6 +107,23 @@ class Modes(VMTestCase):
         self.assertEqual(vm.get_health_metrics().health_status, "healthy")
         self.assertEqual(vm.get_info()["jail"]["would_deny"], [])
 
+    def test_audit_copies_a_vm_that_runs_and_takes_one_back(self) -> None:
+        # A clone has most descriptors of all: the audit's own were where they are put.
+        manager, name = MicroVMIsolationManager({"jail": "audit", "start_timeout_s": 120}), "audited-{}".format(os.getpid())
+        manager.start()
+        self.addCleanup(manager.stop)
+        vm = manager.get_vm(manager.create_vm("plugin", limits()))
+        self.assertTrue(vm.start(), vm.last_error)
+        vm.snapshot(name)
+        self.addCleanup(manager.delete_template, name)
+        clone = manager.get_vm(manager.create_vm("plugin", template=name))
+        self.assertTrue(clone.start(), clone.last_error)
+        self.assertTrue(vm.suspend(), vm.last_error)
+        self.assertTrue(manager.resume_vm(vm.vm_id), manager.last_error)
+        for each in (vm, clone):
+            self.assertEqual(self.result(each, "ping"), "pong")
+            self.assertEqual(each.get_info()["jail"]["would_deny"], [])
+
     def test_another_release_of_qemu_gets_the_deny_list_and_says_so(self) -> None:
         with tempfile.TemporaryDirectory(dir="/tmp") as name:
             os.chmod(name, 0o755)

@@ -250,6 +250,20 @@ fn test_passed_descriptors_arrive_at_their_numbers_and_no_others() {
 }
 
 #[test]
+fn test_audit_with_many_passed_descriptors_starts_and_answers() {
+    // More than what the launcher opens itself: its own would have had these numbers.
+    let zero = File::open("/dev/zero").unwrap();
+    let fds: Vec<i32> = (3..40).collect();
+    for list in [Seccomp::AllowList, Seccomp::DenyList] {
+        let spec = LaunchSpec { fds: fds.clone(), audit: true, seccomp: list, ..spec(&["/bin/ls", "/proc/self/fd/"]) };
+        let jail = Jail::launch(&spec, &vec![zero.as_raw_fd(); fds.len()]);
+        let events = jail.events();
+        assert!(matches!(events[..2], [JailEvent::Supervising, JailEvent::Started { .. }]), "{events:?}");
+        assert_eq!(events.last(), Some(&exited(0)), "{events:?}");
+    }
+}
+
+#[test]
 fn test_swapped_descriptors_do_not_overwrite_each_other() {
     let (in_reader, in_writer) = pipe();
     let (mut out_reader, out_writer) = pipe();

@@ -41,7 +41,7 @@ impl Control {
             }
         }
         let failed = |errno| Failure::errno(Stage::Control, errno, "taking over stdin as the control socket");
-        let control = descriptors::duplicate_from(stdin.as_fd(), 3).map_err(failed)?;
+        let control = descriptors::duplicate_from(stdin.as_fd(), descriptors::LOWEST).map_err(failed)?;
         // Sends must wait for a slow manager; reads that must not wait say so themselves.
         let flags = OFlag::from_bits_retain(fcntl(&control, FcntlArg::F_GETFL).map_err(failed)?);
         fcntl(&control, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK)).map_err(failed)?;

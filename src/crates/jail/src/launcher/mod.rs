@@ -92,7 +92,8 @@ fn prepare(
     become_vmm: Become,
 ) -> Result<(Prepared, Option<MapService>), Failure> {
     let program = Program::new(&spec)?;
-    let passed = descriptors::raise(passed, descriptors::first_free_above(&spec.fds))?;
+    let passed = descriptors::raise(passed, program.first_free_fd)?;
+    descriptors::reserve(program.first_free_fd)?;
     let cgroups = confine::open_cgroups(&spec.cgroup_procs)?;
     // For an ordinary user it comes first, because it gives the right to the others. Root, with a user for the VMM,
     // enters it last: then the others are out of its power.
