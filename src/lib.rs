@@ -1,9 +1,10 @@
 //! Hard isolation for browser tabs, extensions, sessions and plugins: each in a microVM of its own.
 //!
-//! Architecture invariant: arrows point down. `py -> manager -> vm -> {vmm, channel, image, net} -> store -> {host, model}`; only
-//! `py` knows Python, only `host` and `store` make system calls, `model` does no I/O at all.
+//! Architecture invariant: arrows point down. `py -> {doctor, manager} -> vm -> {vmm, channel, image, net} -> store ->
+//! {host, model}`; only `py` knows Python, only `host` and `store` make system calls, `model` does no I/O at all.
 
 pub mod channel;
+pub mod doctor;
 pub mod error;
 pub mod host;
 pub mod image;
