@@ -1,10 +1,23 @@
 //! Whether KVM on this host runs an ordinary guest.
 //!
-//! Opening `/dev/kvm` proves nothing: some hosts offer a paravirtual KVM on which ordinary kernels hang. Without `vmx`
-//! or `svm` among the CPU's flags it is not usable.
+//! Opening `/dev/kvm` proves nothing: a container may have a plain file or a dead node there, another hypervisor may hold
+//! the CPU's virtualization, and some hosts offer a paravirtual KVM on which ordinary kernels hang. So the node must be KVM's,
+//! the CPU must show `vmx` or `svm`, and a guest of some instructions must run.
 
-use std::fs::{self, OpenOptions};
-use std::io::ErrorKind;
+mod trial;
+
+use std::fs::{self, File, Metadata};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use nix::sys::stat::{major, minor};
+use nix::unistd::{Gid, Group, Uid, User};
+
+/// Where the kernel puts it (include/linux/miscdevice.h: major 10 of all "misc" devices, minor 232).
+const DEVICE: &str = "/dev/kvm";
+const NUMBERS: (u64, u64) = (10, 232);
 
 /// What was found out, with a remedy when something is missing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,63 +44,188 @@ fn parse_cpuinfo(cpuinfo: &str) -> (String, Option<&'static str>) {
     (field("model name").unwrap_or_else(|| "unknown".into()), flag)
 }
 
-/// Looks at the device and the CPU; does not run anything.
+/// Looks at the node and the CPU and, once in a process for each node that opens, runs a guest. Blocking, for seconds where
+/// KVM hangs.
 #[must_use]
 pub fn probe() -> Kvm {
-    let (_, flag) = cpu();
-    judge(OpenOptions::new().read(true).write(true).open("/dev/kvm").map(drop).map_err(|e| e.kind()), flag)
+    judge(Path::new(DEVICE), cpu().1, tried)
 }
 
-fn judge(opened: Result<(), ErrorKind>, flag: Option<&str>) -> Kvm {
-    let no = |device, reason: &str, remedy: &str| Kvm {
-        device,
-        usable: false,
-        reason: reason.into(),
-        remedy: Some(remedy.into()),
+type Tried = Result<(), String>;
+
+/// The outcome of [`trial::run`], remembered for the node.
+fn tried(kvm: &File, meta: &Metadata) -> Tried {
+    type Node = (u64, u64, i64);
+    static KNOWN: Mutex<Option<(Node, Tried)>> = Mutex::new(None);
+    let node = (meta.dev(), meta.ino(), meta.ctime());
+    // Held throughout: a second caller would only do the same.
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*known {
+        Some((of, tried)) if *of == node => tried.clone(),
+        _ => known.insert((node, trial::run(kvm))).1.clone(),
+    }
+}
+
+fn judge(path: &Path, flag: Option<&str>, tried: impl FnOnce(&File, &Metadata) -> Tried) -> Kvm {
+    let shown = path.display();
+    let no = |device, reason: String, remedy: String| Kvm { device, usable: false, reason, remedy: Some(remedy) };
+    let meta = match path.metadata() {
+        Ok(meta) => meta,
+        Err(error) if error.kind() == ErrorKind::NotFound => return absent(path, flag),
+        Err(error) => return no(false, format!("{shown} cannot be looked at: {error}"), format!("ls -l {shown}")),
     };
-    match (opened, flag) {
-        (Ok(()), Some(flag)) => {
-            Kvm { device: true, usable: true, reason: format!("/dev/kvm opens and the CPU has {flag}"), remedy: None }
+    if let Some(what) = another(&meta) {
+        let remedy =
+            "remove it and load the module (modprobe kvm_intel or kvm_amd); in a container pass --device /dev/kvm";
+        return no(false, format!("{shown} is {what}, not KVM's device"), remedy.into());
+    }
+    let kvm = match File::options().read(true).write(true).open(path) {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            let (reason, remedy) = refused(path, &meta, &error);
+            return no(true, reason, remedy);
         }
-        (Ok(()), None) => no(
-            true,
-            "/dev/kvm opens, but the CPU shows neither vmx nor svm, so ordinary guests make no progress on it",
-            "enable nested virtualization for this machine, or use a host with hardware virtualization",
-        ),
-        (Err(ErrorKind::PermissionDenied), _) => no(
-            true,
-            "/dev/kvm is there, but this user may not open it",
-            "add the user to the group that owns /dev/kvm (usermod -aG kvm USER) and log in again",
-        ),
-        (Err(ErrorKind::NotFound), Some(_)) => no(
-            false,
-            "the CPU can virtualize, but there is no /dev/kvm",
-            "load the module (modprobe kvm_intel or kvm_amd); in a container pass --device /dev/kvm",
-        ),
-        (Err(ErrorKind::NotFound), None) => no(
-            false,
-            "there is no /dev/kvm, and the CPU shows neither vmx nor svm",
-            "enable virtualization in the firmware, or nested virtualization on the cloud instance",
-        ),
-        (Err(kind), _) => {
-            no(true, &format!("/dev/kvm does not open: {kind}"), "look at its owner, mode and the device cgroup")
+    };
+    let Some(flag) = flag else {
+        let reason =
+            format!("{shown} opens, but the CPU shows neither vmx nor svm, so ordinary guests make no progress on it");
+        let remedy = "enable nested virtualization for this machine, or use a host with hardware virtualization";
+        return no(true, reason, remedy.into());
+    };
+    match tried(&kvm, &meta) {
+        Ok(()) => Kvm {
+            device: true,
+            usable: true,
+            reason: format!("{shown} runs a guest, and the CPU has {flag}"),
+            remedy: None,
+        },
+        Err(reason) => {
+            let remedy =
+                "see the kernel's log (dmesg); end other hypervisors (VirtualBox, VMware); on a virtual machine \
+                          ask its host for working nested virtualization";
+            no(true, format!("{shown} opens and the CPU has {flag}, but a guest does not run: {reason}"), remedy.into())
         }
     }
+}
+
+fn absent(path: &Path, flag: Option<&str>) -> Kvm {
+    let (reason, remedy) = match flag {
+        Some(_) => (
+            format!("the CPU can virtualize, but there is no {}", path.display()),
+            "load the module (modprobe kvm_intel or kvm_amd); in a container pass --device /dev/kvm",
+        ),
+        None => (
+            format!("there is no {}, and the CPU shows neither vmx nor svm", path.display()),
+            "enable virtualization in the firmware, or nested virtualization on the cloud instance",
+        ),
+    };
+    Kvm { device: false, usable: false, reason, remedy: Some(remedy.into()) }
+}
+
+/// What it is, if it is not the node of KVM.
+fn another(meta: &Metadata) -> Option<String> {
+    let kind = meta.file_type();
+    if !kind.is_char_device() {
+        let what = if kind.is_file() {
+            "a regular file"
+        } else if kind.is_dir() {
+            "a folder"
+        } else {
+            "no character device"
+        };
+        return Some(what.into());
+    }
+    let numbers = (major(meta.rdev()), minor(meta.rdev()));
+    (numbers != NUMBERS).then(|| format!("the character device {}:{}", numbers.0, numbers.1))
+}
+
+/// Why the node does not open, and what would help on this host.
+fn refused(path: &Path, meta: &Metadata, error: &io::Error) -> (String, String) {
+    let shown = path.display();
+    if !matches!(error.kind(), ErrorKind::PermissionDenied) {
+        let remedy = "load the module (modprobe kvm_intel or kvm_amd): the node has no working driver behind it";
+        return (format!("{shown} does not open: {error}"), remedy.into());
+    }
+    let (mode, uid, gid) = (meta.mode() & 0o777, Uid::from_raw(meta.uid()), Gid::from_raw(meta.gid()));
+    let name = |found: Option<String>, number: u32| found.unwrap_or_else(|| number.to_string());
+    let group = name(Group::from_gid(gid).ok().flatten().map(|group| group.name), gid.as_raw());
+    let owner = name(User::from_uid(uid).ok().flatten().map(|user| user.name), uid.as_raw());
+    let me = Uid::effective();
+    let user = name(User::from_uid(me).ok().flatten().map(|user| user.name), me.as_raw());
+    let remedy = if mode & 0o006 == 0o006 || me.is_root() {
+        format!("its mode would let {user} open it: the device control group or a security module denies it (a container: --device {shown})")
+    } else if mode & 0o060 == 0o060 && gid.as_raw() != 0 {
+        format!("add the user to its group (usermod -aG {group} {user}) and log in again")
+    } else {
+        format!(
+            "its mode lets no group open it: chgrp kvm {shown} && chmod 660 {shown} (for good: a udev rule with \
+             KERNEL==\"kvm\", GROUP=\"kvm\", MODE=\"0660\"), then usermod -aG kvm {user}"
+        )
+    };
+    (format!("{shown} is there, but {user} may not open it: mode {mode:03o}, owner {owner}, group {group}"), remedy)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn test_judge_device_without_cpu_flag_is_not_usable() {
-        let kvm = judge(Ok(()), None);
-        assert!(kvm.device && !kvm.usable && kvm.remedy.is_some());
+    fn works(_: &File, _: &Metadata) -> Tried {
+        Ok(())
+    }
+
+    fn never(_: &File, _: &Metadata) -> Tried {
+        panic!("it is not to be tried")
     }
 
     #[test]
-    fn test_judge_device_and_flag_is_usable() {
-        assert!(judge(Ok(()), Some("svm")).usable);
+    fn test_judge_what_is_not_the_node_is_named_and_not_opened() {
+        let file = std::env::temp_dir().join(format!("kvm-{}", std::process::id()));
+        File::create(&file).unwrap();
+        let cases =
+            [(file.as_path(), "a regular file"), (Path::new("/dev/null"), "device 1:3"), (Path::new("/"), "a folder")];
+        for (path, expected) in cases {
+            let kvm = judge(path, Some("vmx"), never);
+            assert!(!kvm.device && !kvm.usable && kvm.remedy.is_some());
+            assert!(kvm.reason.contains(expected), "{}", kvm.reason);
+        }
+        fs::remove_file(file).unwrap();
+    }
+
+    #[test]
+    fn test_judge_no_node_says_whether_the_cpu_could() {
+        let reason = |flag| judge(Path::new("/no/kvm"), flag, never).reason;
+        assert!(reason(Some("svm")).contains("can virtualize") && reason(None).contains("neither vmx nor svm"));
+    }
+
+    #[test]
+    fn test_judge_node_that_opens_is_tried_where_the_cpu_has_a_flag() {
+        let node = Path::new(DEVICE);
+        if File::options().read(true).write(true).open(node).is_err() {
+            eprintln!("skipped: needs a /dev/kvm that opens");
+            return;
+        }
+        let (without, with) = (judge(node, None, never), judge(node, Some("svm"), works));
+        assert!(without.device && !without.usable && with.usable, "{without:?} {with:?}");
+        let broken = judge(node, Some("svm"), |_, _| Err("KVM_CREATE_VM: Device or resource busy".into()));
+        assert!(!broken.usable && broken.reason.ends_with("KVM_CREATE_VM: Device or resource busy"), "{broken:?}");
+    }
+
+    #[test]
+    fn test_refused_remedy_fits_the_modes_of_the_node() {
+        let file = std::env::temp_dir().join(format!("kvm-mode-{}", std::process::id()));
+        File::create(&file).unwrap();
+        let denied = io::Error::from(ErrorKind::PermissionDenied);
+        let told = |mode| {
+            fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+            refused(&file, &file.metadata().unwrap(), &denied)
+        };
+        assert!(told(0o600).0.contains("mode 600, owner"));
+        let expected = if Uid::effective().is_root() { "device control group" } else { "lets no group" };
+        assert!(told(0o600).1.contains(expected), "{}", told(0o600).1);
+        assert!(told(0o666).1.contains("device control group"));
+        let dead = refused(&file, &file.metadata().unwrap(), &io::Error::from_raw_os_error(libc::ENXIO));
+        assert!(dead.1.contains("no working driver"));
+        fs::remove_file(file).unwrap();
     }
 
     #[test]
