@@ -1,5 +1,9 @@
 """A table of wrong input: what is given, and the documented error that must come back."""
 
+import contextlib
+import io
+import os
+import tempfile
 import unittest
 from typing import Any, Callable, Dict, List, Tuple, Type
 
@@ -12,7 +16,9 @@ from thirstys_waterfall.security.microvm_isolation import (
     VMNetworkConfig,
     VMResourceLimits,
     VMState,
+    _cli,
 )
+from thirstys_waterfall.security.microvm_isolation._bench.report import Report
 
 from .support import DATA, VMTestCase, limits, shell
 
@@ -264,3 +270,44 @@ class Refused(VMTestCase):
 
     def test_shell_errors_are_results_not_failures(self) -> None:
         self.assertEqual(self.result(self.running(), "exec", shell("exit 7"))["exit_code"], 7)
+
+
+# The arguments of ``bench``, and the words that the one line on stderr must hold.
+REFUSED_BY_BENCH: List[Tuple[List[str], Tuple[str, ...]]] = [
+    (["--n", "0"], ("--n", "'0'", "1 to")),
+    (["--n", "-1"], ("--n", "'-1'")),
+    (["--n", "many"], ("--n", "'many'")),
+    (["--at-once", "1", "0"], ("--at-once", "'0'")),
+    (["--at-once"], ("--at-once", "expected")),
+    (["--rounds", "0"], ("--rounds", "'0'")),
+    (["--memory-mb", "1"], ("--memory-mb", "'1'", "64 to 1048576")),
+    (["--only", "warm"], ("--only", "warm")),
+    (["--json", "/nonexistent/x"], ("--json", "/nonexistent/x", "No such file")),
+    (["--svg", "/"], ("--svg", "'/'", "Is a directory")),
+]
+
+
+class CommandLine(unittest.TestCase):
+    def refused(self, arguments: List[str]) -> str:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), self.assertRaises(SystemExit) as caught:
+            _cli.main(["bench"] + arguments)
+        self.assertEqual(caught.exception.code, 2)
+        return said.getvalue().splitlines()[-1]
+
+    def test_every_bad_argument_of_bench_is_refused_before_it_measures(self) -> None:
+        for arguments, words in REFUSED_BY_BENCH:
+            said = self.refused(arguments)
+            for word in words:
+                with self.subTest(arguments, word=word):
+                    self.assertIn(word, said)
+
+    def test_file_that_can_be_written_is_not_made_ahead(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            self.refused(["--json", name + "/new.json", "--n", "0"])
+            self.assertEqual(os.listdir(name), [])
+
+    def test_chart_of_a_run_without_milliseconds_is_drawn(self) -> None:
+        report = Report("tcg", {})
+        report.add("command: round trip", "us", [1.0, 2.0])
+        self.assertIn("round trip", report.svg())

@@ -8,6 +8,7 @@ import argparse
 import errno
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from .. import MicroVMInstance, MicroVMIsolationManager, VMResourceLimits, doctor
+from .. import MicroVMError, MicroVMInstance, MicroVMIsolationManager, VMResourceLimits, doctor
 from .bare import Machine, Running, memory_mib
 from .report import Report
 
@@ -28,31 +29,65 @@ DATA = Path(__file__).resolve().parent.parent / "_data"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n", type=int, default=20, help="samples of each figure (default: 20)")
-    parser.add_argument("--memory-mb", type=int, default=128, help="guest memory in MiB (default: 128)")
-    parser.add_argument("--at-once", type=int, nargs="*", default=[1, 10, 50, 100], metavar="N", help="VMs started together")
-    parser.add_argument("--rounds", type=int, default=5, help="how often that is done (default: 5)")
+    parser.add_argument("--n", type=whole(1), default=20, help="samples of each figure (default: 20)")
+    parser.add_argument("--memory-mb", type=whole(64, 1 << 20), default=128, help="guest memory in MiB (default: 128)")
+    parser.add_argument(
+        "--at-once", type=whole(1), nargs="+", default=[1, 10, 50, 100], metavar="N", help="VMs started together"
+    )
+    parser.add_argument("--rounds", type=whole(1), default=5, help="how often that is done (default: 5)")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part; may be given again")
-    parser.add_argument("--json", metavar="FILE", help="write the figures and all samples as JSON")
-    parser.add_argument("--svg", metavar="FILE", help="draw the times as a chart")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures and all samples as JSON")
+    parser.add_argument("--svg", type=writable, metavar="FILE", help="draw the times as a chart")
+
+
+def whole(low: int, high: int = 1 << 20) -> Callable[[str], int]:
+    """A type of argument: a whole number in this range."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError("{!r} is no whole number from {} to {}".format(text, low, high))
+        return number
+
+    return read
+
+
+def writable(name: str) -> str:
+    """A type of argument: a file that can be written. Measuring takes minutes, and its figures are written at its end."""
+    existed = os.path.lexists(name)
+    try:
+        with open(name, "ab"):
+            pass
+        if not existed:
+            os.unlink(name)
+    except OSError as error:
+        raise argparse.ArgumentTypeError("{!r} cannot be written: {}".format(name, error.strerror))
+    return name
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; 0 when everything could be measured."""
     parts = options.only or PARTS
-    with tempfile.TemporaryDirectory(prefix="microvm-bench-") as name:
-        bench = Bench(Path(name), options.n, options.memory_mb)
-        if "cold" in parts:
-            bench.cold()
-        if "clone" in parts:
-            bench.clone()
-        if "pool" in parts:
-            bench.pool()
-        if "command" in parts:
-            bench.command()
-        if "many" in parts:
-            for count in options.at_once:
-                bench.many(count, options.rounds)
+    try:
+        with tempfile.TemporaryDirectory(prefix="microvm-bench-") as name:
+            bench = Bench(Path(name), options.n, options.memory_mb)
+            if "cold" in parts:
+                bench.cold()
+            if "clone" in parts:
+                bench.clone()
+            if "pool" in parts:
+                bench.pool()
+            if "command" in parts:
+                bench.command()
+            if "many" in parts:
+                for count in options.at_once:
+                    bench.many(count, options.rounds)
+    except MicroVMError as error:
+        print("bench: {}".format(error), file=sys.stderr)
+        return 1
     print(bench.report.table())
     bench.report.write(options.json, options.svg)
     return 0

@@ -65,8 +65,10 @@ class Report:
         }
         return json.dumps(whole, indent=1)
 
-    def svg(self, unit: str = "ms") -> str:
-        """Horizontal bars from 0 to p50, with a whisker to p95, on a logarithmic scale."""
+    def svg(self) -> str:
+        """Horizontal bars from 0 to p50, with a whisker to p95, on a logarithmic scale: the milliseconds, if there are any."""
+        units = [row.unit for row in self.rows]
+        unit = "ms" if "ms" in units else units[0]
         rows = [row for row in self.rows if row.unit == unit]
         low = 10 ** math.floor(math.log10(min(max(row.at(0.5), 1e-3) for row in rows)))
         high = max(row.at(0.95) for row in rows)
