@@ -18,7 +18,7 @@ STATIC_FLAGS := -C target-feature=+crt-static -C relocation-model=static
 AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve25519_dalek_backend="serial"
 
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
-    xz-utils nftables iproute2 openssl util-linux python3-venv make gcc
+    xz-utils bzip2 nftables iproute2 openssl util-linux python3-venv make gcc
 
 .PHONY: help check dev t against setup guest jail zygote janitor attackers wheel installed demo test test-nested bench fuzz traffic clones cycles stress network-many \
     network-bench chaos chaos-kill watch-cost load soak clean
@@ -84,7 +84,7 @@ dev: setup
 t: dev
 	PYTHONPATH=python $(PYTHON) -m unittest -v $(T)
 
-# The kernel takes minutes: it is built again only when the SHA-256 of all that goes into it changes.
+# The kernel takes minutes and busybox one: each is built again only when the SHA-256 of all that goes into it changes.
 guest: setup
 	@mkdir -p $(BUILD) $(DATA)
 	@key=$$(cat $(KERNEL_TARBALL) src/guest/kernel.config src/guest/build-kernel.sh | sha256sum | cut -d' ' -f1); \
@@ -96,13 +96,23 @@ guest: setup
 	    echo "$$key" >$(BUILD)/vmlinux.key; \
 	fi
 	RUSTFLAGS='$(STATIC_FLAGS) $(AGENT_CIPHERS)' $(CARGO) build -p microvm-agent --profile agent --target $(HOST)
-	src/guest/build-initramfs.sh $(TARGET_DIR)/$(HOST)/agent/microvm-agent $(BUILD)/initramfs.cpio
+	src/guest/fetch-busybox.sh $(BUILD)/busybox.tar.bz2
+	@key=$$(cat $(BUILD)/busybox.tar.bz2 src/guest/busybox.config src/guest/build-busybox.sh | sha256sum | cut -d' ' -f1); \
+	if [ ! -f $(BUILD)/busybox ] || [ "$$(cat $(BUILD)/busybox.key 2>/dev/null || true)" != "$$key" ]; then \
+	    echo "building the guest's busybox (once, about a minute)"; \
+	    rm -rf $(BUILD)/busybox-tree; \
+	    src/guest/build-busybox.sh $(BUILD)/busybox.tar.bz2 $(CURDIR)/src/guest/busybox.config $(BUILD)/busybox-tree $(BUILD)/busybox; \
+	    rm -rf $(BUILD)/busybox-tree; \
+	    echo "$$key" >$(BUILD)/busybox.key; \
+	fi
+	src/guest/build-initramfs.sh $(TARGET_DIR)/$(HOST)/agent/microvm-agent $(BUILD)/busybox $(BUILD)/initramfs.cpio
 	src/guest/build-disk.sh $(BUILD)/disk.ext4
 	@for file in vmlinux initramfs.cpio disk.ext4; do \
 	    cmp -s $(BUILD)/$$file $(DATA)/$$file || cp --sparse=always $(BUILD)/$$file $(DATA)/$$file; done
 	@cp NOTICE-GPL.md $(DATA)/NOTICE-GPL.md
-	@dpkg-query -W -f '$${source:Package} $${source:Version} ($${binary:Package})\n' linux-source-6.1 busybox-static \
-	    >$(DATA)/KERNEL-SOURCE.txt
+	@dpkg-query -W -f '$${source:Package} $${source:Version} ($${binary:Package})\n' linux-source-6.1 >$(DATA)/KERNEL-SOURCE.txt
+	@echo "busybox $$(sed -n 's/^version=//p' src/guest/fetch-busybox.sh) (upstream's tarball, SHA-256" \
+	    "$$(sed -n 's/^sha256=//p' src/guest/fetch-busybox.sh))" >>$(DATA)/KERNEL-SOURCE.txt
 
 jail: setup
 	@mkdir -p $(DATA)

@@ -1,23 +1,43 @@
 #!/bin/sh
-# Usage: build-initramfs.sh AGENT OUTPUT
+# Usage: build-initramfs.sh AGENT BUSYBOX OUTPUT
 # An uncompressed cpio archive (unpacking costs boot time) with the agent as /init and busybox for its tools.
 set -eu
-agent=$(realpath "$1") output=$(realpath -m "$2")
+agent=$(realpath "$1") busybox=$(realpath "$2") output=$(realpath -m "$3")
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
 cd "$root"
-mkdir -p bin sbin usr/bin usr/sbin dev proc sys tmp run data mnt root etc var
+mkdir -p bin usr/lib usr/local/bin usr/local/sbin dev proc sys tmp run data mnt root home etc opt srv
+mkdir -p var/cache var/lib var/log var/tmp
+# One folder of programs by all its names, as in distributions.
+ln -s bin sbin
+ln -s ../bin usr/bin
+ln -s ../bin usr/sbin
+ln -s ../run var/run
+ln -s ../run/lock var/lock
 chmod 755 .
+chmod 700 root
+chmod 1777 var/tmp
 cp "$agent" init
-cp /bin/busybox bin/busybox
+cp "$busybox" bin/busybox
 chmod 755 init bin/busybox
-for applet in $(/bin/busybox --list); do
+for applet in $("$busybox" --list); do
     [ "$applet" = busybox ] || ln -s busybox "bin/$applet"
 done
 echo 'root:x:0:0:root:/root:/bin/sh
 nobody:x:65534:65534:nobody:/:/bin/false' >etc/passwd
 echo 'root:x:0:
+tty:x:5:
 nogroup:x:65534:' >etc/group
+echo 'passwd: files
+group: files
+hosts: files dns' >etc/nsswitch.conf
+echo '/bin/sh' >etc/shells
+echo 'ID=microvm
+NAME="microVM guest"
+PRETTY_NAME="microVM guest (busybox)"' >etc/os-release
+ln -s ../proc/self/mounts etc/mtab
+# Of a VM without a network; one with a network has its name servers here.
+: >etc/resolv.conf
 # The kernel opens this before PID 1 mounts anything.
 mknod dev/console c 5 1
 find . -exec touch -h -d @0 {} +
