@@ -165,11 +165,12 @@ pub fn arguments(plan: &LaunchPlan, origin: &Origin, host: Host) -> Vec<String> 
     for drive in &plan.drives {
         let (serial, read_only) = (drive.serial, if drive.read_only { "on" } else { "off" });
         // Without werror=report a full host disk would stop the VM instead of failing the guest's write.
-        let errors = if drive.read_only { "" } else { ",werror=report" };
+        // discard=unmap: what the guest's fstrim frees is punched out of the file.
+        let written = if drive.read_only { "" } else { ",werror=report,discard=unmap" };
         args.push("-drive".into());
         let throttle = if drive.read_only { String::new() } else { throttling(plan) };
         args.push(format!(
-            "id={serial},if=none,format=raw,readonly={read_only}{errors}{throttle},file={}",
+            "id={serial},if=none,format=raw,readonly={read_only}{written}{throttle},file={}",
             escape(&drive.path)
         ));
         args.push("-device".into());
