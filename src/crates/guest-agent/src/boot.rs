@@ -13,13 +13,14 @@ use microvm_protocol::identity::{DISK_SERIAL, ROOTFS_SERIAL};
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::reboot::{reboot, RebootMode};
 
-use crate::network;
+use crate::{environment, network};
 
 /// Where the VM's own disk is mounted.
 pub const DATA: &str = "/data";
 const LOWER: &str = "/mnt/lower";
 const ROOT: &str = "/mnt/root";
-const CGROUPS: &str = "/sys/fs/cgroup";
+/// The root of all control groups; the agent is in it.
+pub const CGROUPS: &str = "/sys/fs/cgroup";
 /// How often its limit was hit, and how many of it were killed for want of memory (this kernel counts that nowhere else).
 pub const PROCESS_EVENTS: &str = "/sys/fs/cgroup/work/pids.events";
 pub const MEMORY_EVENTS: &str = "/sys/fs/cgroup/work/memory.events";
@@ -64,14 +65,19 @@ pub fn drive(serial: &str) -> Option<String> {
 /// File systems, control groups, disks; the error names its stage.
 pub fn set_up() -> Result<(), (&'static str, String)> {
     let stage = |name: &'static str| move |message: String| (name, message);
-    mount_scratch().map_err(stage("mounts"))?;
+    mount_scratch().and_then(|()| environment::prepare_kernel()).map_err(stage("mounts"))?;
     make_work_cgroup().map_err(stage("cgroup"))?;
     let disk = drive(DISK_SERIAL);
     if let Some(device) = &disk {
-        mount_disk(device).map_err(stage("disk"))?;
+        mount_disk(device).and_then(|()| environment::open_disk()).map_err(stage("disk"))?;
     }
-    if let Some(device) = drive(ROOTFS_SERIAL) {
-        enter_rootfs(&device, disk.is_some()).map_err(stage("rootfs"))?;
+    let image = drive(ROOTFS_SERIAL);
+    if let Some(device) = &image {
+        enter_rootfs(device, disk.is_some()).map_err(stage("rootfs"))?;
+    }
+    environment::prepare_folders().map_err(stage("rootfs"))?;
+    if image.is_none() && disk.is_some() {
+        environment::move_to_disk().map_err(stage("disk"))?;
     }
     network::bring_up_loopback().map_err(stage("network"))?;
     // What is written now need not be written by every clone.
@@ -85,7 +91,8 @@ fn mount_scratch() -> Result<(), String> {
     mount_at("run", "/run", "tmpfs", safe, "mode=755")?;
     mount_at("pts", "/dev/pts", "devpts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=620,ptmxmode=666")?;
     mount_at("shm", "/dev/shm", "tmpfs", safe, "mode=1777")?;
-    mount_at("cgroup", CGROUPS, "cgroup2", safe | MsFlags::MS_NOEXEC, "")
+    mount_at("mqueue", "/dev/mqueue", "mqueue", safe | MsFlags::MS_NOEXEC, "")?;
+    mount_at("cgroup", CGROUPS, "cgroup2", safe | MsFlags::MS_NOEXEC, "nsdelegate")
 }
 
 fn make_work_cgroup() -> Result<(), String> {

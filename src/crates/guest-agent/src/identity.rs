@@ -153,7 +153,8 @@ impl Blank {
     fn write_hostname(&self, name: &str) -> Result<(), String> {
         nix::unistd::sethostname(name).map_err(|e| format!("sethostname: {e}"))?;
         self.hostname.write(&[name, "\n"].concat())?;
-        self.hosts.write(&["127.0.0.1 localhost\n127.0.1.1 ", name, "\n"].concat())
+        self.hosts
+            .write(&["127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 ", name, "\n"].concat())
     }
 }
 

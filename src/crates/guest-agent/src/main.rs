@@ -8,6 +8,7 @@ mod boot;
 mod checksum;
 mod children;
 mod door;
+mod environment;
 mod freeze;
 mod identity;
 mod job;
@@ -17,6 +18,7 @@ mod port;
 mod rehearsal;
 mod resolve;
 mod serve;
+mod users;
 
 use std::sync::Arc;
 use std::time::Duration;

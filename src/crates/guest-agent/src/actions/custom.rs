@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -28,8 +28,20 @@ fn is_action(path: &Path) -> bool {
     path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
+/// The disk is open to every user, and what is found here is run by root.
+fn is_trusted(directory: &Path) -> bool {
+    let meta = directory.symlink_metadata();
+    meta.is_ok_and(|meta| meta.is_dir() && meta.uid() == ROOT && meta.mode() & 0o022 == 0)
+}
+
+/// An image's folder is what its maker made it.
+fn directories() -> impl Iterator<Item = &'static Path> {
+    let [image, disk] = DIRECTORIES.map(Path::new);
+    [Some(image), Some(disk).filter(|disk| is_trusted(disk))].into_iter().flatten()
+}
+
 pub fn names() -> Vec<String> {
-    let entries = DIRECTORIES.iter().filter_map(|directory| fs::read_dir(directory).ok()).flatten().flatten();
+    let entries = directories().filter_map(|directory| fs::read_dir(directory).ok()).flatten().flatten();
     let found = entries.filter(|entry| is_action(&entry.path())).map(|entry| entry.file_name());
     found.map(|name| name.to_string_lossy().into_owned()).filter(|name| is_name(name)).collect()
 }
@@ -38,7 +50,7 @@ pub fn find(name: &str) -> Option<PathBuf> {
     if !is_name(name) {
         return None;
     }
-    DIRECTORIES.iter().map(|directory| Path::new(directory).join(name)).find(|path| is_action(path))
+    directories().map(|directory| directory.join(name)).find(|path| is_action(path))
 }
 
 pub fn run(path: &Path, params: &Value, identity: &Identity, job: &Job) -> Outcome {

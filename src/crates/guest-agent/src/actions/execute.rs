@@ -64,6 +64,12 @@ impl Params {
         if self.program.is_empty() || texts.into_iter().any(|text| text.contains('\0')) {
             return fail(Code::BadParams, "program: it must not be empty, and no text may hold a NUL");
         }
+        if self.uid == Some(u32::MAX) {
+            return fail(
+                Code::BadParams,
+                format!("uid: {} stands for no user (setuid(2)); the last is {}", u32::MAX, u32::MAX - 1),
+            );
+        }
         if self.env.keys().any(|key| key.is_empty() || key.contains('=')) {
             return fail(Code::BadParams, "env: a name must not be empty or hold '='");
         }

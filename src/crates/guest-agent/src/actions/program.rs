@@ -23,9 +23,13 @@ use super::fail;
 use crate::boot;
 use crate::children::{self, Ended, Group, Spawned, DOOR};
 use crate::job::{cancelled, Job};
+use crate::users::{self, User};
 
 pub const ROOT: u32 = 0;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const LANG: &str = "C.UTF-8";
+/// What every image's terminfo knows.
+const TERM: &str = "xterm";
 /// How long a program's children may go on holding its pipes after it has ended.
 const GRACE: Duration = Duration::from_millis(200);
 /// What a pipe holds (pipe(7)): more than that of its output cannot be left when a program has ended.
@@ -169,15 +173,19 @@ impl Program<'_> {
             return fail(Code::BadParams, format!("cwd: {:?} is not a directory", self.cwd));
         }
         let mut command = Command::new(self.path);
-        command
-            .args(self.args)
-            .env_clear()
-            .env("PATH", PATH)
-            .env("HOME", if self.uid == ROOT { "/root" } else { "/" })
-            .envs(self.env)
-            .current_dir(self.cwd);
+        command.args(self.args).env_clear().env("PATH", PATH).env("LANG", LANG).current_dir(self.cwd);
+        let user = self.user();
+        for (name, value) in
+            [("HOME", &user.home), ("USER", &user.name), ("LOGNAME", &user.name), ("SHELL", &user.shell)]
+        {
+            command.env(name, value);
+        }
+        if self.terminal.is_some() {
+            command.env("TERM", TERM);
+        }
+        command.envs(self.env);
         if self.uid != ROOT {
-            command.uid(self.uid).gid(self.uid);
+            command.uid(self.uid).gid(user.gid);
         }
         let terminal = self.terminal.map(|size| self.open_terminal(size, &mut command)).transpose()?;
         if terminal.is_none() {
@@ -245,6 +253,14 @@ impl Program<'_> {
         let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let (shown, timeout) = (self.path.to_owned(), self.timeout);
         Ok(Running { shown, job, spawned, stdin, outputs, is_terminal, timeout, deadline })
+    }
+
+    /// Whom it runs as. Root's home is where every image has it, whatever its passwd says.
+    fn user(&self) -> User {
+        if self.uid == ROOT {
+            return User { name: "root".into(), gid: ROOT, home: "/root".into(), shell: "/bin/sh".into() };
+        }
+        users::of(self.uid)
     }
 
     /// A terminal as the command's stdin, stdout and stderr; returns our end.
