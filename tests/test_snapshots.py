@@ -38,16 +38,17 @@ STEPS = r"""
 #include <string.h>
 #include <sys/random.h>
 #include <unistd.h>
-int main(void) {
-    char first[65], now[65];
+int main(int count, char **words) {
+    char first[65], now[65], draft[65];
     unsigned long steps = 0, number;
-    if (gethostname(first, sizeof first)) return 1;
+    if (count != 2 || gethostname(first, sizeof first)) return 1;
     do steps++; while (gethostname(now, sizeof now) == 0 && strcmp(first, now) == 0);
-    FILE *file = fopen("/tmp/new", "w");
+    snprintf(draft, sizeof draft, "%s.new", words[1]);
+    FILE *file = fopen(draft, "w");
     if (!file) return 1;
     fprintf(file, "%lu", steps);
     for (int i = 0; i < 4 && getrandom(&number, sizeof number, 0) == sizeof number; i++) fprintf(file, " %016lx", number);
-    return fclose(file) || rename("/tmp/new", "/tmp/steps");
+    return fclose(file) || rename(draft, words[1]);
 }
 """
 
@@ -172,7 +173,7 @@ class Clones(SnapshotTestCase):
         vm = self.running()
         with tempfile.TemporaryDirectory() as folder:
             vm.upload(str(static_program(Path(folder), STEPS)), "/data/steps", mode=0o755)
-        self.output(vm, "/data/steps </dev/null >/dev/null 2>&1 & sleep 0.3")
+        self.output(vm, "/data/steps /tmp/steps </dev/null >/dev/null 2>&1 & sleep 0.3")
         self.snapshot(vm)
         told = []
         for clone in (self.clone(), self.clone(), self.clone()):
@@ -185,6 +186,31 @@ class Clones(SnapshotTestCase):
         numbers = [number for each in told for number in each[1:]]
         self.assertEqual((len(numbers), len(set(numbers))), (12, 12))
         self.assertEqual(self.output(vm, "ls /tmp"), "")
+
+    def test_a_program_outside_the_agents_groups_stands_still_too(self) -> None:
+        vm = self.running()
+        with tempfile.TemporaryDirectory() as folder:
+            vm.upload(str(static_program(Path(folder), STEPS)), "/data/steps", mode=0o755)
+        # As a container engine's would, one that went to the root group, and one whose group its own user froze.
+        start = "mkdir -p {0} && (echo 0 >{0}/cgroup.procs; exec /data/steps /tmp/{1}) </dev/null >/dev/null 2>&1 &"
+        groups = {"own": "/sys/fs/cgroup/other", "nested": "/sys/fs/cgroup/engine/box", "root": "/sys/fs/cgroup", "paused": "/sys/fs/cgroup/paused"}
+        for name, group in groups.items():
+            self.output(vm, start.format(group, name) + " sleep 0.3")
+        self.output(vm, "echo 1 >/sys/fs/cgroup/paused/cgroup.freeze; sleep 0.2")
+        self.snapshot(vm)
+        clones = [self.clone() for _ in range(3)]
+        for name in ("own", "nested", "root"):
+            with self.subTest(name):
+                for clone in clones:
+                    self.assertTrue(eventually(lambda: self.output(clone, "cat /tmp/{} 2>/dev/null || true".format(name))))
+                told = [self.output(clone, "cat /tmp/" + name).split() for clone in clones]
+                self.assertEqual(len({each[0] for each in told}), 1, told)
+                numbers = [number for each in told for number in each[1:]]
+                self.assertEqual((len(numbers), len(set(numbers))), (12, 12))
+        for each in clones + [vm]:
+            self.assertEqual(self.output(each, "cat /sys/fs/cgroup/paused/cgroup.freeze /sys/fs/cgroup/other/cgroup.freeze"), "1\n0\n")
+            # Back where it was.
+            self.assertEqual(self.output(each, "ls -d /sys/fs/cgroup/strays 2>/dev/null || true"), "")
 
     def test_what_was_under_way_is_answered_in_the_vm_and_cancelled_in_clones(self) -> None:
         vm = self.running()
