@@ -8,18 +8,21 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import unittest
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from .network import lab
-from .network.attacks import BETWEEN, ELSEWHERE, INTERNET, WORKS_ON_A_BARE_WIRE, Attempt, End
+from .network.attacks import BETWEEN, ELSEWHERE, INTERNET, TOLD, WORKS_ON_A_BARE_WIRE, Attempt, End
 from .network.case import NetworkTestCase, connected
-from .network.frames import ARP, BROADCAST, Eyes, Inbox, arp, echo, hand_of, settle, udp
+from .network.frames import ARP, BROADCAST, IPV4, Eyes, Inbox, Sighting, arp, echo, ethernet, hand_of, settle, tcp, udp
 from .network.lab import HOST_ADDRESS, HOST_OTHER_ADDRESS, UPLINK, run
 from .support import eventually, shell
 
 ATTEMPTS = dict(BETWEEN, **ELSEWHERE)
+# ICMP: destination unreachable, communication administratively prohibited.
+UNREACHABLE, PROHIBITED = 3, 13
 
 
 def load_tests(loader: Any, tests: unittest.TestSuite, pattern: Any) -> unittest.TestSuite:
@@ -30,11 +33,25 @@ def new_mark() -> bytes:
     return os.urandom(32)
 
 
+def is_refusal(seen: Sighting, me: End) -> bool:
+    """Whether a frame tells a VM, and nobody else, that the host refused what the VM itself sent."""
+    frame = seen.frame
+    outer, inner = frame[14:34], frame[42:62]
+    return (
+        seen.interface == me.tap
+        and frame[:14] == ethernet(me.mac, me.tap_mac, IPV4, b"")
+        and (outer[9], frame[34], frame[35]) == (socket.IPPROTO_ICMP, UNREACHABLE, PROHIBITED)
+        and outer[12:20] == socket.inet_aton(me.gateway) + socket.inet_aton(me.address)
+        and inner[12:16] == socket.inet_aton(me.address)
+    )
+
+
 class Watched(NetworkTestCase):
     """A test that sees every frame which the host sends, and has services on every address of the host."""
 
     def setUp(self) -> None:
         super().setUp()
+        self.refusals: List[Sighting] = []
         self.eyes, self.inbox = Eyes(), Inbox()
         self.addCleanup(self.eyes.close)
         self.addCleanup(self.inbox.close)
@@ -52,9 +69,11 @@ class Watched(NetworkTestCase):
         for frame in attempt(me, you, mark):
             os.write(hand, frame)
         settle()
-        where = ["{}: {}".format(seen.interface, seen.frame.hex()) for seen in self.eyes.of(mark)]
+        new = self.eyes.seen[before:]
+        self.refusals = [seen for seen in new if is_refusal(seen, me)]
+        where = ["{}: {}".format(seen.interface, seen.frame.hex()) for seen in new if mark in seen.frame and not is_refusal(seen, me)]
         # An answer need not carry the mark, a SYN's does not.
-        where += ["an answer: {}".format(seen.frame.hex()) for seen in self.eyes.seen[before:] if seen.interface == me.tap]
+        where += ["an answer: {}".format(seen.frame.hex()) for seen in new if seen.interface == me.tap and not is_refusal(seen, me)]
         return where + ["the host's service, from {}".format(peer) for peer in self.inbox.of(mark)]
 
 
@@ -106,7 +125,34 @@ class Policy(Watched):
         for name, attempt in ATTEMPTS.items():
             with self.subTest(name):
                 self.assertEqual(self.reached(attempt, hand, me, you), [])
+                if name not in TOLD:
+                    self.assertEqual(self.refusals, [])
         self.assertEqual(self.get(victim, "http://web.test/")["status"], 200)
+
+    def test_sender_of_what_is_denied_is_told_at_once(self) -> None:
+        vm, victim = self.connected(), self.connected()
+        hand, me, you = self.hand(vm), self.end(vm), self.end(victim)
+        for name in sorted(TOLD):
+            with self.subTest(name):
+                # The kernel has errors for one peer by the second, and a few more at once.
+                self.assertTrue(eventually(lambda: self.reached(ATTEMPTS[name], hand, me, you) == [] and self.refusals, 10.0))
+
+    def test_refusals_are_rationed(self) -> None:
+        vm = self.connected()
+        hand, me = self.hand(vm), self.end(vm)
+        for port in range(2000):
+            os.write(hand, me.frame(udp(me.address, "169.254.169.254", 1 + port, b"x")))
+            os.write(hand, me.frame(tcp(me.address, HOST_ADDRESS, 1 + port, b"")))
+        settle()
+        self.assertIn(len([seen for seen in self.eyes.seen if is_refusal(seen, me)]), range(1, 100))
+
+    def test_connections_to_what_is_denied_fail_at_once_in_the_guest(self) -> None:
+        vm, victim = self.connected(), self.connected()
+        for address in ("169.254.169.254", "100.100.100.200", HOST_ADDRESS, self.end(victim).address):
+            with self.subTest(address):
+                begun = time.monotonic()
+                self.assertEqual(self.reason(vm, "http://{}/".format(address), timeout=20), "unreachable")
+                self.assertLess(time.monotonic() - begun, 5)
 
     def test_no_attempt_comes_through_between_vms_of_two_managers(self) -> None:
         vm = self.connected()
@@ -153,6 +199,8 @@ class Policy(Watched):
         settle()
         settle()
         seen = list(self.eyes.seen)
+        by_tap = {me.tap: me for _, me in ends}
+        seen = [one for one in seen if one.interface not in by_tap or not is_refusal(one, by_tap[one.interface])]
         through = [what for mark, what in marks.items() if self.inbox.of(mark) or any(mark in one.frame for one in seen)]
         self.assertEqual(through, [])
         self.assertEqual({self.get(vm, "http://web.test/")["status"] for vm in vms}, {200})
@@ -215,7 +263,7 @@ class Policy(Watched):
         run("nft add chain ip published ports { type nat hook prerouting priority dstnat ; }")
         run("nft add rule ip published ports tcp dport 8081 dnat to 198.51.100.1:80")
         vm = self.connected()
-        self.assertEqual(self.reason(vm, "http://{}:8081/".format(HOST_ADDRESS), timeout=2), "timeout")
+        self.assertEqual(self.reason(vm, "http://{}:8081/".format(HOST_ADDRESS), timeout=5), "unreachable")
         self.assertEqual(self.get(vm, "http://198.51.100.2:8081/")["status"], 200)
 
     def test_guest_that_opens_many_connections_is_held_at_its_limit(self) -> None:

@@ -11,6 +11,7 @@ pub mod elf;
 pub mod fork;
 #[cfg(feature = "python")]
 mod heap;
+pub mod kernel;
 pub mod kvm;
 pub mod lease;
 pub mod lock;

@@ -23,7 +23,8 @@ pub enum EgressTarget {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamePattern {
     below: bool,
-    name: String,
+    /// In lower case, the top level last.
+    labels: Vec<String>,
 }
 
 impl EgressRule {
@@ -61,23 +62,22 @@ impl NamePattern {
         // No top-level domain is a number: what looks like an address but is none is not a name either.
         let last = name.rsplit('.').next().unwrap_or_default();
         let is_name = name.len() <= 253 && name.split('.').all(label) && !last.bytes().all(|b| b.is_ascii_digit());
-        is_name.then_some(Self { below, name })
+        is_name.then(|| Self { below, labels: name.split('.').map(str::to_owned).collect() })
     }
 
-    /// Whether `name`, in lower case and without a final dot, is meant.
+    /// Whether the name with these labels, the top level last and the root left out, is meant. Labels are compared one by
+    /// one: a label of DNS may itself hold a dot.
     #[must_use]
-    pub fn matches(&self, name: &str) -> bool {
-        if self.below {
-            name.strip_suffix(self.name.as_str()).is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))
-        } else {
-            name == self.name
-        }
+    pub fn matches(&self, labels: &[&[u8]]) -> bool {
+        let Some(above) = labels.len().checked_sub(self.labels.len()) else { return false };
+        let same = |(label, own): (&&[u8], &String)| label.eq_ignore_ascii_case(own.as_bytes());
+        (above > 0) == self.below && labels.iter().skip(above).zip(&self.labels).all(same)
     }
 }
 
 impl fmt::Display for NamePattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", if self.below { "*." } else { "" }, self.name)
+        write!(f, "{}{}", if self.below { "*." } else { "" }, self.labels.join("."))
     }
 }
 
@@ -113,11 +113,27 @@ mod tests {
         }
     }
 
+    fn is_meant(pattern: &str, labels: &[&str]) -> bool {
+        name(pattern).matches(&labels.iter().map(|label| label.as_bytes()).collect::<Vec<_>>())
+    }
+
     #[test]
     fn test_matches_takes_the_name_or_what_is_below_and_nothing_else() {
-        assert!(name("example.com").matches("example.com") && !name("example.com").matches("a.example.com"));
-        let below = name("*.example.com");
-        assert!(below.matches("a.example.com") && below.matches("a.b.example.com"));
-        assert!(!below.matches("example.com") && !below.matches(".example.com") && !below.matches("badexample.com"));
+        assert!(is_meant("example.com", &["Example", "COM"]) && !is_meant("example.com", &["a", "example", "com"]));
+        let below = |labels: &[&str]| is_meant("*.example.com", labels);
+        assert!(below(&["a", "example", "com"]) && below(&["a", "b", "example", "com"]));
+        assert!(!below(&["example", "com"]) && !below(&["badexample", "com"]) && !below(&["com"]) && !below(&[]));
+    }
+
+    #[test]
+    fn test_matches_a_label_that_holds_a_dot_is_one_label() {
+        assert!(!is_meant("*.wild.test", &["secret-data.wild", "test"]));
+        assert!(!is_meant("a.test", &["a.test"]) && !is_meant("*.test", &["a.test"]));
+        assert!(is_meant("*.wild.test", &["secret.data", "wild", "test"]));
+    }
+
+    #[test]
+    fn test_display_is_what_was_written() {
+        assert_eq!(name("*.Example.com").to_string(), "*.example.com");
     }
 }

@@ -72,6 +72,28 @@ impl Ipv4Net {
     }
 }
 
+/// IANA's registry of special addresses, as far as it names networks that are not the internet: this network, private ones,
+/// carriers', this machine, link-local ones, protocols', benchmarks', multicast, reserved.
+const SPECIAL: [Ipv4Net; 11] = [
+    Ipv4Net { base: Ipv4Addr::new(0, 0, 0, 0), prefix: 8 },
+    Ipv4Net { base: Ipv4Addr::new(10, 0, 0, 0), prefix: 8 },
+    Ipv4Net { base: Ipv4Addr::new(100, 64, 0, 0), prefix: 10 },
+    Ipv4Net { base: Ipv4Addr::new(127, 0, 0, 0), prefix: 8 },
+    Ipv4Net { base: Ipv4Addr::new(169, 254, 0, 0), prefix: 16 },
+    Ipv4Net { base: Ipv4Addr::new(172, 16, 0, 0), prefix: 12 },
+    Ipv4Net { base: Ipv4Addr::new(192, 0, 0, 0), prefix: 24 },
+    Ipv4Net { base: Ipv4Addr::new(192, 168, 0, 0), prefix: 16 },
+    Ipv4Net { base: Ipv4Addr::new(198, 18, 0, 0), prefix: 15 },
+    Ipv4Net { base: Ipv4Addr::new(224, 0, 0, 0), prefix: 4 },
+    Ipv4Net { base: Ipv4Addr::new(240, 0, 0, 0), prefix: 4 },
+];
+
+/// Whether `address` is one of the internet's.
+#[must_use]
+pub fn is_public(address: Ipv4Addr) -> bool {
+    !SPECIAL.iter().any(|net| net.contains(address))
+}
+
 /// `a.b.c.d/p`; one address alone has no prefix.
 impl fmt::Display for Ipv4Net {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -99,6 +121,28 @@ mod tests {
             ["", "10.0.0.0/", "10.0.0.0/33", "10.0.0.0/+8", "10.0.0.1/8", "10.0.0/8", "a/8", "::/0", "10.0.0.0/08 "]
         {
             assert_eq!(Ipv4Net::parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn test_is_public_knows_the_edges_of_every_special_network() {
+        for (inside, outside) in [
+            ("0.255.255.255", "1.0.0.0"),
+            ("10.0.0.0", "9.255.255.255"),
+            ("100.64.0.0", "100.63.255.255"),
+            ("100.127.255.255", "100.128.0.0"),
+            ("127.0.0.53", "128.0.0.0"),
+            ("169.254.169.254", "169.253.255.255"),
+            ("172.16.0.0", "172.15.255.255"),
+            ("172.31.255.255", "172.32.0.0"),
+            ("192.0.0.192", "192.0.1.0"),
+            ("192.168.255.255", "192.167.255.255"),
+            ("198.19.255.255", "198.20.0.0"),
+            ("224.0.0.1", "223.255.255.255"),
+            ("255.255.255.255", "198.17.255.255"),
+        ] {
+            let public = |text: &str| is_public(text.parse().unwrap());
+            assert!(!public(inside) && public(outside), "{inside} {outside}");
         }
     }
 

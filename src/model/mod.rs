@@ -24,7 +24,7 @@ pub use egress::{EgressRule, EgressTarget, NamePattern};
 pub use event::{Event, Happening};
 pub use health::{judge, GuestUse, HealthStatus, Look, Reason, Sign, Verdict};
 pub use id::{TemplateName, VmId};
-pub use ipv4::Ipv4Net;
+pub use ipv4::{is_public, Ipv4Net};
 pub use kinds::{Backend, Grade, IsolationType, JailMode};
 pub use limits::ResourceLimits;
 pub use network::{NetworkConfig, DEFAULT_PREFIX};

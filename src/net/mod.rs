@@ -11,10 +11,10 @@ mod rules;
 mod segment;
 
 pub use address::{choose, conflict, Addresses};
-pub use dns::{Question, Relayed, Verdict};
+pub use dns::{Question, Relayed, Transport, Verdict};
 pub use links::{Interface, GENERATED_TAP, SHAPER_PREFIX};
 pub use mac::generate as generate_mac;
-pub use rules::{Pinned, Rules};
+pub use rules::{Pinned, Rules, MAX_PINNED};
 pub use segment::{Before, Resolution, Segment, Upstream};
 
 /// Compares with a file of `tests/golden`, so that a change shows as lines. `MICROVM_BLESS=1` writes it anew.

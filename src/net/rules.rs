@@ -3,7 +3,8 @@
 //! One process has one table (in the families `inet` and `arp`), and every tap of its VMs is in one interface group. The
 //! base chains let go of everything that has nothing to do with the group, and drop whatever of the group is not let
 //! pass by name: a tap that is not known yet, or not any more, is cut off. A VM's own part is keyed by the index of its
-//! tap, which no other interface ever gets.
+//! tap, which no other interface ever gets. A VM that sends to a forbidden address is told so (ICMP, rationed); packets
+//! whose sender is not proven are dropped without a word, so that refusals hit no third party.
 
 use std::net::Ipv4Addr;
 
@@ -28,7 +29,11 @@ const NEVER: [(Ipv4Addr, u8); 7] = [
 const MAX_HOST_FLOWS: u32 = 512;
 const MAX_FLOWS: u32 = 2048;
 /// Addresses that the names of one allow-list may stand for at once.
-const MAX_PINNED: usize = 4096;
+pub const MAX_PINNED: usize = 2048;
+/// Elements that a set of them has room for: the kernel counts those whose time is over until it has collected them.
+const PINNED_ROOM: usize = 2 * MAX_PINNED;
+/// Refusals that one VM is told by the second: ICMP errors are rationed for the whole host (`icmp_msgs_per_sec`).
+const REFUSALS_PER_S: u32 = 20;
 
 fn never() -> impl Iterator<Item = Ipv4Net> {
     NEVER.into_iter().filter_map(|(address, prefix)| Ipv4Net::around(address, prefix))
@@ -41,7 +46,7 @@ pub fn is_never(address: Ipv4Addr) -> bool {
 }
 
 /// An address that a name stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pinned {
     pub address: Ipv4Addr,
     pub port: Option<u16>,
@@ -52,6 +57,7 @@ pub struct Pinned {
 pub struct Rules {
     table: String,
     group: u32,
+    refuses_early: bool,
 }
 
 impl Rules {
@@ -60,7 +66,13 @@ impl Rules {
     pub fn new(token: u32) -> Self {
         // Group 0 is where every interface begins; iproute2 reads groups as signed.
         let group = (token & 0x7fff_ffff).max(1);
-        Self { table: format!("{TABLE_PREFIX}{group:08x}"), group }
+        Self { table: format!("{TABLE_PREFIX}{group:08x}"), group, refuses_early: true }
+    }
+
+    /// The same for a kernel that cannot reject before it routes (before 5.9): there such packets are dropped.
+    #[must_use]
+    pub fn without_early_refusals(self) -> Self {
+        Self { refuses_early: false, ..self }
     }
 
     /// The rules of whoever has a table of this name.
@@ -83,8 +95,13 @@ impl Rules {
     /// The table without a VM.
     #[must_use]
     pub fn head(&self) -> String {
-        let Self { table, group } = self;
+        let Self { table, group, .. } = self;
         let never = never().map(|net| net.to_string()).collect::<Vec<_>>().join(", ");
+        // Only from here on is the sender known to be the VM itself: nobody else is told anything.
+        let refuse = match self.refuses_early {
+            true => "goto forbidden",
+            false => "drop",
+        };
         format!(
             "table inet {table} {{
   set guests {{
@@ -105,10 +122,17 @@ impl Rules {
   map beyond {{
     type iface_index : verdict
   }}
+  map refuse {{
+    type iface_index : verdict
+  }}
   set never {{
     type ipv4_addr
     flags interval
     elements = {{ {never} }}
+  }}
+  chain forbidden {{
+    iif vmap @refuse
+    drop
   }}
   chain arrival {{
     type filter hook prerouting priority -450; policy accept;
@@ -118,7 +142,9 @@ impl Rules {
     iif . ether saddr . ip saddr != @guests drop
     ip hdrlength != 5 drop
     ip frag-off & 0x3fff != 0 drop
-    ip daddr @never drop
+    ip daddr {{ 224.0.0.0/4, 255.255.255.255 }} drop
+    ip daddr @never {refuse}
+    iif . ip daddr != @gateways fib daddr type local {refuse}
     iif . ip daddr != @gateways fib daddr type != unicast drop
   }}
   chain question {{
@@ -135,7 +161,7 @@ impl Rules {
   chain passage {{
     type filter hook forward priority -1; policy accept;
     iifgroup != {group} oifgroup != {group} accept
-    iifgroup {group} oifgroup {group} drop
+    iifgroup {group} oifgroup {group} goto forbidden
     oifgroup {group} ct state established,related accept
     oifgroup {group} drop
     ct state invalid,related drop
@@ -183,12 +209,17 @@ table arp {table} {{
         let mut blocks = Vec::new();
         if segment.named_rules().next().is_some() {
             for (set, kind) in [("names", "ipv4_addr"), ("name_ports", "ipv4_addr . inet_service")] {
-                let lines = [format!("type {kind}"), "flags timeout".into(), format!("size {MAX_PINNED}")];
+                let lines = [format!("type {kind}"), "flags timeout".into(), format!("size {PINNED_ROOM}")];
                 blocks.push(block("set", &format!("{set}_{n}"), &lines));
             }
         }
+        let refusals = [
+            format!("limit rate over {REFUSALS_PER_S}/second burst {REFUSALS_PER_S} packets drop"),
+            "reject with icmp type admin-prohibited".into(),
+        ];
+        blocks.push(block("chain", &format!("refuse_{n}"), &refusals));
         let mut to_host = vec![
-            format!("ip daddr != {gateway} drop"),
+            format!("ip daddr != {gateway} goto refuse_{n}"),
             format!("ct state new ct count over {MAX_HOST_FLOWS} drop"),
             "icmp type echo-request accept".into(),
         ];
@@ -198,7 +229,7 @@ table arp {table} {{
             blocks.push(block("chain", &format!("resolving_{n}"), &[question]));
             to_host.push(format!("meta l4proto {{ tcp, udp }} th dport {port} accept"));
         }
-        to_host.push("drop".into());
+        to_host.push(format!("goto refuse_{n}"));
         blocks.push(block("chain", &format!("to_host_{n}"), &to_host));
         let mut beyond = vec!["ct state established accept".into(), format!("ct count over {MAX_FLOWS} drop")];
         beyond.extend(allowed(segment));
@@ -213,7 +244,8 @@ table arp {table} {{
     pub fn remove(&self, segment: &Segment, relayed: bool) -> String {
         let (table, n) = (&self.table, segment.tap.index);
         let elements = self.elements(segment, relayed).into_iter().map(|element| format!("delete element {element}\n"));
-        let chains = ["resolving", "to_host", "beyond"].into_iter().filter(|chain| relayed || *chain != "resolving");
+        let chains =
+            ["resolving", "to_host", "beyond", "refuse"].into_iter().filter(|chain| relayed || *chain != "resolving");
         let chains = chains.map(|chain| format!("delete chain inet {table} {chain}_{n}\n"));
         let named = segment.named_rules().next().is_some();
         let sets = ["names", "name_ports"].into_iter().filter(|_| named);
@@ -231,6 +263,7 @@ table arp {table} {{
             format!("inet {table} addresses {{ {address} }}"),
             format!("inet {table} to_host {{ {n} : goto to_host_{n} }}"),
             format!("inet {table} beyond {{ {n} : goto beyond_{n} }}"),
+            format!("inet {table} refuse {{ {n} : goto refuse_{n} }}"),
         ];
         if relayed {
             elements.push(format!("inet {table} resolving {{ {n} : goto resolving_{n} }}"));
@@ -238,15 +271,16 @@ table arp {table} {{
         elements
     }
 
-    /// Lets the VM behind the interface with index `n` reach what names stand for, for `seconds` from now on.
+    /// Lets the VM behind the interface with index `n` reach what names stand for, each for so many seconds from now on.
     #[must_use]
-    pub fn pin(&self, n: u32, pinned: &[Pinned], seconds: u32) -> String {
+    pub fn pin(&self, n: u32, pinned: &[(Pinned, u32)]) -> String {
         let each = |Pinned { address, port }: &Pinned| match port {
             None => format!("inet {} names_{n} {{ {address}", self.table),
             Some(port) => format!("inet {} name_ports_{n} {{ {address} . {port}", self.table),
         };
         // Adding what is there changes nothing; to begin its time anew it must go first, and to go it must be there.
-        let lines = pinned.iter().map(each).map(|element| {
+        let lines = pinned.iter().map(|(pinned, seconds)| {
+            let element = each(pinned);
             let lasting = format!("add element {element} timeout {seconds}s }}\n");
             format!("{lasting}delete element {element} }}\n{lasting}")
         });
@@ -276,7 +310,7 @@ fn allowed(segment: &Segment) -> Vec<String> {
         lines.push(format!("meta l4proto {{ tcp, udp }} ip daddr . th dport @name_ports_{n} accept"));
     }
     // The list's owner, or a program that strays from it, is told at once.
-    lines.push("reject with icmp type admin-prohibited".into());
+    lines.push(format!("goto refuse_{n}"));
     lines
 }
 
@@ -303,16 +337,25 @@ mod tests {
                 rules.pin(
                     7,
                     &[
-                        Pinned { address: Ipv4Addr::new(93, 184, 216, 34), port: None },
-                        Pinned { address: Ipv4Addr::new(93, 184, 216, 34), port: Some(443) },
+                        (Pinned { address: Ipv4Addr::new(93, 184, 216, 34), port: None }, 300),
+                        (Pinned { address: Ipv4Addr::new(93, 184, 216, 34), port: Some(443) }, 600),
                     ],
-                    300,
                 ),
             ),
             ("drop", rules.drop()),
         ];
         let text: String = parts.iter().map(|(title, text)| format!("# {title}\n{text}\n")).collect();
         assert_golden("net-rules.nft", &text);
+    }
+
+    #[test]
+    fn test_head_for_an_old_kernel_drops_where_others_refuse() {
+        let (new, old) = (Rules::new(7), Rules::new(7).without_early_refusals());
+        let (new, old) = (new.head(), old.head());
+        let changed = new.lines().zip(old.lines()).filter(|(new, old)| new != old);
+        let changed: Vec<_> = changed.map(|(new, old)| (new.trim().to_owned(), old.trim())).collect();
+        assert_eq!(changed.len(), 2);
+        assert!(changed.iter().all(|(new, old)| new.replace("goto forbidden", "drop") == *old), "{changed:?}");
     }
 
     #[test]

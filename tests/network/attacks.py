@@ -1,6 +1,7 @@
 """What a guest, or a VMM in an attacker's power, may try on its wire: each attempt as frames that carry a mark.
 
-None of the marks may be seen again: not on another interface, not in a service of the host's, not in an answer.
+None of the marks may be seen again: not on another interface, not in a service of the host's, not in an answer. Only the
+host's refusal, an ICMP error to the VM itself, quotes what it refuses; ``TOLD`` are the attempts that get one.
 """
 
 import socket
@@ -173,6 +174,22 @@ ELSEWHERE: Dict[str, Attempt] = {
     "a redirect of the host's route": lambda me, _, mark: [
         me.frame(echo(me.address, me.gateway, socket.inet_aton(me.address) + echo(me.gateway, INTERNET, mark), kind=5))
     ],
+}
+
+# Denied because of where they go: their sender is told so. Whoever hides who he is hears nothing, and nor does anyone else.
+TOLD = {
+    "another VM, directly",
+    "another VM's gateway",
+    "another VM, in a frame of 9000 bytes",
+    "the host",
+    "the host's other address",
+    "the host's loopback",
+    "a service on the gateway",
+    "the metadata service",
+    "metadata services that lie elsewhere",
+    "a link-local address",
+    "this network",
+    "what is reserved",
 }
 
 # What does come through where nothing holds it off; the rest is refused by every host's stack as well.

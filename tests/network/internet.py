@@ -23,8 +23,10 @@ from typing import Any, Dict, List, Tuple
 WIRE = "in0"
 GATEWAY = "203.0.113.1/24"
 WEB, OTHER_WEB, DNS = "198.51.100.1", "198.51.100.2", "198.51.100.53"
+# Somebody's own network, that the host can reach.
+PRIVATE = "10.11.12.13"
 # 8.8.8.8 and 8.8.4.4 are in the description's example; the rest is what no VM may reach, wherever it is.
-ADDRESSES = (WEB, OTHER_WEB, DNS, "8.8.8.8", "8.8.4.4", "169.254.169.254", "100.100.100.200", "168.63.129.16")
+ADDRESSES = (WEB, OTHER_WEB, DNS, PRIVATE, "8.8.8.8", "8.8.4.4", "169.254.169.254", "100.100.100.200", "168.63.129.16")
 SINK_PORT, SOURCE_PORT, SILENT_PORT = 5001, 5002, 5003
 A, AAAA, TXT = 1, 28, 16
 
@@ -35,8 +37,13 @@ NAMES: Dict[str, List[str]] = {
     "many.test": [WEB, OTHER_WEB],
     "long.test": [WEB],
     "metadata.test": ["169.254.169.254"],
+    "private.test": [PRIVATE],
+    "rebound.test": [PRIVATE, WEB],
 }
 ALIASES = {"www.web.test": "web.test"}
+# N.flood.test has addresses that no other name has.
+FLOOD = ".flood.test"
+FLOOD_ADDRESSES = 25
 TTL = 5
 
 
@@ -51,6 +58,7 @@ class Seen:
         with self.lock:
             self.frames: List[bytes] = []
             self.names: List[str] = []
+            self.questions: List[str] = []
             self.clients: List[str] = []
             self.received = 0
 
@@ -122,7 +130,7 @@ def thread(target: Any, *arguments: Any) -> None:
 
 
 def serve_web() -> None:
-    for address in (WEB, OTHER_WEB, "169.254.169.254", "100.100.100.200"):
+    for address in (WEB, OTHER_WEB, PRIVATE, "169.254.169.254", "100.100.100.200"):
         thread(Server((address, 80), Web).serve_forever)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(str(Path(sys.argv[1]) / "web.pem"))
@@ -186,13 +194,17 @@ def record(owner: str, kind: int, data: bytes) -> bytes:
 def answer_question(message: bytes, over_tcp: bool) -> bytes:
     name, kind, question = parse_question(message)
     SEEN.note("names", "{} {}".format(name, kind))
-    records, known = [], name in NAMES or name in ALIASES
+    SEEN.note("questions", message.hex())
+    records, known = [], name in NAMES or name in ALIASES or name.endswith(FLOOD)
     target = name
     if name in ALIASES:
         target = ALIASES[name]
         records.append(record(name, 5, encode_name(target)))
     if kind == A:
         records += [record(target, A, socket.inet_aton(address)) for address in NAMES.get(target, [])]
+    if kind == A and name.endswith(FLOOD):
+        first = (20 << 24) + int(name[: -len(FLOOD)]) * FLOOD_ADDRESSES
+        records += [record(name, A, struct.pack("!I", first + n)) for n in range(FLOOD_ADDRESSES)]
     if kind == AAAA and known:
         records.append(record(target, AAAA, socket.inet_pton(socket.AF_INET6, "2001:db8::1")))
     # One name's answer does not fit UDP: it comes cut, and whole over TCP.
@@ -277,7 +289,7 @@ def obey(order: Dict[str, Any]) -> Any:
             return [base64.b64encode(frame).decode() for frame in SEEN.frames]
         if order["do"] == "received":
             return SEEN.received, time.monotonic()
-        return {"names": SEEN.names, "clients": SEEN.clients}
+        return {"names": SEEN.names, "questions": SEEN.questions, "clients": SEEN.clients}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ use microvm_protocol::identity::GuestNetwork;
 
 use crate::error::{Error, Result};
 use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
-use crate::host::{clock, privileges};
+use crate::host::{clock, kernel, privileges};
 use crate::model::{Ipv4Net, NetworkConfig, VmId};
 use crate::net::{self, Before, Interface, Resolution, Rules, Segment};
 use crate::vmm::{Nic, Wire};
@@ -64,7 +64,10 @@ fn home() -> Result<&'static Home> {
         return Ok(home);
     }
     let [a, b, c, d, e, f, g, h] = clock::random()?;
-    let rules = Rules::new(u32::from_ne_bytes([a, b, c, d]));
+    let mut rules = Rules::new(u32::from_ne_bytes([a, b, c, d]));
+    if !kernel::is_at_least(5, 9) {
+        rules = rules.without_early_refusals();
+    }
     let table = Table::new(rules.table(), rules.head(), rules.drop());
     let next_block = AtomicU32::new(u32::from_ne_bytes([e, f, g, h]));
     Ok(HOME.get_or_init(|| Home { rules, table, next_block }))

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -13,7 +13,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::host_servers;
 use crate::host::clock;
 use crate::host::net::{Listening, Table};
-use crate::net::{Pinned, Question, Relayed, Rules, Segment, Upstream, Verdict};
+use crate::net::{Pinned, Question, Relayed, Rules, Segment, Transport, Upstream, Verdict, MAX_PINNED};
 
 const DNS_PORT: u16 = 53;
 /// A message over UDP; over TCP its length is a u16.
@@ -31,6 +31,13 @@ const IDLE: Duration = Duration::from_secs(10);
 const MIN_PIN_S: u32 = 60;
 const MAX_PIN_S: u32 = 3600;
 
+/// Changes of the rules (each runs `nft`) that one VM may cause: some at once, then one in each interval, which takes along
+/// all that came meanwhile.
+const CHANGES_AT_ONCE: u32 = 16;
+const CHANGE_INTERVAL: Duration = Duration::from_millis(200);
+/// How often one VM's relay may warn; the next warning says how many were left out.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
+
 /// Relays until dropped.
 #[derive(Debug)]
 pub struct Relay {
@@ -40,6 +47,61 @@ pub struct Relay {
 impl Drop for Relay {
     fn drop(&mut self) {
         self.tasks.iter().for_each(AbortHandle::abort);
+    }
+}
+
+/// A bucket of tokens that fills itself.
+#[derive(Debug)]
+struct Bucket {
+    tokens: u32,
+    most: u32,
+    interval: Duration,
+    since: Instant,
+}
+
+impl Bucket {
+    fn full(most: u32, interval: Duration, now: Instant) -> Self {
+        Self { tokens: most, most, interval, since: now }
+    }
+
+    /// Takes a token; else how long it is until there is one.
+    fn take(&mut self, now: Instant) -> Result<(), Duration> {
+        let passed = now.saturating_duration_since(self.since).as_nanos() / self.interval.as_nanos();
+        let fresh = u32::try_from(passed).unwrap_or(u32::MAX);
+        // A full bucket does not save up: its time begins now.
+        self.since = if fresh >= self.most - self.tokens { now } else { self.since + self.interval * fresh };
+        self.tokens = self.tokens.saturating_add(fresh).min(self.most);
+        match self.tokens.checked_sub(1) {
+            Some(left) => {
+                self.tokens = left;
+                Ok(())
+            }
+            None => Err(self.interval.saturating_sub(now.saturating_duration_since(self.since))),
+        }
+    }
+}
+
+/// What a guest can cause to be logged, rationed.
+#[derive(Debug)]
+struct Warnings {
+    bucket: Bucket,
+    left_out: u64,
+}
+
+impl Warnings {
+    fn new(now: Instant) -> Self {
+        Self { bucket: Bucket::full(1, WARNING_INTERVAL, now), left_out: 0 }
+    }
+
+    /// Whether to warn now, and how many warnings were left out before this one.
+    fn admit(&mut self, now: Instant) -> Option<u64> {
+        match self.bucket.take(now) {
+            Ok(()) => Some(std::mem::take(&mut self.left_out)),
+            Err(_) => {
+                self.left_out += 1;
+                None
+            }
+        }
     }
 }
 
@@ -53,8 +115,19 @@ impl Relay {
         table: Arc<Table>,
     ) -> std::io::Result<Self> {
         let (udp, tcp) = (UdpSocket::from_std(listening.udp)?, TcpListener::from_std(listening.tcp)?);
-        let pins = Mutex::new(Pins { restored: table.restored(), until: HashMap::new() });
-        let asking = Arc::new(Asking { upstream, segment, rules, table, pins, slots: Semaphore::new(MAX_QUESTIONS) });
+        let now = Instant::now();
+        let changes = Bucket::full(CHANGES_AT_ONCE, CHANGE_INTERVAL, now);
+        let pins = Mutex::new(Pins { restored: table.restored(), until: HashMap::new(), changes });
+        let asking = Arc::new(Asking {
+            upstream,
+            segment,
+            rules,
+            table,
+            pins,
+            wanted: StdMutex::default(),
+            warnings: StdMutex::new(Warnings::new(now)),
+            slots: Semaphore::new(MAX_QUESTIONS),
+        });
         let tasks = [
             tokio::spawn(serve_udp(Arc::new(udp), asking.clone())).abort_handle(),
             tokio::spawn(serve_tcp(tcp, asking)).abort_handle(),
@@ -70,6 +143,9 @@ struct Asking {
     rules: Rules,
     table: Arc<Table>,
     pins: Mutex<Pins>,
+    /// What the next change of the rules is to let pass, and for how many seconds at least.
+    wanted: StdMutex<HashMap<Pinned, u32>>,
+    warnings: StdMutex<Warnings>,
     slots: Semaphore,
 }
 
@@ -77,12 +153,27 @@ struct Asking {
 struct Pins {
     restored: u64,
     until: HashMap<Pinned, Instant>,
+    changes: Bucket,
 }
 
-#[derive(Clone, Copy)]
-enum Transport {
-    Udp,
-    Tcp,
+impl Pins {
+    /// Forgets what is over, and what was lost with the rules.
+    fn refresh(&mut self, now: Instant, restored: u64) {
+        if self.restored != restored {
+            self.until.clear();
+            self.restored = restored;
+        }
+        self.until.retain(|_, until| *until > now);
+    }
+
+    fn hold(&self, pinned: &[Pinned], until: Instant) -> bool {
+        pinned.iter().all(|pinned| self.until.get(pinned).is_some_and(|known| *known >= until))
+    }
+
+    fn have_room(&self, pinned: &[Pinned]) -> bool {
+        let new = pinned.iter().filter(|pinned| !self.until.contains_key(pinned)).count();
+        self.until.len() + new <= MAX_PINNED
+    }
 }
 
 async fn serve_udp(socket: Arc<UdpSocket>, asking: Arc<Asking>) {
@@ -168,12 +259,27 @@ impl Asking {
         };
         let _slot = self.slots.acquire().await.ok()?;
         let Some(relayed) = self.ask(&question, transport).await else { return question.failed() };
+        if let Some(address) = relayed.withheld {
+            let name = question.name();
+            self.warn(&format!("{name} stands for {address}, a private address that its allow-list does not name"));
+        }
         match self.pin(&relayed).await {
             Ok(()) => Some(relayed.message),
             Err(reason) => {
-                log::warn!("{}: a name could not be let pass: {reason}", self.segment.tap.name);
+                self.warn(&format!("{} could not be let pass: {reason}", question.name()));
                 question.failed()
             }
+        }
+    }
+
+    /// Warns, but not as often as a guest likes.
+    fn warn(&self, what: &str) {
+        let admitted = lock(&self.warnings).admit(Instant::now());
+        let tap = &self.segment.tap.name;
+        match admitted {
+            Some(0) => log::warn!("{tap}: {what}"),
+            Some(more) => log::warn!("{tap}: {what} ({more} such warnings were left out)"),
+            None => log::debug!("{tap}: {what}"),
         }
     }
 
@@ -201,34 +307,72 @@ impl Asking {
         if relayed.pinned.is_empty() {
             return Ok(());
         }
+        let needed = relayed.ttl_s.clamp(MIN_PIN_S, MAX_PIN_S);
+        self.want(&relayed.pinned, needed);
         // Held while the rules change: the next answer with the same addresses must not overtake.
         let mut pins = self.pins.lock().await;
-        let (now, restored) = (Instant::now(), self.table.restored());
-        if pins.restored != restored {
-            pins.until.clear();
-            pins.restored = restored;
+        loop {
+            let now = Instant::now();
+            pins.refresh(now, self.table.restored());
+            if pins.hold(&relayed.pinned, now + Duration::from_secs(u64::from(needed))) {
+                return Ok(());
+            }
+            if !pins.have_room(&relayed.pinned) {
+                lock(&self.wanted).retain(|pinned, _| !relayed.pinned.contains(pinned));
+                return Err(format!(
+                    "its names stand for {} addresses already, the most that may be",
+                    pins.until.len()
+                ));
+            }
+            match pins.changes.take(now) {
+                Ok(()) => return self.change(&mut pins, relayed, needed).await,
+                Err(wait) => tokio::time::sleep(wait).await,
+            }
         }
-        pins.until.retain(|_, until| *until > now);
-        let needed = relayed.ttl_s.clamp(MIN_PIN_S, MAX_PIN_S);
-        let lasts = |pinned: &Pinned| {
-            pins.until.get(pinned).is_some_and(|until| *until >= now + Duration::from_secs(u64::from(needed)))
-        };
-        if relayed.pinned.iter().all(lasts) {
-            return Ok(());
+    }
+
+    fn want(&self, pinned: &[Pinned], seconds: u32) {
+        let mut wanted = lock(&self.wanted);
+        for pinned in pinned {
+            let longest = wanted.entry(*pinned).or_default();
+            *longest = seconds.max(*longest);
+        }
+    }
+
+    /// Lets pass what `relayed` needs, and in the same change what others wait for, as far as there is room.
+    async fn change(&self, pins: &mut Pins, relayed: &Relayed, needed: u32) -> Result<(), String> {
+        let others = std::mem::take(&mut *lock(&self.wanted));
+        let mut all: HashMap<Pinned, u32> = relayed.pinned.iter().map(|pinned| (*pinned, needed)).collect();
+        let mut room = MAX_PINNED.saturating_sub(pins.until.len() + all.len());
+        for (pinned, seconds) in others {
+            let known = pins.until.contains_key(&pinned) || all.contains_key(&pinned);
+            if known || room > 0 {
+                room -= usize::from(!known);
+                let longest = all.entry(pinned).or_default();
+                *longest = seconds.max(*longest);
+            }
         }
         // Twice as long as needed, so that the next answers find it in place.
-        let text = self.rules.pin(self.segment.tap.index, &relayed.pinned, needed * 2);
-        let table = self.table.clone();
+        let all: Vec<(Pinned, u32)> = all.into_iter().map(|(pinned, needed)| (pinned, needed * 2)).collect();
+        let text = self.rules.pin(self.segment.tap.index, &all);
+        let (table, begun) = (self.table.clone(), Instant::now());
         let changed = tokio::task::spawn_blocking(move || table.change(&text)).await;
         changed.map_err(|error| error.to_string())?.map_err(|refusal| refusal.reason)?;
-        let until = now + Duration::from_secs(u64::from(needed * 2));
-        pins.until.extend(relayed.pinned.iter().map(|pinned| (*pinned, until)));
+        pins.until.extend(all.iter().map(|(pinned, lasts)| (*pinned, begun + Duration::from_secs(u64::from(*lasts)))));
         Ok(())
     }
 }
 
+fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn fresh_id() -> std::io::Result<u16> {
     clock::random().map(u16::from_ne_bytes).map_err(std::io::Error::other)
+}
+
+fn message(question: &Question, id: u16) -> std::io::Result<Vec<u8>> {
+    question.asked_as(id).ok_or_else(|| std::io::ErrorKind::InvalidInput.into())
 }
 
 async fn ask_udp(question: &Question, server: SocketAddr) -> std::io::Result<Relayed> {
@@ -237,11 +381,11 @@ async fn ask_udp(question: &Question, server: SocketAddr) -> std::io::Result<Rel
     let socket = UdpSocket::bind(SocketAddr::new(any, 0)).await?;
     socket.connect(server).await?;
     let id = fresh_id()?;
-    socket.send(&question.asked_as(id)).await?;
+    socket.send(&message(question, id)?).await?;
     let mut buffer = vec![0; MAX_MESSAGE];
     loop {
         let length = socket.recv(&mut buffer).await?;
-        if let Some(relayed) = question.answered(id, &buffer[..length]) {
+        if let Some(relayed) = question.answered(id, &buffer[..length], Transport::Udp) {
             return Ok(relayed);
         }
     }
@@ -250,7 +394,51 @@ async fn ask_udp(question: &Question, server: SocketAddr) -> std::io::Result<Rel
 async fn ask_tcp(question: &Question, server: SocketAddr) -> std::io::Result<Relayed> {
     let mut stream = TcpStream::connect(server).await?;
     let id = fresh_id()?;
-    write_message(&mut stream, &question.asked_as(id)).await?;
+    write_message(&mut stream, &message(question, id)?).await?;
     let answer = read_message(&mut stream).await?;
-    question.answered(id, &answer).ok_or_else(|| std::io::Error::other("it answered something else"))
+    question.answered(id, &answer, Transport::Tcp).ok_or_else(|| std::io::Error::other("it answered something else"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_bucket_gives_what_is_in_it_then_one_in_each_interval() {
+        let (interval, start) = (Duration::from_secs(1), Instant::now());
+        let mut bucket = Bucket::full(3, interval, start);
+        let after = |tenths: u32| start + interval * tenths / 10;
+        assert_eq!([0, 1, 2].map(|tenths| bucket.take(after(tenths)).is_ok()), [true; 3]);
+        assert_eq!(bucket.take(after(3)), Err(Duration::from_millis(700)));
+        assert_eq!([10, 11, 20, 29].map(|tenths| bucket.take(after(tenths)).is_ok()), [true, false, true, false]);
+        // However long it rests, it holds no more than that.
+        assert_eq!([9000, 9001, 9002, 9003].map(|t| bucket.take(after(t)).is_ok()), [true, true, true, false]);
+    }
+
+    #[test]
+    fn test_warnings_say_how_many_were_left_out() {
+        let start = Instant::now();
+        let mut warnings = Warnings::new(start);
+        assert_eq!(warnings.admit(start), Some(0));
+        assert!((1..=544).all(|n| warnings.admit(start + Duration::from_millis(n)).is_none()));
+        assert_eq!(warnings.admit(start + WARNING_INTERVAL), Some(544));
+        assert_eq!(warnings.admit(start + WARNING_INTERVAL), None);
+        assert_eq!(warnings.admit(start + WARNING_INTERVAL * 2), Some(1));
+    }
+
+    #[test]
+    fn test_pins_have_room_for_what_is_known_and_for_no_more_than_the_most() {
+        let now = Instant::now();
+        let pinned = |n: usize| Pinned { address: Ipv4Addr::from(u32::try_from(n).unwrap()), port: None };
+        let changes = Bucket::full(1, CHANGE_INTERVAL, now);
+        let until = (0..MAX_PINNED).map(|n| (pinned(n), now + Duration::from_secs(n as u64))).collect();
+        let mut pins = Pins { restored: 0, until, changes };
+        assert!(pins.have_room(&[pinned(5)]) && !pins.have_room(&[pinned(5), pinned(MAX_PINNED)]));
+        pins.refresh(now + Duration::from_secs(1), 0);
+        assert!(pins.have_room(&[pinned(MAX_PINNED), pinned(0)]));
+        assert!(pins.hold(&[pinned(7)], now + Duration::from_secs(7)));
+        assert!(!pins.hold(&[pinned(7), pinned(MAX_PINNED)], now));
+        pins.refresh(now, 1);
+        assert!(pins.until.is_empty());
+    }
 }

@@ -66,7 +66,8 @@ class VMNetworkConfig:
         dns_servers: IP addresses of name servers.
         isolated_network: No network at all when true.
         egress: Where the VM may go, and nowhere else: IPv4 addresses or networks, host names or ``*.NAME``, each with
-            ``:PORT`` or without. ``None``: wherever the policy of all VMs lets it.
+            ``:PORT`` or without. A name stands for public addresses; a private one must be listed itself. ``None``:
+            wherever the policy of all VMs lets it.
         ipv6: IPv6, too. This release refuses it at start.
 
     Raises:
