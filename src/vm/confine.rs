@@ -5,6 +5,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Once;
 
 use microvm_jail::{Confined, Identity, Layer, Resource, Rlimit};
 use serde_json::{json, Map, Value};
@@ -16,11 +17,24 @@ use crate::host::clock;
 use crate::host::lease::Lease;
 use crate::host::process::Jailed;
 use crate::host::runtime_dir::{self, VmDir};
-use crate::model::{Budget, JailMode, NetworkConfig, ResourceLimits, CPU_PERIOD_US};
+use crate::model::{Backend, Budget, JailMode, NetworkConfig, ResourceLimits, CPU_PERIOD_US};
 use crate::vmm::{self, HostJail, JailPlan, Vmm, OVERHEAD_MIB};
 
 /// The same for every manager of root's, whatever its runtime directory: uids are the host's.
 pub const LEASES: &str = "/run/tw-microvm-uids";
+
+const TAP_DEVICE: &str = "/dev/net/tun";
+
+/// Nobody can change it from one VM to the next.
+fn warn_once(backend: Backend, why: &str) {
+    static WARNED: Once = Once::new();
+    WARNED.call_once(|| {
+        log::warn!(
+            "connected VMs of {backend} are in the host's network namespace, where a VMM that was broken out of sees all \
+             interfaces and, before Linux 6.12, reaches abstract Unix sockets: {why}"
+        );
+    });
+}
 
 /// What the processes of one VM hold on the host until the last of them is gone.
 pub struct Held {
@@ -45,7 +59,19 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     let launcher = &settings.image.launcher;
     let (first_uid, last_uid) = settings.uid_range;
     let host = vmm::host_jail(launcher, first_uid)?;
-    let needs = vmm.needs(!spec.network.isolated_network);
+    let mut needs = vmm.needs(!spec.network.isolated_network);
+    let hands_tap = needs.opens_tap.then(|| host.hands_taps());
+    if let Some(handed) = &hands_tap {
+        let layer = match handed {
+            Ok(how) => Layer::Given((*how).to_owned()),
+            Err(why) => {
+                needs.devices.push(TAP_DEVICE.into());
+                warn_once(vmm.backend(), why);
+                Layer::Missing(why.clone())
+            }
+        };
+        needs.layers.push(("network_namespace", layer));
+    }
     let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
     let lease = match host.own_uid() {
         true => Some(Lease::take(Path::new(LEASES), first_uid, last_uid)?),
@@ -81,6 +107,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     plan.cgroup_procs = groups.procs();
     plan.rlimits = rlimits(&budget, needs.open_files, identity.is_some());
     plan.audit = settings.jail == JailMode::Audit;
+    plan.hands_tap = matches!(hands_tap, Some(Ok(_)));
     let mut layers = layers(&host, identity);
     layers.extend(needs.layers);
     layers.extend(groups.outcomes().iter().filter(|(c, _)| *c != Controller::Io).map(cgroup_layer));

@@ -33,6 +33,7 @@ pub fn plan() -> LaunchPlan {
             rlimits: Vec::new(),
             cgroup_procs: Vec::new(),
             audit: false,
+            hands_tap: false,
         },
         zygotes: None,
     }

@@ -10,8 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use microvm_jail::{Access, Confined, Identity, LaunchSpec, Layer, Namespaces, Resource, Rlimit, Seccomp, Visible};
 
 use crate::error::{Error, Result};
+use crate::host::kernel;
 use crate::host::process::{self, Exit};
 
+/// Yama's: 2 lets none but root read another process's memory, 3 nobody.
+const PTRACE_SCOPE: &str = "/proc/sys/kernel/yama/ptrace_scope";
 /// What every VMM finds: somewhere to throw things away, and chance.
 const DEVICES: [&str; 2] = ["/dev/null", "/dev/urandom"];
 
@@ -31,6 +34,8 @@ pub struct JailPlan {
     pub rlimits: Vec<Rlimit>,
     pub cgroup_procs: Vec<PathBuf>,
     pub audit: bool,
+    /// A VMM that opens its tap by name gets the device from the jail, and a network namespace of its own.
+    pub hands_tap: bool,
 }
 
 impl JailPlan {
@@ -48,6 +53,7 @@ impl JailPlan {
             rlimits: Vec::new(),
             cgroup_procs: Vec::new(),
             audit: false,
+            hands_tap: false,
         };
         for device in DEVICES.iter().map(Path::new).chain(devices.iter().map(PathBuf::as_path)) {
             plan.show("device", device, &device.display().to_string(), Access::Device)?;
@@ -165,6 +171,27 @@ impl HostJail {
     #[must_use]
     pub fn own_root(&self) -> bool {
         matches!(self.namespaces, Layer::Given(_))
+    }
+
+    /// Whether a VMM can have a network namespace of its own although it opens its tap by name: the jail answers its opening
+    /// of the device, by a descriptor that is put among the VMM's (Linux 5.9), and reads in its memory what it opens.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn hands_taps(&self) -> std::result::Result<&'static str, String> {
+        if !self.own_root() {
+            return Err("it needs the namespaces: the VMM opens its tap in the host's".into());
+        }
+        if !kernel::is_at_least(5, 9) {
+            return Err("it needs Linux 5.9: the VMM opens its tap by name, in the host's network namespace".into());
+        }
+        match std::fs::read_to_string(PTRACE_SCOPE).ok().and_then(|text| text.trim().parse::<u32>().ok()) {
+            Some(scope @ 2..) => Err(format!(
+                "{PTRACE_SCOPE} is {scope}: the VMM opens its tap by name, in the host's network namespace; a value of 1 \
+                 lets its supervisor see what it opens"
+            )),
+            _ => Ok("empty; its tap's device is opened outside of it and handed in"),
+        }
     }
 
     #[must_use]

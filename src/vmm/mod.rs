@@ -123,6 +123,8 @@ pub struct VmmNeeds {
     pub sockets: bool,
     /// Descriptors beyond those that QEMU was measured to need.
     pub open_files: u64,
+    /// It opens its tap itself, by name.
+    pub opens_tap: bool,
     /// Layers of the jail that depend on the VMM.
     pub layers: Vec<(&'static str, Layer)>,
 }

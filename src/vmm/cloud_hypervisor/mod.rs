@@ -80,6 +80,7 @@ impl Vmm for CloudHypervisor {
             sockets: true,
             open_files: MORE_FILES,
             layers: vec![("seccomp_allow_list", layer)],
+            ..VmmNeeds::default()
         }
     }
 

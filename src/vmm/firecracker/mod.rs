@@ -72,20 +72,13 @@ impl Vmm for Firecracker {
 
     fn needs(&self, connected: bool) -> VmmNeeds {
         let layer = Layer::Missing("its system calls were not measured: it gets the deny-list".into());
-        let mut needs = VmmNeeds {
+        VmmNeeds {
             devices: vec!["/dev/kvm".into()],
             sockets: true,
-            open_files: 0,
             layers: vec![("seccomp_allow_list", layer)],
-        };
-        if connected {
-            needs.devices.push("/dev/net/tun".into());
-            let why =
-                "Firecracker opens its tap by name, so it is in the host's network namespace; it can make no socket \
-                       there but Unix ones";
-            needs.layers.push(("network_namespace", Layer::Missing(why.into())));
+            opens_tap: connected,
+            ..VmmNeeds::default()
         }
-        needs
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -130,8 +123,9 @@ impl Vmm for Firecracker {
         spec.proc = is_clone;
         spec.fds = vec![1, 2];
         if let Some(tap) = plan.nic.as_ref().and_then(|nic| nic.tap.as_ref()) {
-            // It opens its tap by name, where that is.
-            spec.namespaces.net = false;
+            // It opens its tap by name, where that is: there itself, or by what the jail hands it.
+            spec.tap = jail.hands_tap;
+            spec.namespaces.net &= jail.hands_tap;
             let owner = folder.owner.unwrap_or_else(|| nix::unistd::geteuid().as_raw());
             tap.hand_over(owner).map_err(|error| Error::host("hand over", &tap.name, error))?;
         }

@@ -13,6 +13,7 @@ use std::process::{Child, Command, Stdio};
 use microvm_jail::{
     Access, Confined, Identity, JailEvent, LaunchSpec, Layer, Seccomp, Stage, Visible, MAX_EVENT_BYTES,
 };
+use nix::sched::{unshare, CloneFlags};
 use nix::sys::socket::{
     recvmsg, sendmsg, setsockopt, socketpair, sockopt, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags,
     SockFlag, SockType,
@@ -245,6 +246,61 @@ fn test_rust_vmms_make_unix_sockets_and_no_others() {
         let outcome = run(LaunchSpec { seccomp: Seccomp::DenyListForRustVmms, ..spec });
         assert!(outcome.output.contains(expected), "{program}: {}", outcome.output);
     }
+}
+
+/// A network namespace of this thread's own with taps of these users in it; `None` where none can be made.
+fn taps(taps: &[(&str, u32)]) -> Option<()> {
+    if !is_root() || !Path::new("/dev/net/tun").exists() || unshare(CloneFlags::CLONE_NEWNET).is_err() {
+        eprintln!("skipped: needs root, /dev/net/tun and network namespaces");
+        return None;
+    }
+    for (name, owner) in taps {
+        let arguments = ["tuntap", "add", "dev", name, "mode", "tap", "user", &owner.to_string()];
+        let made = Command::new("ip").env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin").args(arguments).output().unwrap();
+        assert!(made.status.success(), "{made:?}");
+    }
+    Some(())
+}
+
+fn is_interface(name: &str) -> bool {
+    // The thread's own: /proc/net is the main thread's.
+    std::fs::read_to_string("/proc/thread-self/net/dev").unwrap().contains(&format!("{name}:"))
+}
+
+/// A busybox applet in place of a VMM that finds its tap by name, with a network namespace of its own.
+fn by_name(applet: &[&str], audit: bool) -> Option<Outcome> {
+    let spec = script("")?;
+    let argv = std::iter::once("/bin/busybox").chain(applet.iter().copied()).map(str::to_owned).collect();
+    let identity = Some(Identity { uid: 1_234_567, gid: 1_234_567 });
+    let seccomp = Seccomp::DenyListForRustVmms;
+    Some(run(LaunchSpec { argv, identity, seccomp, tap: true, audit, ..spec }))
+}
+
+#[test]
+fn test_tap_is_found_by_name_from_a_network_namespace_of_its_own() {
+    for audit in [false, true] {
+        let Some(()) = taps(&[("mine", 1_234_567), ("other", 7_654_321)]) else { return };
+        // It opens the device, attaches to the tap, and has it end with its descriptor.
+        let Some(outcome) = by_name(&["tunctl", "-d", "mine"], audit) else { return };
+        assert!(outcome.output.contains("Set 'mine' nonpersistent"), "{} {:?}", outcome.output, outcome.events);
+        assert!(!is_interface("mine") && is_interface("other"));
+        let others = by_name(&["tunctl", "-d", "other"], audit).unwrap().output;
+        assert!(others.contains("Operation not permitted"), "{others}");
+        let new = by_name(&["tunctl", "-t", "new"], audit).unwrap().output;
+        assert!(new.contains("Operation not permitted") && !is_interface("new"), "{new}");
+    }
+}
+
+#[test]
+fn test_tap_is_handed_to_the_usual_opening_alone() {
+    let Some(()) = taps(&[]) else { return };
+    let open = |how: &str| by_name(&["sh", "-c", &format!("exec 3{how}; echo opened")], false);
+    // Its root has no such file; the first opens for reading, the second may create.
+    for how in ["</dev/net/tun", "<>/dev/net/tun", "<>/dev/net/../net/tun"] {
+        let Some(outcome) = open(how) else { return };
+        assert!(!outcome.output.contains("opened"), "{how}: {}", outcome.output);
+    }
+    assert!(open("<>/dev/null").unwrap().output.contains("opened"));
 }
 
 #[test]

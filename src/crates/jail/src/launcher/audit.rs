@@ -1,7 +1,8 @@
 //! The audit: C answers for the kernel what the filter would have refused, and tells the manager.
 //!
 //! Architecture invariant: everything that is asked is allowed; what was asked for is reported once. The kernel stops
-//! the caller until it has its answer, so nothing here waits.
+//! the caller until it has its answer, so nothing here waits. A process has one listener at most, so the one opening that C
+//! does answer itself ([`super::tap`]) is asked here, too, audit or not.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -16,6 +17,7 @@ use nix::sys::socket::{
 use super::failure::Failure;
 use super::landlock;
 use super::policy::OPENS;
+use super::tap::Tap;
 
 /// Characters of a path in a finding: JSON turns one into at most six bytes, and an event has to stay below
 /// `MAX_EVENT_BYTES`.
@@ -26,22 +28,22 @@ const MAX_FINDINGS: usize = 256;
 /// seccomp_unotify(2): struct seccomp_notif and struct seccomp_notif_resp.
 #[repr(C)]
 #[derive(Default)]
-struct Notification {
-    id: u64,
-    pid: u32,
-    flags: u32,
-    number: i32,
-    architecture: u32,
-    instruction_pointer: u64,
-    arguments: [u64; 6],
+pub struct Notification {
+    pub id: u64,
+    pub pid: u32,
+    pub flags: u32,
+    pub number: i32,
+    pub architecture: u32,
+    pub instruction_pointer: u64,
+    pub arguments: [u64; 6],
 }
 
 #[repr(C)]
-struct Reply {
-    id: u64,
-    value: i64,
-    error: i32,
-    flags: u32,
+pub struct Reply {
+    pub id: u64,
+    pub value: i64,
+    pub error: i32,
+    pub flags: u32,
 }
 
 const CONTINUE: u32 = 1;
@@ -53,6 +55,9 @@ pub struct Audit {
     /// Where V's listener arrives.
     delivery: OwnedFd,
     listener: Option<OwnedFd>,
+    tap: Option<Tap>,
+    /// Whether anything is to be reported.
+    reports: bool,
     /// Landlock's rules, which are not enforced.
     files: Vec<Visible>,
     /// Whether `/proc` is the jail's own.
@@ -61,11 +66,12 @@ pub struct Audit {
 }
 
 /// C's end and V's end of the way that the listener takes.
-pub fn prepare(spec: &LaunchSpec) -> Result<(Audit, OwnedFd), Failure> {
+pub fn prepare(spec: &LaunchSpec, tap: Option<Tap>) -> Result<(Audit, OwnedFd), Failure> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (delivery, end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
         .map_err(|errno| Failure::errno(Stage::Seccomp, errno, "making a socket pair"))?;
-    Ok((Audit { delivery, listener: None, files: spec.files.clone(), proc: spec.proc, found: BTreeSet::new() }, end))
+    let (files, found) = (spec.files.clone(), BTreeSet::new());
+    Ok((Audit { delivery, listener: None, tap, reports: spec.audit, files, proc: spec.proc, found }, end))
 }
 
 /// V's half: gives C the listener.
@@ -97,8 +103,13 @@ impl Audit {
             Err(Errno::ENOENT | Errno::EINTR | Errno::EAGAIN) => return Ok(Vec::new()),
             Err(errno) => return Err(Failure::errno(Stage::Seccomp, errno, "receiving a question of the audit")),
         }
+        if let Some(tap) = &mut self.tap {
+            if tap.answer(listener.as_fd(), &notification)? {
+                return Ok(Vec::new());
+            }
+        }
         // While the caller waits: afterwards its memory may say something else.
-        let finding = self.judge(&notification);
+        let finding = if self.reports { self.judge(&notification) } else { None };
         let mut reply = Reply { id: notification.id, value: 0, error: 0, flags: CONTINUE };
         // SAFETY: as above.
         match unsafe { send_reply(listener.as_raw_fd(), &mut reply) } {
@@ -142,7 +153,7 @@ impl Audit {
 }
 
 /// A path in the memory of V, which is C's child and has its uid.
-fn read_path(pid: u32, address: u64) -> Option<PathBuf> {
+pub fn read_path(pid: u32, address: u64) -> Option<PathBuf> {
     const PAGE: usize = 4096;
     let start = usize::try_from(address).ok()?;
     let mut bytes = [0u8; PAGE];

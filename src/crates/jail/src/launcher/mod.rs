@@ -19,6 +19,7 @@ mod program;
 mod root;
 mod seccomp;
 mod supervisor;
+mod tap;
 mod vmm;
 
 use std::os::fd::OwnedFd;
@@ -29,6 +30,7 @@ use nix::unistd::ForkResult;
 use confine::Cgroups;
 use control::Control;
 use identity::{MapRequest, MapService};
+use tap::Tap;
 
 pub use failure::Failure;
 pub use process::shield;
@@ -43,6 +45,8 @@ struct Prepared {
     cgroups: Cgroups,
     /// Where the maps of the user namespace come from that C enters; `None` when L has entered one, or there is none.
     maps: Option<MapRequest>,
+    /// Opened in the manager's network namespace.
+    tap: Option<Tap>,
     become_vmm: Become,
 }
 
@@ -95,6 +99,7 @@ fn prepare(
     let passed = descriptors::raise(passed, program.first_free_fd)?;
     descriptors::reserve(program.first_free_fd)?;
     let cgroups = confine::open_cgroups(&spec.cgroup_procs)?;
+    let tap = if spec.tap { Some(tap::open()?) } else { None };
     // For an ordinary user it comes first, because it gives the right to the others. Root, with a user for the VMM,
     // enters it last: then the others are out of its power.
     let (maps, service) = match (spec.namespaces.user, spec.identity) {
@@ -108,7 +113,7 @@ fn prepare(
     if spec.namespaces.pid {
         confine::prepare_pid_namespace()?;
     }
-    Ok((Prepared { spec, program, passed, cgroups, maps, become_vmm }, service))
+    Ok((Prepared { spec, program, passed, cgroups, maps, tap, become_vmm }, service))
 }
 
 fn launch(control: Control, mut prepared: Prepared, service: Option<MapService>) -> i32 {

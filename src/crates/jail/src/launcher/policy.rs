@@ -366,6 +366,12 @@ pub fn permit_rust_vmms(rules: &mut Rules) -> Compiled<()> {
     Ok(())
 }
 
+/// Openings for reading and writing, among which that of a tap's device is.
+pub fn opens_for_writing() -> Compiled<Rules> {
+    let access = |argument| masked(argument, libc::O_ACCMODE as u64, libc::O_RDWR as u64);
+    Ok(Rules::from([(libc::SYS_open, vec![access(1)?]), (libc::SYS_openat, vec![access(2)?])]))
+}
+
 /// How many calls the allow-list names.
 pub fn allowed_count() -> usize {
     ALLOWED.len() + 4

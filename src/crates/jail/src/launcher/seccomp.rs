@@ -20,7 +20,7 @@ const RET_USER_NOTIF: u32 = 0x7FC0_0000;
 /// linux/bpf_common.h: "return the constant".
 const BPF_RET_K: u16 = 0x06;
 
-/// What is installed, and in an audit where its questions arrive.
+/// What is installed, and where its questions arrive if it has any.
 pub struct Installed {
     pub layer: Layer,
     pub listener: Option<OwnedFd>,
@@ -59,7 +59,15 @@ pub fn install(spec: &LaunchSpec) -> Result<Installed, Failure> {
         unknown.remove(&libc::SYS_memfd_create);
     }
     let absent = compile(unknown, SeccompAction::Allow, absent).map_err(wrong)?;
-    let listener = if spec.audit { Some(ask_instead(main)?) } else { load(&main, 0).map(|_| None)? };
+    let listener = match (spec.audit, spec.tap) {
+        (true, _) => Some(ask_instead(main)?),
+        (false, false) => load(&main, 0).map(|_| None)?,
+        (false, true) => {
+            load(&main, 0)?;
+            let opens = policy::opens_for_writing().map_err(wrong)?;
+            Some(ask_instead(compile(opens, SeccompAction::Allow, SeccompAction::Log).map_err(wrong)?)?)
+        }
+    };
     // The later filter's errno wins where both refuse.
     load(&absent, 0)?;
     let how = match (spec.seccomp, spec.audit) {
@@ -78,7 +86,7 @@ fn compile(
     SeccompFilter::new(rules, otherwise, on_match, TargetArch::x86_64)?.try_into()
 }
 
-/// Has C asked where the filter would have refused. The kernel's own audit log would need the right to read it;
+/// Has C asked where the filter says "log". The kernel's own audit log would need the right to read it;
 /// seccompiler knows no such action, so its "log" is replaced.
 fn ask_instead(mut program: BpfProgram) -> Result<OwnedFd, Failure> {
     for sock_filter { code, k, .. } in &mut program {

@@ -64,9 +64,9 @@ fn confine(control: &Control, prepared: &mut Prepared) -> Result<(SignalFd, From
     mask.add(Signal::SIGCHLD);
     let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|errno| Failure::errno(Stage::Supervise, errno, "signalfd"))?;
-    let (audit, listener_end) = match prepared.spec.audit {
-        true => audit::prepare(&prepared.spec).map(|(audit, end)| (Some(audit), Some(end)))?,
-        false => (None, None),
+    let (audit, listener_end) = match (prepared.spec.audit, prepared.tap.take()) {
+        (false, None) => (None, None),
+        (_, tap) => audit::prepare(&prepared.spec, tap).map(|(audit, end)| (Some(audit), Some(end)))?,
     };
     control.send(&JailEvent::Supervising)?;
     let told = FromSupervisor { supervisor: getpid(), keyring, namespace_limits, audit: listener_end };

@@ -18,7 +18,7 @@ pub struct FromSupervisor {
     pub supervisor: Pid,
     pub keyring: Layer,
     pub namespace_limits: Layer,
-    /// Where the listener of an audit goes.
+    /// Where the filter's listener goes, in an audit or for a tap.
     pub audit: Option<OwnedFd>,
 }
 
