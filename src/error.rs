@@ -42,6 +42,14 @@ pub enum Error {
     BackendUnavailable { backend: Backend, reason: String, remedy: String },
     #[error("{vm_id}: {wanted} was asked for, but this host can give no more than {offered}: {reason}; {remedy}")]
     IsolationUnavailable { vm_id: VmId, wanted: String, offered: String, reason: String, remedy: String },
+    #[error(
+        "{vm_id}: RLIMIT_{} of this process is {value} (hard limit), and a VMM for this VM needs {needed}: start the process \
+         with more (prlimit --{limit}={needed} COMMAND as root; docker run --ulimit {limit}={needed}; systemd \
+         Limit{}={needed}), or make the VM smaller",
+        limit.to_uppercase(),
+        limit.to_uppercase()
+    )]
+    LimitTooLow { vm_id: VmId, limit: String, value: u64, needed: u64 },
     #[error("{vm_id}: a connected network cannot be set up: {reason}; {remedy}")]
     NetworkUnavailable { vm_id: VmId, reason: String, remedy: String },
     #[error("{field} {path:?} cannot be read: {reason}", path = path.display())]
@@ -105,6 +113,7 @@ impl Error {
             Error::InvalidState { .. } => "invalid_state",
             Error::BackendUnavailable { .. } => "backend_unavailable",
             Error::IsolationUnavailable { .. } => "isolation_unavailable",
+            Error::LimitTooLow { .. } => "limit_too_low",
             Error::NetworkUnavailable { .. } => "network_unavailable",
             Error::ImageUnreadable { .. } => "image_unreadable",
             Error::ImageInvalid { .. } => "image_invalid",
@@ -139,6 +148,9 @@ impl Error {
             }
             Error::QuotaExceeded { what, needed, available, limit, .. } => {
                 json!({"what": what, "needed": needed, "available": available, "limit": limit})
+            }
+            Error::LimitTooLow { limit, value, needed, .. } => {
+                json!({"limit": limit, "value": value, "needed": needed})
             }
             Error::StateMismatch { differences, .. } => json!({"differences": differences}),
             Error::NetworkUnavailable { reason, remedy, .. } => json!({"reason": reason, "remedy": remedy}),

@@ -13,7 +13,7 @@ from typing import Any, List
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, VMResourceLimits, doctor
 
-from .support import VMTestCase, eventually, limits, make_rootfs, run_python, shell
+from .support import IMPORT, VMTestCase, eventually, limits, make_rootfs, run_python, shell
 from .test_process import HEAD, RUNNING
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -189,6 +189,56 @@ class Traces(VMTestCase):
         vm_id = manager.create_vm("plugin", limits())
         self.assertFalse(manager.start_vm(vm_id))
         self.assertTrue(eventually(lambda: not any(vm_id in group for group in our_groups())), our_groups())
+
+
+LIMITED = """
+import json, resource
+for name, value in {limits}.items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+from {module} import *
+manager = MicroVMIsolationManager({{"default_backend": "QEMU", "start_timeout_s": 120}})
+vm = manager.get_vm(manager.create_vm("plugin", VMResourceLimits(memory_mb=128, disk_size_mb=64)))
+started = vm.start()
+told = {{"started": started, "code": vm.last_error and vm.last_error.code, "message": str(vm.last_error)}}
+if started:
+    asked = {{"program": "/bin/sh", "args": ["-c", "ulimit -n; ulimit -s; dd if=/dev/zero of=/data/x bs=1M count=20 2>/dev/null; sync; ls /data"]}}
+    told["guest"] = vm.send_command("exec", asked)["result"]["stdout"].split()
+    told["limits"] = open("/proc/{{}}/limits".format(vm.get_info()["pid"])).read()
+    told["info"] = vm.get_info()["limits"]
+manager.stop()
+print(json.dumps(told))
+"""
+
+
+class Inherited(unittest.TestCase):
+    """A hard limit that the manager's process was started with."""
+
+    def told(self, **limits: int) -> Any:
+        done = run_python(LIMITED.format(limits=limits, module=IMPORT), timeout=180)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return json.loads(done.stdout)
+
+    def test_lower_ones_are_kept_and_the_vm_runs(self) -> None:
+        mib = 1 << 20
+        told = self.told(NOFILE=150, NPROC=100, CORE=0, MEMLOCK=0, STACK=2 * mib, FSIZE=300 * mib, DATA=2048 * mib, AS=8192 * mib)
+        self.assertTrue(told["started"], told)
+        # The guest's own limits are the guest's.
+        self.assertEqual((told["guest"][0], told["guest"][-1]), ("1024", "x"))
+        for name, value in (("open files", 150), ("stack size", 2 * mib), ("address space", 8192 * mib), ("core file size", 0)):
+            self.assertRegex(told["limits"], r"Max {} +{v} +{v} ".format(name, v=value))
+        self.assertIn("RLIMIT_NOFILE 150", " ".join(told["info"]["max_file_handles"]))
+
+    def test_too_low_a_one_is_named_with_its_value_and_what_is_needed(self) -> None:
+        cases = {"NOFILE": 70, "FSIZE": 32 << 20, "STACK": 900 << 10, "DATA": 900 << 20, "AS": 1400 << 20}
+        if os.geteuid() == 0:
+            # Of an ordinary user the kernel counts all processes: how many are left is not known.
+            cases["NPROC"] = 50
+        for name, value in cases.items():
+            with self.subTest(name):
+                told = self.told(**{name: value})
+                self.assertEqual((told["started"], told["code"]), (False, "limit_too_low"), told)
+                self.assertIn("RLIMIT_{} of this process is {} ".format(name, value), told["message"])
+                self.assertIn("--ulimit {}=".format(name.lower()), told["message"])
 
 
 class Borders(VMTestCase):

@@ -25,6 +25,7 @@ pub mod process_memory;
 pub mod procfs;
 pub mod reflink;
 pub mod rights;
+pub mod rlimit;
 pub mod runtime_dir;
 pub mod socket_dir;
 pub mod tail;

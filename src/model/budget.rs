@@ -12,10 +12,14 @@ const VMM_TASKS: u64 = 80;
 /// QEMU holds about 30 descriptors; each vCPU adds a few.
 const VMM_FILES: u64 = 192;
 const FILES_PER_VCPU: u64 = 8;
+/// With fewer it does not start.
+const LEAST_FILES: u64 = 64;
 /// The largest file that a VMM may write is its disk; a file system's last block may stick out.
 const FILE_SLACK: u64 = 64 * 1024;
 /// The stacks of threads count as data before they are touched, 8 MiB each.
 const STACK_BYTES: u64 = 8 << 20;
+/// What a VMM maps beside its data: the guest's memory, shared while a template is made, and its code and libraries.
+const CODE_BYTES: u64 = 512 << 20;
 const MIB: u64 = 1 << 20;
 
 /// Limits on all processes of one VM together (`cpu_*`, `memory_bytes`, `tasks`) and on its VMM's process.
@@ -26,10 +30,15 @@ pub struct Budget {
     pub tasks: u64,
     /// RLIMIT_NOFILE.
     pub open_files: u64,
+    pub least_open_files: u64,
     /// RLIMIT_FSIZE.
     pub file_bytes: u64,
     /// RLIMIT_DATA: a bound on memory that holds without cgroups, too, if coarser.
     pub data_bytes: u64,
+    /// RLIMIT_STACK of each thread.
+    pub stack_bytes: u64,
+    /// The address space that all of this takes at most.
+    pub address_bytes: u64,
 }
 
 impl Budget {
@@ -38,13 +47,17 @@ impl Budget {
     pub fn of(limits: &ResourceLimits, overhead_mib: u64) -> Self {
         let tasks = limits.vcpu_count + VMM_TASKS;
         let memory_bytes = (limits.memory_mb + overhead_mib) * MIB;
+        let data_bytes = memory_bytes + tasks * STACK_BYTES;
         Self {
             cpu_quota_us: limits.vcpu_count * CPU_PERIOD_US + CPU_PERIOD_US * VMM_CPU_PERCENT / 100,
             memory_bytes,
             tasks,
             open_files: VMM_FILES + FILES_PER_VCPU * limits.vcpu_count,
+            least_open_files: LEAST_FILES + FILES_PER_VCPU * limits.vcpu_count,
             file_bytes: limits.disk_size_mb * MIB + FILE_SLACK,
-            data_bytes: memory_bytes + tasks * STACK_BYTES,
+            data_bytes,
+            stack_bytes: STACK_BYTES,
+            address_bytes: data_bytes + limits.memory_mb * MIB + CODE_BYTES,
         }
     }
 }

@@ -16,8 +16,9 @@ use crate::host::cgroup::{self, Controller, Device, Groups, Outcome};
 use crate::host::clock;
 use crate::host::lease::Lease;
 use crate::host::process::Jailed;
+use crate::host::rlimit;
 use crate::host::runtime_dir::{self, VmDir};
-use crate::model::{Backend, Budget, JailMode, NetworkConfig, ResourceLimits, CPU_PERIOD_US};
+use crate::model::{Backend, Budget, JailMode, NetworkConfig, ResourceLimits, VmId, CPU_PERIOD_US};
 use crate::vmm::{self, HostJail, JailPlan, Vmm, OVERHEAD_MIB};
 
 /// The same for every manager of root's, whatever its runtime directory: uids are the host's.
@@ -105,7 +106,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     )?;
     groups.record(&dir.path().join(runtime_dir::GROUPS))?;
     plan.cgroup_procs = groups.procs();
-    plan.rlimits = rlimits(&budget, needs.open_files, identity.is_some());
+    plan.rlimits = rlimits(&spec.vm_id, &budget, needs.open_files, identity.is_some(), rlimit::hard)?;
     plan.audit = settings.jail == JailMode::Audit;
     plan.hands_tap = matches!(hands_tap, Some(Ok(_)));
     let mut layers = layers(&host, identity);
@@ -119,6 +120,17 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
         log::warn!("{}: its VMM runs without namespaces and a root of its own (see doctor)", spec.vm_id);
     }
     Ok((plan, Held { groups, lease, memory_bytes: budget.memory_bytes }, confinement))
+}
+
+/// Refuses a VM whose VMM could not run with the limits of this process, before anything is made for it. Blocking.
+///
+/// # Errors
+/// [`Error::LimitTooLow`], [`Error::Host`].
+pub fn check_limits(spec: &Spec, settings: &Settings, vmm: &dyn Vmm) -> Result<()> {
+    let host = vmm::host_jail(&settings.image.launcher, settings.uid_range.0)?;
+    let more_files = vmm.needs(!spec.network.isolated_network).open_files;
+    let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
+    rlimits(&spec.vm_id, &budget, more_files, host.own_uid(), rlimit::hard).map(drop)
 }
 
 impl Held {
@@ -158,17 +170,37 @@ fn io_limit(limits: &ResourceLimits, disk: &Path) -> Option<(Device, Option<u64>
     (device.major != 0 && (bytes.is_some() || operations.is_some())).then_some((device, bytes, operations))
 }
 
-fn rlimits(budget: &Budget, more_files: u64, own_uid: bool) -> Vec<Rlimit> {
-    let mut rlimits = vec![
-        Rlimit::both(Resource::Core, 0),
-        Rlimit::both(Resource::Memlock, 0),
-        Rlimit::both(Resource::Nofile, budget.open_files + more_files),
-        Rlimit::both(Resource::Fsize, budget.file_bytes),
-        Rlimit::both(Resource::Data, budget.data_bytes),
+/// The VMM's limits: what it may have, or what this process was started with, where that is less.
+///
+/// # Errors
+/// [`Error::LimitTooLow`] where that is less than a VMM needs, its guest's worst included: one that gets no memory for a
+/// thread, no thread or no room in its disk's file aborts.
+fn rlimits(
+    vm_id: &VmId,
+    budget: &Budget,
+    more_files: u64,
+    own_uid: bool,
+    inherited: impl Fn(Resource) -> u64,
+) -> Result<Vec<Rlimit>> {
+    const LEAST_STACK: u64 = 1 << 20;
+    let mut wanted = vec![
+        (Resource::Core, 0, 0),
+        (Resource::Memlock, 0, 0),
+        (Resource::Nofile, budget.open_files + more_files, budget.least_open_files + more_files),
+        (Resource::Fsize, budget.file_bytes, budget.file_bytes),
+        (Resource::Data, budget.data_bytes, budget.data_bytes),
+        (Resource::As, u64::MAX, budget.address_bytes),
+        (Resource::Stack, budget.stack_bytes, LEAST_STACK),
     ];
     // The kernel counts a user's processes, not a VM's: another user's would be counted in.
-    rlimits.extend(own_uid.then(|| Rlimit::both(Resource::Nproc, budget.tasks)));
-    rlimits
+    wanted.extend(own_uid.then_some((Resource::Nproc, budget.tasks, budget.tasks)));
+    let limit = |(resource, wanted, least): (Resource, u64, u64)| match wanted.min(inherited(resource)) {
+        value if value < least => {
+            Err(Error::LimitTooLow { vm_id: vm_id.clone(), limit: resource.to_string(), value, needed: least })
+        }
+        value => Ok(Rlimit::both(resource, value)),
+    };
+    wanted.into_iter().map(limit).collect()
 }
 
 fn layers(host: &HostJail, identity: Option<Identity>) -> Vec<(&'static str, Layer)> {
@@ -353,5 +385,43 @@ impl Confinement {
     /// For each limit, where and how it is enforced.
     pub fn limits_json(&self) -> Value {
         self.limits.iter().map(|(field, how)| ((*field).to_owned(), json!(how))).collect::<Map<_, _>>().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limited(inherited: impl Fn(Resource) -> u64) -> Result<Vec<Rlimit>> {
+        let budget = Budget::of(&ResourceLimits::default(), OVERHEAD_MIB);
+        rlimits(&VmId::parse("tab").unwrap(), &budget, 0, true, inherited)
+    }
+
+    #[test]
+    fn test_rlimits_the_stricter_one_is_kept() {
+        let own = |of: Resource, value: u64| limited(move |resource| if resource == of { value } else { u64::MAX });
+        let value = |limits: Result<Vec<Rlimit>>, of| limits.unwrap().iter().find(|l| l.resource == of).unwrap().hard;
+        assert_eq!(value(limited(|_| u64::MAX), Resource::Nofile), 200);
+        assert_eq!(value(own(Resource::Nofile, 100), Resource::Nofile), 100);
+        assert_eq!(value(own(Resource::Nofile, 4096), Resource::Nofile), 200);
+        assert_eq!(value(own(Resource::Core, 7), Resource::Core), 0);
+        assert_eq!(value(own(Resource::Stack, 2 << 20), Resource::Stack), 2 << 20);
+    }
+
+    #[test]
+    fn test_rlimits_too_little_is_named_with_what_is_needed() {
+        for (of, value) in [
+            (Resource::Nofile, 71),
+            (Resource::Nproc, 80),
+            (Resource::Fsize, 1 << 30),
+            (Resource::Data, 1 << 30),
+            (Resource::As, 1 << 30),
+            (Resource::Stack, 65_536),
+        ] {
+            let error = limited(|resource| if resource == of { value } else { u64::MAX }).unwrap_err();
+            let text = error.to_string();
+            assert_eq!(error.code(), "limit_too_low");
+            assert!(text.contains(&of.to_string().to_uppercase()) && text.contains(&value.to_string()), "{text}");
+        }
     }
 }

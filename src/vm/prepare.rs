@@ -8,7 +8,7 @@ use microvm_protocol::identity::{
     Credentials, GuestNetwork, Identity, Key, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL,
 };
 
-use super::confine::{confine, Confinement, Held};
+use super::confine::{check_limits, confine, Confinement, Held};
 use super::network::{self, Connection};
 use super::{janitor, Settings, Spec};
 use crate::error::{Error, Result};
@@ -132,6 +132,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let Chosen { vmm, reason: chosen } = vmm::select(vm_id, &wish, &settings.binaries)?;
     let level = if spec.backend.is_some() { log::Level::Debug } else { log::Level::Info };
     log::log!(level, "{vm_id}: backend {}: {chosen}", vmm.backend());
+    check_limits(spec, settings, vmm.as_ref())?;
     janitor::keep(settings);
     let dir = VmDir::create(&settings.folders, vm_id)?;
     let (mut jail, held, confinement) = confine(spec, settings, &dir, vmm.as_ref())?;

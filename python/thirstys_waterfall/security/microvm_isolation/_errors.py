@@ -94,7 +94,8 @@ class CommandError(MicroVMError):
 
 
 class HostError(MicroVMError):
-    """A system call or the VMM failed on the host (``host_error``, ``vmm_error``)."""
+    """A system call or the VMM failed on the host (``host_error``, ``vmm_error``), or a limit of this process, which
+    ``details`` names, leaves a VMM too little (``limit_too_low``)."""
 
 
 class ForkedProcessError(MicroVMError):
@@ -132,6 +133,7 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "checksum_mismatch": ChannelError,
     "vmm_error": HostError,
     "host_error": HostError,
+    "limit_too_low": HostError,
     "forked_process": ForkedProcessError,
     "cancelled": CancelledError,
 }

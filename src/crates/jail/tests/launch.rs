@@ -512,6 +512,24 @@ fn test_rlimits_are_applied() {
 }
 
 #[test]
+fn test_rlimits_a_lower_one_of_the_launcher_is_kept() {
+    let jail = Jail::spawn(None);
+    let lower = libc::rlimit { rlim_cur: 90, rlim_max: 100 };
+    // SAFETY: the new limits outlive the call, and the old ones are not asked for.
+    let set = unsafe { libc::prlimit(jail.child.id() as i32, libc::RLIMIT_NOFILE, &lower, std::ptr::null_mut()) };
+    assert_eq!(set, 0);
+    let (mut reader, writer) = pipe();
+    let rlimits = vec![Rlimit { resource: Resource::Nofile, soft: 123, hard: 234 }];
+    let spec = LaunchSpec { rlimits, fds: vec![1], ..spec(&["/bin/sh", "-c", "ulimit -Sn; ulimit -Hn"]) };
+    jail.send(&serde_json::to_vec(&spec).unwrap(), &[writer.as_raw_fd()]);
+    drop(writer);
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "100\n100\n");
+    assert_all_events_until(&jail.events(), &exited(0));
+}
+
+#[test]
 fn test_environment_is_exactly_the_given() {
     let env = vec![("PATH".into(), "/bin".into()), ("A".into(), "b c=d".into())];
     let (text, _) = output_of(LaunchSpec { env, ..spec(&["/usr/bin/env"]) });

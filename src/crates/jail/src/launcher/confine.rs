@@ -115,12 +115,16 @@ pub fn enter_cwd(path: &Path) -> Result<(), Failure> {
     chdir(path).map_err(|errno| Failure::errno(Stage::Cwd, errno, format_args!("chdir to {}", path.display())))
 }
 
+/// Sets the limits. Where the manager itself was started with a lower hard limit, that one holds: no process of the jail may raise it.
 pub fn apply_rlimits(rlimits: &[Rlimit]) -> Result<(), Failure> {
     for &Rlimit { resource, soft, hard } in rlimits {
-        resource::setrlimit(kernel_resource(resource), soft, hard).map_err(|errno| {
-            let way_out = if errno == Errno::EPERM { " (only root may raise a hard limit: lower it)" } else { "" };
-            let what = format!("setting rlimit {resource} to {soft}:{hard}{way_out}");
-            Failure::errno(Stage::Rlimits, errno, what)
+        let kernel = kernel_resource(resource);
+        let (_, inherited) = resource::getrlimit(kernel)
+            .map_err(|errno| Failure::errno(Stage::Rlimits, errno, format_args!("reading rlimit {resource}")))?;
+        let hard = hard.min(inherited);
+        let soft = soft.min(hard);
+        resource::setrlimit(kernel, soft, hard).map_err(|errno| {
+            Failure::errno(Stage::Rlimits, errno, format_args!("setting rlimit {resource} to {soft}:{hard}"))
         })?;
     }
     Ok(())
