@@ -27,6 +27,15 @@ impl Failure {
         Self { stage, errno: errno as i32, message: format!("{what}: {}", errno.desc()) }
     }
 
+    /// A fork that failed.
+    pub fn fork(errno: Errno, what: &str) -> Self {
+        let way_out = match errno {
+            Errno::EAGAIN => " (this user's RLIMIT_NPROC, or a control group's pids.max, is used up)",
+            _ => "",
+        };
+        Self::errno(Stage::Fork, errno, format_args!("{what}{way_out}"))
+    }
+
     pub fn io(stage: Stage, error: &std::io::Error, what: impl fmt::Display) -> Self {
         Self { stage, errno: error.raw_os_error().unwrap_or(0), message: format!("{what}: {error}") }
     }

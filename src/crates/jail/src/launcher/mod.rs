@@ -139,6 +139,6 @@ fn launch(control: Control, mut prepared: Prepared, service: Option<MapService>)
             drop(control);
             process::wait(child).map_or(SETUP_FAILED, process::Ended::exit_code)
         }
-        Err(errno) => control.report(&Failure::errno(Stage::Fork, errno, "forking the supervisor")),
+        Err(errno) => control.report(&Failure::fork(errno, "forking the supervisor")),
     }
 }

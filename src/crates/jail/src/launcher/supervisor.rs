@@ -38,7 +38,7 @@ pub fn run(control: &Control, mut prepared: Prepared) -> i32 {
             drop(told);
             supervise(control, &children, &vmm, audit)
         }
-        Err(errno) => control.report(&Failure::errno(Stage::Fork, errno, "forking the VMM")),
+        Err(errno) => control.report(&Failure::fork(errno, "forking the VMM")),
     }
 }
 
