@@ -165,6 +165,8 @@ class Raised(unittest.TestCase):
 REFUSED_BY_THE_GUEST: List[Tuple[str, Any, str]] = [
     ("no_such_action", {}, "unknown_action"),
     ("../../bin/sh", {}, "unknown_action"),
+    ("execute", {"action": "freeze"}, "reserved_action"),
+    ("exec", {"action": "adopt", "data": {"vm_id": "x", "hostname": "x", "unix_time_ns": 0}}, "reserved_action"),
     ("x" * 10000, {}, "unknown_action"),
     ("ping", {"loud": True}, "bad_params"),
     ("exec", {}, "bad_params"),

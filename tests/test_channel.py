@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from thirstys_waterfall.security.microvm_isolation import (
-    CancelledError,
     ChannelError,
     CommandError,
     InvalidStateError,
@@ -109,8 +108,7 @@ class Streams(VMTestCase):
         vm = self.running()
         with vm.stream(SH, ["-c", "setsid sleep 98765 & sleep 98765 & echo up; sleep 98765"]) as stream:
             next(stream)
-        with self.assertRaises(CancelledError):
-            stream.wait()
+        self.assertEqual((stream.wait(10), stream.exit_code, list(stream)), (-9, -9, []))
         count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
         self.assertTrue(eventually(lambda: count() == "0"), count())
 
@@ -125,7 +123,35 @@ class Streams(VMTestCase):
         stream = self.running().stream("sleep", ["1000"], timeout=0.3)
         with self.assertRaises(CommandError) as caught:
             list(stream)
-        self.assertEqual(caught.exception.code, "timeout")
+        self.assertEqual((caught.exception.code, stream.exit_code, stream.wait(10), list(stream)), ("timeout", -9, -9, []))
+
+    def test_stream_killed_has_the_code_of_sigkill_unless_it_had_ended(self) -> None:
+        vm = self.running()
+        stream = vm.stream("sleep", ["1000"])
+        stream.kill()
+        stream.kill()
+        self.assertEqual((stream.exit_code, stream.wait(10)), (-9, -9))
+        stream = vm.stream(SH, ["-c", "echo left; exit 7"])
+        gone = lambda: self.result(vm, "exec", shell("test -e /proc/{} || echo gone".format(stream.pid)))["stdout"]
+        self.assertTrue(eventually(gone))
+        self.assertEqual(self.result(vm, "ping"), "pong")
+        stream.kill()
+        self.assertEqual(stream.wait(10), 7)
+
+    def test_stream_signals_without_a_name_arrive(self) -> None:
+        vm = self.running()
+        for number in (31, 32, 34, 64):
+            with self.subTest(number):
+                stream = vm.stream("sleep", ["1000"])
+                stream.signal(number)
+                self.assertEqual(stream.wait(20), -number)
+                # The program's own, too: PID 1 reaps it like any other.
+                ended = self.result(vm, "exec", shell("kill -{} $$".format(number)))
+                self.assertEqual((ended["exit_code"], ended["signal"]), (None, number))
+        stream = vm.stream(SH, ["-c", "trap 'exit 5' 34; echo up; while :; do sleep 0.05; done"])
+        next(stream)
+        stream.signal(34)
+        self.assertEqual(stream.wait(20), 5)
 
     def test_stream_wait_gives_up_and_can_be_tried_again(self) -> None:
         stream = self.running().stream("cat")
@@ -214,9 +240,16 @@ class Streams(VMTestCase):
             (lambda: vm.stream("x", stdin="text"), TypeError, "stdin"),
             (lambda: vm.stream("x", on_output=3), TypeError, "on_output"),
             (lambda: vm.stream("x", uid=-1), ValueError, "uid"),
+            (lambda: vm.stream("x", uid=2**32 - 1), ValueError, "uid"),
+            (lambda: vm.stream("x", pty=True, rows=0), ValueError, "rows"),
+            (lambda: vm.stream("x", pty=True, columns=0), ValueError, "columns"),
             (lambda: stream.write("text"), TypeError, "data"),
             (lambda: stream.signal(0), ValueError, "number"),
             (lambda: stream.resize(0, 1), ValueError, "rows"),
+            (lambda: stream.resize(10, 20), ValueError, "pty"),
+            (lambda: vm.stream("x", env={"A": "\0"}), CommandError, "env: it holds a NUL"),
+            (lambda: vm.stream("x", args=["a", "\0"]), CommandError, r"args\[1\]: it holds a NUL"),
+            (lambda: vm.stream("x", cwd="/\0"), CommandError, "cwd: it holds a NUL"),
             (lambda: vm.upload(3, "/x"), TypeError, "source"),
             (lambda: vm.upload(io.StringIO("text"), "/tmp/x"), TypeError, "read"),
             (lambda: vm.upload(__file__, "/x", mode=0o10000), ValueError, "mode"),
@@ -435,6 +468,45 @@ class Broker(VMTestCase):
         client.close()
         self.assertTrue(eventually(lambda: count() == "0"), count())
 
+    def test_internal_actions_are_refused_everywhere_and_the_vm_goes_on(self) -> None:
+        vm = self.running()
+        client = self.client(vm)
+        adopt = {"vm_id": "other", "hostname": "other", "unix_time_ns": 0}
+        for name, params in [("freeze", {}), ("freeze", {"x": "y" * 5000}), ("adopt", adopt)]:
+            with self.subTest(name):
+                self.assertEqual(self.failure(vm, name, params), "reserved_action")
+                for form in ({"command": name, "params": params}, {"action": name, "data": params}):
+                    self.say(client, dict(form, type="command"))
+                    self.assertEqual(self.hear(client)["error"]["code"], "reserved_action")
+                self.assertEqual(self.failure(vm, "execute", {"action": name, "params": params}), "reserved_action")
+                with self.assertRaises(CommandError) as caught:
+                    vm.stream(name)
+                self.assertEqual(caught.exception.code, "program_not_found")
+        for name in ("stream", "upload", "download"):
+            self.assertEqual(self.failure(vm, name, {"path": "/tmp/x"}), "bad_params")
+        self.assertNotIn("freeze", self.result(vm, "list_actions")["actions"])
+        self.assertEqual(self.result(vm, "system_info")["vm_id"], vm.vm_id)
+        vm.snapshot("after-internal")
+        self.addCleanup(self.manager.delete_template, "after-internal")
+        self.assertEqual(self.result(vm, "ping"), "pong")
+        self.assertEqual(vm.get_health_metrics().health_status, "healthy")
+
+    def test_silent_clients_give_way_to_new_ones_and_one_that_asked_stays(self) -> None:
+        vm = self.running()
+        steady = self.client(vm)
+        self.say(steady, {"type": "ping"})
+        self.hear(steady)
+        silent = [self.client(vm) for _ in range(255)]
+        silent[0].sendall(b"\0\0")
+        time.sleep(1.2)
+        for _ in range(20):
+            client = self.client(vm)
+            self.say(client, {"type": "ping"})
+            self.assertEqual(self.hear(client), {"type": "pong"})
+        self.assertEqual(silent[1].recv(1), b"")
+        self.say(steady, {"type": "ping"})
+        self.assertEqual(self.hear(steady), {"type": "pong"})
+
     def test_clients_of_every_number_are_served(self) -> None:
         vm = self.running()
         clients = [self.client(vm) for _ in range(256)]
@@ -480,6 +552,24 @@ class Interrupts(VMTestCase):
                 timer.join()
         self.assertTrue(stream.write(b"still here"))
         self.assertEqual(next(stream), ("stdout", b"still here"))
+
+    def test_interrupted_wait_leaves_the_program_running_and_leaving_its_block_ends_it(self) -> None:
+        vm = self.running()
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, previous)
+        count = lambda: self.result(vm, "exec", shell("ps -o args | grep -c 'sleep 9876[5]'"))["stdout"].strip()
+        with self.assertRaises(KeyboardInterrupt):
+            with vm.stream("sleep", ["98765"]) as stream:
+                for call in (stream.wait, lambda: next(stream), lambda: list(stream)):
+                    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+                    timer.start()
+                    with self.assertRaises(KeyboardInterrupt):
+                        call()
+                    timer.join()
+                    self.assertEqual((count(), stream.exit_code), ("1", None))
+                raise KeyboardInterrupt
+        self.assertEqual(stream.wait(10), -9)
+        self.assertTrue(eventually(lambda: count() == "0"), count())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use microvm_protocol::handshake::{HostHandshake, HostStep};
 use microvm_protocol::identity::Credentials;
-use microvm_protocol::message::{is_modest, Outcome, Request, Response, MAX_MESSAGE};
+use microvm_protocol::message::{is_modest, refuse_internal, Outcome, Request, Response, MAX_MESSAGE};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::Session;
 use microvm_protocol::ProtocolError;
@@ -137,12 +137,24 @@ impl Agent {
         Some(self.exchange(action, body, place, (deadline, until), false).await)
     }
 
-    /// Asks the agent for `action` and waits for the answer, at most `deadline`.
+    /// Asks the agent for a user's `action` and waits for the answer, at most `deadline`. The names in
+    /// [`microvm_protocol::message::INTERNAL`] are refused here.
     ///
     /// # Errors
     /// [`Error::MessageTooLarge`] with nothing sent, [`Error::ChannelTimeout`] and [`Error::ChannelClosed`], which say
     /// whether the request was sent. A failure in the guest is an [`Answer`].
     pub async fn request(&self, action: &str, params: Value, deadline: Duration) -> Result<Answer> {
+        match refuse_internal(action) {
+            Some(error) => Ok(Answer::Error { error }),
+            None => self.request_internal(action, params, deadline).await,
+        }
+    }
+
+    /// As [`Agent::request`], for the host's own code: any action. No name of a user's may come here.
+    ///
+    /// # Errors
+    /// As [`Agent::request`]'s.
+    pub async fn request_internal(&self, action: &str, params: Value, deadline: Duration) -> Result<Answer> {
         let request = Request { action: action.to_owned(), params, stream: false };
         let body = self.encode(&request)?;
         let until = tokio::time::Instant::now() + deadline;

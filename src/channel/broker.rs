@@ -2,8 +2,8 @@
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use microvm_protocol::message::Response;
 use serde_json::{json, Map, Value};
@@ -17,8 +17,10 @@ use super::framing::{self, FramingError, Reader, MAX_DOCUMENT};
 use crate::error::{Error, Result};
 use crate::model::VmId;
 
-/// Clients served at once; more wait to be accepted.
+/// Clients served at once. One more takes the place of a client that asks nothing; it waits only while all are answered.
 const MAX_CLIENTS: usize = 256;
+/// A client that came or asked so recently keeps its place.
+const GRACE: Duration = Duration::from_secs(1);
 /// How long a client may stall in the middle of a message, either way, and the pace that it must keep otherwise.
 const STALL: Duration = Duration::from_secs(10);
 const SLOWEST_BYTES_PER_S: usize = 256 * 1024;
@@ -50,19 +52,98 @@ impl Broker {
     }
 }
 
+/// When a client was last heard of, and whether its place may be given to another one.
+#[derive(Debug)]
+struct Activity {
+    /// It has sent a whole message.
+    has_asked: bool,
+    /// Its question is being answered.
+    is_answered: bool,
+    since: Instant,
+}
+
+#[derive(Debug, Clone)]
+struct Place(Arc<Mutex<Activity>>);
+
+impl Place {
+    fn new() -> Self {
+        Self(Arc::new(Mutex::new(Activity { has_asked: false, is_answered: false, since: Instant::now() })))
+    }
+
+    fn activity(&self) -> MutexGuard<'_, Activity> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn heard(&self) {
+        self.activity().since = Instant::now();
+    }
+
+    fn asked(&self) {
+        *self.activity() = Activity { has_asked: true, is_answered: true, since: Instant::now() };
+    }
+
+    fn answered(&self) {
+        *self.activity() = Activity { has_asked: true, is_answered: false, since: Instant::now() };
+    }
+
+    /// The order in which idle clients give way: those that never asked first, then by how long they are silent.
+    fn idle_rank(&self) -> Option<(bool, Instant)> {
+        let activity = self.activity();
+        let is_idle = !activity.is_answered && activity.since.elapsed() >= GRACE;
+        is_idle.then_some((activity.has_asked, activity.since))
+    }
+}
+
+/// The clients' tasks; dropping it ends them.
+#[derive(Default)]
+struct Clients {
+    tasks: JoinSet<()>,
+    places: Vec<(Place, AbortHandle)>,
+}
+
+impl Clients {
+    fn remove_ended(&mut self) {
+        while self.tasks.try_join_next().is_some() {}
+        self.places.retain(|(_, task)| !task.is_finished());
+    }
+
+    /// Waits for a free place; an idle client is disconnected for it.
+    async fn make_room(&mut self, vm_id: &VmId) {
+        self.remove_ended();
+        while self.tasks.len() >= MAX_CLIENTS {
+            let idle = self.places.iter().filter_map(|(place, task)| Some((place.idle_rank()?, task)));
+            if let Some((_, task)) = idle.min_by_key(|(rank, _)| *rank) {
+                log::debug!("{vm_id}: an idle client gives way to a new one");
+                task.abort();
+                self.tasks.join_next().await;
+            } else {
+                // All are busy or new; after the pause one may be idle.
+                tokio::select! {
+                    _ = self.tasks.join_next() => {}
+                    () = tokio::time::sleep(LOOK) => {}
+                }
+            }
+            self.remove_ended();
+        }
+    }
+
+    fn add(&mut self, place: Place, serve: impl Future<Output = ()> + Send + 'static) {
+        let task = self.tasks.spawn(serve);
+        self.places.push((place, task));
+    }
+}
+
 async fn accept(vm_id: VmId, socket: PathBuf, listener: UnixListener, agent: Arc<Agent>, deadline: Duration) {
-    // Aborting this task drops the set, and with it every client's task.
-    let mut clients = JoinSet::new();
+    // Aborting this task drops them all.
+    let mut clients = Clients::default();
     let uid = nix::unistd::geteuid().as_raw();
     loop {
-        while clients.try_join_next().is_some() {}
-        if clients.len() >= MAX_CLIENTS {
-            clients.join_next().await;
-        }
         match listener.accept().await {
             Ok((stream, _)) => match stream.peer_cred() {
                 Ok(peer) if peer.uid() == uid || peer.uid() == 0 => {
-                    clients.spawn(serve(vm_id.clone(), stream, agent.clone(), deadline));
+                    clients.make_room(&vm_id).await;
+                    let place = Place::new();
+                    clients.add(place.clone(), serve(vm_id.clone(), stream, agent.clone(), deadline, place));
                 }
                 Ok(peer) => log::warn!("{vm_id}: a client with uid {} was refused", peer.uid()),
                 Err(error) => log::warn!("{vm_id}: a client without credentials was refused: {error}"),
@@ -81,8 +162,8 @@ fn patience_for(bytes: usize) -> Duration {
     STALL + Duration::from_secs((bytes / SLOWEST_BYTES_PER_S) as u64)
 }
 
-async fn serve(vm_id: VmId, mut stream: UnixStream, agent: Arc<Agent>, deadline: Duration) {
-    if let Err(reason) = converse(&vm_id, &mut stream, &agent, deadline).await {
+async fn serve(vm_id: VmId, mut stream: UnixStream, agent: Arc<Agent>, deadline: Duration, place: Place) {
+    if let Err(reason) = converse(&vm_id, &mut stream, &agent, deadline, &place).await {
         log::debug!("{vm_id}: a client went away: {reason}");
     }
 }
@@ -94,17 +175,20 @@ async fn converse(
     stream: &mut UnixStream,
     agent: &Agent,
     deadline: Duration,
+    place: &Place,
 ) -> std::result::Result<(), String> {
     let text = |error: std::io::Error| error.to_string();
     let (mut reading, mut writing) = stream.split();
     let mut reader = Reader::default();
     loop {
         if reader.is_empty() {
-            // A client may be silent for as long as it likes, only not in the middle of a message.
+            // A client may be silent for as long as nobody wants its place, only not in the middle of a message.
             reading.readable().await.map_err(text)?;
+            place.heard();
         }
         let message = tokio::time::timeout(patience_for(MAX_DOCUMENT), reader.next(&mut reading)).await;
         let message = message.map_err(|_| "it stalled in the middle of a message".to_owned())?;
+        place.asked();
         let (answer, last) = match message {
             Ok(Some(message)) => {
                 let answered = async {
@@ -133,6 +217,7 @@ async fn converse(
         if last {
             return Ok(());
         }
+        place.answered();
     }
 }
 
@@ -223,6 +308,21 @@ mod tests {
 
     fn parsed(message: Value) -> std::result::Result<(String, Value), String> {
         parse(message.as_object().unwrap())
+    }
+
+    #[test]
+    fn test_idle_rank_those_that_never_asked_give_way_first_and_busy_or_new_ones_never() {
+        let silent_since = |has_asked, seconds| {
+            let since = Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+            Place(Arc::new(Mutex::new(Activity { has_asked, is_answered: false, since })))
+        };
+        let places = [silent_since(true, 900), silent_since(false, 5), silent_since(false, 50), silent_since(true, 3)];
+        let mut order: Vec<usize> = (0..places.len()).collect();
+        order.sort_by_key(|index| places[*index].idle_rank().unwrap());
+        assert_eq!(order, [2, 1, 0, 3]);
+        assert_eq!(Place::new().idle_rank(), None);
+        places[0].asked();
+        assert_eq!(places[0].idle_rank(), None);
     }
 
     #[test]

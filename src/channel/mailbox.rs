@@ -133,6 +133,10 @@ impl Mailbox {
         .await
     }
 
+    pub fn response(&self) -> Option<Vec<u8>> {
+        self.mail().response.clone()
+    }
+
     pub fn is_closed(&self) -> bool {
         self.mail().closed
     }

@@ -1,6 +1,7 @@
 //! A program that runs in the guest, live.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use microvm_protocol::message::{Control, Started};
 use microvm_protocol::mux::STDIN;
@@ -25,6 +26,7 @@ pub struct Process {
     /// `None` once it was killed.
     stream: Mutex<Option<Arc<Stream>>>,
     pid: u32,
+    begun: Instant,
     ended: watch::Sender<Option<Result<Exit>>>,
 }
 
@@ -37,7 +39,8 @@ impl Process {
             Started::File { .. } => 0,
         };
         let vm_id = stream.vm_id();
-        Ok(Self { vm_id, stream: Mutex::new(Some(stream.into())), pid, ended: watch::Sender::new(None) })
+        let (stream, ended) = (Mutex::new(Some(stream.into())), watch::Sender::new(None));
+        Ok(Self { vm_id, stream, pid, begun: Instant::now(), ended })
     }
 
     #[must_use]
@@ -68,12 +71,12 @@ impl Process {
             ended.get_or_insert(how);
             first
         });
-        self.ended().unwrap_or_else(|| Err(self.killed()))
+        self.ended().unwrap_or_else(|| Ok(self.killed()))
     }
 
-    fn killed(&self) -> Error {
-        let (vm_id, what) = (self.vm_id.clone(), "stream".to_owned());
-        Error::Guest { vm_id, what, code: "cancelled", message: "the program was killed by this side".into() }
+    /// As a parent sees a child that it killed (Python's `Popen.kill`, then `wait`): not an error.
+    fn killed(&self) -> Exit {
+        Exit { exit_code: None, signal: Some(libc::SIGKILL), duration_seconds: self.begun.elapsed().as_secs_f64() }
     }
 
     /// The next output; `None` at its end. Cancellation-safe.
@@ -82,10 +85,18 @@ impl Process {
     /// [`Error::Guest`] when it was killed by its timeout, [`Error::ChannelClosed`].
     pub async fn next(&self) -> Result<Option<Piece>> {
         let ended = match self.stream() {
-            None => self.end(Err(self.killed())),
+            None => self.end(Ok(self.killed())),
             Some(stream) => match stream.next().await {
                 Ok(Next::Piece(piece)) => return Ok(Some(piece)),
                 Ok(Next::End(exit)) => self.end(Ok(exit)),
+                // Killed in the guest by its own limit of time: that is told once, and how it ended from then on.
+                Err(error @ Error::Guest { code: "timeout", .. }) => match self.ended() {
+                    None => {
+                        drop(self.end(Ok(self.killed())));
+                        Err(error)
+                    }
+                    Some(ended) => ended,
+                },
                 Err(error) => self.end(Err(error)),
             },
         };
@@ -121,7 +132,9 @@ impl Process {
     pub fn kill(&self) {
         let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(stream) = stream.filter(|_| self.ended().is_none()) {
-            drop(self.end(Err(self.killed())));
+            // One that ended by itself before, its output not taken, keeps its own end.
+            let how = stream.response().unwrap_or_else(|| Ok(self.killed()));
+            drop(self.end(how));
             // Whoever waits for output is woken, and finds how it ended.
             stream.cancel();
         }

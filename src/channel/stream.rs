@@ -154,6 +154,11 @@ impl Stream {
         }
     }
 
+    /// Its result, where that has come already, whatever is left to be taken before it.
+    pub fn response<T: DeserializeOwned>(&self) -> Option<Result<T>> {
+        self.mailbox.response().map(|body| self.ended(&body))
+    }
+
     /// Ends it in the guest: its program is killed, its draft removed.
     pub fn cancel(&self) {
         if !self.mailbox.is_over() {

@@ -250,7 +250,8 @@ impl MicroVMInstance {
         convert::from_json(py, &answer).map(Some)
     }
 
-    /// Runs a program live; see `ProcessStream`. Raises when it does not start.
+    /// Runs a program live; see `ProcessStream`. `timeout` is how long it may run, seconds. Raises when it does not start,
+    /// or when the guest does not begin within `command_timeout_s`.
     #[pyo3(signature = (program, args=None, env=None, cwd=None, stdin=None, pty=false, uid=None, timeout=None, rows=None, columns=None, on_output=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn stream(
@@ -280,11 +281,16 @@ impl MicroVMInstance {
         if let Some(cwd) = cwd {
             params.insert("cwd".into(), convert::text("cwd", cwd)?.into());
         }
-        for (field, value, most) in
-            [("uid", uid, u64::from(u32::MAX)), ("rows", rows, 65_535), ("columns", columns, 65_535)]
+        for (field, value, least, most) in
+            // The last uid is (uid_t)-1: "no user" to every system call.
+            [
+                ("uid", uid, 0, u64::from(u32::MAX) - 1),
+                ("rows", rows, 1, 65_535),
+                ("columns", columns, 1, 65_535),
+            ]
         {
             if let Some(value) = value {
-                params.insert(field.into(), convert::whole_in(field, value, 0, most)?.into());
+                params.insert(field.into(), convert::whole_in(field, value, least, most)?.into());
             }
         }
         if let Some(timeout) = timeout {
@@ -295,7 +301,7 @@ impl MicroVMInstance {
         let starting = vm.clone();
         let started =
             gate::wait(py, OnInterrupt::Abandon, async move { starting.stream(Value::Object(params)).await })?;
-        let stream = ProcessStream::new(self.raise(py, started)?, on_output);
+        let stream = ProcessStream::new(self.raise(py, started)?, pty, on_output);
         if let Some(stdin) = stdin {
             stream.give(py, stdin)?;
         }

@@ -18,16 +18,19 @@ use crate::vm::Live;
 
 type Output<'py> = (Bound<'py, PyString>, Bound<'py, PyBytes>);
 
-/// A running program: an iterator of `("stdout" | "stderr", bytes)`. Leaving its `with` block kills it.
+/// A running program: an iterator of `("stdout" | "stderr", bytes)`. Leaving its `with` block, or dropping it, kills it.
+/// Ctrl-C in one of its methods raises and leaves it running.
 #[pyclass(frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct ProcessStream {
     process: Owned<Live<Process>>,
+    has_terminal: bool,
     on_output: Mutex<Option<Py<PyAny>>>,
 }
 
 impl ProcessStream {
-    pub fn new(process: Live<Process>, on_output: Option<Py<PyAny>>) -> Self {
-        Self { process: Owned::new("ProcessStream", Arc::new(process)), on_output: Mutex::new(on_output) }
+    pub fn new(process: Live<Process>, has_terminal: bool, on_output: Option<Py<PyAny>>) -> Self {
+        let process = Owned::new("ProcessStream", Arc::new(process));
+        Self { process, has_terminal, on_output: Mutex::new(on_output) }
     }
 
     fn on_output(&self, py: Python<'_>) -> Option<Py<PyAny>> {
@@ -80,7 +83,9 @@ impl ProcessStream {
         Ok(self.take(py, None)?.flatten().map(|piece| output(py, &piece)))
     }
 
-    /// Writes to the program's input, as fast as it reads; `False` when it reads no more.
+    /// Writes to the program's input, as fast as it reads; `False` when it reads no more. Blocks while the program does not
+    /// read, so also while it waits for its own output to be taken: take that on another thread, or write less than a pipe
+    /// holds (64 KiB) at a time.
     fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<bool> {
         let bytes = convert::bytes("data", data)?;
         let process = self.process.get(py)?.clone();
@@ -94,20 +99,27 @@ impl ProcessStream {
         Ok(())
     }
 
-    /// Sends a signal to the program's process group; SIGKILL ends all its descendants.
+    /// Sends a signal, 1 to 64, to the program's process group; SIGKILL ends all its descendants.
     fn signal(&self, py: Python<'_>, number: &Bound<'_, PyAny>) -> PyResult<()> {
         let signal = convert::whole_in("number", number, 1, 64)?;
         self.control(py, &Control::Signal { signal: signal as i32 })
     }
 
-    /// Tells the program's terminal its size.
+    /// Tells the program's terminal its size; `ValueError` for a program that was started without `pty`.
     fn resize(&self, py: Python<'_>, rows: &Bound<'_, PyAny>, columns: &Bound<'_, PyAny>) -> PyResult<()> {
         let rows = convert::whole_in("rows", rows, 1, 65_535)? as u16;
         let columns = convert::whole_in("columns", columns, 1, 65_535)? as u16;
+        if !self.has_terminal {
+            let (field, value) = ("resize".into(), format!("({rows}, {columns})"));
+            let allowed = "only a program on a terminal has a size; start it with stream(..., pty=True)".into();
+            return Err(errors::raise(py, &Error::InvalidValue { field, value, allowed }));
+        }
         self.control(py, &Control::Resize { rows, columns })
     }
 
-    /// Waits for the program's end and gives its exit code. Output that was not taken goes to `on_output`, or is dropped.
+    /// Waits for the program's end and gives its exit code, `-n` after signal `n`, -9 after `kill()`. Output that was not taken
+    /// goes to `on_output`, or is dropped. A program that its `timeout` ended raises `CommandError` once (`timeout`), then
+    /// gives -9. Ctrl-C raises and leaves the program running: `wait()` again, `kill()` it, or leave its `with` block.
     #[pyo3(signature = (timeout=None))]
     fn wait(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<Option<i32>> {
         let timeout: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
@@ -127,7 +139,7 @@ impl ProcessStream {
         }
     }
 
-    /// Kills the program and all its descendants.
+    /// Kills the program and all its descendants; `wait()` then gives -9. Nothing when it has ended.
     fn kill(&self, py: Python<'_>) -> PyResult<()> {
         self.process.get(py)?.inner.kill();
         Ok(())

@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use microvm_protocol::message::ADOPT;
 use serde_json::{json, Value};
 
 use super::boot::{Launching, Progress};
@@ -119,7 +120,7 @@ impl Running {
         let vm_id = &spec.vm_id;
         let params =
             json!({"vm_id": vm_id.as_str(), "hostname": vm_id.hostname(), "unix_time_ns": clock::unix_time_ns()});
-        let answer = self.agent().request("adopt", params, ADOPT_DEADLINE).await?;
+        let answer = self.agent().request_internal(ADOPT, params, ADOPT_DEADLINE).await?;
         match answer {
             crate::channel::Answer::Ok { .. } => Ok(()),
             crate::channel::Answer::Error { error } => Err(Error::StartFailed {

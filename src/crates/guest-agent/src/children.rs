@@ -11,9 +11,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
-use nix::sys::signal::{killpg, Signal};
-use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag, WaitStatus};
-use nix::unistd::Pid;
 
 use crate::door::Door;
 use crate::job::Bell;
@@ -54,8 +51,8 @@ fn table() -> MutexGuard<'static, Table> {
 pub fn start() -> io::Result<()> {
     std::thread::Builder::new().name("reaper".into()).stack_size(STACK_BYTES).spawn(|| loop {
         let seen = table().spawned;
-        match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) {
-            Ok(ended) => ended.pid().into_iter().for_each(reap),
+        match next_ended() {
+            Ok(pid) => reap(pid),
             // No children. Orphans have parents that were spawned, so nothing happens before the next spawn.
             Err(Errno::ECHILD) => {
                 let idle = SPAWNED.wait_while(table(), |table| table.spawned == seen);
@@ -67,16 +64,31 @@ pub fn start() -> io::Result<()> {
     Ok(())
 }
 
+/// Waits for a child that has ended, and leaves its status to be taken.
+fn next_ended() -> Result<i32, Errno> {
+    // SAFETY: zeros are a valid siginfo_t, which waitid(2) fills. Not nix's waitid: it fails on a child that a signal
+    // without a name ended, for ever, as the child stays.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure is writable for the length of the call.
+    Errno::result(unsafe { libc::waitid(libc::P_ALL, 0, &mut info, libc::WEXITED | libc::WNOWAIT) })?;
+    // SAFETY: waitid(2) has filled in the fields of a child.
+    Ok(unsafe { info.si_pid() })
+}
+
 /// Takes the status of `pid`, with the table held: a child whose exec failed is waited for by `Command::spawn` itself,
 /// which must find it.
-fn reap(pid: Pid) {
+fn reap(pid: i32) {
     let mut guard = table();
-    let ended = match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
-        Ok(WaitStatus::Exited(_, code)) => Ended::Code(code),
-        Ok(WaitStatus::Signaled(_, signal, _)) => Ended::Signal(signal as i32),
-        _ => return,
+    let mut status = 0;
+    // SAFETY: waitpid(2) writes one number. Not nix's: that one fails on the signals that have no name, 32 to 64.
+    if unsafe { libc::waitpid(pid, &mut status, libc::WNOHANG) } != pid {
+        return;
+    }
+    let ended = match libc::WIFSIGNALED(status) {
+        true => Ended::Signal(libc::WTERMSIG(status)),
+        false => Ended::Code(libc::WEXITSTATUS(status)),
     };
-    if let Some(child) = guard.children.get_mut(&pid.as_raw()) {
+    if let Some(child) = guard.children.get_mut(&pid) {
         child.ended = Some(ended);
         child.bell.ring();
     }
@@ -157,14 +169,14 @@ impl Spawned {
         if signal == libc::SIGKILL {
             return self.kill();
         }
-        let Ok(signal) = Signal::try_from(signal) else { return };
         // Under the table's lock a child that was not reaped is not reaped now: the pid is its own.
         let table = table();
         let alive = table.children.get(&self.pid).is_some_and(|child| child.ended.is_none());
         if alive {
             // ESRCH: it has ended, and the reaper waits for the lock.
-            if let Err(error) = killpg(Pid::from_raw(self.pid), signal) {
-                eprintln!("microvm-agent: {signal} to {}: {error}", self.pid);
+            // SAFETY: killpg(3) takes two numbers. Not nix's: that one knows no real-time signals.
+            if let Err(error) = Errno::result(unsafe { libc::killpg(self.pid, signal) }) {
+                eprintln!("microvm-agent: signal {signal} to {}: {error}", self.pid);
             }
         }
     }

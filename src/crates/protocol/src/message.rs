@@ -25,9 +25,22 @@ pub const UPLOAD: &str = "upload";
 /// The action that sends a file on channel 1.
 pub const DOWNLOAD: &str = "download";
 
-/// The request that ends a session for a while: the guest's programs stand still, and it waits for another OFFER. Not
-/// among the listed actions.
+/// The request that ends a session for a while: the guest's programs stand still, and it waits for another OFFER.
 pub const FREEZE: &str = "freeze";
+/// The request that gives a guest of the pool the names of the VM that it becomes.
+pub const ADOPT: &str = "adopt";
+/// Actions that only the host's own code asks for. The host refuses them from users before they are sent, so a guest of
+/// generation 1 needs no mark on them; the guest refuses them where one action names another.
+pub const INTERNAL: [&str; 2] = [FREEZE, ADOPT];
+
+/// The answer to a user who asks for an action of [`INTERNAL`].
+#[must_use]
+pub fn refuse_internal(action: &str) -> Option<Failure> {
+    let name = INTERNAL.into_iter().find(|name| *name == action)?;
+    let message =
+        format!("{name:?} is what this library asks of its guest itself; list_actions names what may be asked");
+    Some(Failure { code: Code::ReservedAction, message })
+}
 
 /// The payload of STARTED.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +93,7 @@ pub struct Failure {
 #[serde(tag = "code", content = "reason", rename_all = "snake_case")]
 pub enum Code {
     UnknownAction,
+    ReservedAction,
     BadParams,
     ProgramNotFound,
     PermissionDenied,
@@ -119,6 +133,7 @@ impl Code {
     pub fn as_str(self) -> &'static str {
         match self {
             Code::UnknownAction => "unknown_action",
+            Code::ReservedAction => "reserved_action",
             Code::BadParams => "bad_params",
             Code::ProgramNotFound => "program_not_found",
             Code::PermissionDenied => "permission_denied",
@@ -185,9 +200,20 @@ mod tests {
 
     #[test]
     fn test_code_as_str_is_its_json() {
-        for code in [Code::UnknownAction, Code::ProgramNotFound, Code::NoSpace, Code::Busy, Code::IoError] {
+        for code in
+            [Code::UnknownAction, Code::ReservedAction, Code::ProgramNotFound, Code::NoSpace, Code::Busy, Code::IoError]
+        {
             assert_eq!(serde_json::to_value(code).unwrap()["code"], code.as_str());
         }
+    }
+
+    #[test]
+    fn test_refuse_internal_names_the_action_and_lets_others_pass() {
+        for name in INTERNAL {
+            let failure = refuse_internal(name).unwrap();
+            assert!(failure.code == Code::ReservedAction && failure.message.contains(name));
+        }
+        assert_eq!(refuse_internal("exec"), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use microvm_protocol::identity::Identity;
-use microvm_protocol::message::{Code, Failure};
+use microvm_protocol::message::{refuse_internal, Code, Failure};
 use serde_json::Value;
 
 use super::program::{Collected, Program, ROOT};
@@ -21,7 +21,8 @@ const MAX_OUTPUT: usize = 4 << 20;
 
 fn is_name(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    (1..=64).contains(&name.len()) && !name.starts_with('.') && name.chars().all(plain)
+    let is_plain = (1..=64).contains(&name.len()) && !name.starts_with('.') && name.chars().all(plain);
+    is_plain && refuse_internal(name).is_none()
 }
 
 fn is_action(path: &Path) -> bool {

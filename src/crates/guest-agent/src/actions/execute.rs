@@ -51,8 +51,27 @@ impl Params {
         if !self.pty && (self.rows.is_some() || self.columns.is_some()) {
             return fail(Code::BadParams, "rows, columns: only a terminal has a size; ask for pty");
         }
+        for (field, size) in [("rows", self.rows), ("columns", self.columns)] {
+            if size == Some(0) {
+                return fail(Code::BadParams, format!("{field}: 0 is not between 1 and 65535"));
+            }
+        }
         let size = (self.rows.unwrap_or(TERMINAL.0), self.columns.unwrap_or(TERMINAL.1));
         Ok(Program { terminal: self.pty.then_some(size), ..self.program(self.timeout)? })
+    }
+
+    /// The first field that holds a NUL.
+    fn with_nul(&self) -> Option<String> {
+        let has_nul = |text: &String| text.contains('\0');
+        let argument = || self.args.iter().position(has_nul).map(|index| format!("args[{index}]"));
+        let variable = || self.env.iter().any(|(name, value)| has_nul(name) || has_nul(value));
+        if has_nul(&self.program) {
+            return Some("program".into());
+        }
+        if self.cwd.as_ref().is_some_and(has_nul) {
+            return Some("cwd".into());
+        }
+        argument().or_else(|| variable().then(|| "env".into()))
     }
 
     fn program(&self, seconds: Option<f64>) -> Result<Program<'_>, Failure> {
@@ -60,9 +79,11 @@ impl Params {
             let message = format!("timeout: {seconds} is not above 0 and at most {MAX_TIMEOUT_S} seconds");
             return fail(Code::BadParams, message);
         }
-        let texts = [&self.program].into_iter().chain(&self.args).chain(self.env.keys()).chain(self.env.values());
-        if self.program.is_empty() || texts.into_iter().any(|text| text.contains('\0')) {
-            return fail(Code::BadParams, "program: it must not be empty, and no text may hold a NUL");
+        if self.program.is_empty() {
+            return fail(Code::BadParams, "program: it must not be empty");
+        }
+        if let Some(field) = self.with_nul() {
+            return fail(Code::BadParams, format!("{field}: it holds a NUL, which no argument of a program can"));
         }
         if self.uid == Some(u32::MAX) {
             return fail(
@@ -127,4 +148,34 @@ pub fn ended_json(ended: Ended, duration: Duration) -> Value {
         Ended::Signal(signal) => (None, Some(signal)),
     };
     json!({"exit_code": code, "signal": signal, "duration_seconds": duration.as_secs_f64()})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(params: Value) -> String {
+        let params: Params = read(params).unwrap();
+        params.streamed().err().unwrap().message
+    }
+
+    #[test]
+    fn test_program_a_nul_is_blamed_on_the_field_that_holds_it() {
+        for (params, field) in [
+            (json!({"program": "a\0"}), "program: "),
+            (json!({"program": "a", "cwd": "/\0"}), "cwd: "),
+            (json!({"program": "a", "args": ["b", "\0"]}), "args[1]: "),
+            (json!({"program": "a", "env": {"A": "\0"}}), "env: "),
+            (json!({"program": "a", "env": {"\0": "b"}}), "env: "),
+        ] {
+            let message = refusal(params);
+            assert!(message.starts_with(field) && message.contains("NUL"), "{message}");
+        }
+    }
+
+    #[test]
+    fn test_streamed_a_terminal_without_rows_or_columns_is_refused() {
+        assert!(refusal(json!({"program": "a", "pty": true, "rows": 0})).starts_with("rows: 0"));
+        assert!(refusal(json!({"program": "a", "pty": true, "columns": 0})).starts_with("columns: 0"));
+    }
 }

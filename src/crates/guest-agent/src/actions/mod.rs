@@ -10,7 +10,7 @@ mod stream;
 mod system;
 mod transfer;
 
-use microvm_protocol::message::{Code, Failure, Request, Response, DOWNLOAD, STREAM, UPLOAD};
+use microvm_protocol::message::{refuse_internal, Code, Failure, Request, Response, ADOPT, DOWNLOAD, STREAM, UPLOAD};
 use serde::de::DeserializeOwned;
 use serde_json::{json, Map, Value};
 
@@ -101,7 +101,7 @@ impl Guest {
             "process_request" => fetch::process_request(params, identity.network.is_some()),
             "health" => no_params(params).and_then(|()| system::health()),
             "set_clock" => system::set_clock(params),
-            "adopt" => system::adopt(params, &self.own),
+            ADOPT => system::adopt(params, &self.own),
             "shutdown" => no_params(params).map(|()| json!({})),
             other => match custom::find(other) {
                 Some(path) => custom::run(&path, &params, identity, job),
@@ -125,7 +125,10 @@ impl Guest {
     /// `execute` with an `action` and no `program` means that action: the form of the legacy callers.
     fn execute(&self, params: Value, job: &Job) -> Outcome {
         match redirect(params) {
-            Redirect::To(action, params) if action != "execute" && action != "exec" => self.act(&action, params, job),
+            Redirect::To(action, params) if action != "execute" && action != "exec" => match refuse_internal(&action) {
+                Some(failure) => Err(failure),
+                None => self.act(&action, params, job),
+            },
             Redirect::To(action, _) => fail(Code::BadParams, format!("action: {action:?} needs a program")),
             Redirect::Bad(message) => fail(Code::BadParams, message),
             Redirect::None(params) => execute::execute(params, &self.own.identity, job),
