@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{json, Value};
 
-use crate::model::{Backend, VmId, VmState};
+use crate::model::{said, Backend, VmId, VmState};
 
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -15,7 +15,8 @@ pub struct Tails {
     pub vmm_stderr: String,
 }
 
-/// What can go wrong. `Display` says what failed, on what, and what the user can do.
+/// What can go wrong. `Display` says what failed, on what, and what the user can do; of what guests and VMMs said it keeps
+/// some, without control characters ([`said`]).
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("{field} must be {allowed}, not {value}")]
@@ -56,7 +57,7 @@ pub enum Error {
     ImageUnreadable { field: &'static str, path: PathBuf, reason: String },
     #[error("{field} {path:?} is not usable: {reason}", path = path.display())]
     ImageInvalid { field: &'static str, path: PathBuf, reason: String },
-    #[error("{vm_id}: start failed at stage {stage}: {reason}")]
+    #[error("{vm_id}: start failed at stage {stage}: {}", said(reason))]
     StartFailed { vm_id: VmId, stage: &'static str, reason: String, tails: Box<Tails> },
     #[error(
         "{vm_id}: start did not finish within {limit_s} s; it was at stage {stage} (start_timeout_s can be raised)"
@@ -64,19 +65,19 @@ pub enum Error {
     StartTimeout { vm_id: VmId, stage: &'static str, limit_s: f64, tails: Box<Tails> },
     #[error("{vm_id}: the VMM's process ended unexpectedly ({how})")]
     VmDied { vm_id: VmId, how: String, tails: Box<Tails> },
-    #[error("{vm_id}: the channel to the agent is closed: {reason}{}", outcome(*sent))]
+    #[error("{vm_id}: the channel to the agent is closed: {}{}", said(reason), outcome(*sent))]
     ChannelClosed { vm_id: String, reason: String, sent: bool },
     #[error("{vm_id}: {what} was not done within {limit_s} s{}", outcome(*sent))]
     ChannelTimeout { vm_id: String, what: String, limit_s: f64, sent: bool },
-    #[error("{vm_id}: {what}: {message}")]
+    #[error("{vm_id}: {what}: {}", said(message))]
     Guest { vm_id: String, what: String, code: &'static str, message: String },
     #[error("{vm_id}: {path:?} did not arrive as it was sent: CRC-32 {here:08x} here, {there:08x} in the guest")]
     ChecksumMismatch { vm_id: String, path: String, here: u32, there: u32 },
-    #[error("{vm_id}: the guest and this host could not agree on a session: {reason}")]
+    #[error("{vm_id}: the guest and this host could not agree on a session: {}", said(reason))]
     HandshakeFailed { vm_id: VmId, reason: String },
     #[error("{vm_id}: {what} of {size} bytes is over the limit of {limit} bytes; send it in pieces")]
     MessageTooLarge { vm_id: String, what: String, size: usize, limit: usize },
-    #[error("{vm_id}: {operation} failed: {reason}")]
+    #[error("{vm_id}: {operation} failed: {}", said(reason))]
     Vmm { vm_id: VmId, operation: &'static str, reason: String },
     #[error("{operation} failed on {object}: {reason}")]
     Host { operation: &'static str, object: String, reason: String },

@@ -17,6 +17,7 @@ mod pool;
 mod quota;
 mod shapes;
 mod state;
+mod text;
 
 pub use budget::{Budget, CPU_PERIOD_US, VMM_CPU_PERCENT};
 pub use config::{ManagerConfig, CONFIG_KEYS};
@@ -32,3 +33,4 @@ pub use policy::{OnFailure, Policies, Policy};
 pub use pool::{Form, PoolSpec, Shape};
 pub use quota::{Quota, QuotaUse};
 pub use state::VmState;
+pub use text::{printable, said, RECORD_BYTES};

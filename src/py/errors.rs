@@ -6,13 +6,14 @@ use pyo3::sync::PyOnceLock;
 use super::convert;
 use super::logging;
 use crate::error::Error;
+use crate::model::{printable, RECORD_BYTES};
 
 /// The exception object for `error`.
 pub fn exception<'py>(py: Python<'py>, error: &Error) -> PyResult<Bound<'py, PyAny>> {
     static MAKE_ERROR: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let make_error = MAKE_ERROR.import(py, "thirstys_waterfall.security.microvm_isolation._errors", "make_error")?;
     let details = convert::from_json(py, &error.details())?;
-    make_error.call1((error.code(), error.to_string(), details))
+    make_error.call1((error.code(), printable(&error.to_string(), RECORD_BYTES), details))
 }
 
 /// `error` as something to raise.

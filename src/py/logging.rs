@@ -11,6 +11,8 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
+use crate::model::{printable, RECORD_BYTES};
+
 const PACKAGE: &str = "thirstys_waterfall.security.microvm_isolation";
 /// Records kept while nobody fetches; older ones give way.
 const CAPACITY: usize = 4096;
@@ -43,6 +45,8 @@ impl Log for Collector {
             Level::Info => "info",
             Level::Debug | Level::Trace => "debug",
         };
+        // Records quote guests and VMMs.
+        let message = printable(&record.args().to_string(), RECORD_BYTES).into_owned();
         let mut queue = QUEUE.lock().unwrap_or_else(PoisonError::into_inner);
         if queue.closed {
             return;
@@ -51,7 +55,7 @@ impl Log for Collector {
             queue.lines.pop_front();
             queue.lost += 1;
         }
-        queue.lines.push_back((level, PACKAGE, record.args().to_string()));
+        queue.lines.push_back((level, PACKAGE, message));
         ARRIVED.notify_one();
     }
 
@@ -80,7 +84,7 @@ pub fn logger(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
 
 /// Logs at once, from a thread that is attached.
 pub fn on_this_thread(py: Python<'_>, level: &'static str, message: &str) -> PyResult<()> {
-    logger(py)?.call_method1(level, ("%s", message)).map(drop)
+    logger(py)?.call_method1(level, ("%s", printable(message, RECORD_BYTES))).map(drop)
 }
 
 /// Waits up to `timeout` seconds for records; `None` once the log is closed.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use crate::host::clock;
-use crate::model::{Event, Happening, IsolationType, VmId};
+use crate::model::{printable, Event, Happening, IsolationType, VmId, RECORD_BYTES};
 
 #[derive(Debug, Default)]
 struct Hub {
@@ -58,7 +58,7 @@ impl Events {
     }
 
     pub fn tell(&self, vm_id: &VmId, isolation_type: IsolationType, happening: Happening, detail: impl Into<String>) {
-        let (vm_id, detail) = (vm_id.clone(), detail.into());
+        let (vm_id, detail) = (vm_id.clone(), printable(&detail.into(), RECORD_BYTES).into_owned());
         let unix_time_s = clock::unix_time_ns() as f64 / 1e9;
         let mut hub = self.hub();
         hub.sequence += 1;
