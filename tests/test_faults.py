@@ -1,16 +1,24 @@
 """Faults of the host, made for real: each is a clear error or a recovery, and never a wrong state."""
 
+import contextlib
+import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
+from .network.frames import borrow
 from .support import IMPORT, VMTestCase, eventually, find_tool, limits, run_python, shell
 
+# Where QEMU has its end of QMP (src/vmm/qemu/args.rs).
+QMP_FD = 4
 HEAD = """
 import os, sys
 from {} import *
@@ -206,3 +214,59 @@ class Clocks(VMTestCase):
         begun = time.monotonic()
         self.assertTrue(eventually(lambda: self.manager.get_vm(vm.vm_id) is None, 15.0))
         self.assertTrue(4.0 < time.monotonic() - begun < 10.0)
+
+
+@unittest.skipUnless(os.geteuid() == 0, "needs root to take a descriptor of a VMM")
+class HostileVmm(VMTestCase):
+    """A VMM in an attacker's power says what it likes: here the test says it, in place of a VMM that stands still."""
+
+    config = {"health_interval_s": None}
+
+    def hostile(self) -> Tuple[Any, socket.socket]:
+        """A VM, and its VMM's end of QMP."""
+        vm = self.running()
+        pid = vm.get_info()["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        qmp = socket.socket(fileno=borrow(pid, QMP_FD))
+        self.addCleanup(qmp.close)
+        qmp.settimeout(20)
+        return vm, qmp
+
+    def test_line_without_an_end_ends_the_vm_and_takes_no_memory(self) -> None:
+        vm, qmp = self.hostile()
+        resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+        before, block = resident(), b"x" * (1 << 20)
+
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                for _ in range(300):
+                    qmp.sendall(block)
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(lambda: qmp.shutdown(socket.SHUT_RDWR))
+        self.assertTrue(eventually(lambda: vm.get_health_metrics() and vm.get_state().value == "error", 30.0))
+        self.assertLess(resident() - before, 64)
+        self.assertEqual(vm.last_error.code, "vm_died")
+
+    def test_words_reach_logs_errors_and_events_escaped_and_cut(self) -> None:
+        seen: List[Dict[str, Any]] = []
+        self.manager.on_event(seen.append)
+        vm, qmp = self.hostile()
+
+        def answer() -> None:
+            asked = json.loads(qmp.makefile().readline())
+            words = "\x1b[2Jno\nERROR forged\u202e" + "x" * 100000
+            qmp.sendall(json.dumps({"error": {"class": "GenericError", "desc": words}, "id": asked["id"]}).encode() + b"\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        self.addCleanup(thread.join)
+        with self.assertLogs(level="DEBUG") as logs:
+            self.assertFalse(vm.pause())
+        error = str(vm.last_error)
+        self.assertIn(r"\u{1b}[2Jno\nERROR forged\u{202e}xxx", error)
+        for text in [error, *(record.getMessage() for record in logs.records), *(event["detail"] for event in seen)]:
+            self.assertLess(len(text), 10000)
+            self.assertTrue(text.isprintable(), ascii(text))

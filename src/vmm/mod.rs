@@ -12,6 +12,7 @@ mod golden;
 mod http;
 mod install;
 mod jail;
+mod line;
 mod program;
 mod qemu;
 mod select;

@@ -72,16 +72,22 @@ def ipv6_echo(sender: str, to: str, payload: bytes) -> bytes:
     return struct.pack("!IHBB", 6 << 28, len(message), 58, 255) + addresses + message[:2] + struct.pack("!H", value) + message[4:]
 
 
+def borrow(pid: int, number: int) -> int:
+    """A descriptor of our own of what another process has open (pidfd_getfd(2), Linux 5.6)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    process = libc.syscall(SYS_PIDFD_OPEN, pid, 0)
+    assert process >= 0, os.strerror(ctypes.get_errno())
+    descriptor = libc.syscall(SYS_PIDFD_GETFD, process, number, 0)
+    os.close(process)
+    assert descriptor >= 0, os.strerror(ctypes.get_errno())
+    return int(descriptor)
+
+
 def hand_of(pid: int, tap: str) -> int:
     """The VMM's own descriptor of its tap: what is written to it, the host takes for the guest's."""
     for entry in Path("/proc/{}/fdinfo".format(pid)).iterdir():
         if "iff:\t{}\n".format(tap) in entry.read_text():
-            libc = ctypes.CDLL(None, use_errno=True)
-            process = libc.syscall(SYS_PIDFD_OPEN, pid, 0)
-            descriptor = libc.syscall(SYS_PIDFD_GETFD, process, int(entry.name), 0)
-            assert descriptor >= 0, os.strerror(ctypes.get_errno())
-            os.close(process)
-            return int(descriptor)
+            return borrow(pid, int(entry.name))
     raise AssertionError("process {} holds no tap {}".format(pid, tap))
 
 

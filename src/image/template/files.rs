@@ -18,6 +18,9 @@ pub const STATE: &str = "state";
 pub const DISK: &str = "disk";
 pub(super) const MANIFEST: &str = "manifest";
 
+/// Device state is some ten to some hundred kilobytes; what a VMM wrote is held in this process's memory.
+const MAX_STATE_BYTES: u64 = 64 << 20;
+
 /// A template that was checked and is held in sealed memory, but for a user's own disk, which may be large.
 #[derive(Debug)]
 pub struct Template {
@@ -44,6 +47,7 @@ impl Template {
         let manifest = check(&fs::read(&files[0].0)?)?;
         let ram = Arc::new(seal(&files[1].0, &manifest.ram, RAM)?);
         held().push(Arc::downgrade(&ram));
+        check_state(&files[2].0)?;
         let state = Arc::new(seal(&files[2].0, &manifest.state, STATE)?);
         let disk = Arc::new(open(&files[3].0, &manifest.disk)?);
         let template = Self { manifest, ram, state, disk, files };
@@ -60,8 +64,19 @@ impl Template {
     }
 }
 
+fn check_state(path: &Path) -> io::Result<()> {
+    match path.metadata()?.len() {
+        ..=MAX_STATE_BYTES => Ok(()),
+        length => Err(io::Error::new(
+            ErrorKind::InvalidData,
+            format!("the VMM wrote {length} bytes of device state, over the limit of {MAX_STATE_BYTES}"),
+        )),
+    }
+}
+
 /// The manifest of the three files in `new`, which are made sparse on the way.
 pub(super) fn describe(new: &Path, fit: Fit, hello: Vec<u8>) -> io::Result<Manifest> {
+    check_state(&new.join(STATE))?;
     let digest = |name: &str| {
         let file = File::options().read(true).write(true).open(new.join(name))?;
         digest::pages(&file, |at, page| match page {

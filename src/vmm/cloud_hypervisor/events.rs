@@ -8,15 +8,16 @@ use std::os::fd::OwnedFd;
 use libc::SIGKILL;
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use serde::Deserialize;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::io::BufReader;
 use tokio::net::unix::pipe;
 
 use crate::error::{Error, Result};
 use crate::host::process::Signals;
 use crate::model::VmId;
+use crate::vmm::line::{self, read_line};
 
-/// Events are some hundred bytes; no VMM gets to fill this process's memory.
-const MAX_EVENT_BYTES: u64 = 64 * 1024;
+/// Events are some hundred bytes.
+const MAX_EVENT_BYTES: usize = 64 * 1024;
 
 #[derive(Debug, Deserialize)]
 struct Event {
@@ -48,13 +49,16 @@ impl Events {
         let mut told = Vec::new();
         loop {
             let before = told.len();
-            match (&mut lines).take(MAX_EVENT_BYTES).read_until(b'\n', &mut told).await {
-                Ok(0) => return,
-                Ok(_) => {}
+            match read_line(&mut lines, &mut told, MAX_EVENT_BYTES).await {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(_) if told.len() > MAX_EVENT_BYTES => {
+                    return line::end(&vm_id, "its events", MAX_EVENT_BYTES, Some(&signals));
+                }
                 Err(error) => return log::warn!("{vm_id}: Cloud Hypervisor's events cannot be read: {error}"),
             }
             // An empty line ends an event.
-            if told[before..].iter().all(u8::is_ascii_whitespace) || told.len() as u64 > MAX_EVENT_BYTES {
+            if told[before..].iter().all(u8::is_ascii_whitespace) {
                 if is_reboot(&told) {
                     log::info!("{vm_id}: its guest reboots, which ends it");
                     signals.send(SIGKILL);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use libc::{SIGCONT, SIGSTOP};
 
 use serde::Deserialize;
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::BufReader;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -22,12 +22,16 @@ use crate::host::procfs;
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
 use crate::vmm::http::{Answer, Call, Client};
+use crate::vmm::line::{self, read_line};
 use crate::vmm::{BoxFuture, Control, DiskIo, LaunchPlan, Origin, CONTROL_DEADLINE};
 
 /// How long it may take to load a kernel and make a machine; the start has a deadline of its own besides.
 const BOOT_DEADLINE: Duration = Duration::from_secs(30);
 /// How long it may take to write a guest's memory.
 const SAVE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A line of counters has some ten kilobytes.
+const MAX_LINE_BYTES: usize = 1 << 20;
 
 /// What it says of a request that it refuses.
 #[derive(Debug, Deserialize)]
@@ -87,11 +91,12 @@ impl Api {
         sockets: Arc<SocketDir>,
         folder: PathBuf,
         metrics: pipe::Receiver,
-        stopper: Option<Signals>,
+        signals: Option<Signals>,
+        stops: bool,
     ) -> Self {
         let vm_id = plan.vm_id.clone();
         let (telling, told) = watch::channel(Told::default());
-        let reading = tokio::spawn(read_counters(vm_id.clone(), metrics, telling));
+        let reading = tokio::spawn(read_counters(vm_id.clone(), metrics, telling, signals.clone()));
         Self {
             vm_id,
             sockets,
@@ -102,7 +107,7 @@ impl Api {
             ram: if let Origin::Record { ram } = origin { ram.clone() } else { PathBuf::new() },
             is_loaded_only: AtomicBool::new(false),
             counters: Counters { told, reading },
-            stopper: stopper.map(|signals| Stopper { signals, stopped: AtomicBool::new(false) }),
+            stopper: signals.filter(|_| stops).map(|signals| Stopper { signals, stopped: AtomicBool::new(false) }),
         }
     }
 
@@ -248,14 +253,17 @@ impl Control for Api {
     }
 }
 
-async fn read_counters(vm_id: VmId, metrics: pipe::Receiver, telling: watch::Sender<Told>) {
+async fn read_counters(vm_id: VmId, metrics: pipe::Receiver, telling: watch::Sender<Told>, signals: Option<Signals>) {
     let mut lines = BufReader::new(metrics);
     let mut line = Vec::new();
     loop {
         line.clear();
-        match lines.read_until(b'\n', &mut line).await {
-            Ok(0) => return,
-            Ok(_) => {}
+        match read_line(&mut lines, &mut line, MAX_LINE_BYTES).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(_) if line.len() > MAX_LINE_BYTES => {
+                return line::end(&vm_id, "its counters", MAX_LINE_BYTES, signals.as_ref());
+            }
             Err(error) => return log::warn!("{vm_id}: Firecracker's counters cannot be read: {error}"),
         }
         match added(&line) {
@@ -316,7 +324,7 @@ mod tests {
 
     fn api(fake: &Fake) -> Api {
         let metrics = fake.sockets.pipe(bodies::METRICS).unwrap();
-        Api::new(&plan(), &Origin::Boot, fake.sockets.clone(), "/run".into(), metrics, None)
+        Api::new(&plan(), &Origin::Boot, fake.sockets.clone(), "/run".into(), metrics, None, false)
     }
 
     #[tokio::test]
@@ -335,6 +343,21 @@ mod tests {
         let api = api(&fake);
         assert!(api.pause().await.unwrap_err().to_string().contains("PATCH /vm"));
         api.resume().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_counters_without_an_end_are_read_up_to_a_limit() {
+        let fake = Fake::serve("fc-flood", vec![]);
+        let (api, pipe) = (api(&fake), fake.path().join(bodies::METRICS));
+        let mut pipe = pipe::OpenOptions::new().open_sender(pipe).unwrap();
+        let mut sent = 0;
+        // Fails once the reader has given up.
+        while let Ok(length) = tokio::io::AsyncWriteExt::write(&mut pipe, &[b'x'; 65_536]).await {
+            sent += length;
+            assert!(sent < 4 * MAX_LINE_BYTES);
+        }
+        assert!(sent > MAX_LINE_BYTES);
+        drop(api);
     }
 
     #[tokio::test]

@@ -137,8 +137,8 @@ impl Vmm for Firecracker {
             fds.push(ram.as_fd());
         }
         let jailed = Jailed::launch(&jail.launcher, &spec, &fds, held)?;
-        let stopper = self.wedges_on_resume().then(|| jailed.signals());
-        let control = Box::new(Api::new(plan, origin, sockets, folder.inside.clone(), metrics, stopper));
+        let (inside, signals) = (folder.inside.clone(), Some(jailed.signals()));
+        let control = Box::new(Api::new(plan, origin, sockets, inside, metrics, signals, self.wedges_on_resume()));
         Ok(Launched { jailed, agent, control, tails: LiveTails { console, vmm_stderr }, identity: None })
     }
 }

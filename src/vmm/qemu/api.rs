@@ -3,23 +3,42 @@
 use std::os::fd::OwnedFd;
 
 use serde_json::{json, Value};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Interest};
+use tokio::io::{AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
 use crate::error::{Error, Result};
+use crate::host::process::Signals;
 use crate::host::rights::send_with;
 use crate::model::VmId;
+use crate::vmm::line::{self, read_line};
 use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
 
 /// The name under which QEMU keeps the descriptor of a template's device state.
 const STATE: &str = "s";
+/// The set that holds it, for a QEMU that takes files only.
+const STATE_SET: u32 = 1;
+
+/// Answers are some kilobytes.
+const MAX_LINE_BYTES: usize = 1 << 20;
 
 /// One QMP connection; commands go one after the other.
 #[derive(Debug)]
 pub struct Qmp {
     vm_id: VmId,
     line: Mutex<Line>,
+    restore: Restore,
+    /// Ends a VMM that says more than it may.
+    signals: Option<Signals>,
+}
+
+/// How QEMU takes the device state that it restores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Restore {
+    /// From a named descriptor.
+    Fd,
+    /// From a file in a set of descriptors.
+    FdSet,
 }
 
 #[derive(Debug)]
@@ -32,9 +51,9 @@ struct Line {
 }
 
 impl Qmp {
-    pub fn new(vm_id: VmId, stream: UnixStream) -> Self {
+    pub fn new(vm_id: VmId, stream: UnixStream, restore: Restore, signals: Option<Signals>) -> Self {
         let line = Line { stream: BufReader::new(stream), negotiated: false, next_id: 0, partial: Vec::new() };
-        Self { vm_id, line: Mutex::new(line) }
+        Self { vm_id, line: Mutex::new(line), restore, signals }
     }
 
     /// Runs `work` on the negotiated line, at most [`CONTROL_DEADLINE`].
@@ -46,7 +65,11 @@ impl Qmp {
         let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation, reason };
         let exchange = async {
             let mut line = self.line.lock().await;
-            work(&mut line).await
+            let done = work(&mut line).await;
+            if line.partial.len() > MAX_LINE_BYTES {
+                line::end(&self.vm_id, "QMP", MAX_LINE_BYTES, self.signals.as_ref());
+            }
+            done
         };
         match tokio::time::timeout(CONTROL_DEADLINE, exchange).await {
             Ok(answer) => answer.map_err(failed),
@@ -147,8 +170,8 @@ impl Line {
 
     async fn line_with(&mut self, mut wanted: impl FnMut(&Value) -> bool) -> std::result::Result<Value, String> {
         loop {
-            let read = self.stream.read_until(b'\n', &mut self.partial).await.map_err(|e| format!("QMP: {e}"))?;
-            if read == 0 {
+            let read = read_line(&mut self.stream, &mut self.partial, MAX_LINE_BYTES).await;
+            if !read.map_err(|e| format!("QMP: {e}"))? {
                 return Err("QMP: the VMM closed the connection".into());
             }
             let line: Value = serde_json::from_slice(&self.partial).map_err(|e| format!("QMP: {e}"))?;
@@ -192,15 +215,18 @@ impl Control for Qmp {
 
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("load", async move |line| {
-            let getfd = ("getfd", json!({"fdname": STATE}));
-            let incoming = ("migrate-incoming", json!({"uri": format!("fd:{STATE}")}));
+            let (give, uri) = match self.restore {
+                Restore::Fd => (("getfd", json!({"fdname": STATE})), format!("fd:{STATE}")),
+                Restore::FdSet => (("add-fd", json!({"fdset-id": STATE_SET})), format!("file:/dev/fdset/{STATE_SET}")),
+            };
+            let incoming = ("migrate-incoming", json!({"uri": uri}));
             if run {
                 // Said before the state is there, `cont` has the VM run from the moment that it is. Nobody may talk to the
                 // guest before: an interrupt that comes while the devices are loaded is lost. A state that cannot be loaded
                 // is the end of QEMU.
                 let is_resume = |line: &Value| line["event"] == "RESUME";
                 let mut runs = false;
-                let commands = [getfd, incoming, ("cont", Value::Null)];
+                let commands = [give, incoming, ("cont", Value::Null)];
                 line.commands_and(commands, Some(&state), |line| runs |= is_resume(line)).await?;
                 match runs {
                     true => Ok(()),
@@ -208,7 +234,7 @@ impl Control for Qmp {
                 }
             } else {
                 let events = json!({"capabilities": [{"capability": "events", "state": true}]});
-                line.commands([("migrate-set-capabilities", events), getfd, incoming], Some(&state)).await?;
+                line.commands([("migrate-set-capabilities", events), give, incoming], Some(&state)).await?;
                 line.migrated().await
             }
         }))
@@ -248,6 +274,7 @@ fn sum_block_stats(answer: &Value) -> DiskIo {
 mod tests {
     use super::*;
     use crate::vmm::golden::assert_golden;
+    use tokio::io::AsyncBufReadExt;
 
     /// A peer that greets, then answers each command with the given lines (`ID` stands for the command's id).
     fn scripted(answers: Vec<&'static str>) -> Qmp {
@@ -262,7 +289,7 @@ mod tests {
                 peer.get_mut().write_all((answer.replace("ID", &id) + "\n").as_bytes()).await.unwrap();
             }
         });
-        Qmp::new(VmId::parse("vm").unwrap(), ours)
+        Qmp::new(VmId::parse("vm").unwrap(), ours, Restore::Fd, None)
     }
 
     #[tokio::test]
@@ -283,6 +310,40 @@ mod tests {
         assert_eq!(qmp.pause().await.unwrap_err().code(), "vmm_error");
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn test_line_without_an_end_is_read_up_to_a_limit_across_commands() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let flooding = tokio::spawn(async move {
+            let mut sent = 0;
+            while let Ok(length) = theirs.write(&[b'x'; 65_536]).await {
+                sent += length;
+            }
+            sent
+        });
+        let qmp = Qmp::new(VmId::parse("vm").unwrap(), ours, Restore::Fd, None);
+        for _ in 0..20 {
+            let said = qmp.disk_io().await.unwrap_err().to_string();
+            assert!(said.contains("over 1048576 bytes"), "{said}");
+        }
+        assert!(qmp.line.lock().await.partial.capacity() <= 4 * MAX_LINE_BYTES);
+        drop(qmp);
+        // What a socket holds besides.
+        assert!(flooding.await.unwrap() < 4 * MAX_LINE_BYTES);
+    }
+
+    #[tokio::test]
+    async fn test_line_that_comes_in_pieces_goes_on_after_a_deadline() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut stream = BufReader::new(ours);
+        let mut partial = Vec::new();
+        theirs.write_all(b"{\"event\":").await.unwrap();
+        let soon = std::time::Duration::from_millis(20);
+        tokio::time::timeout(soon, read_line(&mut stream, &mut partial, 100)).await.unwrap_err();
+        theirs.write_all(b" 1}\n{").await.unwrap();
+        assert!(read_line(&mut stream, &mut partial, 100).await.unwrap());
+        assert_eq!(partial, b"{\"event\": 1}\n");
+    }
+
     #[tokio::test]
     async fn test_load_waits_until_the_vm_runs_whenever_that_is_said() {
         let answer = "{\"return\": {}, \"id\": ID}";
@@ -299,6 +360,10 @@ mod tests {
 
     /// What a QEMU would be told, which answers everything as one does where all is well.
     async fn told(say: impl AsyncFnOnce(&Qmp)) -> Vec<String> {
+        told_by(Restore::Fd, say).await
+    }
+
+    async fn told_by(restore: Restore, say: impl AsyncFnOnce(&Qmp)) -> Vec<String> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let hearing = tokio::spawn(async move {
             let (mut lines, mut peer) = (Vec::new(), BufReader::new(theirs));
@@ -323,7 +388,7 @@ mod tests {
                 lines.push(line.trim_end().to_owned());
             }
         });
-        say(&Qmp::new(VmId::parse("vm").unwrap(), ours)).await;
+        say(&Qmp::new(VmId::parse("vm").unwrap(), ours, restore, None)).await;
         hearing.await.unwrap()
     }
 
@@ -334,6 +399,9 @@ mod tests {
         lines.extend(told(async |qmp| qmp.load(state(), true).await.unwrap()).await);
         lines.push("# a clone that waits".into());
         lines.extend(told(async |qmp| qmp.load(state(), false).await.unwrap()).await);
+        lines.push("# the same of a QEMU that takes files only".into());
+        lines.extend(told_by(Restore::FdSet, async |qmp| qmp.load(state(), true).await.unwrap()).await);
+        lines.extend(told_by(Restore::FdSet, async |qmp| qmp.load(state(), false).await.unwrap()).await);
         lines.push("# a template is recorded".into());
         lines.extend(told(async |qmp| qmp.save(state()).await.unwrap()).await);
         lines.push("# a life".into());

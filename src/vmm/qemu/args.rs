@@ -233,7 +233,11 @@ mod tests {
         let plan = LaunchPlan { nic: Some(Nic::unplugged()), ..plan() };
         assert_golden(
             "qemu-nic.args",
-            &arguments(&plan, &Origin::Boot, Host { tsc_khz: None, firmware: None, sandbox: false, fsrm: false, ..HOST }),
+            &arguments(
+                &plan,
+                &Origin::Boot,
+                Host { tsc_khz: None, firmware: None, sandbox: false, fsrm: false, ..HOST },
+            ),
         );
         assert_eq!(wire(true), "tap,id=net,fd=7");
     }

@@ -168,7 +168,7 @@ impl Vmm for Qemu {
             Ok(spec)
         };
         let jailed = Jailed::launch_by(&Launcher { program: &launcher, zygote }, spec, &fds, held)?;
-        let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp));
+        let control = Box::new(Qmp::new(plan.vm_id.clone(), qmp, self.program.restore(), Some(jailed.signals())));
         let (agent, tails) = (Transport::Open(agent), LiveTails { console, vmm_stderr });
         Ok(Launched { jailed, agent, control, tails, identity: Some(identity) })
     }

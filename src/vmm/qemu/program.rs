@@ -5,11 +5,15 @@ use std::sync::Arc;
 
 use microvm_jail::{Access, Layer, Seccomp};
 
+use super::api::Restore;
 use crate::error::Result;
 use crate::vmm::{program, JailPlan};
 
 /// The releases whose system calls were measured for the allow-list.
 const MEASURED: [(u32, u32); 1] = [(7, 2)];
+/// From 9.1 on `fd:` of a file is deprecated, and `file:` takes a set of descriptors; 11 refuses the first. It cannot be tried:
+/// a restore that was refused leaves QEMU unable to begin another. `query-qmp-schema` does not tell.
+const RESTORES_FILES: (u32, u32) = (9, 1);
 /// What the `microvm` machine boots from: with acpi=off the first, else the second.
 const FIRMWARE: [&str; 2] = ["qboot.rom", "bios-microvm.bin"];
 /// Where distributions keep firmware and modules, seen from the folder of the binary.
@@ -95,6 +99,15 @@ impl Program {
     #[must_use]
     pub fn has_sandbox(&self) -> bool {
         self.files.needs.libraries.keys().any(|name| name.starts_with("libseccomp.so"))
+    }
+
+    /// How it takes the state that it restores.
+    #[must_use]
+    pub fn restore(&self) -> Restore {
+        match self.version() {
+            Some(version) if version >= RESTORES_FILES => Restore::FdSet,
+            _ => Restore::Fd,
+        }
     }
 
     /// Whether its CPUs know a feature by this name, be it that they have it or not.
