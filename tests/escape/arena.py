@@ -33,6 +33,8 @@ class Arena(unittest.TestCase):
 
     uid: Optional[int] = None
     namespaces = True
+    backend = "qemu"
+    connected = False
     folder: Path
     intruder: Path
 
@@ -57,6 +59,8 @@ class Arena(unittest.TestCase):
         task = {
             "uid": self.uid,
             "namespaces": self.namespaces,
+            "backend": self.backend,
+            "connected": self.connected,
             "intruder": str(self.intruder),
             "jailed": jailed,
             "victim": victim,

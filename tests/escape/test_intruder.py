@@ -1,7 +1,7 @@
-"""A VMM that an attacker controls: the intruder in QEMU's place, in exactly the jail that QEMU gets."""
+"""A VMM that an attacker controls: the intruder in the place of each, in exactly the jail that each gets, isolated and connected."""
 
 import unittest
-from typing import Any, Dict
+from typing import Any, Dict, Set
 
 from .arena import Arena
 from .driver import USER
@@ -19,6 +19,10 @@ STOPPED_BY_SECCOMP_ALONE = {
     "add_key", "shared_memory", "message_queue", "anonymous_program", "process_descriptor", "bpf", "set_user_id_bit",
     "new_mount_api", "symlink", "real_time",
 }
+
+# What works in the jails of Firecracker and Cloud Hypervisor and is theirs: the device of their guests' CPUs, anonymous files,
+# and the mode of their own disk's file, which lies in a folder that is closed to others.
+WORK_FOR_RUST_VMMS = {"kvm", "anonymous_program", "set_user_id_bit"}
 
 
 class Attacks:
@@ -133,7 +137,73 @@ class AttacksWithoutNamespaces(Arena):
         self.assertTrue(report["victim_lives"] and report["decoy_lives"])
 
 
+class AttacksOfConnectedQemu(Arena):
+    """It holds a tap that was opened for it, and no way to another."""
+
+    connected = True
+
+    def test_nothing_works_in_the_jail_and_nobody_is_harmed(self) -> None:
+        outcomes, report = self.probes(jailed=True)
+        self.assertEqual({name for name, outcome in outcomes.items() if outcome.startswith("worked")}, set())
+        self.assertTrue(report["victim_lives"] and report["decoy_lives"])
+
+
+class RustVmms(Arena):
+    """The other two VMMs as root's, in jails for VMs that boot."""
+
+    config: Dict[str, Any] = {"templates": False}
+    works = WORK_FOR_RUST_VMMS
+
+    def worked(self, **config: Any) -> Set[str]:
+        report = self.attack("probes", victim=True, timeout=60, config=dict(self.config, **config))
+        if report["code"] == "backend_unavailable":
+            self.skipTest(report["error"])
+        lines = [line.split(" ", 2) for line in report["said"].splitlines() if line.startswith("PROBE ")]
+        self.assertGreaterEqual(len(lines), 60, report)
+        self.assertIn("DONE", report["said"])
+        self.assertTrue(report["victim_lives"] and report["decoy_lives"])
+        return {name for _, name, outcome in lines if outcome.startswith("worked")}
+
+    def test_nothing_works_but_what_is_its_own_and_nobody_is_harmed(self) -> None:
+        self.assertEqual(self.worked(), self.works)
+
+    def test_without_seccomp_and_landlock_the_rest_holds(self) -> None:
+        worked = self.worked(jail="audit")
+        self.assertEqual(worked - STOPPED_BY_SECCOMP_ALONE, self.works - STOPPED_BY_SECCOMP_ALONE)
+        self.assertIn("new_process", worked)
+
+
+class AttacksOfFirecracker(RustVmms):
+    backend = "firecracker"
+
+
+class AttacksOfConnectedFirecracker(RustVmms):
+    """It opens its tap by name: that one works, once, and shows it nothing else of the host's network."""
+
+    backend = "firecracker"
+    connected = True
+    works = WORK_FOR_RUST_VMMS | {"own_tap"}
+
+
+class AttacksOfCloudHypervisor(RustVmms):
+    backend = "cloud-hypervisor"
+
+
+class AttacksOfConnectedCloudHypervisor(RustVmms):
+    backend = "cloud-hypervisor"
+    connected = True
+
+
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: Dict[str, Any]) -> unittest.TestSuite:
     """The table of attacks is no test case of its own."""
-    cases = (AttacksAsRoot, AttacksAsUser, AttacksWithoutNamespaces)
+    cases = (
+        AttacksAsRoot,
+        AttacksAsUser,
+        AttacksWithoutNamespaces,
+        AttacksOfConnectedQemu,
+        AttacksOfFirecracker,
+        AttacksOfConnectedFirecracker,
+        AttacksOfCloudHypervisor,
+        AttacksOfConnectedCloudHypervisor,
+    )
     return unittest.TestSuite(loader.loadTestsFromTestCase(case) for case in cases)

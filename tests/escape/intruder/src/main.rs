@@ -1,7 +1,8 @@
-//! A VMM that an attacker controls: it takes QEMU's place in the jail and tries to get out.
+//! A VMM that an attacker controls: it takes QEMU's place in the jail, or that of another VMM, and tries to get out.
 //!
 //! What it is to do is in the first KiB of the image that it is given as `rootfs` (`key value` a line): the tests have no
-//! other way to speak to a jailed program, and need none. Without a jail, run by hand with the same arguments, it shows
+//! other way to speak to a jailed program, and need none. QEMU's arguments say where that is; the others would hear it over
+//! their API, but every jail with a root of its own has it at the same place. Without a jail, run by hand with the same arguments, it shows
 //! that the attacks work. It prints a line for each: `PROBE name worked|failed why`.
 
 mod probes;
@@ -11,7 +12,12 @@ mod system;
 use std::collections::HashMap;
 use std::io::Read;
 
-/// The instructions, and where the VM's files are, both from the arguments that QEMU would get.
+/// Where a jail's own root has the VM's files.
+const ROOTFS: &str = "/image/rootfs";
+const KERNEL: &str = "/image/kernel";
+const DISK: &str = "/vm/disk";
+
+/// The instructions, and where the VM's files are.
 pub struct Orders {
     values: HashMap<String, String>,
     pub kernel: String,
@@ -20,7 +26,7 @@ pub struct Orders {
 
 impl Orders {
     /// # Errors
-    /// When the arguments are not QEMU's, or the image cannot be read.
+    /// When the image cannot be read.
     fn read(arguments: &[String]) -> Result<Self, String> {
         let after = |name: &str| {
             arguments.iter().position(|argument| argument == name).and_then(|at| arguments.get(at + 1)).cloned()
@@ -30,7 +36,7 @@ impl Orders {
             let drive = arguments.iter().find(|argument| argument.starts_with(&prefix))?;
             drive.rsplit_once("file=").map(|(_, path)| path.to_owned())
         };
-        let image = drive("rootfs").ok_or("no -drive id=rootfs,...,file=PATH")?;
+        let image = drive("rootfs").unwrap_or_else(|| ROOTFS.to_owned());
         let mut text = [0; 1024];
         let mut file = std::fs::File::open(&image).map_err(|error| format!("{image}: {error}"))?;
         file.read_exact(&mut text).map_err(|error| format!("{image}: {error}"))?;
@@ -38,8 +44,8 @@ impl Orders {
         let pairs = text.trim_end_matches('\0').lines().filter_map(|line| line.split_once(' '));
         Ok(Self {
             values: pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
-            kernel: after("-kernel").unwrap_or_default(),
-            disk: drive("disk").unwrap_or_default(),
+            kernel: after("-kernel").unwrap_or_else(|| KERNEL.to_owned()),
+            disk: drive("disk").unwrap_or_else(|| DISK.to_owned()),
         })
     }
 

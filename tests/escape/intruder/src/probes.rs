@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixStream};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::system::{aside, buffer, plain, text, Answer};
@@ -61,6 +62,12 @@ const PROBES: &[Probe] = &[
     ("packet_socket", |_| plain(libc::SYS_socket, [libc::AF_PACKET as usize, libc::SOCK_RAW as usize, 0])),
     ("netlink_socket", |_| plain(libc::SYS_socket, [libc::AF_NETLINK as usize, libc::SOCK_RAW as usize, 0])),
     ("vsock_socket", |_| plain(libc::SYS_socket, [libc::AF_VSOCK as usize, libc::SOCK_STREAM as usize, 0])),
+    ("other_interfaces", |_| other_interfaces()),
+    ("new_tap", |_| attach("intruder-new")),
+    ("others_tap", |o| attach(o.text("others_tap"))),
+    ("own_tap", |o| attach(o.text("tap"))),
+    ("namespace_of_tap", |_| namespace_of_tap()),
+    ("second_tap_device", |_| done(open_tap_device())),
     // Privileges.
     ("become_root", |_| aside(|| plain(libc::SYS_setresuid, [0, 0, 0]))),
     ("become_someone", |_| aside(|| plain(libc::SYS_setresuid, [12345, 12345, 12345]))),
@@ -223,6 +230,55 @@ fn tcp(port: u16) -> Answer {
 fn abstract_socket(name: &str) -> Answer {
     let address = UnixAddr::from_abstract_name(name)?;
     done(UnixStream::connect_addr(&address))
+}
+
+/// Asked of a socket of the one domain that some VMMs may make.
+fn other_interfaces() -> Answer {
+    let socket = plain(libc::SYS_socket, [libc::AF_UNIX as usize, libc::SOCK_DGRAM as usize, 0])?;
+    let is_other = |index: &i32| {
+        // struct ifreq: a name of 16 bytes, then the index.
+        let mut request = [0u8; 40];
+        request[16..20].copy_from_slice(&index.to_ne_bytes());
+        let request = Box::into_raw(Box::new(request));
+        let asked = plain(libc::SYS_ioctl, [socket as usize, libc::SIOCGIFNAME as usize, request as usize]);
+        // SAFETY: made above, written by the kernel, used by nobody else.
+        let request = unsafe { *Box::from_raw(request) };
+        asked.is_ok() && !request.starts_with(b"lo\0")
+    };
+    (1..1000).find(is_other).map(i64::from).ok_or_else(denied)
+}
+
+/// As Firecracker opens it.
+fn open_tap_device() -> std::io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")
+}
+
+/// The device that the probes use, opened by the first of them: it may be handed out once.
+fn tap_device() -> std::io::Result<&'static File> {
+    static DEVICE: OnceLock<File> = OnceLock::new();
+    match DEVICE.get() {
+        Some(device) => Ok(device),
+        None => open_tap_device().map(|device| DEVICE.get_or_init(|| device)),
+    }
+}
+
+/// Attaches to the tap of this name, or makes it.
+fn attach(name: &str) -> Answer {
+    if name.is_empty() {
+        return Err(denied());
+    }
+    let mut request = [0u8; 40];
+    request[..name.len()].copy_from_slice(name.as_bytes());
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request[16..20].copy_from_slice(&flags.to_ne_bytes());
+    // linux/if_tun.h: TUNSETIFF.
+    plain(libc::SYS_ioctl, [tap_device()?.as_raw_fd() as usize, 0x4004_54ca, buffer(request)])
+}
+
+/// A way into the network namespace of the tap.
+fn namespace_of_tap() -> Answer {
+    // linux/if_tun.h: TUNGETDEVNETNS.
+    plain(libc::SYS_ioctl, [tap_device()?.as_raw_fd() as usize, 0x54e3, 0])
 }
 
 fn gain_capabilities() -> Answer {
