@@ -44,9 +44,14 @@ pub fn report(image: &GuestImage) -> Value {
         }
         Err(error) => problem(error.to_string(), None),
     }
-    let network = network::ready();
-    if let Err(refusal) = &network {
-        problem(format!("VMs cannot be connected: {}", refusal.reason), Some(refusal.remedy.clone()));
+    let network = network::ready(None, true, network::Age::Now);
+    match &network {
+        Err(refusal) => {
+            problem(format!("VMs cannot be connected: {}", refusal.reason), Some(refusal.remedy.clone()));
+        }
+        Ok(found) => found.iter().for_each(|one| {
+            problem(format!("connected VMs may reach nothing: {}", one.what), Some(one.remedy.clone()));
+        }),
     }
     let accelerator = |grade: Option<Grade>| match grade {
         Some(Grade::Hardware) => Some("kvm"),
@@ -78,7 +83,7 @@ pub fn report(image: &GuestImage) -> Value {
         },
         "network": {
             "connected_vms": network.is_ok(),
-            "uplinks": net::default_routes(),
+            "uplinks": net::uplinks(),
             "reason": network.as_ref().err().map(|refusal| &refusal.reason),
             "remedy": network.as_ref().err().map(|refusal| &refusal.remedy),
         },

@@ -5,6 +5,8 @@
 
 mod address;
 mod dns;
+mod firewall;
+mod fitness;
 mod links;
 mod mac;
 mod rules;
@@ -12,6 +14,8 @@ mod segment;
 
 pub use address::{choose, conflict, Addresses};
 pub use dns::{Question, Relayed, Transport, Verdict};
+pub use firewall::Firewall;
+pub use fitness::{problems, HostNetwork, Problem};
 pub use links::{Interface, GENERATED_TAP, SHAPER_PREFIX};
 pub use mac::generate as generate_mac;
 pub use rules::{Pinned, Rules, MAX_PINNED};

@@ -75,6 +75,12 @@ impl Rules {
         Self { refuses_early: false, ..self }
     }
 
+    /// Whether a table of this name is one of ours, of this process or another.
+    #[must_use]
+    pub fn is_table(name: &str) -> bool {
+        Self::of_table(name).is_some()
+    }
+
     /// The rules of whoever has a table of this name.
     #[must_use]
     pub fn of_table(name: &str) -> Option<Self> {

@@ -12,8 +12,8 @@ use super::stream::ProcessStream;
 use super::{convert, errors, logging, transfer};
 use crate::manager;
 use crate::model::{Backend, ManagerConfig, NetworkConfig};
-use crate::net::Segment;
-use crate::vm::{Health, MicroVm, Spec};
+use crate::net::{Problem, Segment};
+use crate::vm::{network, Health, MicroVm, Spec};
 
 /// One microVM: `start`, `stop`, `pause`, `resume`, commands and health. Usable on its own, without a manager.
 #[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
@@ -61,7 +61,7 @@ fn health_info(vm: &MicroVm, health: &Health) -> Value {
 }
 
 /// What the VM got while it is connected, else what it asked for.
-fn network_info(network: &NetworkConfig, segment: Option<&Segment>) -> Value {
+fn network_info(network: &NetworkConfig, segment: Option<&Segment>, problems: &[Problem]) -> Value {
     let mut info = json!({
         "isolated": network.isolated_network,
         "tap_device": network.tap_device,
@@ -71,6 +71,7 @@ fn network_info(network: &NetworkConfig, segment: Option<&Segment>) -> Value {
         "dns_servers": network.dns_servers,
         "egress": network.egress,
         "ipv6": network.ipv6,
+        "problems": problems.iter().map(|Problem { what, remedy, .. }| json!({"what": what, "remedy": remedy})).collect::<Vec<_>>(),
     });
     if let Some(segment) = segment {
         let addresses = &segment.addresses;
@@ -95,6 +96,16 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
     let health = vm.health().await;
     let (spec, facts) = (vm.spec(), vm.facts());
     let segment = facts.segment.as_deref();
+    let problems = match facts.segment.clone() {
+        None => Vec::new(),
+        Some(segment) => {
+            let looked = tokio::task::spawn_blocking(move || network::problems_of(&segment)).await;
+            looked.unwrap_or_else(|error| {
+                log::warn!("{}: its host's network was not looked at: {error}", spec.vm_id);
+                Vec::new()
+            })
+        }
+    };
     let mut metrics = health_json(&health);
     metrics["status"] = json!(health.verdict.status.as_str());
     metrics["cpu_usage"] = json!(health.cpu_usage_percent);
@@ -115,7 +126,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "resource_limits": convert::limits_json(&spec.limits),
         "jail": facts.jail,
         "limits": facts.limits,
-        "network_config": network_info(&spec.network, segment),
+        "network_config": network_info(&spec.network, segment, &problems),
         "health_metrics": metrics,
         "health": health_info(&vm, &health),
         "last_error": vm.last_error().map(|error| json!({"code": error.code(), "message": error.to_string()})),

@@ -24,9 +24,14 @@ UPLINK = "up0"
 
 def run(command: str) -> str:
     """What a command prints; it must succeed."""
-    done = subprocess.run(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    return run_words(command.split())
+
+
+def run_words(command: List[str]) -> str:
+    """The same for a command whose words have spaces in them."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     if done.returncode:
-        raise AssertionError("{}: {}{}".format(command, done.stdout, done.stderr))
+        raise AssertionError("{}: {}{}".format(" ".join(command), done.stdout, done.stderr))
     return done.stdout
 
 

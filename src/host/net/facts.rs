@@ -4,7 +4,10 @@
 use std::fs;
 use std::net::Ipv4Addr;
 
-use super::Refusal;
+use serde_json::Value;
+
+use super::route::way_to;
+use super::{Refusal, Tool};
 use crate::model::Ipv4Net;
 
 /// The index of the interface called `name`.
@@ -36,24 +39,34 @@ pub fn networks() -> Vec<(String, Ipv4Addr, Ipv4Net)> {
     addresses.filter_map(read).collect()
 }
 
-/// The interfaces that have a default route.
-#[must_use]
-pub fn default_routes() -> Vec<String> {
-    parse_default_routes(&fs::read_to_string("/proc/net/route").unwrap_or_default())
-}
+/// An address of the internet in each half of the address space: VPNs have a route for each, to leave the default one alone.
+const FAR: [Ipv4Addr; 2] = [Ipv4Addr::new(8, 8, 8, 8), Ipv4Addr::new(193, 0, 14, 129)];
 
-fn parse_default_routes(table: &str) -> Vec<String> {
-    let mut names = Vec::new();
-    for line in table.lines().skip(1) {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        // Iface Destination Gateway Flags RefCnt Use Metric Mask
-        if let [name, "00000000", _, _, _, _, _, "00000000", ..] = fields[..] {
-            if !names.iter().any(|known| known == name) {
-                names.push(name.to_owned());
-            }
-        }
+/// The interfaces by which packets to the internet leave, as the kernel says: by all its tables and rules.
+#[must_use]
+pub fn uplinks() -> Vec<String> {
+    let known = interfaces();
+    let mut names: Vec<String> = Vec::new();
+    for index in FAR.into_iter().filter_map(way_to) {
+        let name = known.iter().find(|(other, _)| *other == index).map(|(_, name)| name.clone());
+        names.extend(name.filter(|name| !names.contains(name)));
     }
     names
+}
+
+/// Whether some part of the internet has no route.
+#[must_use]
+pub fn is_cut_off() -> bool {
+    FAR.into_iter().any(|address| way_to(address).is_none())
+}
+
+/// All rules of nf_tables, as `nft --json list ruleset` has them; `None` when they cannot be read.
+#[must_use]
+pub fn ruleset() -> Option<Value> {
+    let printed = Tool::Nft.ask(&["--json", "list", "ruleset"]).ok()?;
+    // Warnings about tables that iptables manages may come before it.
+    let json = printed.get(printed.find("{\"nftables\"")?..)?;
+    serde_json::Deserializer::from_str(json).into_iter::<Value>().next()?.ok()
 }
 
 /// Whether packets that come in by this interface are forwarded.
@@ -111,16 +124,6 @@ mod tests {
         let loopback = Ipv4Net::parse("127.0.0.0/8").unwrap();
         assert!(networks().iter().any(|(_, _, net)| *net == loopback) || networks().is_empty());
         assert!(interfaces().iter().any(|(index, name)| name == "lo" && index_of("lo") == Some(*index)));
-    }
-
-    #[test]
-    fn test_parse_default_routes_names_each_interface_once() {
-        let table = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n\
-                     eth0\t00000000\t0101A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n\
-                     eth0\t00000000\t0101A8C0\t0003\t0\t0\t100\t00000000\t0\t0\t0\n\
-                     tun0\t00000000\t00000000\t0001\t0\t0\t0\t00000080\t0\t0\t0\n\
-                     eth1\t0001A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";
-        assert_eq!(parse_default_routes(table), ["eth0"]);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! while undoing is logged. It changes what it made, and nothing else of the host's.
 
 mod facts;
+mod route;
 mod socket;
 mod table;
 mod tap;
@@ -12,7 +13,9 @@ mod tool;
 mod undo;
 mod watch;
 
-pub use facts::{counters, default_routes, forwards, index_of, interfaces, networks, set_setting, setting, Counters};
+pub use facts::{
+    counters, forwards, index_of, interfaces, is_cut_off, networks, ruleset, set_setting, setting, uplinks, Counters,
+};
 pub use socket::{listen_on, Listening};
 pub use table::{Part, Table};
 pub use tap::Tap;

@@ -7,9 +7,11 @@
 mod relay;
 mod sweep;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use microvm_protocol::identity::GuestNetwork;
 
@@ -17,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
 use crate::host::{clock, kernel, privileges};
 use crate::model::{Ipv4Net, NetworkConfig, VmId};
-use crate::net::{self, Before, Interface, Resolution, Rules, Segment};
+use crate::net::{self, Before, HostNetwork, Interface, Problem, Resolution, Rules, Segment};
 use crate::vmm::{Nic, Wire};
 use relay::Relay;
 
@@ -27,6 +29,20 @@ pub use sweep::sweep;
 const TRIES: u32 = 8;
 /// What iproute2 says of a route that is there already.
 const TAKEN: &str = "File exists";
+
+/// A look at the host's rules is good for as many times as long as it took: it takes milliseconds, but where others have
+/// thousands of rules a second.
+const REUSE: u32 = 20;
+/// How old a look at the host's rules may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Age {
+    Now,
+    Recent,
+}
+
+/// When the last look began, how long it took, and what it saw.
+type Look = (Instant, Duration, Option<net::Firewall>);
+static SEEN: Mutex<Option<Look>> = Mutex::new(None);
 
 /// A connected VM's segment. Dropping it disconnects the VM and leaves no trace; it blocks for some milliseconds.
 #[derive(Debug)]
@@ -108,10 +124,14 @@ pub fn connect(
     if config.ipv6 {
         return Err(refused(Refusal::new("this release gives VMs no IPv6", "leave out ipv6=True")));
     }
-    ready().map_err(refused)?;
+    let relayed = config.egress.is_some() || config.dns_servers.is_empty();
+    let problems = ready(config.tap_device.as_deref(), relayed, Age::Recent).map_err(refused)?;
     for _ in 0..TRIES {
         match try_connect(config, range, bandwidth_mbps, wire) {
-            Ok(connected) => return Ok(connected),
+            Ok(connected) => {
+                tell(vm_id, &problems);
+                return Ok(connected);
+            }
             Err(Failed::Taken(_)) if config.ip_address.is_none() => {}
             Err(Failed::Taken(refusal) | Failed::Refused(refusal)) => return Err(refused(refusal)),
             Err(Failed::Other(error)) => return Err(error),
@@ -121,26 +141,65 @@ pub fn connect(
     Err(refused(Refusal::new(format!("every address tried in {range} was taken by someone else"), remedy)))
 }
 
-/// Whether this process and this host can connect a VM, as far as that is known before anything is made.
+/// Whether this process and this host can connect a VM with this tap (`None`: one of ours), as far as that is known before
+/// anything is made; what may keep it from reaching anything.
 ///
 /// # Errors
 /// What is missing, and what to do.
-pub fn ready() -> std::result::Result<(), Refusal> {
+pub fn ready(tap: Option<&str>, relayed: bool, age: Age) -> std::result::Result<Vec<Problem>, Refusal> {
     if !privileges::probe().net_admin {
         return Err(Refusal::denied("a tap and its rules"));
     }
     for tool in Tool::ALL {
         tool.find()?;
     }
-    let uplinks = host::default_routes();
-    if !uplinks.is_empty() && !uplinks.iter().any(|name| host::forwards(name)) {
-        let settings: Vec<String> = uplinks.iter().map(|name| format!("net.ipv4.conf.{name}.forwarding=1")).collect();
-        return Err(Refusal::new(
-            format!("answers could not come back: {} does not forward packets", uplinks.join(" nor ")),
-            format!("let it: sysctl -w {} (or net.ipv4.ip_forward=1 for all interfaces)", settings.join(" ")),
-        ));
+    // What a start is refused for must be so now.
+    let mut problems = look(tap, relayed, age);
+    if problems.iter().any(|problem| problem.is_certain) {
+        problems = look(tap, relayed, Age::Now);
     }
-    Ok(())
+    match problems.iter().find(|problem| problem.is_certain) {
+        Some(Problem { what, remedy, .. }) => Err(Refusal::new(what, remedy)),
+        None => Ok(problems),
+    }
+}
+
+/// What keeps a connected VM from reaching anything, by what the host is like now. Blocking: it runs `nft`.
+#[must_use]
+pub fn problems_of(segment: &Segment) -> Vec<Problem> {
+    look(Some(&segment.tap.name), matches!(segment.resolution, Resolution::Relayed(_)), Age::Recent)
+}
+
+/// Judges the host's network.
+fn look(tap: Option<&str>, relayed: bool, age: Age) -> Vec<Problem> {
+    let uplinks = host::uplinks().into_iter().map(|name| (host::forwards(&name), name));
+    let uplinks = uplinks.map(|(forwards, name)| (name, forwards)).collect();
+    // Held throughout: a second caller would only do the same.
+    let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let (begun, took, firewall) = match seen.take() {
+        Some((begun, took, firewall)) if age == Age::Recent && begun.elapsed() < took * REUSE => {
+            (begun, took, firewall)
+        }
+        _ => {
+            let begun = Instant::now();
+            let firewall = host::ruleset().map(|ruleset| net::Firewall::parse(&ruleset, Rules::is_table));
+            (begun, begun.elapsed(), firewall)
+        }
+    };
+    let host = HostNetwork { uplinks, cut_off: host::is_cut_off(), firewall };
+    let found = net::problems(&host, tap, relayed);
+    *seen = Some((begun, took, host.firewall));
+    found
+}
+
+/// Tells of what may keep a VM from reaching anything, once in this process: the next VM would have the same.
+fn tell(vm_id: &VmId, problems: &[Problem]) {
+    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    for Problem { what, remedy, .. } in problems {
+        if TOLD.lock().unwrap_or_else(PoisonError::into_inner).insert(what.clone()) {
+            log::warn!("{vm_id}: {what}; {remedy}");
+        }
+    }
 }
 
 fn try_connect(
