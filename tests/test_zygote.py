@@ -172,6 +172,26 @@ class Zygotes(VMTestCase):
         # End-of-file: neither zygote nor janitor nor VM holds the other end.
         self.assertEqual((done.returncode, done.stdout), (0, "b''\n"), done.stderr)
 
+    def test_package_in_a_folder_that_the_loader_would_split_has_a_zygote(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chmod(folder, 0o755)
+            copy = Path(folder) / "a b:c" / "thirstys_waterfall" / "security"
+            copy.parent.mkdir(parents=True)
+            shutil.copytree(str(DATA.parent.parent), str(copy))
+            code = (
+                "import sys, time\nsys.path.insert(0, {!r})\n"
+                "from thirstys_waterfall.security import microvm_isolation as package\n"
+                "with package.MicroVMIsolationManager({{'default_memory_mb': 128, 'default_disk_size_mb': 64, 'start_timeout_s': 120}}) as manager:\n"
+                "    for _ in range(50):\n        vm = manager.get_vm(manager.create_vm('plugin'))\n"
+                "        assert vm.start(), vm.last_error\n"
+                "        if not vm.get_info()['jail']['address_layout']['given']: break\n"
+                "        manager.destroy_vm(vm.vm_id)\n"
+                "    print(package.__file__, vm.send_command('ping')['result'], not vm.get_info()['jail']['address_layout']['given'])"
+            ).format(str(copy.parent.parent))
+            done = run_python(code, env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+        self.assertEqual((done.returncode, done.stdout[-10:]), (0, "pong True\n"), done.stderr)
+        self.assertIn("a b:c", done.stdout)
+
     def test_package_without_the_library_executes_each_vmm(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "thirstys_waterfall" / "security"

@@ -3,8 +3,11 @@
 //! Best effort: whatever goes wrong with a zygote, the program is executed instead.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -80,7 +83,7 @@ impl Zygotes {
             let state = match Zygote::start(&program, &zygotes.library) {
                 Ok(zygote) => State::Ready(zygote),
                 Err(error) => {
-                    log::info!("{} is executed for each VM: no zygote: {error}", program.display());
+                    log::warn!("{} is executed for each VM, which takes longer: no zygote: {error}", program.display());
                     State::Unfit
                 }
             };
@@ -102,16 +105,17 @@ impl Zygote {
     fn start(program: &Path, library: &Path) -> std::io::Result<Self> {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         setsockopt(&ours, sockopt::ReceiveTimeout, &TimeVal::new(DEADLINE_S, 0))?;
+        let (preload, file) = preload(library)?;
         let mut command = Command::new(program);
         command
             .arg0("microvm-zygote")
             .arg(" ".repeat(TITLE_BYTES))
             .env_clear()
-            .env("LD_PRELOAD", library)
+            .env("LD_PRELOAD", preload)
             // Where a VMM with a root of its own looks for what it loads later.
             .env("LD_LIBRARY_PATH", "/lib")
             .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
+            .stdout(file.map_or_else(Stdio::null, Stdio::from))
             .stderr(Stdio::null())
             .current_dir("/")
             // Ctrl-C is for those who have a terminal.
@@ -151,6 +155,15 @@ impl Zygote {
         }
         Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "it has ended"))
     }
+}
+
+/// What names the library to the loader. It splits its list at spaces and colons (ld.so(8)), so a path that holds one of
+/// these is given as a descriptor, which is the zygote's stdout.
+fn preload(library: &Path) -> std::io::Result<(OsString, Option<File>)> {
+    if library.as_os_str().as_bytes().iter().any(|byte| b" :".contains(byte)) {
+        return Ok(("/proc/self/fd/1".into(), Some(File::open(library)?)));
+    }
+    Ok((library.into(), None))
 }
 
 impl Drop for Zygote {
