@@ -1,83 +1,101 @@
 //! What this host can run, and what to do about what is missing.
 //!
-//! Architecture invariant: it asks what a start asks, and decides nothing of its own that a start would decide otherwise.
+//! Architecture invariant: it asks what a start asks, by the same code, and decides nothing that a start would decide
+//! otherwise.
 
-use microvm_jail::Layer;
+use microvm_jail::{Layer, Seccomp};
 use serde_json::{json, Map, Value};
 
+use crate::error::{Error, Result};
 use crate::host::cgroup::{self, Controller};
 use crate::host::{kvm, net, privileges, runtime_dir};
 use crate::image::GuestImage;
-use crate::model::{Grade, ManagerConfig};
-use crate::vm::network;
-use crate::vmm::{self, Binaries};
+use crate::manager::{self, CreateRequest, Manager};
+use crate::model::{Grade, IsolationType, ManagerConfig};
+use crate::vm::{self, network, Settings, Tried};
+use crate::vmm::{self, Installed};
 
-/// Looks at backends, accelerators and privileges; changes nothing. Blocking.
+/// Something that is missing, and the way out.
+struct Finding {
+    what: String,
+    remedy: Option<String>,
+}
+
+impl Finding {
+    fn new(what: String, remedy: Option<String>) -> Self {
+        Self { what, remedy }
+    }
+
+    fn json(&self) -> Value {
+        json!({"what": self.what, "remedy": self.remedy})
+    }
+}
+
+/// Looks at backends, accelerators and privileges, and makes and removes all that a start makes before its VMM runs. Only
+/// the package's two folders stay, which a start would make, too. Blocking.
 #[must_use]
 pub fn report(image: &GuestImage) -> Value {
-    let (kvm, privileges, backends) = (kvm::probe(), privileges::probe(), vmm::probe(&Binaries::default()));
+    let config = ManagerConfig::default();
+    let settings = manager::settings(&config, image.clone());
+    let (kvm, privileges, backends) = (kvm::probe(), privileges::probe(), vmm::probe(&settings.binaries));
     let (cpu, flag) = kvm::cpu();
-    let mut problems: Vec<Value> = Vec::new();
-    let mut problem = |what: String, remedy: Option<String>| problems.push(json!({"what": what, "remedy": remedy}));
-    if !kvm.usable {
-        problem(format!("no hardware virtualization: {}", kvm.reason), kvm.remedy.clone());
+    let tried = try_a_start(&config, &settings);
+    let layers = match &tried {
+        Ok(tried) => tried.layers.clone(),
+        Err(_) => layers_of_the_host(image, &config),
+    };
+    let network = network::ready(None, true, network::Age::Now);
+    let is_given =
+        |wanted: &str| layers.iter().any(|(name, layer)| *name == wanted && matches!(layer, Layer::Given(_)));
+
+    let (mut problems, mut hints) = (Vec::new(), Vec::new());
+    match &tried {
+        Ok(Tried { no_clone: Some(why), .. }) => {
+            problems.push(Finding::new("VMs boot instead of being cloned".into(), Some(why.clone())));
+        }
+        Ok(_) => {}
+        Err(error) => problems.push(Finding::new(format!("no VM starts: {error}"), None)),
     }
-    for backend in backends.iter().filter(|backend| backend.grade.is_none()) {
-        problem(format!("{}: {}", backend.backend, backend.reason), backend.remedy.clone());
+    if !kvm.usable {
+        problems.push(Finding::new(format!("no hardware virtualization: {}", kvm.reason), kvm.remedy.clone()));
+    }
+    for found in backends.iter().filter(|found| found.grade.is_none()) {
+        let finding = Finding::new(format!("{}: {}", found.backend, found.reason), found.remedy.clone());
+        // One backend is enough.
+        if tried.is_ok() { &mut hints } else { &mut problems }.push(finding);
     }
     let mut jail = Map::new();
-    match image.check().and_then(|()| vmm::host_jail(&image.launcher, ManagerConfig::default().uid_range.0)) {
-        Ok(host) => {
-            if let Some(why) = &host.no_proc {
-                problem("VMs boot instead of being cloned: their jail can have no /proc".into(), Some(why.clone()));
-            }
-            for (name, layer) in layers(&host) {
-                let (given, how) = match layer {
-                    Layer::Given(how) => (true, how),
-                    Layer::Missing(why) => {
-                        problem(format!("the jail lacks {name}"), Some(why.clone()));
-                        (false, why)
-                    }
-                };
-                jail.insert(name, json!({"given": given, "how": how}));
-            }
+    for (name, layer) in &layers {
+        let (given, how) = match layer {
+            // Each VM has another one.
+            Layer::Given(_) if *name == "uid" && privileges.root => (true, "a uid of its own"),
+            Layer::Given(how) => (true, how.as_str()),
+            // Where v2 has no such controller, the jail's root does its work.
+            Layer::Missing(_) if *name == "cgroup_devices" && is_given("root") => continue,
+            Layer::Missing(why) => (false, why.as_str()),
+        };
+        if !given {
+            problems.push(Finding::new(format!("the jail lacks {name}: {how}"), remedy(name, privileges.root)));
         }
-        Err(error) => problem(error.to_string(), None),
+        jail.insert((*name).to_owned(), json!({"given": given, "how": how}));
     }
-    let network = network::ready(None, true, network::Age::Now);
     match &network {
         Err(refusal) => {
-            problem(format!("VMs cannot be connected: {}", refusal.reason), Some(refusal.remedy.clone()));
+            let what = format!("VMs cannot be connected: {}", refusal.reason);
+            problems.push(Finding::new(what, Some(refusal.remedy.clone())));
         }
-        Ok(found) => found.iter().for_each(|one| {
-            problem(format!("connected VMs may reach nothing: {}", one.what), Some(one.remedy.clone()));
-        }),
+        Ok(found) => problems.extend(found.iter().map(|one| {
+            let what = format!("connected VMs may reach nothing: {}", one.what);
+            Finding::new(what, Some(one.remedy.clone()))
+        })),
     }
-    let accelerator = |grade: Option<Grade>| match grade {
-        Some(Grade::Hardware) => Some("kvm"),
-        Some(Grade::Emulated) => Some("tcg"),
-        None => None,
-    };
-    let listed: Vec<Value> = backends
-        .iter()
-        .map(|found| {
-            json!({
-                "backend": found.backend.as_str(),
-                "available": found.grade.is_some(),
-                "path": found.path,
-                "version": found.version,
-                "accelerator": accelerator(found.grade),
-                "isolation_grade": found.grade.map(Grade::as_str),
-                "reason": found.reason,
-                "remedy": found.remedy,
-            })
-        })
-        .collect();
+    let listed: Vec<Value> = backends.iter().map(|found| backend_json(found, &settings)).collect();
     json!({
+        "verdict": verdict(&tried, network.is_ok()),
         "platform": {"arch": std::env::consts::ARCH, "cpu": cpu, "virtualization_flag": flag},
         "privileges": {
             "root": privileges.root,
-            "user_namespaces": privileges.user_namespaces,
+            "user_namespaces": is_given("namespaces"),
             "net_admin": privileges.net_admin,
             "cgroup": privileges.cgroup,
         },
@@ -97,26 +115,96 @@ pub fn report(image: &GuestImage) -> Value {
             "complete": image.check().is_ok(),
         },
         "runtime_dir": runtime_dir::default_base(),
-        "problems": problems,
+        "problems": problems.iter().map(Finding::json).collect::<Vec<_>>(),
+        "hints": hints.iter().map(Finding::json).collect::<Vec<_>>(),
     })
 }
 
-/// What this host can give to any jail: found out by making one, and groups for it.
-fn layers(host: &vmm::HostJail) -> Vec<(String, Layer)> {
-    let mut layers =
-        vec![("namespaces".to_owned(), host.namespaces.clone()), ("uid".to_owned(), host.identity.clone())];
-    if let Some(confined) = host.confined.clone() {
-        layers.push(("landlock".into(), confined.landlock));
-        layers.push(("seccomp".into(), confined.seccomp));
-        layers.push(("keyring".into(), confined.keyring));
-        layers.push(("namespace_limits".into(), confined.namespace_limits));
-    }
-    for (controller, outcome) in cgroup::probe(None) {
-        // Where v2 has no such controller, the jail's root does its work.
-        if controller == Controller::Devices && outcome.is_err() && host.own_root() {
-            continue;
+/// Creates the default VM and does what its start would, up to the VMM.
+fn try_a_start(config: &ManagerConfig, settings: &Settings) -> Result<Tried> {
+    let manager = Manager::new(config.clone(), settings.image.clone());
+    let vm = manager.create(CreateRequest {
+        isolation_type: IsolationType::BrowserTab,
+        limits: None,
+        backend: None,
+        network: None,
+        vm_id: None,
+        kernel_path: None,
+        rootfs_path: None,
+        template: None,
+    })?;
+    vm::try_out(vm.spec(), settings)
+}
+
+fn verdict(tried: &Result<Tried>, connected: bool) -> Value {
+    let (starts, text) = match tried {
+        Ok(tried) => {
+            let networks = if connected { "isolated and connected" } else { "isolated only" };
+            (true, format!("VMs start here: yes ({}; {networks})", tried.vmm.grade()))
         }
-        layers.push((format!("cgroup_{controller}"), outcome.map_or_else(Layer::Missing, Layer::Given)));
-    }
+        Err(_) => (false, "VMs start here: no".to_owned()),
+    };
+    let chosen = tried.as_ref().ok().map(|tried| (tried.vmm.backend().as_str(), &tried.chosen));
+    json!({
+        "starts": starts,
+        "text": text,
+        "backend": chosen.map(|(backend, _)| backend),
+        "backend_reason": chosen.map(|(_, reason)| reason),
+        "error": tried.as_ref().err().map(Error::code),
+    })
+}
+
+fn backend_json(found: &Installed, settings: &Settings) -> Value {
+    let accelerator = match found.grade {
+        Some(Grade::Hardware) => Some("kvm"),
+        Some(Grade::Emulated) => Some("tcg"),
+        None => None,
+    };
+    let vmm = found.grade.and_then(|_| vmm::find(found.backend, &settings.binaries).ok());
+    // A connected VM's: it may lack one more.
+    let lacks = vmm.as_ref().map(|vmm| {
+        let missing = |(name, layer): (&str, Layer)| match layer {
+            Layer::Missing(why) => Some((name.to_owned(), json!(why))),
+            Layer::Given(_) => None,
+        };
+        vmm.needs(true).layers.into_iter().filter_map(missing).collect::<Map<_, _>>()
+    });
+    json!({
+        "backend": found.backend.as_str(),
+        "available": found.grade.is_some(),
+        "path": found.path,
+        "version": found.version,
+        "accelerator": accelerator,
+        "isolation_grade": found.grade.map(Grade::as_str),
+        "reason": found.reason,
+        "remedy": found.remedy,
+        "snapshots": vmm.as_ref().map(|vmm| vmm.capabilities().copies),
+        "lacks_layers": lacks,
+    })
+}
+
+/// What would give a layer, where the reason does not say it.
+fn remedy(layer: &str, root: bool) -> Option<String> {
+    let remedy = match layer {
+        _ if layer.starts_with("cgroup_") && root => {
+            "let this process make control groups, or name a group that it may divide in config[\"cgroup_parent\"]"
+        }
+        _ if layer.starts_with("cgroup_") => {
+            "start the process in a group of its own: systemd-run --user --scope -p Delegate=yes COMMAND"
+        }
+        "landlock" => "a kernel from 5.13 on that has landlock among its security modules (boot parameter lsm=)",
+        "seccomp_allow_list" => "none is needed but for jail=\"strict\"; use a release that was measured",
+        _ => return None,
+    };
+    Some(remedy.into())
+}
+
+/// What this host can give to any jail, where no VM starts: found out by making one, and groups for it.
+fn layers_of_the_host(image: &GuestImage, config: &ManagerConfig) -> Vec<(&'static str, Layer)> {
+    let host = image.check().and_then(|()| vmm::host_jail(&image.launcher, config.uid_range.0, Seccomp::AllowList));
+    let Ok(host) = host else { return Vec::new() };
+    let mut layers = vm::layers(&host, None);
+    let outcomes = cgroup::probe(None);
+    layers.extend(outcomes.iter().filter(|(controller, _)| *controller != Controller::Io).map(vm::cgroup_layer));
     layers
 }

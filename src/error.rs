@@ -41,8 +41,18 @@ pub enum Error {
     InvalidState { vm_id: VmId, operation: &'static str, state: VmState, allowed: String },
     #[error("backend {backend} cannot be used: {reason}; {remedy}")]
     BackendUnavailable { backend: Backend, reason: String, remedy: String },
-    #[error("{vm_id}: {wanted} was asked for, but this host can give no more than {offered}: {reason}; {remedy}")]
-    IsolationUnavailable { vm_id: VmId, wanted: String, offered: String, reason: String, remedy: String },
+    #[error("{vm_id}: {wanted} was asked for, but {limited_by} can give no more than {offered}: {reason}; {remedy}")]
+    IsolationUnavailable {
+        vm_id: VmId,
+        wanted: String,
+        offered: String,
+        /// This host, the backend, or both.
+        limited_by: String,
+        reason: String,
+        remedy: String,
+        /// Layers of the jail, with the reason of each.
+        missing: Vec<(&'static str, String)>,
+    },
     #[error(
         "{vm_id}: RLIMIT_{} of this process is {value} (hard limit), and a VMM for this VM needs {needed}: start the process \
          with more (prlimit --{limit}={needed} COMMAND as root; docker run --ulimit {limit}={needed}; systemd \
@@ -149,6 +159,14 @@ impl Error {
             }
             Error::QuotaExceeded { what, needed, available, limit, .. } => {
                 json!({"what": what, "needed": needed, "available": available, "limit": limit})
+            }
+            Error::IsolationUnavailable { wanted, offered, limited_by, reason, remedy, missing, .. } => {
+                let missing: serde_json::Map<String, Value> =
+                    missing.iter().map(|(layer, why)| ((*layer).to_owned(), json!(why))).collect();
+                json!({
+                    "wanted": wanted, "offered": offered, "limited_by": limited_by, "reason": reason, "remedy": remedy,
+                    "missing": missing,
+                })
             }
             Error::LimitTooLow { limit, value, needed, .. } => {
                 json!({"limit": limit, "value": value, "needed": needed})

@@ -8,6 +8,7 @@ import stat
 import tempfile
 import time
 import unittest
+import unittest.mock
 from pathlib import Path
 from typing import Any, List
 
@@ -148,6 +149,16 @@ class Modes(VMTestCase):
             self.assertFalse(jail["seccomp_allow_list"]["given"])
             self.assertIn("9.9", jail["seccomp_allow_list"]["how"])
             self.assertIn("deny-list", jail["seccomp"]["how"])
+            with unittest.mock.patch.dict(os.environ, PATH="{}:{}".format(folder, os.environ["PATH"])):
+                report = doctor()["jail"]
+            self.assertEqual((report["seccomp"], report["seccomp_allow_list"]), (jail["seccomp"], jail["seccomp_allow_list"]))
+            strict = MicroVMIsolationManager({"qemu_binary": str(copy), "jail": "strict"})
+            self.assertFalse(strict.start_vm(strict.create_vm("plugin", limits())))
+            error = strict.last_error
+            self.assertEqual(error.code, "isolation_unavailable")
+            self.assertIn("backend qemu", error.details["limited_by"])
+            self.assertIn("9.9", error.details["missing"]["seccomp_allow_list"])
+            self.assertIn("release of QEMU that was measured", error.details["remedy"])
             manager.stop()
 
 

@@ -1,13 +1,13 @@
 //! What this process may do on this host.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// The facts that decide how a VM can be confined.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Privileges {
     pub root: bool,
-    pub user_namespaces: bool,
     pub net_admin: bool,
     pub cgroup: &'static str,
 }
@@ -20,17 +20,31 @@ const CAP_SYS_ADMIN: u32 = 21;
 #[must_use]
 pub fn probe() -> Privileges {
     let effective = effective_capabilities();
-    let limit = |path: &str| fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
-    let enabled = limit("/proc/sys/kernel/unprivileged_userns_clone").unwrap_or(1) > 0;
-    let allowed = limit("/proc/sys/user/max_user_namespaces").unwrap_or(0) > 0;
-    let restricted = limit("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").unwrap_or(0) > 0;
     let root = nix::unistd::geteuid().is_root() && effective & (1 << CAP_SYS_ADMIN) != 0;
-    Privileges {
-        root,
-        user_namespaces: allowed && (root || (enabled && !restricted)),
-        net_admin: effective & (1 << CAP_NET_ADMIN) != 0,
-        cgroup: cgroup_version(),
+    Privileges { root, net_admin: effective & (1 << CAP_NET_ADMIN) != 0, cgroup: cgroup_version() }
+}
+
+/// Whether this process's root is not that of its mount namespace, as far as it can be seen: no mount is at `/`, or the first
+/// process has another root.
+#[must_use]
+pub fn is_in_chroot() -> bool {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if !mounts.is_empty() && !has_root(&mounts) {
+        return true;
     }
+    let id = |path: &str| fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    let same_namespace = |name: &str| {
+        fs::read_link(format!("/proc/1/ns/{name}")).ok() == fs::read_link(format!("/proc/self/ns/{name}")).ok()
+    };
+    match (id("/proc/1/root/"), id("/")) {
+        (Some(first), Some(own)) => first != own && same_namespace("mnt"),
+        _ => false,
+    }
+}
+
+/// proc_pid_mountinfo(5): the fifth field is where it is mounted, seen from the process's root.
+fn has_root(mountinfo: &str) -> bool {
+    mountinfo.lines().any(|line| line.split(' ').nth(4) == Some("/"))
 }
 
 fn effective_capabilities() -> u64 {
@@ -48,5 +62,22 @@ fn cgroup_version() -> &'static str {
         (_, true, true) => "hybrid",
         (_, true, _) => "v1",
         _ => "none",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_has_root_where_a_mount_is_at_the_root() {
+        let line = |at: &str| format!("36 35 98:0 /tree {at} rw,noatime shared:1 - ext4 /dev/root rw\n");
+        assert!(has_root(&(line("/proc") + &line("/"))));
+        assert!(!has_root(&(line("/proc") + &line("/dev"))));
+    }
+
+    #[test]
+    fn test_is_in_chroot_this_process_is_not() {
+        assert!(!is_in_chroot());
     }
 }

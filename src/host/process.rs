@@ -316,8 +316,20 @@ fn spawn(launcher: &Path, zygote: Option<(&Arc<Zygotes>, &Path)>) -> Result<(Own
         .stderr(Stdio::null())
         .env_clear()
         .spawn()
-        .map_err(|e| failed("spawn", &e))?;
+        .map_err(|e| failed("spawn", &not_started(launcher, &e)))?;
     Ok((ours, Child::Executed(child)))
+}
+
+/// Why a program of the package does not start.
+fn not_started(program: &Path, error: &std::io::Error) -> String {
+    use nix::sys::statvfs::{statvfs, FsFlags};
+    let is_noexec = || statvfs(program).is_ok_and(|fs| fs.flags().contains(FsFlags::ST_NOEXEC));
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied if is_noexec() => {
+            format!("{error}: its file system is mounted noexec; install the package on another one, or mount -o remount,exec")
+        }
+        _ => error.to_string(),
+    }
 }
 
 fn send_spec(launcher: &Path, control: &OwnedFd, spec: &LaunchSpec, fds: &[BorrowedFd<'_>]) -> Result<()> {

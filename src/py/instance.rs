@@ -112,6 +112,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
     json!({
         "vm_id": spec.vm_id.as_str(),
         "backend": facts.backend.unwrap_or(Backend::Qemu).as_str(),
+        "backend_reason": facts.backend_reason,
         "isolation_type": spec.isolation_type.as_str(),
         "isolation_grade": facts.grade.map(|grade| grade.as_str()),
         "accelerator": facts.accelerator,

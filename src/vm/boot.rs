@@ -175,6 +175,7 @@ pub async fn run(
 pub struct Launching {
     dir: VmDir,
     vmm: Box<dyn Vmm>,
+    chosen: String,
     plan: LaunchPlan,
     limits: ResourceLimits,
     identity: Identity,
@@ -201,7 +202,7 @@ impl Launching {
     ) -> Result<Self> {
         progress.at("drives");
         let (prepared, identity) = prepared.write_drives(settings, template.clone()).await?;
-        let Prepared { dir, vmm, mut plan, limits, network, held, mut confinement, .. } = prepared;
+        let Prepared { dir, vmm, chosen, mut plan, limits, network, held, mut confinement, .. } = prepared;
         progress.at("launch");
         if let Some(template) = &template {
             let untouched = memfd::untouched_bytes(&template.ram);
@@ -220,6 +221,7 @@ impl Launching {
         Ok(Self {
             dir,
             vmm,
+            chosen,
             plan,
             limits,
             identity,
@@ -288,6 +290,7 @@ impl Launching {
             connection,
             dir,
             vmm,
+            chosen,
             plan,
             identity,
             introduction,
@@ -324,6 +327,7 @@ impl Launching {
         Ok(Running {
             vm_id: vm_id.clone(),
             backend: vmm.backend(),
+            chosen,
             capabilities: vmm.capabilities(),
             grade: vmm.grade(),
             accelerator: vmm.accelerator(),

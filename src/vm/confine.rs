@@ -59,8 +59,10 @@ pub struct Confinement {
 pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> Result<(JailPlan, Held, Confinement)> {
     let launcher = &settings.image.launcher;
     let (first_uid, last_uid) = settings.uid_range;
-    let host = vmm::host_jail(launcher, first_uid)?;
     let mut needs = vmm.needs(!spec.network.isolated_network);
+    let host = vmm::host_jail(launcher, first_uid, needs.seccomp)?;
+    // Those that the host gives or not are the host's.
+    let of_backend: Vec<&str> = needs.layers.iter().map(|(name, _)| *name).collect();
     let hands_tap = needs.opens_tap.then(|| host.hands_taps());
     if let Some(handed) = &hands_tap {
         let layer = match handed {
@@ -115,7 +117,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
     let confinement =
         Confinement { mode: settings.jail, layers, limits: limits(spec, &budget, &plan, groups.outcomes()) };
     if settings.jail == JailMode::Strict {
-        confinement.refuse_what_is_missing(spec, &host)?;
+        confinement.refuse_what_is_missing(spec, &host, vmm.backend(), &of_backend)?;
     } else if !host.own_root() {
         log::warn!("{}: its VMM runs without namespaces and a root of its own (see doctor)", spec.vm_id);
     }
@@ -127,8 +129,9 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
 /// # Errors
 /// [`Error::LimitTooLow`], [`Error::Host`].
 pub fn check_limits(spec: &Spec, settings: &Settings, vmm: &dyn Vmm) -> Result<()> {
-    let host = vmm::host_jail(&settings.image.launcher, settings.uid_range.0)?;
-    let more_files = vmm.needs(!spec.network.isolated_network).open_files;
+    let needs = vmm.needs(!spec.network.isolated_network);
+    let host = vmm::host_jail(&settings.image.launcher, settings.uid_range.0, needs.seccomp)?;
+    let more_files = needs.open_files;
     let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
     rlimits(&spec.vm_id, &budget, more_files, host.own_uid(), rlimit::hard).map(drop)
 }
@@ -203,7 +206,9 @@ fn rlimits(
     wanted.into_iter().map(limit).collect()
 }
 
-fn layers(host: &HostJail, identity: Option<Identity>) -> Vec<(&'static str, Layer)> {
+/// What every jail on this host has.
+#[must_use]
+pub fn layers(host: &HostJail, identity: Option<Identity>) -> Vec<(&'static str, Layer)> {
     let given = |how: &str| Layer::Given(how.to_owned());
     let root = match &host.namespaces {
         Layer::Given(_) => given("a read-only tmpfs with the VMM, its libraries and this VM's files"),
@@ -241,7 +246,9 @@ fn layout(jailed: &Jailed) -> Layer {
     }
 }
 
-fn cgroup_layer((controller, outcome): &Outcome) -> (&'static str, Layer) {
+/// A controller as a layer.
+#[must_use]
+pub fn cgroup_layer((controller, outcome): &Outcome) -> (&'static str, Layer) {
     let name = match controller {
         Controller::Cpu => "cgroup_cpu",
         Controller::Memory => "cgroup_memory",
@@ -327,27 +334,54 @@ fn limits(
 }
 
 impl Confinement {
-    fn refuse_what_is_missing(&self, spec: &Spec, host: &HostJail) -> Result<()> {
-        let missing: Vec<String> = self
+    fn refuse_what_is_missing(
+        &self,
+        spec: &Spec,
+        host: &HostJail,
+        backend: Backend,
+        of_backend: &[&str],
+    ) -> Result<()> {
+        let missing: Vec<(&'static str, String)> = self
             .layers
             .iter()
             .filter_map(|(name, layer)| match layer {
                 // Where cgroups cannot (v2), the root does: it has no other device nodes.
                 Layer::Missing(_) if *name == "cgroup_devices" && host.own_root() => None,
-                Layer::Missing(why) => Some(format!("{name}: {why}")),
+                Layer::Missing(why) => Some((*name, why.clone())),
                 Layer::Given(_) => None,
             })
             .collect();
         if missing.is_empty() && host.confined.is_some() {
             return Ok(());
         }
+        let by_backend = missing.iter().any(|(name, _)| of_backend.contains(name));
+        let by_host = host.confined.is_none() || missing.iter().any(|(name, _)| !of_backend.contains(name));
+        let limited_by = match (by_backend, by_host) {
+            (true, true) => format!("backend {backend} on this host"),
+            (true, false) => format!("backend {backend}"),
+            (false, _) => "this host".to_owned(),
+        };
+        let other = match backend {
+            Backend::Qemu => "use a release of QEMU that was measured, or jail=\"default\"",
+            Backend::Firecracker | Backend::CloudHypervisor => "use backend=\"qemu\", or jail=\"default\"",
+        };
+        let remedies =
+            [by_backend.then_some(other), by_host.then_some("doctor tells what each layer of the host needs")];
+        let reasons: Vec<String> = missing.iter().map(|(name, why)| format!("{name}: {why}")).collect();
         Err(Error::IsolationUnavailable {
             vm_id: spec.vm_id.clone(),
             wanted: "jail=strict".into(),
             offered: "jail=default".into(),
-            reason: missing.join("; "),
-            remedy: "doctor tells what each needs".into(),
+            limited_by,
+            reason: reasons.join("; "),
+            remedy: remedies.into_iter().flatten().collect::<Vec<_>>().join("; "),
+            missing,
         })
+    }
+
+    /// Each layer, as far as it is known before the VMM runs.
+    pub fn layers(&self) -> &[(&'static str, Layer)] {
+        &self.layers
     }
 
     /// Every layer: whether it is given, and how, or why not, as far as `jailed` tells by now.
@@ -391,6 +425,7 @@ impl Confinement {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::IsolationType;
 
     fn limited(inherited: impl Fn(Resource) -> u64) -> Result<Vec<Rlimit>> {
         let budget = Budget::of(&ResourceLimits::default(), OVERHEAD_MIB);
@@ -423,5 +458,37 @@ mod tests {
             assert_eq!(error.code(), "limit_too_low");
             assert!(text.contains(&of.to_string().to_uppercase()) && text.contains(&value.to_string()), "{text}");
         }
+    }
+
+    #[test]
+    fn test_strict_blames_the_backend_for_its_layers_and_the_host_for_others() {
+        let given = || Layer::Given("yes".into());
+        let confined = Confined { landlock: given(), seccomp: given(), keyring: given(), namespace_limits: given() };
+        let host = HostJail { namespaces: given(), no_proc: None, identity: given(), confined: Some(confined) };
+        let spec = Spec {
+            vm_id: VmId::parse("tab").unwrap(),
+            backend: None,
+            isolation_type: IsolationType::BrowserTab,
+            limits: ResourceLimits::default(),
+            network: NetworkConfig::default(),
+            kernel_path: None,
+            rootfs_path: None,
+            template: None,
+        };
+        let refused = |missing: &[&'static str], backend| {
+            let layers = missing.iter().map(|name| (*name, Layer::Missing("not measured".into()))).collect();
+            let confinement = Confinement { mode: JailMode::Strict, layers, limits: Vec::new() };
+            confinement.refuse_what_is_missing(&spec, &host, backend, &["seccomp_allow_list"]).unwrap_err()
+        };
+        let by_backend = refused(&["seccomp_allow_list"], Backend::Firecracker);
+        let text = by_backend.to_string();
+        assert!(text.contains("but backend firecracker can give") && text.contains("use backend=\"qemu\""), "{text}");
+        assert!(!text.contains("doctor"), "{text}");
+        assert_eq!(by_backend.details()["missing"]["seccomp_allow_list"], "not measured");
+        let by_host = refused(&["landlock"], Backend::Qemu).to_string();
+        assert!(by_host.contains("but this host can give") && by_host.contains("doctor"), "{by_host}");
+        let by_both = refused(&["landlock", "seccomp_allow_list"], Backend::Qemu).details();
+        assert_eq!(by_both["limited_by"], "backend qemu on this host");
+        assert!(by_both["remedy"].as_str().unwrap().contains("measured"), "{by_both}");
     }
 }

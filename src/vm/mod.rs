@@ -22,7 +22,7 @@ mod streams;
 mod suspend;
 mod template;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -43,9 +43,11 @@ use crate::model::{
 use crate::net::Segment;
 use crate::vmm::{Binaries, COST_MIB};
 
+pub use confine::{cgroup_layer, layers};
 pub use events::{Events, Heard, Hearer};
 pub use health::Health;
 pub use monitor::Heartbeat;
+pub use prepare::{try_out, Tried};
 use running::Running;
 pub use snapshot::mismatches;
 pub use standby::Standby;
@@ -98,11 +100,38 @@ pub struct Settings {
     pub events: Arc<Events>,
 }
 
+impl Settings {
+    /// Names the configuration's key for the folder that is full, read-only or closed.
+    fn with_key(&self, error: Error) -> Error {
+        // EACCES, ENOSPC, EROFS, EDQUOT, as the standard library shows them.
+        let of_folder = [13, 28, 30, 122].map(|errno| format!("(os error {errno})"));
+        let is_of_folder = |reason: &str| of_folder.iter().any(|shown| reason.contains(shown));
+        let (operation, object, reason) = match error {
+            Error::Host { operation, object, reason } if is_of_folder(&reason) => (operation, object, reason),
+            other => return other,
+        };
+        let Folders { base, disks } = &self.folders;
+        let is_below = |folder: &Path| Path::new(&object).starts_with(folder);
+        let key = match (is_below(base), is_below(disks.parent().unwrap_or(disks))) {
+            (true, _) => "runtime_dir",
+            (_, true) => "cache_dir",
+            _ => return Error::Host { operation, object, reason },
+        };
+        let reason = match reason.contains("config[") {
+            true => reason,
+            false => format!("{reason}; config[{key:?}] names another folder"),
+        };
+        Error::Host { operation, object, reason }
+    }
+}
+
 /// What a VM got, beyond what was asked for.
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
     pub pid: Option<i32>,
     pub backend: Option<Backend>,
+    /// Why it is that one.
+    pub backend_reason: Option<String>,
     pub grade: Option<Grade>,
     pub accelerator: Option<&'static str>,
     /// `boot`, `clone`, `pool` or `resume`.

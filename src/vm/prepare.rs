@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use microvm_jail::Access;
+use microvm_jail::{Access, Layer};
 use microvm_protocol::identity::{
     Credentials, GuestNetwork, Identity, Key, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL,
 };
@@ -24,6 +24,8 @@ use crate::vmm::{self, Chosen, Drive, JailPlan, LaunchPlan, Sockets, Vmm, Wish};
 pub struct Prepared {
     pub dir: VmDir,
     pub vmm: Box<dyn Vmm>,
+    /// Why it is this backend.
+    pub chosen: String,
     pub plan: LaunchPlan,
     pub sources: Sources,
     pub limits: ResourceLimits,
@@ -53,7 +55,8 @@ pub struct Network {
 pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let (spec, settings) = (spec.clone(), settings.clone());
     let vm_id = spec.vm_id.clone();
-    let prepared = tokio::task::spawn_blocking(move || prepare_blocking(&spec, &settings)).await;
+    let prepare = move || prepare_blocking(&spec, &settings, janitor::keep).map_err(|error| settings.with_key(error));
+    let prepared = tokio::task::spawn_blocking(prepare).await;
     prepared.map_err(|error| Error::host("prepare", vm_id, error))?
 }
 
@@ -77,7 +80,8 @@ impl Prepared {
             }
             Ok((self, identity))
         });
-        writing.await.map_err(|error| Error::host("write the drives of", vm_id, error))?
+        let written = writing.await.map_err(|error| Error::host("write the drives of", vm_id, error))?;
+        written.map_err(|error| settings.with_key(error))
     }
 }
 
@@ -118,7 +122,30 @@ fn make_sockets(dir: &Path, jail: &mut JailPlan, owner: Option<u32>) -> Result<S
     Ok(Sockets { host, inside, owner })
 }
 
-fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
+/// A VM that could start, as far as that shows before its VMM runs.
+pub struct Tried {
+    pub vmm: Box<dyn Vmm>,
+    pub chosen: String,
+    pub layers: Vec<(&'static str, Layer)>,
+    /// Why it would boot instead of being cloned.
+    pub no_clone: Option<String>,
+}
+
+/// Makes and takes all that a start of `spec` does before its VMM is launched, and lets it go again. Blocking.
+///
+/// # Errors
+/// As a start's.
+pub fn try_out(spec: &Spec, settings: &Settings) -> Result<Tried> {
+    // Nothing of it outlives this call, so there is nothing for a janitor.
+    let prepared = prepare_blocking(spec, settings, |_| ()).map_err(|error| settings.with_key(error))?;
+    let written = image::write_disk(&settings.image.disk_template, prepared.dir.disk());
+    written.map_err(|error| settings.with_key(error))?;
+    let no_clone = prepared.vmm.can_clone(&prepared.plan).err();
+    let Prepared { vmm, chosen, confinement, .. } = prepared;
+    Ok(Tried { vmm, chosen, layers: confinement.layers().to_vec(), no_clone })
+}
+
+fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings)) -> Result<Prepared> {
     let vm_id = &spec.vm_id;
     if let Some(path) = &spec.kernel_path {
         image::check_kernel(path)?;
@@ -133,7 +160,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
     let level = if spec.backend.is_some() { log::Level::Debug } else { log::Level::Info };
     log::log!(level, "{vm_id}: backend {}: {chosen}", vmm.backend());
     check_limits(spec, settings, vmm.as_ref())?;
-    janitor::keep(settings);
+    keep(settings);
     let dir = VmDir::create(&settings.folders, vm_id)?;
     let (mut jail, held, confinement) = confine(spec, settings, &dir, vmm.as_ref())?;
     let mut drive = |serial: &'static str, path: &Path, size: u64, access: Access| {
@@ -185,7 +212,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings) -> Result<Prepared> {
         zygotes: settings.zygotes.clone(),
     };
     let (limits, held) = (spec.limits.clone(), Arc::new(held));
-    Ok(Prepared { dir, vmm, plan, sources, limits, network, ids: None, held, confinement })
+    Ok(Prepared { dir, vmm, chosen, plan, sources, limits, network, ids: None, held, confinement })
 }
 
 #[cfg(test)]

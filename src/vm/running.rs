@@ -42,6 +42,8 @@ pub struct Base {
 pub struct Running {
     pub(super) vm_id: VmId,
     pub(super) backend: Backend,
+    /// Why it is that one.
+    pub(super) chosen: String,
     pub(super) capabilities: Capabilities,
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
@@ -127,6 +129,7 @@ impl Running {
         Facts {
             pid: self.pid(),
             backend: Some(self.backend),
+            backend_reason: Some(self.chosen.clone()),
             grade: Some(self.grade),
             accelerator: Some(self.accelerator),
             jail: Some(self.confinement.jail_json(&self.jailed)),

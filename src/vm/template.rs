@@ -40,7 +40,10 @@ pub async fn find_or_make(
         return Ok(None);
     }
     if let Err(reason) = prepared.vmm.can_clone(&prepared.plan) {
-        log::warn!("{}: the VM boots: {reason}", prepared.plan.vm_id);
+        // What its backend cannot do is no news at each start.
+        let is_of_host = prepared.plan.jail.has_fixed_places().is_err();
+        let level = if is_of_host { log::Level::Warn } else { log::Level::Debug };
+        log::log!(level, "{}: the VM boots: {reason}", prepared.plan.vm_id);
         return Ok(None);
     }
     let found = async {

@@ -11,6 +11,7 @@ use microvm_jail::{Access, Confined, Identity, LaunchSpec, Layer, Namespaces, Re
 
 use crate::error::{Error, Result};
 use crate::host::kernel;
+use crate::host::privileges;
 use crate::host::process::{self, Exit};
 
 /// Yama's: 2 lets none but root read another process's memory, 3 nobody.
@@ -203,32 +204,34 @@ impl HostJail {
 /// Exit code of the launcher when it is started by hand: it has reached its own first lines.
 const LAUNCHER_USAGE: i32 = 64;
 
-/// Finds out, once per process, by jailing the launcher itself: as wholly as can be, then with less. `uid` serves for
-/// the moment that it takes. Blocking.
+/// Finds out, once per process, by jailing the launcher itself: as wholly as can be, then with less, and with the filter of
+/// system calls that a VMM is to get. `uid` serves for the moment that it takes. Blocking.
 ///
 /// # Errors
 /// [`Error::Host`] when the launcher does not start.
-pub fn host_jail(launcher: &Path, uid: u32) -> Result<Arc<HostJail>> {
-    static KNOWN: Mutex<Option<HashMap<PathBuf, Arc<HostJail>>>> = Mutex::new(None);
+pub fn host_jail(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<Arc<HostJail>> {
+    static KNOWN: Mutex<Option<HashMap<(PathBuf, Seccomp), Arc<HostJail>>>> = Mutex::new(None);
     // Held throughout: whoever comes second would only do the same.
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     let known = known.get_or_insert_default();
-    if let Some(found) = known.get(launcher) {
+    let key = (launcher.to_owned(), seccomp);
+    if let Some(found) = known.get(&key) {
         return Ok(found.clone());
     }
-    let found = Arc::new(rehearse(launcher, uid)?);
-    known.insert(launcher.to_owned(), found.clone());
+    let found = Arc::new(rehearse(launcher, uid, seccomp)?);
+    known.insert(key, found.clone());
     Ok(found)
 }
 
-fn rehearse(launcher: &Path, uid: u32) -> Result<HostJail> {
+fn rehearse(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<HostJail> {
     let root = nix::unistd::geteuid().is_root();
     let mut reasons = Vec::new();
     for (identity, own_root) in [(true, true), (false, true), (false, false)] {
         if identity && !root {
             continue;
         }
-        let attempt = |proc| attempt(launcher, identity.then_some(Identity { uid, gid: uid }), own_root, proc);
+        let identity_of = identity.then_some(Identity { uid, gid: uid });
+        let attempt = |proc| attempt(launcher, identity_of, own_root, proc, seccomp);
         let (mut outcome, mut no_proc) = (attempt(own_root)?, None);
         if let (_, exit @ Exit::Failed { .. }) = &outcome {
             no_proc = Some(exit.to_string()).filter(|_| own_root);
@@ -245,7 +248,7 @@ fn rehearse(launcher: &Path, uid: u32) -> Result<HostJail> {
         return Ok(HostJail {
             namespaces: match own_root {
                 true => Layer::Given("user, mount, PID, network, IPC and UTS namespaces".into()),
-                false => Layer::Missing(format!("{}; {NAMESPACES_REMEDY}", why(reasons.len() - 1))),
+                false => Layer::Missing(format!("{}; {}", why(reasons.len() - 1), namespaces_remedy())),
             },
             no_proc,
             identity: match (root, identity) {
@@ -265,14 +268,22 @@ fn rehearse(launcher: &Path, uid: u32) -> Result<HostJail> {
     })
 }
 
-const NAMESPACES_REMEDY: &str = "allow user namespaces: sysctl user.max_user_namespaces=10000 (and, where they exist, \
-     kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0); in a container, its profile";
+/// What would help on this host.
+fn namespaces_remedy() -> &'static str {
+    if privileges::is_in_chroot() {
+        return "this process is in a chroot, in which the kernel makes no user namespaces (user_namespaces(7)): enter the tree by \
+                pivot_root (systemd-nspawn, bwrap, a container) instead";
+    }
+    "allow user namespaces: sysctl user.max_user_namespaces=10000 (and, where they exist, \
+     kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0); in a container, its profile"
+}
 
 fn attempt(
     launcher: &Path,
     identity: Option<Identity>,
     own_root: bool,
     proc: bool,
+    seccomp: Seccomp,
 ) -> Result<(Option<Confined>, Exit)> {
     let none = Layer::Missing(String::new());
     let shape = if own_root { Layer::Given(String::new()) } else { none.clone() };
@@ -281,6 +292,6 @@ fn attempt(
     let program = plan.show("package data", launcher, "/vmm/rehearsal", Access::Execute)?;
     plan.identity = identity;
     let argv = vec![program.display().to_string()];
-    let spec = LaunchSpec { proc, ..plan.spec(argv, Vec::new(), Seccomp::AllowList) };
+    let spec = LaunchSpec { proc, ..plan.spec(argv, Vec::new(), seccomp) };
     process::rehearse(launcher, &spec)
 }

@@ -35,12 +35,12 @@ use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::host::zygote::Zygotes;
 use crate::model::{Backend, Grade, VmId};
-use microvm_jail::Layer;
+use microvm_jail::{Layer, Seccomp};
 
 pub use install::{probe, Binaries, Installed};
 pub use jail::{host_jail, HostJail, JailPlan};
 pub use qemu::Program as QemuProgram;
-pub use select::{select, Chosen, Wish};
+pub use select::{find, select, Chosen, Wish};
 pub use transport::Transport;
 
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -126,6 +126,8 @@ pub struct VmmNeeds {
     pub open_files: u64,
     /// It opens its tap itself, by name.
     pub opens_tap: bool,
+    /// The filter of system calls that it gets.
+    pub seccomp: Seccomp,
     /// Layers of the jail that depend on the VMM.
     pub layers: Vec<(&'static str, Layer)>,
 }

@@ -20,8 +20,8 @@ pub struct Chosen {
     pub reason: String,
 }
 
-/// Best first: clones start fastest, so QEMU leads until the others have them; then by the size of the device model that
-/// a guest faces.
+/// Most able first. A VM does not say beforehand whether it will be copied, so one whose maker left the choice gets the
+/// backend that can do all of it, although isolated clones of Firecracker start sooner; the others by what a guest faces.
 const ORDER: [Backend; 3] = [Backend::Qemu, Backend::Firecracker, Backend::CloudHypervisor];
 
 impl Wish {
@@ -36,7 +36,9 @@ impl Wish {
     }
 }
 
-fn find(backend: Backend, binaries: &Binaries) -> Result<Box<dyn Vmm>> {
+/// # Errors
+/// [`Error::BackendUnavailable`], [`Error::Host`].
+pub fn find(backend: Backend, binaries: &Binaries) -> Result<Box<dyn Vmm>> {
     Ok(match backend {
         Backend::Qemu => Box::new(qemu::Qemu::find(binaries)?),
         Backend::Firecracker => Box::new(firecracker::Firecracker::find(binaries)?),
@@ -71,8 +73,10 @@ pub fn select(vm_id: &VmId, wish: &Wish, binaries: &Binaries) -> Result<Chosen> 
             vm_id: vm_id.clone(),
             wanted: format!("min_isolation={min}"),
             offered: vmm.grade().to_string(),
+            limited_by: "this host".into(),
             reason: kvm.reason,
             remedy: kvm.remedy.unwrap_or_default(),
+            missing: Vec::new(),
         });
     }
     Ok(Chosen { vmm, reason })
@@ -85,7 +89,8 @@ fn best(wish: &Wish, binaries: &Binaries) -> Result<Chosen> {
         match suitable(backend, wish, binaries) {
             Ok(vmm) if passed_over.is_empty() => {
                 let reason =
-                    "the best that this host can run, by the time of a start and the size of what a guest faces";
+                    "no backend was asked for, and only its VMs can be snapshotted, suspended, cloned with a network \
+                              and jailed strictly";
                 return Ok(Chosen { vmm, reason: reason.into() });
             }
             Ok(vmm) => return Ok(Chosen { vmm, reason: format!("the next best: {}", told(&passed_over)) }),

@@ -78,6 +78,7 @@ impl Vmm for CloudHypervisor {
         VmmNeeds {
             devices: vec!["/dev/kvm".into()],
             sockets: true,
+            seccomp: Seccomp::DenyListForRustVmms,
             open_files: MORE_FILES,
             layers: vec![("seccomp_allow_list", layer)],
             ..VmmNeeds::default()

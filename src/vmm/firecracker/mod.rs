@@ -75,6 +75,7 @@ impl Vmm for Firecracker {
         VmmNeeds {
             devices: vec!["/dev/kvm".into()],
             sockets: true,
+            seccomp: Seccomp::DenyListForRustVmms,
             layers: vec![("seccomp_allow_list", layer)],
             opens_tap: connected,
             ..VmmNeeds::default()

@@ -106,7 +106,7 @@ impl Vmm for Qemu {
             Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
             Accelerator::Tcg => Vec::new(),
         };
-        VmmNeeds { devices, layers: self.program.layers(), ..VmmNeeds::default() }
+        VmmNeeds { devices, seccomp: self.program.seccomp(), layers: self.program.layers(), ..VmmNeeds::default() }
     }
 
     fn capabilities(&self) -> Capabilities {

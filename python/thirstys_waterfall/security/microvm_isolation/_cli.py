@@ -12,7 +12,7 @@ PROGRAM = "python -m thirstys_waterfall.security.microvm_isolation"
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command and return its exit code.
 
-    ``doctor``: 0 when at least QEMU can run a VM here, 1 when not. ``bench``: 0 when all could be measured. Bad usage: 2.
+    ``doctor``: 0 when a VM can start here, 1 when not. ``bench``: 0 when all could be measured. Bad usage: 2.
     """
     parser = argparse.ArgumentParser(prog=PROGRAM, description="MicroVM isolation for browser components")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -30,12 +30,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print(json.dumps(report, indent=2, sort_keys=True))
     else:
         print("\n".join(render(report)))
-    return 0 if _qemu_usable(report) else 1
+    return 0 if report["verdict"]["starts"] else 1
 
 
 def render(report: Dict[str, Any]) -> List[str]:
     """The report as lines of text."""
-    lines: List[str] = []
+    verdict = report["verdict"]
+    lines = [verdict["text"]]
+    if verdict["backend"]:
+        lines.append("  with {}: {}".format(verdict["backend"], verdict["backend_reason"]))
+    lines.append("")
     for title, key in (("Platform", "platform"), ("Privileges", "privileges")):
         lines += [title] + _facts(report.get(key, {})) + [""]
     kvm = report.get("kvm", {})
@@ -51,12 +55,17 @@ def render(report: Dict[str, Any]) -> List[str]:
         lines.append("  {}: {}: {}".format(name.replace("_", " "), head, layer.get("how")))
     lines += ["", "Guest image"] + _facts(report.get("guest_image", {}))
     lines += ["", "Runtime directory", "  {}".format(report.get("runtime_dir")), ""]
-    problems = report.get("problems", [])
-    lines.append("Problems" if problems else "No problems found.")
-    for problem in problems:
-        lines.append("  - {}".format(problem.get("what")))
-        if problem.get("remedy"):
-            lines.append("    remedy: {}".format(problem["remedy"]))
+    lines += _findings("Problems", report.get("problems", [])) or ["No problems found."]
+    hints = _findings("Not needed, but possible", report.get("hints", []))
+    return lines + ([""] + hints if hints else [])
+
+
+def _findings(title: str, findings: List[Dict[str, Any]]) -> List[str]:
+    lines = [title] if findings else []
+    for finding in findings:
+        lines.append("  - {}".format(finding.get("what")))
+        if finding.get("remedy"):
+            lines.append("    remedy: {}".format(finding["remedy"]))
     return lines
 
 
@@ -68,7 +77,9 @@ def _backend(backend: Dict[str, Any]) -> List[str]:
         return ["  {}: {}".format(backend.get("backend"), found)] + _why(backend, "    ")
     head = "  {}: {}".format(backend.get("backend"), found)
     grade = "    accelerator {}, isolation grade {}".format(backend.get("accelerator"), backend.get("isolation_grade"))
-    return [head, grade] + _why(backend, "    ")
+    lacks = ["    lacks {}: {}".format(name.replace("_", " "), why) for name, why in (backend.get("lacks_layers") or {}).items()]
+    snapshots = [] if backend.get("snapshots") else ["    its VMs cannot be snapshotted or suspended"]
+    return [head, grade] + _why(backend, "    ") + snapshots + lacks
 
 
 def _why(item: Dict[str, Any], indent: str = "  ") -> List[str]:
@@ -87,7 +98,3 @@ def _plain(value: Any) -> str:
     if value is None:
         return "none"
     return str(value)
-
-
-def _qemu_usable(report: Dict[str, Any]) -> bool:
-    return any(b.get("backend") == "qemu" and b.get("available") for b in report.get("backends", []))

@@ -154,7 +154,7 @@ pub struct Identity {
 }
 
 /// Which filter of system calls the VMM gets; `policy.rs` has both lists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Seccomp {
     /// For the launcher's own tests.
