@@ -61,7 +61,7 @@ $(VENV)/ready:
 	@touch $@
 
 # Every commit's gate: nothing here starts a VM or builds a wheel. Each crate on its own, or their features unify.
-CRATES := microvm-protocol microvm-jail microvm-agent microvm-zygote microvm-janitor
+CRATES := microvm-protocol microvm-jail microvm-agent microvm-tools microvm-zygote microvm-janitor
 check: setup
 	@SECONDS=0; \
 	$(CARGO) fmt --all --check; \
@@ -96,6 +96,7 @@ guest: setup
 	    echo "$$key" >$(BUILD)/vmlinux.key; \
 	fi
 	RUSTFLAGS='$(STATIC_FLAGS) $(AGENT_CIPHERS)' $(CARGO) build -p microvm-agent --profile agent --target $(HOST)
+	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build -p microvm-tools --profile static --target $(HOST)
 	src/guest/fetch-busybox.sh $(BUILD)/busybox.tar.bz2
 	@key=$$(cat $(BUILD)/busybox.tar.bz2 src/guest/busybox.config src/guest/build-busybox.sh | sha256sum | cut -d' ' -f1); \
 	if [ ! -f $(BUILD)/busybox ] || [ "$$(cat $(BUILD)/busybox.key 2>/dev/null || true)" != "$$key" ]; then \
@@ -105,7 +106,8 @@ guest: setup
 	    rm -rf $(BUILD)/busybox-tree; \
 	    echo "$$key" >$(BUILD)/busybox.key; \
 	fi
-	src/guest/build-initramfs.sh $(TARGET_DIR)/$(HOST)/agent/microvm-agent $(BUILD)/busybox $(BUILD)/initramfs.cpio
+	src/guest/build-initramfs.sh $(TARGET_DIR)/$(HOST)/agent/microvm-agent $(TARGET_DIR)/$(HOST)/static/microvm-tools \
+	    $(BUILD)/busybox $(BUILD)/initramfs.cpio
 	src/guest/build-disk.sh $(BUILD)/disk.ext4
 	@for file in vmlinux initramfs.cpio disk.ext4; do \
 	    cmp -s $(BUILD)/$$file $(DATA)/$$file || cp --sparse=always $(BUILD)/$$file $(DATA)/$$file; done

@@ -18,7 +18,7 @@ from typing import List, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "thirstys_waterfall.security.microvm_isolation"
-CRATES = ("microvm-protocol", "microvm-jail", "microvm-agent")
+CRATES = ("microvm-protocol", "microvm-jail", "microvm-agent", "microvm-tools")
 WANTED = ("3.8", "3.13")
 SURFACE = (
     "test_bad_input.py",

@@ -1,7 +1,9 @@
 """What programs find in a guest: users, folders, devices, limits, and the applets that people use."""
 
+import base64
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,81 @@ class Discard(GuestTestCase):
         self.said(vm, "rm /data/f; sync; fstrim /data")
         self.assertTrue(eventually(lambda: held() < before + (4 << 20)), held() - before)
         self.said(vm, "echo kept >/data/g; sync; echo 3 >/proc/sys/vm/drop_caches; cat /data/g; df /data")
+
+
+# Each needs more memory or time than a small VM has for one page.
+PAGES = {
+    "nested links": "<a href=x><object>" * 1000 + "w" * 100000,
+    "nested links, long": "<a href=x><object>" * 1000 + "word " * 700000,
+    "nested tables": "<table><tr><td>" * 100000,
+    "formatting": "".join("<font color={}>".format(i) for i in range(20000)) + "<p>" * 20000,
+    "options": "<select>" + "<option>" * 400000,
+    "links": "<a href=/x>y</a>" * 250000,
+    "templates": "<template>" * 100000,
+}
+
+
+class Documents(GuestTestCase):
+    def test_pages_made_to_be_expensive_end_their_request_alone(self) -> None:
+        vm = self.running()
+        for name, html in PAGES.items():
+            with self.subTest(name):
+                answer = vm.send_command("render_page", {"html": html, "url": "http://a/"}, timeout=90)
+                self.assertIsNotNone(answer, vm.last_error)
+                if answer["status"] == "error":
+                    self.assertIn(answer["error"]["code"], ("too_large", "timeout"), answer)
+                self.assertEqual(self.said(vm, "echo alive; ls /sys/fs/cgroup/tools | grep -c ^[0-9] || true").split()[0], "alive")
+        page = self.result(vm, "render_page", {"html": "<title>T</title><p>a"})
+        self.assertEqual((page["title"], page["text"], page["sanitized_html"]), ("T", "a", "<p>a</p>"))
+
+    def test_many_pages_at_once_end_no_program_of_the_user(self) -> None:
+        vm = self.running()
+        self.said(vm, "sleep 987 </dev/null >/dev/null 2>&1 &")
+        html = "<b>" * 3000 + "<p>" * 3000
+        with ThreadPoolExecutor(4) as threads:
+            answers = list(threads.map(lambda _: vm.send_command("render_page", {"html": html}, timeout=90), range(8)))
+        for answer in answers:
+            self.assertIsNotNone(answer, vm.last_error)
+            if answer["status"] == "error":
+                self.assertIn(answer["error"]["code"], ("too_large", "timeout"), answer)
+        self.said(vm, "pgrep -f 'sleep 987'")
+
+    def test_page_program_is_nobodys_and_ends_with_its_caller(self) -> None:
+        vm = self.running()
+        tools = "for p in $(cat /sys/fs/cgroup/tools/*/cgroup.procs 2>/dev/null); do echo $(stat -c %u /proc/$p) $(cat /proc/$p/oom_score_adj); done"
+        html = "<div>" * 400000
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(vm.send_command, "render_page", {"html": html}, 1.0)
+            self.assertTrue(eventually(lambda: self.said(vm, tools) == "65534 1000"))
+            self.assertIsNone(answer.result())
+        self.assertTrue(eventually(lambda: self.said(vm, tools) == ""))
+
+    def test_page_works_where_an_image_is_the_root(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            vm = self.running(rootfs_path=str(make_rootfs(Path(folder) / "image")))
+            self.assertEqual(self.result(vm, "render_page", {"html": "<p>a"})["text"], "a")
+
+    def test_eight_mebibytes_of_zeros_can_be_read_where_there_is_memory(self) -> None:
+        vm = self.running(resource_limits=limits(memory_mb=512))
+        self.said(vm, "head -c 8388608 /dev/zero >/data/zeros; tr '\\0' '\"' </data/zeros >/data/quotes; printf '\"a\",\"b\"\\n\\n\\n' >/data/text")
+        for name, byte in (("zeros", b"\0"), ("quotes", b'"')):
+            read = self.result(vm, "read_file", {"path": "/data/" + name, "max_bytes": 8 << 20})
+            self.assertEqual((base64.b64decode(read["data_base64"]) == byte * (8 << 20), read["eof"]), (True, True))
+        # What people write stays a text, and the size of any output is what was said.
+        self.assertEqual(self.result(vm, "read_file", {"path": "/data/text"})["data"], '"a","b"\n\n\n')
+        said = self.result(vm, "exec", {"program": "cat", "args": ["/data/zeros"], "max_output_bytes": 1 << 20})
+        self.assertEqual((said["stdout"] == "\0" * (1 << 20), said["stdout_truncated"]), (True, True))
+        self.assertEqual(self.failure(vm, "exec", {"program": "cat", "args": ["/data/zeros"], "max_output_bytes": 4 << 20}), "too_large")
+
+    def test_large_answers_and_requests_do_not_end_a_small_vm(self) -> None:
+        vm = self.running(resource_limits=limits(memory_mb=64))
+        self.said(vm, "head -c 8388608 /dev/zero >/data/zeros; head -c 8388608 /dev/urandom >/data/noise")
+        asked = [("read_file", {"path": path, "max_bytes": 8 << 20}) for path in ("/data/zeros", "/data/noise")]
+        asked += [("exec", {"program": "cat", "args": [path], "max_output_bytes": 4 << 20}) for path in ("/data/zeros", "/data/noise")]
+        asked += [("write_file", {"path": "/data/f", "data": "x" * (12 << 20)}), ("no_such", {"values": [[]] * (2 << 20)})]
+        with ThreadPoolExecutor(3) as threads:
+            for answer in threads.map(lambda each: vm.send_command(each[0], each[1], timeout=90), asked * 2):
+                self.assertIsNotNone(answer, vm.last_error)
+                if answer["status"] == "error":
+                    self.assertEqual(answer["error"]["code"], "too_large", answer)
+        self.assertEqual(self.said(vm, "echo alive"), "alive")

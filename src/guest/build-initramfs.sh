@@ -1,8 +1,9 @@
 #!/bin/sh
-# Usage: build-initramfs.sh AGENT BUSYBOX OUTPUT
-# An uncompressed cpio archive (unpacking costs boot time) with the agent as /init and busybox for its tools.
+# Usage: build-initramfs.sh AGENT TOOLS BUSYBOX OUTPUT
+# An uncompressed cpio archive (unpacking costs boot time) with the agent as /init, the program that it
+# starts for HTML and HTTP, and busybox.
 set -eu
-agent=$(realpath "$1") busybox=$(realpath "$2") output=$(realpath -m "$3")
+agent=$(realpath "$1") tools=$(realpath "$2") busybox=$(realpath "$3") output=$(realpath -m "$4")
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
 cd "$root"
@@ -18,8 +19,9 @@ chmod 755 .
 chmod 700 root
 chmod 1777 var/tmp
 cp "$agent" init
+cp "$tools" usr/lib/microvm-tools
 cp "$busybox" bin/busybox
-chmod 755 init bin/busybox
+chmod 755 init usr/lib/microvm-tools bin/busybox
 for applet in $("$busybox" --list); do
     [ "$applet" = busybox ] || ln -s busybox "bin/$applet"
 done

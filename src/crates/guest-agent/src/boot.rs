@@ -13,7 +13,7 @@ use microvm_protocol::identity::{DISK_SERIAL, ROOTFS_SERIAL};
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::reboot::{reboot, RebootMode};
 
-use crate::{environment, network};
+use crate::{environment, memory, network};
 
 /// Where the VM's own disk is mounted.
 pub const DATA: &str = "/data";
@@ -24,6 +24,11 @@ pub const CGROUPS: &str = "/sys/fs/cgroup";
 /// How often its limit was hit, and how many of it were killed for want of memory (this kernel counts that nowhere else).
 pub const PROCESS_EVENTS: &str = "/sys/fs/cgroup/work/pids.events";
 pub const MEMORY_EVENTS: &str = "/sys/fs/cgroup/work/memory.events";
+/// The group for our own programs: half of the memory, however many there are at once.
+pub const TOOLS_CGROUP: &str = "/sys/fs/cgroup/tools";
+const MAX_TOOLS: u32 = 64;
+/// The program for HTML and HTTP, in the initramfs.
+pub const TOOLS: &str = "/usr/lib/microvm-tools";
 /// The group for everything that runs on request.
 pub const WORK_CGROUP: &str = "/sys/fs/cgroup/work";
 
@@ -66,11 +71,12 @@ pub fn drive(serial: &str) -> Option<String> {
 pub fn set_up() -> Result<(), (&'static str, String)> {
     let stage = |name: &'static str| move |message: String| (name, message);
     mount_scratch().and_then(|()| environment::prepare_kernel()).map_err(stage("mounts"))?;
-    make_work_cgroup().map_err(stage("cgroup"))?;
+    make_cgroups().map_err(stage("cgroup"))?;
     let disk = drive(DISK_SERIAL);
     if let Some(device) = &disk {
         mount_disk(device).and_then(|()| environment::open_disk()).map_err(stage("disk"))?;
     }
+    tools().ok_or_else(|| ("mounts", format!("{TOOLS} is missing in the initramfs")))?;
     let image = drive(ROOTFS_SERIAL);
     if let Some(device) = &image {
         enter_rootfs(device, disk.is_some()).map_err(stage("rootfs"))?;
@@ -95,10 +101,24 @@ fn mount_scratch() -> Result<(), String> {
     mount_at("cgroup", CGROUPS, "cgroup2", safe | MsFlags::MS_NOEXEC, "nsdelegate")
 }
 
-fn make_work_cgroup() -> Result<(), String> {
+fn make_cgroups() -> Result<(), String> {
     let control = format!("{CGROUPS}/cgroup.subtree_control");
     fs::write(&control, "+pids +memory").map_err(|e| format!("{control}: {e}"))?;
-    fs::create_dir_all(WORK_CGROUP).map_err(|e| format!("mkdir {WORK_CGROUP}: {e}"))
+    for group in [WORK_CGROUP, TOOLS_CGROUP] {
+        fs::create_dir_all(group).map_err(|e| format!("mkdir {group}: {e}"))?;
+    }
+    for (name, value) in [("memory.max", memory::total() / 2), ("pids.max", MAX_TOOLS.into())] {
+        let path = format!("{TOOLS_CGROUP}/{name}");
+        fs::write(&path, value.to_string()).map_err(|e| format!("{path}: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Opened before an image is entered, in which it has no path.
+pub fn tools() -> Option<&'static File> {
+    static FILE: OnceLock<Option<File>> = OnceLock::new();
+    FILE.get_or_init(|| File::open(TOOLS).inspect_err(|error| eprintln!("microvm-agent: {TOOLS}: {error}")).ok())
+        .as_ref()
 }
 
 /// The group for everything that runs on request, with its limit, which is set when it is first asked for: a clone's may

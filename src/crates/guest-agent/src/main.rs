@@ -12,11 +12,11 @@ mod environment;
 mod freeze;
 mod identity;
 mod job;
+mod memory;
 mod network;
 mod pool;
 mod port;
 mod rehearsal;
-mod resolve;
 mod serve;
 mod users;
 

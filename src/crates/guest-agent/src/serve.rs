@@ -7,15 +7,16 @@ use std::collections::HashMap;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use microvm_protocol::message::{Code, Failure, Request, Response, FREEZE, MAX_MESSAGE};
+use microvm_protocol::json::{self, Unwritten};
+use microvm_protocol::message::{is_modest, Code, Failure, Request, Response, FREEZE, MAX_MESSAGE, MAX_VALUES};
 use microvm_protocol::mux::Incoming;
 
-use crate::actions::Guest;
+use crate::actions::{Answer, Guest};
 use crate::freeze::Standstill;
 use crate::job::Job;
 use crate::pool::Pool;
 use crate::port::{Link, Sender};
-use crate::{boot, freeze};
+use crate::{boot, freeze, memory};
 
 /// Longer requests are parsed on the pool.
 const QUICK_BYTES: usize = 4096;
@@ -63,10 +64,19 @@ enum Accepted {
     Frozen(Standstill),
 }
 
+/// From which size on a block of memory is the kernel's again as soon as it is freed.
+const LARGE_BLOCK: i32 = 1 << 20;
+
 /// The allocator gives the top of the heap back to the kernel whenever 128 KiB of it are free, so every long frame would
-/// fault its pages in again. Freeing one large block raises that threshold to twice its size (mallopt(3)).
+/// fault its pages in again; and each large block that is freed raises that, until PID 1 holds 64 MiB of what it once
+/// needed (mallopt(3)). So both thresholds are fixed.
 pub fn keep_freed_memory() {
-    drop(std::hint::black_box(vec![0u8; 1 << 20]));
+    for (option, value) in [(libc::M_MMAP_THRESHOLD, LARGE_BLOCK), (libc::M_TRIM_THRESHOLD, 2 * LARGE_BLOCK)] {
+        // SAFETY: the call changes the allocator's settings alone.
+        if unsafe { libc::mallopt(option, value) } != 1 {
+            eprintln!("microvm-agent: mallopt({option}, {value}) was refused");
+        }
+    }
 }
 
 impl Server {
@@ -135,6 +145,14 @@ impl Server {
     fn perform(&self, id: u32, body: &[u8], job: &Job) {
         let mut shutting_down = false;
         let act = || {
+            if body.len() > QUICK_BYTES {
+                // Its texts are copied, and decoded once more.
+                memory::afford(2 * body.len() as u64, "the request")?;
+                if !is_modest(body) {
+                    let message = format!("the request holds over {MAX_VALUES} values");
+                    return Err(Failure { code: Code::TooLarge, message });
+                }
+            }
             let request: Request = serde_json::from_slice(body)
                 .map_err(|error| Failure { code: Code::BadParams, message: format!("not a request: {error}") })?;
             shutting_down = request.action == "shutdown";
@@ -145,11 +163,12 @@ impl Server {
             Err(Failure { code: Code::ActionFailed, message })
         });
         let response = match outcome {
-            Ok(result) => Response::Ok { result },
-            Err(error) => Response::Error { error },
+            Ok(Answer::Encoded(body)) => Ok(body),
+            Ok(Answer::Result(result)) => encode(&Response::Ok { result }),
+            Err(error) => encode(&Response::Error { error }),
         };
         self.jobs().remove(&id);
-        if let Err(error) = answer(&self.sender, id, &response) {
+        if let Err(error) = response.and_then(|body| self.sender.respond(id, body)) {
             eprintln!("microvm-agent: {error}");
         }
         if shutting_down {
@@ -168,11 +187,19 @@ fn quick(body: &[u8]) -> Option<Request> {
 }
 
 fn answer(sender: &Sender, id: u32, response: &Response) -> Result<(), String> {
-    let mut body = serde_json::to_vec(response).map_err(|e| e.to_string())?;
-    if body.len() > MAX_MESSAGE {
-        let message = format!("the answer has {} bytes, at most {MAX_MESSAGE} may be sent", body.len());
-        let error = Failure { code: Code::TooLarge, message };
-        body = serde_json::to_vec(&Response::Error { error }).map_err(|e| e.to_string())?;
+    sender.respond(id, encode(response)?)
+}
+
+/// The response in JSON, or that it is too long for a message or for the memory that can be spared.
+fn encode(response: &Response) -> Result<Vec<u8>, String> {
+    let limit = || usize::try_from(memory::spare()).unwrap_or(usize::MAX).min(MAX_MESSAGE);
+    match json::encode(response, limit) {
+        Ok(body) => Ok(body),
+        Err(error @ Unwritten::TooLong { .. }) => {
+            let error =
+                Failure { code: Code::TooLarge, message: format!("the answer: {error}, more than may be sent") };
+            serde_json::to_vec(&Response::Error { error }).map_err(|e| e.to_string())
+        }
+        Err(error) => Err(error.to_string()),
     }
-    sender.respond(id, body)
 }

@@ -35,6 +35,7 @@ pub mod frame;
 mod golden;
 pub mod handshake;
 pub mod identity;
+pub mod json;
 pub mod message;
 pub mod mux;
 pub mod record;

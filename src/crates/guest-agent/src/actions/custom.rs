@@ -66,6 +66,7 @@ pub fn run(path: &Path, params: &Value, identity: &Identity, job: &Job) -> Outco
         timeout: Some(TIMEOUT),
         uid: ROOT,
         terminal: None,
+        tool: None,
     };
     let mut said = Collected::new(stdin, MAX_OUTPUT);
     let ended = program.start(identity, job, !said.stdin.is_empty())?.drive(&mut said)?;

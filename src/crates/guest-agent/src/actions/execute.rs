@@ -13,6 +13,7 @@ use super::program::{Collected, Program, ROOT};
 use super::{fail, read, Outcome};
 use crate::children::Ended;
 use crate::job::Job;
+use crate::memory;
 
 const DEFAULT_OUTPUT: usize = 1 << 20;
 const MAX_OUTPUT: usize = 4 << 20;
@@ -102,6 +103,7 @@ impl Params {
             timeout: seconds.map(Duration::from_secs_f64),
             uid: self.uid.unwrap_or(ROOT),
             terminal: None,
+            tool: None,
         })
     }
 }
@@ -125,18 +127,25 @@ pub fn execute(params: Value, identity: &Identity, job: &Job) -> Outcome {
     };
     let program = params.program(Some(params.timeout.unwrap_or(DEFAULT_TIMEOUT_S)))?;
     let begun = Instant::now();
+    memory::afford(2 * max_output as u64, "max_output_bytes: as much of both outputs")?;
     let mut said = Collected::new(stdin, max_output);
     let ended = program.start(identity, job, !said.stdin.is_empty())?.drive(&mut said)?;
     let mut result = ended_json(ended, begun.elapsed());
     for (name, stream) in ["stdout", "stderr"].into_iter().zip(said.streams) {
         result[format!("{name}_truncated")] = json!(stream.truncated);
-        if let Err(error) = std::str::from_utf8(&stream.bytes) {
-            // A cut in the middle of a character is no reason for a second copy.
-            if !stream.truncated || error.error_len().is_some() {
-                result[format!("{name}_base64")] = json!(BASE64_STANDARD.encode(&stream.bytes));
+        result[name] = Value::String(match String::from_utf8(stream.bytes) {
+            Ok(text) => text,
+            Err(error) => {
+                let (bytes, at) = (error.as_bytes(), error.utf8_error());
+                // Each byte may become a replacement character of three, and four thirds of one beside them.
+                memory::afford(5 * bytes.len() as u64, name)?;
+                // A cut in the middle of a character is no reason for a second copy.
+                if !stream.truncated || at.error_len().is_some() {
+                    result[format!("{name}_base64")] = Value::String(BASE64_STANDARD.encode(bytes));
+                }
+                String::from_utf8_lossy(bytes).into_owned()
             }
-        }
-        result[name] = json!(String::from_utf8_lossy(&stream.bytes));
+        });
     }
     Ok(result)
 }

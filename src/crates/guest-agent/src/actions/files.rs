@@ -6,11 +6,13 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use base64::prelude::{Engine, BASE64_STANDARD};
+use microvm_protocol::json::prefers_base64;
 use microvm_protocol::message::{Code, Failure};
 use serde::Deserialize;
 use serde_json::{json, Value};
 
 use super::{fail, read, Outcome};
+use crate::memory;
 
 const DEFAULT_READ: u64 = 1 << 20;
 const MAX_READ: u64 = 8 << 20;
@@ -90,18 +92,23 @@ pub fn read_file(params: Value) -> Outcome {
     if params.offset > 0 {
         file.seek(SeekFrom::Start(params.offset)).map_err(failed)?;
     }
+    // A file of /proc has no size.
+    let expected = if meta.len() == 0 { max } else { max.min(meta.len().saturating_sub(params.offset)) };
+    // The bytes, their base64, and that once more in the answer.
+    memory::afford(4 * expected, "max_bytes: the answer")?;
     let mut bytes = Vec::new();
     // One byte more tells whether the end was reached, also for files of /proc, whose size is 0.
     file.take(max + 1).read_to_end(&mut bytes).map_err(failed)?;
     let eof = bytes.len() as u64 <= max;
     bytes.truncate(usize::try_from(max).unwrap_or(usize::MAX));
     let (size, offset) = (meta.len(), params.offset);
-    Ok(match String::from_utf8(bytes) {
-        Ok(text) => json!({"data": text, "size": size, "offset": offset, "eof": eof}),
-        Err(error) => {
-            json!({"data_base64": BASE64_STANDARD.encode(error.as_bytes()), "size": size, "offset": offset, "eof": eof})
-        }
-    })
+    let mut result = json!({"size": size, "offset": offset, "eof": eof});
+    match String::from_utf8(bytes) {
+        Ok(text) if !prefers_base64(&text) => result["data"] = Value::String(text),
+        Ok(text) => result["data_base64"] = Value::String(BASE64_STANDARD.encode(text)),
+        Err(error) => result["data_base64"] = Value::String(BASE64_STANDARD.encode(error.as_bytes())),
+    }
+    Ok(result)
 }
 
 pub fn write_file(params: Value) -> Outcome {

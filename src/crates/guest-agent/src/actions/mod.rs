@@ -2,12 +2,11 @@
 
 mod custom;
 mod execute;
-mod fetch;
 mod files;
 mod program;
-mod render;
 mod stream;
 mod system;
+mod tool;
 mod transfer;
 
 use microvm_protocol::message::{refuse_internal, Code, Failure, Request, Response, ADOPT, DOWNLOAD, STREAM, UPLOAD};
@@ -18,6 +17,13 @@ use crate::identity::Own;
 use crate::job::Job;
 
 pub type Outcome = Result<Value, Failure>;
+
+/// What a request is answered with.
+pub enum Answer {
+    Result(Value),
+    /// A whole response of a program of ours, as it is sent.
+    Encoded(Vec<u8>),
+}
 
 /// The actions that every guest has; `shutdown` answers before it happens.
 const BUILT_IN: [&str; 12] = [
@@ -34,8 +40,6 @@ const BUILT_IN: [&str; 12] = [
     "system_info",
     "write_file",
 ];
-
-const PARSER_STACK_BYTES: usize = 16 << 20;
 
 pub fn fail<T>(code: Code, message: impl Into<String>) -> Result<T, Failure> {
     Err(Failure { code, message: message.into() })
@@ -72,7 +76,7 @@ impl Guest {
         quick.then(|| Response::Ok { result: json!("pong") })
     }
 
-    pub fn perform(&self, request: Request, job: &Job) -> Outcome {
+    pub fn perform(&self, request: Request, job: &Job) -> Result<Answer, Failure> {
         let Request { action, params, stream } = request;
         if action != "shutdown" {
             self.settle()?;
@@ -81,24 +85,23 @@ impl Guest {
             STREAM | UPLOAD | DOWNLOAD if !stream => {
                 fail(Code::BadParams, format!("{action} needs a stream of the host: use the method of that name"))
             }
-            STREAM => stream::stream(params, &self.own.identity, job),
-            UPLOAD => transfer::upload(params, job),
-            DOWNLOAD => transfer::download(params, job),
+            STREAM => stream::stream(params, &self.own.identity, job).map(Answer::Result),
+            UPLOAD => transfer::upload(params, job).map(Answer::Result),
+            DOWNLOAD => transfer::download(params, job).map(Answer::Result),
             action => self.act(action, params, job),
         }
     }
 
-    fn act(&self, action: &str, params: Value, job: &Job) -> Outcome {
+    fn act(&self, action: &str, params: Value, job: &Job) -> Result<Answer, Failure> {
         let identity = &self.own.identity;
-        match action {
+        let outcome = match action {
+            "render_page" | "process_request" => return tool::run(action, params, identity, job),
+            "execute" | "exec" => return self.execute(params, job),
             "ping" => no_params(params).map(|()| json!("pong")),
             "list_actions" => no_params(params).map(|()| json!({"actions": self.actions()})),
             "system_info" => no_params(params).and_then(|()| system::info(&self.own)),
-            "execute" | "exec" => self.execute(params, job),
             "read_file" => files::read_file(params),
             "write_file" => files::write_file(params),
-            "render_page" => on_big_stack(|| render::render_page(params, identity.network.is_some())),
-            "process_request" => fetch::process_request(params, identity.network.is_some()),
             "health" => no_params(params).and_then(|()| system::health()),
             "set_clock" => system::set_clock(params),
             ADOPT => system::adopt(params, &self.own),
@@ -111,7 +114,8 @@ impl Guest {
                     fail(Code::UnknownAction, format!("there is no action {shown:?}; there are {known}"))
                 }
             },
-        }
+        };
+        outcome.map(Answer::Result)
     }
 
     fn actions(&self) -> Vec<String> {
@@ -123,7 +127,7 @@ impl Guest {
     }
 
     /// `execute` with an `action` and no `program` means that action: the form of the legacy callers.
-    fn execute(&self, params: Value, job: &Job) -> Outcome {
+    fn execute(&self, params: Value, job: &Job) -> Result<Answer, Failure> {
         match redirect(params) {
             Redirect::To(action, params) if action != "execute" && action != "exec" => match refuse_internal(&action) {
                 Some(failure) => Err(failure),
@@ -131,21 +135,9 @@ impl Guest {
             },
             Redirect::To(action, _) => fail(Code::BadParams, format!("action: {action:?} needs a program")),
             Redirect::Bad(message) => fail(Code::BadParams, message),
-            Redirect::None(params) => execute::execute(params, &self.own.identity, job),
+            Redirect::None(params) => execute::execute(params, &self.own.identity, job).map(Answer::Result),
         }
     }
-}
-
-/// Runs a parser of hostile documents, which may recurse; the memory is touched only when it does.
-fn on_big_stack(parse: impl FnOnce() -> Outcome + Send) -> Outcome {
-    std::thread::scope(|scope| {
-        let spawned = std::thread::Builder::new().stack_size(PARSER_STACK_BYTES).spawn_scoped(scope, parse);
-        match spawned.map(std::thread::ScopedJoinHandle::join) {
-            Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) => fail(Code::ActionFailed, "the parser failed; the guest's console says where"),
-            Err(error) => fail(Code::Busy, format!("no thread: {error}")),
-        }
-    })
 }
 
 fn no_params(params: Value) -> Result<(), Failure> {

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use microvm_protocol::identity::Identity;
 use microvm_protocol::message::{Code, Failure};
 use microvm_protocol::mux::{STDERR, STDOUT};
-use nix::fcntl::{fcntl, FcntlArg, OFlag};
+use nix::fcntl::{fcntl, open, FcntlArg, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::pty::{openpty, Winsize};
-use nix::sys::resource::{setrlimit, Resource};
+use nix::sys::resource::{setrlimit, Resource, RLIM_INFINITY};
+use nix::sys::stat::Mode;
 use nix::unistd::{fchown, Gid, Uid};
 
 use super::fail;
@@ -27,6 +28,10 @@ use crate::users::{self, User};
 
 pub const ROOT: u32 = 0;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// For a connection, what it reads, and the pipes.
+const TOOL_FILES: u64 = 64;
+/// Parsers recurse on what they are given.
+const TOOL_STACK: u64 = 16 << 20;
 const LANG: &str = "C.UTF-8";
 /// What every image's terminfo knows.
 const TERM: &str = "xterm";
@@ -51,6 +56,17 @@ pub struct Program<'a> {
     pub uid: u32,
     /// Rows and columns of a terminal for it, instead of pipes.
     pub terminal: Option<(u16, u16)>,
+    /// One of our own, with limits of its own.
+    pub tool: Option<Tool<'a>>,
+}
+
+/// What a program of our own may take.
+#[derive(Clone, Copy)]
+pub struct Tool<'a> {
+    /// What its errors call it.
+    pub name: &'a str,
+    pub memory_bytes: u64,
+    pub cpu_seconds: u64,
 }
 
 /// What a program is to read next.
@@ -175,10 +191,12 @@ impl Program<'_> {
         let mut command = Command::new(self.path);
         command.args(self.args).env_clear().env("PATH", PATH).env("LANG", LANG).current_dir(self.cwd);
         let user = self.user();
-        for (name, value) in
-            [("HOME", &user.home), ("USER", &user.name), ("LOGNAME", &user.name), ("SHELL", &user.shell)]
-        {
-            command.env(name, value);
+        if self.tool.is_none() {
+            for (name, value) in
+                [("HOME", &user.home), ("USER", &user.name), ("LOGNAME", &user.name), ("SHELL", &user.shell)]
+            {
+                command.env(name, value);
+            }
         }
         if self.terminal.is_some() {
             command.env("TERM", TERM);
@@ -194,9 +212,18 @@ impl Program<'_> {
         }
         let failed =
             |e: io::Error| Failure { code: Code::IoError, message: format!("the program's control group: {e}") };
-        let group = boot::work_cgroup(identity.max_processes).and_then(Group::create).map_err(failed)?;
+        let parent = match self.tool {
+            None => boot::work_cgroup(identity.max_processes),
+            Some(_) => Ok(boot::TOOLS_CGROUP),
+        };
+        let group = parent.and_then(Group::create).map_err(failed)?;
         let procs = group.procs().map_err(failed)?;
-        let (files, processes) = (identity.max_file_handles, identity.max_processes);
+        // The limit on processes counts all of a uid's; those of our own programs are counted by their group.
+        let (files, processes) = match self.tool {
+            None => (identity.max_file_handles, identity.max_processes),
+            Some(_) => (TOOL_FILES, RLIM_INFINITY),
+        };
+        let tool = self.tool.map(|tool| (tool.memory_bytes, tool.cpu_seconds));
         let is_terminal = terminal.is_some();
         // SAFETY: between fork and exec only system calls are made; nothing is allocated and no lock is taken.
         unsafe {
@@ -212,13 +239,23 @@ impl Program<'_> {
                 }
                 setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
                 setrlimit(Resource::RLIMIT_NPROC, processes, processes)?;
+                if let Some((memory_bytes, cpu_seconds)) = tool {
+                    setrlimit(Resource::RLIMIT_AS, memory_bytes, memory_bytes)?;
+                    setrlimit(Resource::RLIMIT_STACK, TOOL_STACK, TOOL_STACK)?;
+                    setrlimit(Resource::RLIMIT_CPU, cpu_seconds, cpu_seconds + 1)?;
+                    // When memory runs out, the kernel ends it before the user's programs. To raise it needs no right, but
+                    // the files of a process that changed its uid are root's until it says otherwise (proc(5)).
+                    nix::sys::prctl::set_dumpable(true)?;
+                    let score = open("/proc/self/oom_score_adj", OFlag::O_WRONLY, Mode::empty())?;
+                    nix::unistd::write(&score, b"1000")?;
+                }
                 Ok(())
             });
         }
         let passage = DOOR.pass();
         // While it waited at the door this guest may have become another VM.
         if job.is_cancelled() {
-            return Err(cancelled(self.path));
+            return Err(cancelled(self.shown()));
         }
         let spawning = children::spawn(&mut command, group, job.bell());
         drop(passage);
@@ -229,7 +266,7 @@ impl Program<'_> {
                 ErrorKind::WouldBlock => Code::Busy,
                 _ => Code::IoError,
             };
-            Failure { code, message: format!("{}: {error}", self.path) }
+            Failure { code, message: format!("{}: {error}", self.shown()) }
         })?;
         let spawned = Arc::new(spawned);
         job.runs(&spawned);
@@ -251,7 +288,7 @@ impl Program<'_> {
             fcntl(file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(e.into()))?;
         }
         let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let (shown, timeout) = (self.path.to_owned(), self.timeout);
+        let (shown, timeout) = (self.shown().to_owned(), self.timeout);
         Ok(Running { shown, job, spawned, stdin, outputs, is_terminal, timeout, deadline })
     }
 
@@ -260,7 +297,15 @@ impl Program<'_> {
         if self.uid == ROOT {
             return User { name: "root".into(), gid: ROOT, home: "/root".into(), shell: "/bin/sh".into() };
         }
+        if self.tool.is_some() {
+            return User { name: "nobody".into(), gid: self.uid, home: "/".into(), shell: "/bin/false".into() };
+        }
         users::of(self.uid)
+    }
+
+    /// As its errors call it.
+    fn shown(&self) -> &str {
+        self.tool.map_or(self.path, |tool| tool.name)
     }
 
     /// A terminal as the command's stdin, stdout and stderr; returns our end.

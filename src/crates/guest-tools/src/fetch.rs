@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::prelude::{Engine, BASE64_STANDARD};
+use microvm_protocol::json::prefers_base64;
 use microvm_protocol::message::{Code, Failure, Reason};
 use serde::Deserialize;
 use serde_json::{json, Value};
@@ -19,8 +20,8 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 use ureq::{Agent, AsSendBody, ResponseExt};
 use url::Url;
 
-use super::{fail, read, Outcome};
 use crate::resolve::{resolve, Unresolved};
+use crate::{fail, read, Outcome};
 
 const DEFAULT_BYTES: u64 = 1 << 20;
 const MAX_BYTES: u64 = 8 << 20;
@@ -94,8 +95,9 @@ pub fn process_request(params: Value, has_network: bool) -> Outcome {
         "truncated": fetched.truncated,
     });
     match String::from_utf8(fetched.body) {
-        Ok(text) => result["body"] = json!(text),
-        Err(error) => result["body_base64"] = json!(BASE64_STANDARD.encode(error.as_bytes())),
+        Ok(text) if !prefers_base64(&text) => result["body"] = Value::String(text),
+        Ok(text) => result["body_base64"] = Value::String(BASE64_STANDARD.encode(text)),
+        Err(error) => result["body_base64"] = Value::String(BASE64_STANDARD.encode(error.as_bytes())),
     }
     Ok(result)
 }
