@@ -152,6 +152,18 @@ class Fetching(NetworkTestCase):
         self.assertEqual(self.failure(vm, "process_request", {"url": "ftp://web.test/"}), "bad_params")
         self.assertEqual(self.result(vm, "ping"), "pong")
 
+    def test_process_request_gives_eight_mebibytes_and_ends_no_small_vm(self) -> None:
+        wanted = {"url": "http://web.test/zeros", "max_bytes": 8 << 20}
+        whole = self.result(self.connected(resource_limits=limits(memory_mb=512)), "process_request", wanted)
+        self.assertEqual((len(whole["body_base64"]), whole["truncated"]), (-(-(8 << 20) // 3) * 4, True))
+        vm = self.connected(resource_limits=limits(memory_mb=64))
+        for _ in range(3):
+            answer = vm.send_command("process_request", wanted)
+            self.assertIsNotNone(answer, vm.last_error)
+            if answer["status"] == "error":
+                self.assertEqual(answer["error"]["code"], "too_large", answer)
+        self.assertEqual(self.get(vm, "http://web.test/")["status"], 200)
+
     def test_https_is_trusted_by_the_images_authorities(self) -> None:
         vm = self.connected()
         path = "/etc/ssl/certs/ca-certificates.crt"

@@ -89,6 +89,8 @@ class Web(http.server.BaseHTTPRequestHandler):
             self.answer(200, b"<title>Far</title><a href='next'>go</a><script>evil()</script>", Content_Type="text/html")
         elif self.path == "/binary":
             self.answer(200, bytes(range(256)))
+        elif self.path == "/zeros":
+            self.answer(200, bytes(9 << 20))
         elif self.path == "/missing":
             self.answer(404, b"no such page")
         elif self.path == "/slow":
