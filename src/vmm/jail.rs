@@ -180,24 +180,31 @@ impl HostJail {
     /// # Errors
     /// Why not.
     pub fn hands_taps(&self) -> std::result::Result<&'static str, String> {
-        if !self.own_root() {
-            return Err("it needs the namespaces: the VMM opens its tap in the host's".into());
-        }
-        if !kernel::is_at_least(5, 9) {
-            return Err("it needs Linux 5.9: the VMM opens its tap by name, in the host's network namespace".into());
-        }
-        match std::fs::read_to_string(PTRACE_SCOPE).ok().and_then(|text| text.trim().parse::<u32>().ok()) {
-            Some(scope @ 2..) => Err(format!(
-                "{PTRACE_SCOPE} is {scope}: the VMM opens its tap by name, in the host's network namespace; a value of 1 \
-                 lets its supervisor see what it opens"
-            )),
-            _ => Ok("empty; its tap's device is opened outside of it and handed in"),
-        }
+        let scope = std::fs::read_to_string(PTRACE_SCOPE).ok().and_then(|text| text.trim().parse().ok());
+        hands_taps(self.own_root(), kernel::is_at_least(5, 9), scope)
     }
 
     #[must_use]
     pub fn own_uid(&self) -> bool {
         self.own_root() && nix::unistd::geteuid().is_root() && matches!(self.identity, Layer::Given(_))
+    }
+}
+
+fn hands_taps(
+    own_root: bool,
+    adds_descriptors: bool,
+    ptrace_scope: Option<u32>,
+) -> std::result::Result<&'static str, String> {
+    match (own_root, adds_descriptors, ptrace_scope) {
+        (false, _, _) => Err("it needs the namespaces: the VMM opens its tap in the host's".into()),
+        (_, false, _) => {
+            Err("it needs Linux 5.9: the VMM opens its tap by name, in the host's network namespace".into())
+        }
+        (_, _, Some(scope @ 2..)) => Err(format!(
+            "{PTRACE_SCOPE} is {scope}: the VMM opens its tap by name, in the host's network namespace; a value of 1 lets \
+             its supervisor see what it opens"
+        )),
+        _ => Ok("empty; its tap's device is opened outside of it and handed in"),
     }
 }
 
@@ -294,4 +301,20 @@ fn attempt(
     let argv = vec![program.display().to_string()];
     let spec = LaunchSpec { proc, ..plan.spec(argv, Vec::new(), seccomp) };
     process::rehearse(launcher, &spec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_hands_taps_only_where_the_supervisor_can_see_and_answer() {
+        assert!(hands_taps(true, true, None).is_ok() && hands_taps(true, true, Some(1)).is_ok());
+        for (own_root, adds_descriptors, scope, word) in
+            [(false, true, None, "namespaces"), (true, false, None, "5.9"), (true, true, Some(2), "ptrace_scope is 2")]
+        {
+            let why = hands_taps(own_root, adds_descriptors, scope).unwrap_err();
+            assert!(why.contains(word), "{why}");
+        }
+    }
 }
