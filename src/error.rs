@@ -15,6 +15,20 @@ pub struct Tails {
     pub vmm_stderr: String,
 }
 
+/// Isolation that was demanded and cannot be given.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{wanted} was asked for, but {limited_by} can give no more than {offered}: {reason}; {remedy}")]
+pub struct Shortfall {
+    pub wanted: String,
+    pub offered: String,
+    /// This host, the backend, or both.
+    pub limited_by: String,
+    pub reason: String,
+    pub remedy: String,
+    /// Layers of the jail, with the reason of each.
+    pub missing: Vec<(&'static str, String)>,
+}
+
 /// What can go wrong. `Display` says what failed, on what, and what the user can do; of what guests and VMMs said it keeps
 /// some, without control characters ([`said`]).
 #[derive(Debug, Clone, thiserror::Error)]
@@ -41,18 +55,8 @@ pub enum Error {
     InvalidState { vm_id: VmId, operation: &'static str, state: VmState, allowed: String },
     #[error("backend {backend} cannot be used: {reason}; {remedy}")]
     BackendUnavailable { backend: Backend, reason: String, remedy: String },
-    #[error("{vm_id}: {wanted} was asked for, but {limited_by} can give no more than {offered}: {reason}; {remedy}")]
-    IsolationUnavailable {
-        vm_id: VmId,
-        wanted: String,
-        offered: String,
-        /// This host, the backend, or both.
-        limited_by: String,
-        reason: String,
-        remedy: String,
-        /// Layers of the jail, with the reason of each.
-        missing: Vec<(&'static str, String)>,
-    },
+    #[error("{vm_id}: {shortfall}")]
+    IsolationUnavailable { vm_id: VmId, shortfall: Box<Shortfall> },
     #[error(
         "{vm_id}: RLIMIT_{} of this process is {value} (hard limit), and a VMM for this VM needs {needed}: start the process \
          with more (prlimit --{limit}={needed} COMMAND as root; docker run --ulimit {limit}={needed}; systemd \
@@ -160,7 +164,8 @@ impl Error {
             Error::QuotaExceeded { what, needed, available, limit, .. } => {
                 json!({"what": what, "needed": needed, "available": available, "limit": limit})
             }
-            Error::IsolationUnavailable { wanted, offered, limited_by, reason, remedy, missing, .. } => {
+            Error::IsolationUnavailable { shortfall, .. } => {
+                let Shortfall { wanted, offered, limited_by, reason, remedy, missing } = shortfall.as_ref();
                 let missing: serde_json::Map<String, Value> =
                     missing.iter().map(|(layer, why)| ((*layer).to_owned(), json!(why))).collect();
                 json!({

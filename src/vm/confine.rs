@@ -11,7 +11,7 @@ use microvm_jail::{Confined, Identity, Layer, Resource, Rlimit};
 use serde_json::{json, Map, Value};
 
 use super::{Settings, Spec};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Shortfall};
 use crate::host::cgroup::{self, Controller, Device, Groups, Outcome};
 use crate::host::clock;
 use crate::host::lease::Lease;
@@ -368,15 +368,15 @@ impl Confinement {
         let remedies =
             [by_backend.then_some(other), by_host.then_some("doctor tells what each layer of the host needs")];
         let reasons: Vec<String> = missing.iter().map(|(name, why)| format!("{name}: {why}")).collect();
-        Err(Error::IsolationUnavailable {
-            vm_id: spec.vm_id.clone(),
+        let shortfall = Box::new(Shortfall {
             wanted: "jail=strict".into(),
             offered: "jail=default".into(),
             limited_by,
             reason: reasons.join("; "),
             remedy: remedies.into_iter().flatten().collect::<Vec<_>>().join("; "),
             missing,
-        })
+        });
+        Err(Error::IsolationUnavailable { vm_id: spec.vm_id.clone(), shortfall })
     }
 
     /// Each layer, as far as it is known before the VMM runs.

@@ -217,7 +217,8 @@ const LAUNCHER_USAGE: i32 = 64;
 /// # Errors
 /// [`Error::Host`] when the launcher does not start.
 pub fn host_jail(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<Arc<HostJail>> {
-    static KNOWN: Mutex<Option<HashMap<(PathBuf, Seccomp), Arc<HostJail>>>> = Mutex::new(None);
+    type Known = HashMap<(PathBuf, Seccomp), Arc<HostJail>>;
+    static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
     // Held throughout: whoever comes second would only do the same.
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     let known = known.get_or_insert_default();

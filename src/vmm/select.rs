@@ -1,7 +1,7 @@
 //! Which backend a VM gets, and why.
 
 use super::{cloud_hypervisor, firecracker, qemu, Binaries, Capabilities, Vmm};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Shortfall};
 use crate::host::kvm;
 use crate::model::{Backend, Grade, VmId};
 
@@ -69,8 +69,7 @@ pub fn select(vm_id: &VmId, wish: &Wish, binaries: &Binaries) -> Result<Chosen> 
     };
     if let Some(min) = wish.min_isolation.filter(|min| *min > vmm.grade()) {
         let kvm = kvm::probe();
-        return Err(Error::IsolationUnavailable {
-            vm_id: vm_id.clone(),
+        let shortfall = Box::new(Shortfall {
             wanted: format!("min_isolation={min}"),
             offered: vmm.grade().to_string(),
             limited_by: "this host".into(),
@@ -78,6 +77,7 @@ pub fn select(vm_id: &VmId, wish: &Wish, binaries: &Binaries) -> Result<Chosen> 
             remedy: kvm.remedy.unwrap_or_default(),
             missing: Vec::new(),
         });
+        return Err(Error::IsolationUnavailable { vm_id: vm_id.clone(), shortfall });
     }
     Ok(Chosen { vmm, reason })
 }
