@@ -37,6 +37,10 @@ class Streams(VMTestCase):
         told = ["starting", "running", "paused", "running", "stopping", "stopped", "destroyed"]
         self.assertEqual(states(events), told)
         self.assertEqual([events[0]["kind"], events[-1]["kind"]], ["created", "removed"])
+        details = [event["detail"] for event in events]
+        self.assertEqual(details[0], "1 vCPU, 128 MiB of memory, 64 MiB of disk")
+        self.assertEqual(details[1:3], ["created -> starting: start", "starting -> running: start"])
+        self.assertTrue(all(details), events)
         numbers = [event["sequence"] for event in events]
         self.assertEqual(numbers, sorted(numbers))
         self.assertTrue(all(abs(event["time"] - time.time()) < 60 for event in events))
@@ -73,7 +77,12 @@ class Streams(VMTestCase):
         self.assertIn("microvm_events_dropped_total 2.0", self.manager.metrics())
 
     def test_wrong_arguments_are_named(self) -> None:
+        class Silent:
+            def __repr__(self) -> str:
+                raise RuntimeError("no name")
+
         for call, error in [
+            (lambda: self.manager.on_event(Silent()), InvalidTypeError),
             (lambda: self.manager.events(timeout="1"), TypeError),
             (lambda: self.manager.events(capacity=0), ValueError),
             (lambda: self.manager.on_event(3), InvalidTypeError),
@@ -97,6 +106,22 @@ class Callbacks(VMTestCase):
             self.create()
             self.assertTrue(eventually(lambda: len(seen) == 2))
         self.assertIn("on purpose", logs.output[0])
+        self.assertTrue(subscription.active)
+
+    def test_exit_raised_in_a_callback_is_logged_and_ends_nothing(self) -> None:
+        seen: List[str] = []
+
+        def call(event: Dict[str, Any]) -> None:
+            seen.append(event["kind"])
+            raise [SystemExit(3), KeyboardInterrupt(), GeneratorExit()][len(seen) - 1]
+
+        subscription = self.manager.on_event(call)
+        with self.assertLogs(self.manager.logger, "ERROR") as logs:
+            for _ in range(3):
+                self.create()
+            self.assertTrue(eventually(lambda: len(seen) == 3))
+            self.assertTrue(eventually(lambda: len(logs.output) == 3))
+        self.assertTrue(all(name in text for name, text in zip(("SystemExit", "Keyboard", "Generator"), logs.output)))
         self.assertTrue(subscription.active)
 
     def test_close_delivers_what_came_and_no_more(self) -> None:

@@ -59,3 +59,14 @@ class Layers(unittest.TestCase):
             return goal in below or any(reaches(each, goal, seen | {each}) for each in below)
 
         self.assertEqual([module for module in BELOW if reaches(module, module, set())], [])
+
+
+class Statics(unittest.TestCase):
+    def test_static_with_a_lock_is_made_anew_by_a_forked_child(self) -> None:
+        wrong = []
+        for path in sorted(SRC.rglob("*.rs")):
+            if path.relative_to(SRC).parts[0] != "crates":
+                text = path.read_text().split(TESTS)[0]
+                found = re.findall(r"static \w+: (?:Mutex|RwLock|Condvar|Once|OnceLock|OnceCell|LazyLock)\b[^;]*", text)
+                wrong += ["{}: {}".format(path.relative_to(SRC), one) for one in found]
+        self.assertEqual(wrong, [], "use host::fork::PerProcess: another thread may hold it at the fork")

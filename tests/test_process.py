@@ -36,6 +36,11 @@ class Ends(VMTestCase):
         path, _ = done.stdout.split()
         self.assertFalse(left_of(done.stdout) or Path(path).parent.exists())
 
+    def test_interpreter_exit_says_what_became_of_the_last_vms(self) -> None:
+        begin = "import logging\nlogging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        done = run_python(begin + RUNNING + "print(vm.vm_id, pid)")
+        self.assertIn("{}: destroyed\n".format(done.stdout.split()[0]), done.stderr)
+
     def test_killed_process_leaves_no_vmm_and_the_next_manager_sweeps(self) -> None:
         done = run_python(RUNNING + "print(vm.get_info()['socket_path'], pid, flush=True); os.kill(os.getpid(), 9)")
         self.assertEqual(done.returncode, -signal.SIGKILL)
@@ -95,6 +100,102 @@ class Ends(VMTestCase):
         ).format(IMPORT)
         done = run_python(code)
         self.assertEqual((done.stdout.split(), done.stderr), (["0"] * 100, ""))
+
+
+# One VM of the process's own, and what its guest says.
+OWN_VM = """
+def run_one():
+    with MicroVMIsolationManager({"default_memory_mb": 128, "default_disk_size_mb": 64}) as own:
+        mine = own.get_vm(own.create_vm("plugin"))
+        assert mine.start(), mine.last_error
+        return mine.send_command("ping")["result"]
+def ended(child):
+    return os.waitpid(child, 0)[1]
+"""
+
+
+class Forks(VMTestCase):
+    """A child that never executes anything: multiprocessing's default, prefork servers, notebooks."""
+
+    def test_child_of_a_process_that_used_the_library_has_managers_of_its_own(self) -> None:
+        code = RUNNING + OWN_VM + (
+            "for depth in range(3):\n    child = os.fork()\n    if child != 0: break\n    print(run_one(), flush=True)\n"
+            "if child != 0: assert ended(child) == 0\n"
+            "if depth == 0: print(vm.send_command('ping')['result'], manager.list_vms() == [vm.vm_id], run_one())\n"
+            "else: os._exit(0)\n"
+        )
+        done = run_python(code)
+        self.assertEqual((done.returncode, done.stdout.split()), (0, ["pong"] * 3 + ["pong", "True", "pong"]), done.stderr)
+
+    def test_forks_in_the_middle_of_everything_harm_neither_side(self) -> None:
+        code = HEAD + OWN_VM + (
+            "over, wrong = threading.Event(), []\n"
+            "def busy():\n"
+            "    while not over.is_set():\n"
+            "        one = manager.get_vm(manager.create_vm('plugin'))\n"
+            "        if not one.start(): wrong.append(one.last_error)\n"
+            "        for _ in range(5):\n"
+            "            if one.send_command('ping') is None: wrong.append(one.last_error)\n"
+            "        manager.get_resource_usage(); manager.destroy_vm(one.vm_id)\n"
+            "threads = [threading.Thread(target=busy) for _ in range(4)]\n"
+            "[thread.start() for thread in threads]\n"
+            "ends = []\n"
+            "for number in range(100):\n"
+            "    child = os.fork()\n"
+            "    if child == 0:\n"
+            "        signal.alarm(100)\n"
+            "        try:\n"
+            "            other = MicroVMIsolationManager()\n"
+            "            repr(manager), manager._cleanup_active, manager.stop()\n"
+            "            assert other.create_vm('plugin') and other.get_resource_usage()['total_vms'] == 1\n"
+            "            if number % 25 == 24: assert run_one() == 'pong'\n"
+            "            os._exit(0)\n"
+            "        except BaseException as error:\n            print(repr(error), file=sys.stderr, flush=True)\n"
+            "        os._exit(9)\n"
+            "    ends.append(ended(child))\n"
+            "over.set()\n[thread.join() for thread in threads]\nprint(set(ends), wrong, manager.list_vms() == [vm.vm_id])"
+        )
+        done = run_python(code, timeout=240)
+        self.assertEqual((done.returncode, done.stdout), (0, "{0} [] True\n"), done.stderr)
+
+    def test_multiprocessing_pool_by_fork_runs_vms_in_its_children(self) -> None:
+        code = RUNNING + OWN_VM + (
+            "import multiprocessing\n"
+            "with multiprocessing.get_context('fork').Pool(2) as pool:\n"
+            "    print(pool.starmap(run_one, [(), (), ()]), vm.send_command('ping')['result'])"
+        )
+        done = run_python(code)
+        self.assertEqual((done.returncode, done.stdout), (0, "['pong', 'pong', 'pong'] pong\n"), done.stderr)
+
+    def test_child_that_leaves_what_it_inherited_ends_nothing_and_exits_as_it_says(self) -> None:
+        code = RUNNING + (
+            "seen = []\n"
+            "with manager, vm.stream('cat') as program, manager.events() as events, manager.on_event(seen.append):\n"
+            "    for code in (0, 3):\n"
+            "        child = os.fork()\n        if child == 0: sys.exit(code)\n"
+            "        assert os.waitpid(child, 0)[1] == code << 8\n"
+            "    assert program.write(b'x'), program\n    assert next(program) == ('stdout', b'x')\n"
+            "    print(vm.send_command('ping')['result'])\n"
+        )
+        done = run_python(code)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "pong\n", ""))
+
+    def test_child_logs_and_hears_of_its_own_vms(self) -> None:
+        code = RUNNING + (
+            "import logging\nlogging.basicConfig(level=logging.INFO, stream=sys.stdout, format='%(message)s')\n"
+            "manager.on_event(lambda event: None)\nchild = os.fork()\n"
+            "if child == 0:\n"
+            "    with MicroVMIsolationManager({'default_memory_mb': 128, 'default_disk_size_mb': 64}) as own:\n"
+            "        seen = []\n        heard = own.on_event(seen.append)\n"
+            "        mine = own.get_vm(own.create_vm('plugin', vm_id='childs-{}'.format(os.getpid())))\n"
+            "        mine.start(); heard.close()\n"
+            "    print('told', [event['kind'] for event in seen][:2])\n    sys.exit(0)\n"
+            "assert os.waitpid(child, 0)[1] == 0\n"
+        )
+        done = run_python(code)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for said in ("told ['created', 'state']", ": started in", ": destroyed"):
+            self.assertIn(said, done.stdout)
 
 
 class Signals(VMTestCase):

@@ -15,6 +15,8 @@ use std::sync::{Mutex, PoisonError};
 use nix::sys::stat::{major, minor};
 use nix::unistd::{Gid, Group, Uid, User};
 
+use super::fork::PerProcess;
+
 /// Where the kernel puts it (include/linux/miscdevice.h: major 10 of all "misc" devices, minor 232).
 const DEVICE: &str = "/dev/kvm";
 const NUMBERS: (u64, u64) = (10, 232);
@@ -56,10 +58,10 @@ type Tried = Result<(), String>;
 /// The outcome of [`trial::run`], remembered for the node.
 fn tried(kvm: &File, meta: &Metadata) -> Tried {
     type Node = (u64, u64, i64);
-    static KNOWN: Mutex<Option<(Node, Tried)>> = Mutex::new(None);
+    static KNOWN: PerProcess<Mutex<Option<(Node, Tried)>>> = PerProcess::new();
     let node = (meta.dev(), meta.ino(), meta.ctime());
     // Held throughout: a second caller would only do the same.
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
     match &*known {
         Some((of, tried)) if *of == node => tried.clone(),
         _ => known.insert((node, trial::run(kvm))).1.clone(),

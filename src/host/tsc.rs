@@ -3,11 +3,17 @@
 //! An emulated guest reads the host's counter and has nothing exact to measure it against: it is told. Without that it
 //! keeps time by counting ticks of 10 ms.
 
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use super::fork::PerProcess;
 
 /// The error of reading counter and clock is about 50 ns at each end; over this time it is a few millionths.
 const SPAN: Duration = Duration::from_millis(20);
+
+/// What stands for no frequency yet, and for none to be had.
+const UNKNOWN: u64 = 0;
+const UNEVEN: u64 = u64::MAX;
 
 /// A moment on both clocks.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +39,7 @@ fn ticks() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-static BEGUN: OnceLock<Moment> = OnceLock::new();
+static BEGUN: PerProcess<Moment> = PerProcess::new();
 
 /// Begins to measure, if nothing has yet.
 pub fn begin() {
@@ -44,12 +50,16 @@ pub fn begin() {
 /// [`begin`] was called before.
 #[must_use]
 pub fn frequency_khz() -> Option<u64> {
-    static MEASURED: OnceLock<Option<u64>> = OnceLock::new();
-    *MEASURED.get_or_init(|| {
+    /// Of the machine, so a forked child may have its parent's. No lock: two threads may both measure.
+    static MEASURED: AtomicU64 = AtomicU64::new(UNKNOWN);
+    let mut measured = MEASURED.load(Ordering::Acquire);
+    if measured == UNKNOWN {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let even = ["constant_tsc", "nonstop_tsc"].iter().all(|flag| cpuinfo.split_whitespace().any(|f| f == *flag));
-        even.then(measure)
-    })
+        measured = if even { measure() } else { UNEVEN };
+        MEASURED.store(measured, Ordering::Release);
+    }
+    (measured != UNEVEN).then_some(measured)
 }
 
 fn measure() -> u64 {

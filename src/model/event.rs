@@ -52,6 +52,25 @@ impl Happening {
     }
 }
 
+impl Happening {
+    /// `why`, after what a state or a verdict was and is now.
+    #[must_use]
+    pub fn detail(&self, why: String) -> String {
+        let change = match self {
+            Happening::State { from, to } => format!("{from} -> {to}"),
+            Happening::Health { from, to, reason } => {
+                format!("{} -> {} ({})", from.as_str(), to.as_str(), reason.as_str())
+            }
+            _ => return why,
+        };
+        if why.is_empty() {
+            change
+        } else {
+            format!("{change}: {why}")
+        }
+    }
+}
+
 /// One event.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
@@ -61,7 +80,7 @@ pub struct Event {
     pub vm_id: VmId,
     pub isolation_type: IsolationType,
     pub happening: Happening,
-    /// Why, for people; may be empty.
+    /// What happened and why, for people.
     pub detail: String,
 }
 

@@ -88,6 +88,10 @@ impl CommunicationChannel {
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
+        // A forked child closes nothing of its parent's.
+        if !self.client.is_ours() {
+            return Ok(());
+        }
         let client = self.client.get(py)?.clone();
         gate::wait(py, OnInterrupt::Finish, async move { client.close().await })
     }

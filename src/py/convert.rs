@@ -16,7 +16,7 @@ const PACKAGE: &str = "thirstys_waterfall.security.microvm_isolation";
 /// Nesting of a JSON document; the parser on the other side stops at 128.
 const MAX_DEPTH: usize = 100;
 
-fn shown(value: &Bound<'_, PyAny>) -> String {
+pub fn shown(value: &Bound<'_, PyAny>) -> String {
     let text = value.repr().map_or_else(|_| "an object without repr".to_owned(), |repr| repr.to_string());
     match text.char_indices().nth(80) {
         Some((cut, _)) => format!("{}...", &text[..cut]),

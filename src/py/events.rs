@@ -7,13 +7,14 @@ use pyo3::prelude::*;
 
 use super::gate::Owned;
 use super::{convert, errors};
+use crate::host::fork::PerProcess;
 use crate::vm::{Heard, Hearer};
 
 /// How long a signal may wait to be seen.
 const SLICE: Duration = Duration::from_millis(50);
 
 /// Everyone who hears anything in this process: they are told when the interpreter exits.
-static HEARERS: Mutex<Vec<Weak<Hearer>>> = Mutex::new(Vec::new());
+static HEARERS: PerProcess<Mutex<Vec<Weak<Hearer>>>> = PerProcess::new();
 
 /// A manager's events from its making on: an iterator of dicts, which ends with the manager.
 #[pyclass(frozen, module = "thirstys_waterfall.security.microvm_isolation")]
@@ -24,7 +25,7 @@ pub struct EventStream {
 
 impl EventStream {
     pub fn new(hearer: Arc<Hearer>, timeout: Option<Duration>) -> Self {
-        let mut hearers = HEARERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut hearers = HEARERS.get().lock().unwrap_or_else(PoisonError::into_inner);
         hearers.retain(|hearer| hearer.strong_count() > 0);
         hearers.push(Arc::downgrade(&hearer));
         Self { hearer: Owned::new("EventStream", hearer), timeout }
@@ -81,15 +82,16 @@ impl EventStream {
     }
 
     /// Hears no more; what has come can still be taken.
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
-        self.hearer.get(py)?.close();
-        Ok(())
+    fn close(&self) {
+        if self.hearer.is_ours() {
+            self.hearer.peek().close();
+        }
     }
 
     /// How many events were lost because nobody took them in time.
     #[getter]
-    fn dropped(&self) -> u64 {
-        self.hearer.peek().dropped()
+    fn dropped(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(self.hearer.get(py)?.dropped())
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
@@ -99,14 +101,13 @@ impl EventStream {
     #[pyo3(signature = (exc_type, exc_value, traceback))]
     fn __exit__(
         &self,
-        py: Python<'_>,
         exc_type: &Bound<'_, PyAny>,
         exc_value: &Bound<'_, PyAny>,
         traceback: &Bound<'_, PyAny>,
-    ) -> PyResult<bool> {
+    ) -> bool {
         let (_, _, _) = (exc_type, exc_value, traceback);
-        self.close(py)?;
-        Ok(false)
+        self.close();
+        false
     }
 }
 
@@ -115,7 +116,7 @@ pub fn serve<'py>(py: Python<'py>, stream: EventStream, callback: &Bound<'py, Py
     if !callback.is_callable() {
         let error = crate::error::Error::InvalidType {
             field: "callback".into(),
-            value: callback.repr()?.to_string(),
+            value: convert::shown(callback),
             allowed: "callable with one event, a dict".into(),
         };
         return Err(errors::raise(py, &error));
@@ -127,6 +128,6 @@ pub fn serve<'py>(py: Python<'py>, stream: EventStream, callback: &Bound<'py, Py
 /// Ends every stream of events, so that the threads that wait for one can end: the interpreter exits.
 #[pyfunction]
 pub fn close_events(_py: Python<'_>) {
-    let hearers = std::mem::take(&mut *HEARERS.lock().unwrap_or_else(PoisonError::into_inner));
+    let hearers = std::mem::take(&mut *HEARERS.get().lock().unwrap_or_else(PoisonError::into_inner));
     hearers.iter().filter_map(Weak::upgrade).for_each(|hearer| hearer.close());
 }

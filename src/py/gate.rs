@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 
 use super::errors;
 use crate::error::Error;
+use crate::host::fork::{Incarnation, PerProcess};
 use crate::vm::MicroVm;
 
 /// How long a signal may wait to be seen.
@@ -22,10 +23,11 @@ const SLICE: Duration = Duration::from_millis(50);
 /// How long all VMs together may take to be destroyed when the interpreter exits.
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
 
-static RUNTIME: OnceLock<(u32, Runtime)> = OnceLock::new();
+/// A forked child leaves its parent's where it is, without its threads, and makes its own.
+static RUNTIME: PerProcess<Runtime> = PerProcess::new();
 static EXITING: AtomicBool = AtomicBool::new(false);
 /// The VMs to destroy at exit; handles own them.
-static LIVE: Mutex<Vec<Weak<MicroVm>>> = Mutex::new(Vec::new());
+static LIVE: PerProcess<Mutex<Vec<Weak<MicroVm>>>> = PerProcess::new();
 
 /// What becomes of the work when the caller is interrupted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,32 +38,15 @@ pub enum OnInterrupt {
     Finish,
 }
 
-fn runtime(py: Python<'_>) -> PyResult<&'static Runtime> {
-    let pid = std::process::id();
-    if RUNTIME.get().is_none() {
-        let built = tokio::runtime::Builder::new_multi_thread()
+fn runtime() -> PyResult<&'static Runtime> {
+    RUNTIME.get_or_try_init(|| {
+        tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("microvm-isolation")
             .enable_all()
             .build()
-            .map_err(|error| PyRuntimeError::new_err(format!("the runtime could not be started: {error}")))?;
-        // Another thread may have been faster; then this one is not needed.
-        if let Err((_, spare)) = RUNTIME.set((pid, built)) {
-            spare.shutdown_background();
-        }
-    }
-    let (made_in, runtime) =
-        RUNTIME.get().ok_or_else(|| PyRuntimeError::new_err("the runtime could not be started"))?;
-    check_process(py, "module", *made_in)?;
-    Ok(runtime)
-}
-
-fn check_process(py: Python<'_>, what: &'static str, made_in: u32) -> PyResult<()> {
-    let used_in = std::process::id();
-    match made_in == used_in {
-        true => Ok(()),
-        false => Err(errors::raise(py, &Error::ForkedProcess { what, made_in, used_in })),
-    }
+            .map_err(|error| PyRuntimeError::new_err(format!("the runtime could not be started: {error}")))
+    })
 }
 
 /// Waits for `future` without holding the interpreter.
@@ -79,8 +64,8 @@ where
 }
 
 /// Lets `future` go on by itself.
-pub fn spawn(py: Python<'_>, future: impl Future<Output = ()> + Send + 'static) -> PyResult<()> {
-    runtime(py)?.spawn(future);
+pub fn spawn(future: impl Future<Output = ()> + Send + 'static) -> PyResult<()> {
+    runtime()?.spawn(future);
     Ok(())
 }
 
@@ -104,7 +89,7 @@ where
     F: Future + Send + 'static,
     F::Output: Send + 'static,
 {
-    let runtime = runtime(py)?;
+    let runtime = runtime()?;
     let mut future = Box::pin(future);
     loop {
         let polled = py.detach(|| poll_for(runtime, future.as_mut(), SLICE));
@@ -150,23 +135,32 @@ fn poll_for<F: Future>(runtime: &Runtime, mut future: Pin<&mut F>, slice: Durati
 /// parent's VMs.
 pub struct Owned<T> {
     what: &'static str,
-    made_in: u32,
+    made_by: Incarnation,
     value: Arc<T>,
 }
 
 impl<T> Owned<T> {
     pub fn new(what: &'static str, value: Arc<T>) -> Self {
-        Self { what, made_in: std::process::id(), value }
+        Self { what, made_by: Incarnation::now(), value }
+    }
+
+    /// Whether this process made it.
+    pub fn is_ours(&self) -> bool {
+        self.made_by == Incarnation::now()
     }
 
     /// # Errors
     /// `ForkedProcessError` in a forked child.
     pub fn get(&self, py: Python<'_>) -> PyResult<&Arc<T>> {
-        check_process(py, self.what, self.made_in)?;
-        Ok(&self.value)
+        let now = Incarnation::now();
+        if self.made_by == now {
+            return Ok(&self.value);
+        }
+        let error = Error::ForkedProcess { what: self.what, made_in: self.made_by.pid, used_in: now.pid };
+        Err(errors::raise(py, &error))
     }
 
-    /// For plain data that a child may read, too.
+    /// For plain data that a child may read, too. Nothing behind a lock: the parent may have held it at the fork.
     pub fn peek(&self) -> &Arc<T> {
         &self.value
     }
@@ -174,7 +168,7 @@ impl<T> Owned<T> {
 
 impl<T> Drop for Owned<T> {
     fn drop(&mut self) {
-        if self.made_in != std::process::id() {
+        if !self.is_ours() {
             // One reference that nobody gives back: the child never comes to drop the thing itself.
             std::mem::forget(self.value.clone());
         }
@@ -183,7 +177,7 @@ impl<T> Drop for Owned<T> {
 
 /// Notes a VM for the end of the process.
 pub fn track(vm: &Arc<MicroVm>) {
-    let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut live = LIVE.get().lock().unwrap_or_else(PoisonError::into_inner);
     live.retain(|vm| vm.strong_count() > 0);
     live.push(Arc::downgrade(vm));
 }
@@ -192,7 +186,7 @@ pub fn track(vm: &Arc<MicroVm>) {
 #[pyfunction]
 pub fn shutdown(py: Python<'_>) -> PyResult<()> {
     EXITING.store(true, Ordering::Release);
-    let live = std::mem::take(&mut *LIVE.lock().unwrap_or_else(PoisonError::into_inner));
+    let live = std::mem::take(&mut *LIVE.get().lock().unwrap_or_else(PoisonError::into_inner));
     let vms: Vec<_> = live.iter().filter_map(Weak::upgrade).filter(|vm| vm.state().is_live()).collect();
     if vms.is_empty() {
         return Ok(());

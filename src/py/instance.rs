@@ -134,6 +134,31 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
     })
 }
 
+/// Asks the agent; the answer, or `None` with the reason kept.
+pub fn ask<'py>(
+    py: Python<'py>,
+    vm: &Arc<MicroVm>,
+    raising: bool,
+    command: &Bound<'_, PyAny>,
+    params: Option<&Bound<'_, PyAny>>,
+    timeout: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let command = convert::text("command", command)?;
+    let params = match params {
+        Some(params) => Value::Object(convert::object("params", params)?),
+        None => Value::Null,
+    };
+    let timeout: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
+    let asking = vm.clone();
+    let answered =
+        gate::wait(py, OnInterrupt::Abandon, async move { asking.command(&command, params, timeout).await })?;
+    let Some(answer) = errors::settle(py, answered, raising, |error| vm.set_last_error(error))? else {
+        return Ok(None);
+    };
+    let answer = serde_json::to_value(answer).unwrap_or(Value::Null);
+    convert::from_json(py, &answer).map(Some)
+}
+
 impl MicroVMInstance {
     pub fn wrap(vm: Arc<MicroVm>, raising: bool) -> Self {
         gate::track(&vm);
@@ -238,28 +263,14 @@ impl MicroVMInstance {
 
     /// Asks the agent; the answer is `{"status": "ok", "result": ...}` or `{"status": "error", "error": {...}}`.
     #[pyo3(signature = (command, params=None, timeout=None))]
-    pub fn send_command<'py>(
+    fn send_command<'py>(
         &self,
         py: Python<'py>,
         command: &Bound<'_, PyAny>,
         params: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let vm = self.vm.get(py)?;
-        let command = convert::text("command", command)?;
-        let params = match params {
-            Some(params) => Value::Object(convert::object("params", params)?),
-            None => Value::Null,
-        };
-        let timeout: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
-        let asking = vm.clone();
-        let answered =
-            gate::wait(py, OnInterrupt::Abandon, async move { asking.command(&command, params, timeout).await })?;
-        let Some(answer) = errors::settle(py, answered, self.raising, |error| vm.set_last_error(error))? else {
-            return Ok(None);
-        };
-        let answer = serde_json::to_value(answer).unwrap_or(Value::Null);
-        convert::from_json(py, &answer).map(Some)
+        ask(py, self.vm.get(py)?, self.raising, command, params, timeout)
     }
 
     /// Runs a program live; see `ProcessStream`. `timeout` is how long it may run, seconds. Raises when it does not start,
@@ -411,6 +422,9 @@ impl MicroVMInstance {
     }
 
     fn __repr__(&self) -> String {
-        format!("<MicroVMInstance {} {}>", self.vm().id(), self.vm().state())
+        match self.vm.is_ours() {
+            true => format!("<MicroVMInstance {} {}>", self.vm().id(), self.vm().state()),
+            false => format!("<MicroVMInstance {} of the parent process>", self.vm().id()),
+        }
     }
 }

@@ -4,13 +4,14 @@
 //! Python thread fetches them.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
+use crate::host::fork::PerProcess;
 use crate::model::{printable, RECORD_BYTES};
 
 const PACKAGE: &str = "thirstys_waterfall.security.microvm_isolation";
@@ -19,14 +20,26 @@ const CAPACITY: usize = 4096;
 
 type Line = (&'static str, &'static str, String);
 
+#[derive(Default)]
 struct Queue {
     lines: VecDeque<Line>,
     lost: usize,
     closed: bool,
 }
 
-static QUEUE: Mutex<Queue> = Mutex::new(Queue { lines: VecDeque::new(), lost: 0, closed: false });
-static ARRIVED: Condvar = Condvar::new();
+#[derive(Default)]
+struct Records {
+    queue: Mutex<Queue>,
+    arrived: Condvar,
+}
+
+impl Records {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+static RECORDS: PerProcess<Records> = PerProcess::new();
 
 struct Collector;
 
@@ -47,7 +60,8 @@ impl Log for Collector {
         };
         // Records quote guests and VMMs.
         let message = printable(&record.args().to_string(), RECORD_BYTES).into_owned();
-        let mut queue = QUEUE.lock().unwrap_or_else(PoisonError::into_inner);
+        let records = RECORDS.get();
+        let mut queue = records.queue();
         if queue.closed {
             return;
         }
@@ -56,7 +70,7 @@ impl Log for Collector {
             queue.lost += 1;
         }
         queue.lines.push_back((level, PACKAGE, message));
-        ARRIVED.notify_one();
+        records.arrived.notify_one();
     }
 
     fn flush(&self) {}
@@ -92,7 +106,8 @@ pub fn on_this_thread(py: Python<'_>, level: &'static str, message: &str) -> PyR
 pub fn next_log_records(py: Python<'_>, timeout: f64) -> Option<Vec<Line>> {
     let deadline = Instant::now() + Duration::from_secs_f64(timeout.clamp(0.0, 60.0));
     py.detach(|| {
-        let mut queue = QUEUE.lock().unwrap_or_else(PoisonError::into_inner);
+        let records = RECORDS.get();
+        let mut queue = records.queue();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if !queue.lines.is_empty() || (left.is_zero() && !queue.closed) {
@@ -106,7 +121,7 @@ pub fn next_log_records(py: Python<'_>, timeout: f64) -> Option<Vec<Line>> {
             if queue.closed {
                 return None;
             }
-            queue = ARRIVED.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+            queue = records.arrived.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     })
 }
@@ -114,6 +129,7 @@ pub fn next_log_records(py: Python<'_>, timeout: f64) -> Option<Vec<Line>> {
 /// Takes no more records and wakes whoever waits for them.
 #[pyfunction]
 pub fn close_log() {
-    QUEUE.lock().unwrap_or_else(PoisonError::into_inner).closed = true;
-    ARRIVED.notify_all();
+    let records = RECORDS.get();
+    records.queue().closed = true;
+    records.arrived.notify_all();
 }

@@ -15,7 +15,7 @@ use super::instance::{self, MicroVMInstance};
 use super::{convert, errors, logging};
 use crate::error::Error;
 use crate::manager::{CreateRequest, KeptEntry, Manager, ShelfUse};
-use crate::model::{HealthStatus, ManagerConfig, PoolSpec, Shape};
+use crate::model::{HealthStatus, ManagerConfig, PoolSpec, Shape, VmState};
 use crate::vm::MicroVm;
 
 /// How many events wait to be taken, unless a caller says otherwise; and at most.
@@ -54,7 +54,12 @@ impl MicroVMIsolationManager {
         }
         let made = Py::new(py, MicroVMInstance::wrap(vm, self.raising()))?;
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
-        let old = handles.insert(id, made.clone_ref(py));
+        // Those of VMs that the core has removed by itself, as policies do, go now.
+        let is_gone = |handle: &Py<MicroVMInstance>| handle.get().vm().state() == VmState::Destroyed;
+        let gone: Vec<String> =
+            handles.iter().filter(|(_, handle)| is_gone(handle)).map(|(id, _)| id.clone()).collect();
+        let mut old: Vec<_> = gone.iter().filter_map(|id| handles.remove(id)).collect();
+        old.extend(handles.insert(id, made.clone_ref(py)));
         drop(handles);
         drop(old);
         Ok(made)
@@ -117,6 +122,10 @@ impl MicroVMIsolationManager {
 
     /// Destroys every VM.
     fn stop(&self, py: Python<'_>) -> PyResult<()> {
+        // A forked child that leaves a `with` block, or stops what it inherited, ends nothing of its parent's.
+        if !self.manager.is_ours() {
+            return Ok(());
+        }
         let manager = self.manager.get(py)?.clone();
         gate::wait(py, OnInterrupt::Finish, async move { manager.stop().await })?;
         self.forget_all();
@@ -167,7 +176,8 @@ impl MicroVMIsolationManager {
             rootfs_path: convert::optional_path("rootfs_path", rootfs_path)?,
             template: convert::optional_template("template", template)?,
         };
-        let Some(vm) = self.settle(py, manager.create(request))? else { return Ok(None) };
+        let created = py.detach(|| manager.create(request));
+        let Some(vm) = self.settle(py, created)? else { return Ok(None) };
         logging::on_this_thread(py, "info", &format!("{}: created", vm.id()))?;
         let id = vm.id().as_str().to_owned();
         self.handle(py, vm)?;
@@ -290,7 +300,7 @@ impl MicroVMIsolationManager {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         let Some(vm) = self.settle(py, self.manager.get(py)?.find(vm_id))? else { return Ok(None) };
-        let answer = MicroVMInstance::wrap(vm.clone(), self.raising()).send_command(py, command, params, timeout)?;
+        let answer = instance::ask(py, &vm, self.raising(), command, params, timeout)?;
         if answer.is_none() {
             *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = vm.last_error();
         }
@@ -298,7 +308,8 @@ impl MicroVMIsolationManager {
     }
 
     fn get_resource_usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let usage = self.manager.get(py)?.usage();
+        let manager = self.manager.get(py)?;
+        let usage = py.detach(|| manager.usage());
         let report = json!({
             "total_vms": usage.total_vms,
             "vcpus_allocated": usage.allocated.vcpus,
@@ -413,7 +424,7 @@ impl MicroVMIsolationManager {
 
     #[getter]
     fn _cleanup_active(&self) -> bool {
-        self.manager.peek().is_cleaning_up()
+        self.manager.is_ours() && self.manager.peek().is_cleaning_up()
     }
 }
 

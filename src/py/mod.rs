@@ -58,6 +58,7 @@ fn check_vm_id(text: &Bound<'_, PyAny>) -> PyResult<()> {
 
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    crate::host::fork::install();
     logging::install();
     module.add_class::<manager::MicroVMIsolationManager>()?;
     module.add_class::<instance::MicroVMInstance>()?;

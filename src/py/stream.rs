@@ -55,7 +55,7 @@ impl ProcessStream {
     /// Writes and closes the program's input, at whatever pace it reads, while others take its output.
     pub fn give(&self, py: Python<'_>, bytes: Vec<u8>) -> PyResult<()> {
         let process = self.process.get(py)?.clone();
-        gate::spawn(py, async move {
+        gate::spawn(async move {
             if let Err(error) = process.write(&bytes).await {
                 log::debug!("a program's input: {error}");
             }
@@ -129,7 +129,7 @@ impl ProcessStream {
             match (self.take(py, deadline)?, &on_output) {
                 (Some(Some(piece)), Some(call)) => drop(call.call1(py, output(py, &piece))?),
                 (Some(Some(_)), None) => {}
-                (Some(None), _) => return Ok(self.exit_code()),
+                (Some(None), _) => return self.exit_code(py),
                 (None, _) => {
                     let (vm_id, what) = (self.process.peek().inner.vm_id().to_owned(), "the program".to_owned());
                     let limit_s = timeout.unwrap_or_default().as_secs_f64();
@@ -158,16 +158,19 @@ impl ProcessStream {
         traceback: &Bound<'_, PyAny>,
     ) -> PyResult<bool> {
         let (_, _, _) = (exc_type, exc_value, traceback);
-        self.kill(py)?;
+        // A forked child that leaves the block ends nothing of its parent's.
+        if self.process.is_ours() {
+            self.kill(py)?;
+        }
         Ok(false)
     }
 
     /// The exit code, the negative number of the signal that ended the program, or `None` while its output was not taken
     /// to the end.
     #[getter]
-    fn exit_code(&self) -> Option<i32> {
-        let exit = self.process.peek().inner.ended()?.ok()?;
-        exit.exit_code.or_else(|| exit.signal.map(|signal| -signal))
+    fn exit_code(&self, py: Python<'_>) -> PyResult<Option<i32>> {
+        let Some(Ok(exit)) = self.process.get(py)?.inner.ended() else { return Ok(None) };
+        Ok(exit.exit_code.or_else(|| exit.signal.map(|signal| -signal)))
     }
 
     /// The program's process id in the guest.

@@ -58,7 +58,8 @@ impl Events {
     }
 
     pub fn tell(&self, vm_id: &VmId, isolation_type: IsolationType, happening: Happening, detail: impl Into<String>) {
-        let (vm_id, detail) = (vm_id.clone(), printable(&detail.into(), RECORD_BYTES).into_owned());
+        let detail = happening.detail(printable(&detail.into(), RECORD_BYTES).into_owned());
+        let vm_id = vm_id.clone();
         let unix_time_s = clock::unix_time_ns() as f64 / 1e9;
         let mut hub = self.hub();
         hub.sequence += 1;

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::confine::LEASES;
 use super::{network, Settings};
 use crate::error::{Error, Result};
-use crate::host::fork::{self, Concealed};
+use crate::host::fork::{self, Concealed, PerProcess};
 use crate::host::runtime_dir::{self, Folders};
 use crate::host::{lease, process};
 use crate::image::template;
@@ -40,14 +40,13 @@ struct Places {
 
 /// The janitor of this process.
 struct Kept {
-    made_in: u32,
     child: Child,
     leash: UnixStream,
     _concealed: Concealed,
     told: BTreeSet<Places>,
 }
 
-static KEPT: Mutex<Option<Kept>> = Mutex::new(None);
+static KEPT: PerProcess<Mutex<Option<Kept>>> = PerProcess::new();
 
 /// Removes what dead processes left in and for `folders`; returns the names of their VMs. Blocking.
 #[must_use]
@@ -65,7 +64,7 @@ pub fn keep(settings: &Settings) {
     let templates = settings.templates.as_ref().map(|store| store.folder().to_owned());
     let shelves = [&settings.snapshots, &settings.suspended].map(|shelf| shelf.folder().to_owned()).into();
     let places = Places { folders: settings.folders.clone(), templates, shelves };
-    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut kept = KEPT.get().lock().unwrap_or_else(PoisonError::into_inner);
     let told = try_keep(&mut kept, &settings.image.janitor, places);
     drop(kept);
     if let Err(error) = told {
@@ -75,12 +74,10 @@ pub fn keep(settings: &Settings) {
 
 fn try_keep(kept: &mut Option<Kept>, program: &Path, places: Places) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| Error::host("tell", "the janitor", error);
-    let own = std::process::id();
-    let is_of_use = kept.as_mut().is_some_and(|kept| kept.made_in == own && matches!(kept.child.try_wait(), Ok(None)));
+    let is_of_use = kept.as_mut().is_some_and(|kept| matches!(kept.child.try_wait(), Ok(None)));
     let mut told = BTreeSet::new();
     if !is_of_use {
-        // A forked child leaves its parent's alone: dropping the handle ends nothing.
-        told = kept.take().filter(|kept| kept.made_in == own).map(|kept| kept.told).unwrap_or_default();
+        told = kept.take().map(|kept| kept.told).unwrap_or_default();
         *kept = Some(spawn(program)?);
     }
     let Some(kept) = kept.as_mut() else { return Ok(()) };
@@ -109,7 +106,7 @@ fn spawn(program: &Path) -> Result<Kept> {
         .process_group(0);
     let child = fork::inherit_nothing(&mut command).spawn().map_err(failed)?;
     let _concealed = fork::conceal(&leash);
-    Ok(Kept { made_in: std::process::id(), child, leash, _concealed, told: BTreeSet::new() })
+    Ok(Kept { child, leash, _concealed, told: BTreeSet::new() })
 }
 
 /// The janitor itself: hears of folders on its standard input until that ends, then removes what is left.

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use microvm_jail::{Access, Confined, Identity, LaunchSpec, Layer, Namespaces, Resource, Rlimit, Seccomp, Visible};
 
 use crate::error::{Error, Result};
+use crate::host::fork::PerProcess;
 use crate::host::kernel;
 use crate::host::privileges;
 use crate::host::process::{self, Exit};
@@ -218,10 +219,9 @@ const LAUNCHER_USAGE: i32 = 64;
 /// [`Error::Host`] when the launcher does not start.
 pub fn host_jail(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<Arc<HostJail>> {
     type Known = HashMap<(PathBuf, Seccomp), Arc<HostJail>>;
-    static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
+    static KNOWN: PerProcess<Mutex<Known>> = PerProcess::new();
     // Held throughout: whoever comes second would only do the same.
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = known.get_or_insert_default();
+    let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
     let key = (launcher.to_owned(), seccomp);
     if let Some(found) = known.get(&key) {
         return Ok(found.clone());

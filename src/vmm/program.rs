@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use microvm_jail::Access;
 
 use crate::error::{Error, Result};
+use crate::host::fork::PerProcess;
 use crate::host::{binary, elf};
 use crate::vmm::JailPlan;
 
@@ -44,12 +45,11 @@ impl Program {
         modules: impl FnOnce(&Path) -> Vec<PathBuf>,
         question: Option<&[&str]>,
     ) -> Result<Arc<Self>> {
-        static KNOWN: Mutex<Option<HashMap<Identity, Arc<Program>>>> = Mutex::new(None);
+        static KNOWN: PerProcess<Mutex<HashMap<Identity, Arc<Program>>>> = PerProcess::new();
         let failed = |error: std::io::Error| Error::host("inspect", path.display(), error);
         let binary = path.canonicalize().map_err(failed)?;
         let identity = identity(&binary, &binary.metadata().map_err(failed)?);
-        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = known.get_or_insert_default();
+        let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(program) = known.get(&identity) {
             return Ok(program.clone());
         }

@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::digest::{self, FileId};
 use super::{Digest, Fit, Manifest};
+use crate::host::fork::PerProcess;
 use crate::host::memfd;
 
 /// What [`describe`] finds written.
@@ -92,8 +93,8 @@ pub(super) fn describe(new: &Path, fit: Fit, hello: Vec<u8>) -> io::Result<Manif
 
 /// The memory of all templates that this process holds, those included that only clones hold any more.
 fn held() -> std::sync::MutexGuard<'static, Vec<Weak<OwnedFd>>> {
-    static HELD: Mutex<Vec<Weak<OwnedFd>>> = Mutex::new(Vec::new());
-    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+    static HELD: PerProcess<Mutex<Vec<Weak<OwnedFd>>>> = PerProcess::new();
+    HELD.get().lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Bytes of all templates in memory that no page was made for yet: the first clone that writes there has one made, for

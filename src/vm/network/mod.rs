@@ -10,12 +10,13 @@ mod sweep;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use microvm_protocol::identity::GuestNetwork;
 
 use crate::error::{Error, Result};
+use crate::host::fork::PerProcess;
 use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
 use crate::host::{clock, kernel, privileges};
 use crate::model::{Ipv4Net, NetworkConfig, VmId};
@@ -75,18 +76,17 @@ struct Home {
 }
 
 fn home() -> Result<&'static Home> {
-    static HOME: OnceLock<Home> = OnceLock::new();
-    if let Some(home) = HOME.get() {
-        return Ok(home);
-    }
-    let [a, b, c, d, e, f, g, h] = clock::random()?;
-    let mut rules = Rules::new(u32::from_ne_bytes([a, b, c, d]));
-    if !kernel::is_at_least(5, 9) {
-        rules = rules.without_early_refusals();
-    }
-    let table = Table::new(rules.table(), rules.head(), rules.drop());
-    let next_block = AtomicU32::new(u32::from_ne_bytes([e, f, g, h]));
-    Ok(HOME.get_or_init(|| Home { rules, table, next_block }))
+    static HOME: PerProcess<Home> = PerProcess::new();
+    HOME.get_or_try_init(|| {
+        let [a, b, c, d, e, f, g, h] = clock::random()?;
+        let mut rules = Rules::new(u32::from_ne_bytes([a, b, c, d]));
+        if !kernel::is_at_least(5, 9) {
+            rules = rules.without_early_refusals();
+        }
+        let table = Table::new(rules.table(), rules.head(), rules.drop());
+        let next_block = AtomicU32::new(u32::from_ne_bytes([e, f, g, h]));
+        Ok(Home { rules, table, next_block })
+    })
 }
 
 /// Why a try came to nothing.

@@ -17,14 +17,14 @@ from ._logging import LOGGER_NAME
 # How long an exit, or `close`, waits for a callback that is under way.
 _JOIN_S = 2.0
 
-_home_pid = os.getpid()
 _live: "weakref.WeakSet[EventSubscription]" = weakref.WeakSet()
 
 
 class EventSubscription:
     """Calls a function with each event of a manager, in their order, until it is closed.
 
-    An exception of the function is logged and the next event is delivered. Made by
+    An exception of the function is logged and the next event is delivered; so is ``SystemExit``, which would end only
+    this thread, and ``KeyboardInterrupt``, which is Python's word for the main thread. Made by
     ``MicroVMIsolationManager.on_event``.
     """
 
@@ -66,17 +66,22 @@ def _serve(stream: "_native.EventStream", callback: Callable[[Dict[str, Any]], A
             return
         try:
             callback(event)
-        except Exception:
+        except BaseException:
             logging.getLogger(LOGGER_NAME).exception("a callback for events failed on %s", event)
 
 
 def _stop() -> None:
-    if os.getpid() != _home_pid:
-        return
     _native.close_events()
     for subscription in list(_live):
         if subscription._thread is not threading.current_thread():
             subscription._thread.join(_JOIN_S)
 
 
+def _begin_in_child() -> None:
+    # The parent's subscriptions have no threads here.
+    global _live
+    _live = weakref.WeakSet()
+
+
+os.register_at_fork(after_in_child=_begin_in_child)
 atexit.register(_stop)

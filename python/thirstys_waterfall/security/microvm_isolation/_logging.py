@@ -2,7 +2,7 @@
 
 The core's worker threads never touch the interpreter: they queue records, and the thread here fetches them. It is a
 daemon, so that it cannot hold up the interpreter, and it is stopped before the interpreter finalizes. A forked child
-gets no such thread: the handles of its parent are refused there anyway.
+starts one of its own with the first handle that it makes.
 """
 
 import atexit
@@ -22,7 +22,6 @@ _JOIN_S = 2.0
 
 _lock = threading.Lock()
 _thread: Optional[threading.Thread] = None
-_home_pid = os.getpid()
 
 # A library configures no handlers; without this one Python would print warnings to stderr on its own.
 logging.getLogger(LOGGER_NAME).addHandler(logging.NullHandler())
@@ -31,8 +30,6 @@ logging.getLogger(LOGGER_NAME).addHandler(logging.NullHandler())
 def start() -> None:
     """Start the thread if it does not run yet; the core calls this when the first handle is made."""
     global _thread
-    if os.getpid() != _home_pid:
-        return
     with _lock:
         if _thread is None:
             _thread = threading.Thread(target=_carry, name="microvm-isolation-log", daemon=True)
@@ -53,13 +50,19 @@ def _deliver(records: List[Tuple[str, str, str]]) -> None:
 
 
 def _stop() -> None:
-    # Registered after `logging` registered its own exit hook, so this runs while its handlers still work.
-    if os.getpid() != _home_pid:
-        return
+    # Registered after `logging` registered its own exit hook, so this runs while its handlers still work. The log goes
+    # last: what the end of the last VMs says is heard.
+    _native.shutdown()
     _native.close_log()
     if _thread is not None:
         _thread.join(_JOIN_S)
-    _native.shutdown()
 
 
+def _begin_in_child() -> None:
+    # Another thread may have held the lock at the fork, and the thread is the parent's.
+    global _lock, _thread
+    _lock, _thread = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_begin_in_child)
 atexit.register(_stop)
