@@ -5,6 +5,8 @@ import signal
 import time
 from typing import Any, Dict, List
 
+from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager
+
 from .support import VMTestCase, eventually, limits
 
 
@@ -59,6 +61,48 @@ class Failures(PolicyTestCase):
         self.assertEqual(other.resource_limits.memory_mb, 160)
         self.assertEqual(self.manager.list_vms(), [name])
         self.assertEqual(self.manager.get_resource_usage()["memory_allocated_mb"], 160)
+
+    def policy_events(self, count: int) -> List[Dict[str, Any]]:
+        """The first events of the policy."""
+        found = lambda: [event for event in self.seen if event["kind"] == "policy"]  # noqa: E731
+        self.assertTrue(eventually(lambda: len(found()) >= count, 30.0), self.seen)
+        return found()
+
+    def test_replacement_that_fails_is_replaced_later_and_counts_with_the_first(self) -> None:
+        self.kill(self.running(isolation_type="plugin"))
+        first = self.policy_events(1)[0]
+        self.assertIn("replaced by {}: running -> error: ".format(first["replacement"]), first["detail"])
+        other = self.manager.get_vm(first["replacement"])
+        self.assertTrue(eventually(lambda: other.get_state().value == "running", 20.0), other.last_error)
+        begun = time.monotonic()
+        self.kill(other)
+        second = self.policy_events(2)[1]
+        # The first wait is a second.
+        self.assertGreater(time.monotonic() - begun, 0.9)
+        self.assertEqual((second["action"], second["vm_id"]), ("replace", other.vm_id))
+
+    def test_replacement_that_cannot_be_made_is_an_event(self) -> None:
+        self.running(isolation_type="browser_tab", vm_id="pattern").snapshot("policy-pattern")
+        vm = self.running(isolation_type="plugin", template="policy-pattern")
+        self.assertTrue(self.manager.delete_template("policy-pattern"))
+        self.kill(vm)
+        event = self.policy_events(1)[0]
+        self.assertEqual((event["action"], event["vm_id"]), ("give_up", vm.vm_id))
+        self.assertIn("could not be replaced: there is no template", event["detail"])
+        self.assertEqual(self.manager.list_vms(), ["pattern"])
+
+    def test_nothing_is_started_after_the_manager_was_stopped(self) -> None:
+        for turn in range(6):
+            with MicroVMIsolationManager(self.manager.config) as manager:
+                vm = manager.get_vm(manager.create_vm("plugin", limits()))
+                self.assertTrue(vm.start(), vm.last_error)
+                self.kill(vm)
+                time.sleep(0.03 * turn)
+                manager.stop()
+                self.assertEqual(manager.list_vms(), [])
+                time.sleep(0.3)
+                usage = manager.get_resource_usage()
+                self.assertEqual((manager.list_vms(), usage["memory_allocated_mb"]), ([], 0))
 
     def test_leave_is_the_default_and_the_dead_are_removed(self) -> None:
         vm = self.running(isolation_type="browser_tab")

@@ -1,6 +1,7 @@
 //! Programs that are loaded and linked once and forked for each VM (`microvm-zygote`).
 //!
-//! Best effort: whatever goes wrong with a zygote, the program is executed instead.
+//! Best effort: whatever goes wrong with a zygote, the program is executed instead. All managers of a process fork the
+//! same zygotes, which end with the last one that uses them.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -11,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -20,7 +21,7 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 
-use super::fork::{self, Concealed};
+use super::fork::{self, Concealed, PerProcess};
 
 /// How long a zygote may take to load, and to fork; it takes milliseconds.
 const DEADLINE_S: i64 = 5;
@@ -30,7 +31,6 @@ const TITLE_BYTES: usize = 16 * 1024;
 /// A program that waits to be forked. Dropping it ends it.
 #[derive(Debug)]
 struct Zygote {
-    made_in: u32,
     socket: OwnedFd,
     child: Child,
     _concealed: Concealed,
@@ -44,9 +44,17 @@ enum State {
     Unfit,
 }
 
-/// The zygotes of one manager, by program.
+/// The use that one manager makes of this process's zygotes.
 #[derive(Debug)]
 pub struct Zygotes {
+    library: PathBuf,
+    /// `None` until the first fork.
+    shared: Mutex<Option<Arc<Shared>>>,
+}
+
+/// The zygotes of this process that `library` is preloaded into, by program. They end with their last user.
+#[derive(Debug)]
+struct Shared {
     library: PathBuf,
     known: Mutex<HashMap<PathBuf, State>>,
 }
@@ -55,49 +63,71 @@ impl Zygotes {
     /// `library` is preloaded into the programs.
     #[must_use]
     pub fn new(library: &Path) -> Self {
-        Self { library: library.to_owned(), known: Mutex::default() }
+        Self { library: library.to_owned(), shared: Mutex::default() }
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Option<Arc<Shared>>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forks the jail's launcher out of the zygote of `program`, with `control` as its end of the control socket; it is
+    /// this process's child. `None` when there is no zygote: the first time one begins to load, beside the caller.
+    #[must_use]
+    pub fn fork(&self, program: &Path, control: &OwnedFd) -> Option<Pid> {
+        let shared = self.shared().get_or_insert_with(|| Shared::of_process(&self.library)).clone();
+        shared.fork(program, control)
+    }
+
+    /// Uses them no more, until the next fork.
+    pub fn end(&self) {
+        let shared = self.shared().take();
+        drop(shared);
+    }
+}
+
+impl Shared {
+    fn of_process(library: &Path) -> Arc<Self> {
+        static ALL: PerProcess<Mutex<HashMap<PathBuf, Weak<Shared>>>> = PerProcess::new();
+        let mut all = ALL.get().lock().unwrap_or_else(PoisonError::into_inner);
+        let found = all.get(library).and_then(Weak::upgrade);
+        found.unwrap_or_else(|| {
+            let made = Arc::new(Self { library: library.to_owned(), known: Mutex::default() });
+            all.insert(library.to_owned(), Arc::downgrade(&made));
+            made
+        })
     }
 
     fn known(&self) -> MutexGuard<'_, HashMap<PathBuf, State>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forks the jail's launcher out of the zygote of `program`, with `control` as its end of the control socket; it is
-    /// this process's child. `None` when there is no zygote: the first time one begins to load, beside the caller.
-    #[must_use]
-    pub fn fork(self: &Arc<Self>, program: &Path, control: &OwnedFd) -> Option<Pid> {
+    fn fork(self: &Arc<Self>, program: &Path, control: &OwnedFd) -> Option<Pid> {
         let mut known = self.known();
         match known.get(program) {
-            Some(State::Ready(zygote)) if zygote.made_in == std::process::id() => match zygote.fork(control) {
+            Some(State::Ready(zygote)) => match zygote.fork(control) {
                 Ok(launcher) => return Some(launcher),
                 Err(error) => log::debug!("the zygote of {}: {error}; it is started again", program.display()),
             },
             Some(State::Loading | State::Unfit) => return None,
-            // A forked child's copy of its parent's.
-            Some(State::Ready(_)) | None => {}
+            None => {}
         }
         known.insert(program.to_owned(), State::Loading);
         drop(known);
-        let (zygotes, program) = (self.clone(), program.to_owned());
+        let (shared, library, program) = (Arc::downgrade(self), self.library.clone(), program.to_owned());
         std::thread::spawn(move || {
-            let state = match Zygote::start(&program, &zygotes.library) {
+            let state = match Zygote::start(&program, &library) {
                 Ok(zygote) => State::Ready(zygote),
                 Err(error) => {
                     log::warn!("{} is executed for each VM, which takes longer: no zygote: {error}", program.display());
                     State::Unfit
                 }
             };
-            // Unless all were ended meanwhile.
-            if let Some(loading) = zygotes.known().get_mut(&program) {
-                *loading = state;
+            // Unless its last user is gone meanwhile.
+            if let Some(shared) = shared.upgrade() {
+                shared.known().insert(program, state);
             }
         });
         None
-    }
-
-    /// Ends them all; the next fork begins anew.
-    pub fn end(&self) {
-        self.known().clear();
     }
 }
 
@@ -124,7 +154,7 @@ impl Zygote {
         // Its end of the socket.
         drop(command);
         let _concealed = fork::conceal(&ours);
-        let zygote = Self { made_in: std::process::id(), socket: ours, child, _concealed };
+        let zygote = Self { socket: ours, child, _concealed };
         match zygote.receive::<1>()? {
             [1] => Ok(zygote),
             _ => Err(std::io::ErrorKind::InvalidData.into()),
@@ -168,9 +198,6 @@ fn preload(library: &Path) -> std::io::Result<(OsString, Option<File>)> {
 
 impl Drop for Zygote {
     fn drop(&mut self) {
-        if self.made_in != std::process::id() {
-            return;
-        }
         // Its other end reads end-of-file, and it exits; one that hangs is not waited for.
         let ended = self.child.kill().and_then(|()| self.child.wait());
         if let Err(error) = ended {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{CreateRequest, Manager};
 use crate::error::{Error, Result};
 use crate::image::template::{Outline, Shelf};
-use crate::model::{Backend, IsolationType, NetworkConfig, TemplateName, VmId, VmState};
+use crate::model::{Backend, IsolationType, NetworkConfig, Reservation, TemplateName, VmId, VmState};
 use crate::vm::{self, Ledger, MicroVm, Spec};
 
 /// One thing that is kept.
@@ -57,12 +57,8 @@ pub fn check(spec: &Spec, outline: &Outline, name: &TemplateName) -> Result<()> 
 }
 
 impl Ledger for Manager {
-    fn reserve(&self, spec: &Spec) -> Result<()> {
-        Manager::reserve(self, spec, None)
-    }
-
-    fn give_back(&self, vm_id: &VmId) {
-        self.registry().quota.release(vm_id);
+    fn reserve(&self, spec: &Spec) -> Result<Reservation> {
+        Manager::reserve(self, spec, |_, reserve| reserve())
     }
 }
 
@@ -108,14 +104,19 @@ impl Manager {
     /// [`Error::VmNotFound`], and [`MicroVm::resume`]'s.
     pub async fn resume(&self, vm_id: &str) -> Result<Arc<MicroVm>> {
         if let Some(vm) = self.get(vm_id) {
-            return vm.resume().await.inspect_err(|error| vm.set_last_error(error.clone())).map(|()| vm);
+            let resumed = vm.resume().await;
+            // Destroyed meanwhile, or disowned by a caller who resumed it in vain: then it may still be on disk.
+            if resumed.is_ok() || vm.state() != VmState::Destroyed {
+                return resumed.inspect_err(|error| vm.set_last_error(error.clone())).map(|()| vm);
+            }
         }
         let vm = self.adopt(vm_id)?;
-        if let Err(error) = vm.resume().await {
-            self.registry().vms.retain(|other| !Arc::ptr_eq(other, &vm));
-            return Err(error);
+        let resumed = vm.resume().await;
+        if resumed.is_err() {
+            // Unless another caller has found it in the registry and resumed it since.
+            vm.disown(|| self.registry().vms.retain(|other| !Arc::ptr_eq(other, &vm))).await;
         }
-        Ok(vm)
+        resumed.map(|()| vm)
     }
 
     /// Takes a suspended VM that this manager does not know into its registry; nothing is reserved for it yet.

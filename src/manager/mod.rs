@@ -7,26 +7,26 @@ mod kept;
 mod metrics;
 mod policy;
 mod pool;
+mod shared;
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 
 use crate::error::{Error, Result};
 use crate::host::memory::{self, HostMemory};
 use crate::host::runtime_dir::{self, Folders};
 use crate::host::zygote::Zygotes;
 use crate::host::{clock, private_dir};
-use crate::image::template::{self, Digests, Shelf, Store, StoreLimits};
+use crate::image::template::{self, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, Happening, IsolationType, JailMode, ManagerConfig, NetworkConfig, Quota, QuotaUse, ResourceLimits, Shape,
-    TemplateName, VmId, VmState,
+    Backend, Happening, IsolationType, JailMode, ManagerConfig, NetworkConfig, QuotaLedger, QuotaUse, Reservation,
+    ResourceLimits, Shape, TemplateName, VmId, VmState,
 };
 use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings, Spec};
 use crate::vmm::{Binaries, COST_MIB};
@@ -36,8 +36,6 @@ use pool::Pool;
 pub use kept::KeptEntry;
 pub use pool::ShelfUse;
 
-/// Starts at once, for each CPU: one computes while another waits for the kernel.
-const STARTS_PER_CPU: usize = 2;
 /// Events that may wait for the policies to be enforced.
 const POLICY_EVENTS: usize = 65_536;
 
@@ -88,10 +86,17 @@ pub struct ResourceUsage {
     pub suspended: (usize, u64),
 }
 
+#[derive(Default)]
 struct Registry {
     /// In the order of creation.
     vms: Vec<Arc<MicroVm>>,
-    quota: Quota,
+}
+
+/// What a started manager does by itself.
+#[derive(Default)]
+struct Tasks {
+    is_started: bool,
+    set: JoinSet<()>,
 }
 
 /// The manager.
@@ -100,15 +105,16 @@ pub struct Manager {
     config: ManagerConfig,
     settings: Arc<Settings>,
     registry: Mutex<Registry>,
+    ledger: Arc<QuotaLedger>,
     pool: Arc<Pool>,
     treatments: Treatments,
-    /// What runs while the manager is started.
-    tasks: Mutex<Vec<AbortHandle>>,
+    tasks: Mutex<Tasks>,
 }
 
 impl Drop for Manager {
     fn drop(&mut self) {
-        self.stop_tasks();
+        // Its tasks are aborted with their set.
+        self.pool.drain();
         self.events().close();
     }
 }
@@ -128,10 +134,10 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
             disks: cache.join("disks"),
         },
         image,
-        templates: config.templates.then(|| Arc::new(Store::new(&cache, limits))),
-        snapshots: Arc::new(Shelf::snapshots(&cache)),
-        suspended: Arc::new(Shelf::suspended(&cache)),
-        digests: Arc::new(Digests::default()),
+        templates: config.templates.then(|| shared::store(&cache, limits)),
+        snapshots: shared::snapshots(&cache),
+        suspended: shared::suspended(&cache),
+        digests: shared::digests(),
         binaries: Binaries::from(config),
         min_isolation: config.min_isolation,
         jail: config.jail,
@@ -146,18 +152,18 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
             misses: u32::try_from(config.health_misses).unwrap_or(u32::MAX),
         },
         events: Arc::default(),
-        starts: Arc::new(Semaphore::new(STARTS_PER_CPU * std::thread::available_parallelism().map_or(1, usize::from))),
+        starts: shared::starts(),
     }
 }
 
 impl Manager {
     #[must_use]
     pub fn new(config: ManagerConfig, image: GuestImage) -> Arc<Self> {
-        let registry = Registry { vms: Vec::new(), quota: Quota::new(config.max_vcpus, config.max_memory_mb) };
+        let ledger = QuotaLedger::new(config.max_vcpus, config.max_memory_mb);
         let settings = Arc::new(settings(&config, image));
         let pool = Pool::new(&config.pool, config.default_backend, settings.clone());
-        let (registry, treatments, tasks) = (Mutex::new(registry), Treatments::default(), Mutex::default());
-        Arc::new_cyclic(|me| Self { me: me.clone(), settings, config, registry, pool, treatments, tasks })
+        let (registry, treatments, tasks) = (Mutex::default(), Treatments::default(), Mutex::default());
+        Arc::new_cyclic(|me| Self { me: me.clone(), settings, config, registry, ledger, pool, treatments, tasks })
     }
 
     #[must_use]
@@ -185,7 +191,7 @@ impl Manager {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tasks(&self) -> MutexGuard<'_, Vec<AbortHandle>> {
+    fn tasks(&self) -> MutexGuard<'_, Tasks> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -207,21 +213,32 @@ impl Manager {
             Err(error) => log::warn!("the sweep of the runtime directory failed: {error}"),
         }
         let mut tasks = self.tasks();
-        if tasks.is_empty() {
-            let interval = Duration::from_secs_f64(self.config.cleanup_interval_s);
-            let (runtime, weak) = (Handle::current(), Arc::downgrade(self));
-            tasks.push(runtime.spawn(clean_up(weak.clone(), interval)).abort_handle());
-            if !self.config.policies.is_empty() {
-                let hearer = self.events().listen(POLICY_EVENTS);
-                tasks.push(runtime.spawn(policy::enforce(weak.clone(), hearer)).abort_handle());
-            }
-            if !self.config.prepare.is_empty() {
-                tasks.push(runtime.spawn(prepare_all(weak.clone())).abort_handle());
-            }
-            if !self.config.pool.is_empty() {
-                let left = move || weak.upgrade().map(|manager| manager.registry().quota.available());
-                tasks.push(runtime.spawn(self.pool.clone().keep_filled(left)).abort_handle());
-            }
+        if std::mem::replace(&mut tasks.is_started, true) {
+            return;
+        }
+        let interval = Duration::from_secs_f64(self.config.cleanup_interval_s);
+        let weak = Arc::downgrade(self);
+        tasks.set.spawn(clean_up(weak.clone(), interval));
+        if !self.config.policies.is_empty() {
+            let hearer = self.events().listen(POLICY_EVENTS);
+            tasks.set.spawn(policy::enforce(weak.clone(), hearer));
+        }
+        if !self.config.prepare.is_empty() {
+            tasks.set.spawn(prepare_all(weak.clone()));
+        }
+        if !self.config.pool.is_empty() {
+            let left = move || weak.upgrade().map(|manager| manager.ledger.available());
+            tasks.set.spawn(self.pool.clone().keep_filled(left));
+        }
+    }
+
+    /// Runs `task` beside the others of a started manager, which stops it; a stopped one runs none.
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks();
+        // Those that have ended.
+        while tasks.set.try_join_next().is_some() {}
+        if tasks.is_started {
+            tasks.set.spawn(task);
         }
     }
 
@@ -246,7 +263,11 @@ impl Manager {
 
     /// Destroys every VM and stops cleaning up; nothing when it is stopped already.
     pub async fn stop(&self) {
-        self.stop_tasks();
+        let Tasks { mut set, .. } = std::mem::take(&mut *self.tasks());
+        // None of them makes or starts a VM after this. A VM that one of them was at is destroyed with all the others.
+        set.shutdown().await;
+        self.treatments.forget_all();
+        self.pool.drain();
         self.destroy_all().await;
         self.settings.suspended.removed().await;
         if let Some(zygotes) = &self.settings.zygotes {
@@ -255,16 +276,9 @@ impl Manager {
         self.events().close();
     }
 
-    fn stop_tasks(&self) {
-        for task in self.tasks().drain(..) {
-            task.abort();
-        }
-        self.pool.drain();
-    }
-
     #[must_use]
     pub fn is_cleaning_up(&self) -> bool {
-        !self.tasks().is_empty()
+        self.tasks().is_started
     }
 
     /// Reserves quota and a name; starts no process.
@@ -304,9 +318,9 @@ impl Manager {
             return Err(Error::VmIdTaken { vm_id: spec.vm_id, owner });
         }
         let vm = self.vm(spec);
-        let admitted = self.reserve(vm.spec(), Some(&vm));
+        let admitted = self.admit(&vm);
         match &admitted {
-            Ok(()) => vm.tell(Happening::Created, ""),
+            Ok(()) => vm.tell(Happening::Created, vm.spec().limits.to_string()),
             Err(error @ Error::QuotaExceeded { .. }) => vm.tell(Happening::Limit { what: "quota" }, error.to_string()),
             Err(_) => {}
         }
@@ -317,31 +331,42 @@ impl Manager {
         MicroVm::new(spec, self.settings.clone(), Some(self.pool.clone()), Some(self.me.clone()))
     }
 
-    /// Reserves what the VM of `spec` needs, and takes `enter` into the registry.
-    fn reserve(&self, spec: &Spec, enter: Option<&Arc<MicroVm>>) -> Result<()> {
+    /// Takes a new VM into the registry, with a reservation.
+    fn admit(&self, vm: &Arc<MicroVm>) -> Result<()> {
+        self.reserve(vm.spec(), |registry, reserve| {
+            if registry.vms.iter().any(|other| other.id() == vm.id()) {
+                return Err(Error::VmIdTaken { vm_id: vm.id().clone(), owner: "this manager".into() });
+            }
+            vm.hold(reserve()?);
+            registry.vms.push(vm.clone());
+            Ok(())
+        })
+    }
+
+    /// Has `admit` reserve what the VM of `spec` needs, if the host has the memory. The one place that reserves.
+    fn reserve<T>(
+        &self,
+        spec: &Spec,
+        admit: impl FnOnce(&mut Registry, &dyn Fn() -> Result<Reservation>) -> Result<T>,
+    ) -> Result<T> {
         let (vm_id, limits) = (&spec.vm_id, &spec.limits);
         let host = memory::read().filter(|_| !self.config.overcommit_memory);
         // Looked up before the registry is locked; a VM that starts meanwhile is counted in full, which is safe.
         let taken: u64 = self.list(None, None).iter().map(|vm| vm.memory_taken_mib()).sum();
-        let left = {
+        let admitted = {
             let mut registry = self.registry();
             if let Some(host) = host {
                 let cost = |memory_mb: u64| memory_mb + COST_MIB;
-                let present = registry.vms.iter().filter(|vm| !vm.is_suspended());
+                let present = registry.vms.iter().filter(|vm| vm.is_counted());
                 let of_vms: u64 = present.map(|vm| cost(vm.spec().limits.memory_mb)).sum();
                 // Touched pages of templates are in use already.
                 let promised = of_vms + (template::untouched_bytes() >> 20);
                 check_host_memory(vm_id, cost(limits.memory_mb), promised.saturating_sub(taken), host)?;
             }
-            if enter.is_some() && registry.vms.iter().any(|vm| vm.id() == vm_id) {
-                return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "this manager".into() });
-            }
-            registry.quota.reserve(vm_id, limits)?;
-            registry.vms.extend(enter.cloned());
-            registry.quota.available()
+            admit(&mut registry, &|| self.ledger.reserve(vm_id, limits))?
         };
-        self.pool.shrink_to(left);
-        Ok(())
+        self.pool.shrink_to(self.ledger.available());
+        Ok(admitted)
     }
 
     #[must_use]
@@ -383,13 +408,12 @@ impl Manager {
             let mut registry = self.registry();
             let before = registry.vms.len();
             registry.vms.retain(|other| !Arc::ptr_eq(other, vm));
-            // Two callers may destroy the same VM: only the one that took it out releases, or it might be a namesake's.
+            // Two callers may destroy the same VM: only the one that took it out tells.
             if registry.vms.len() == before {
                 return;
             }
-            registry.quota.release(vm.id());
         }
-        vm.tell(Happening::Removed, "");
+        vm.tell(Happening::Removed, "destroyed");
     }
 
     pub async fn destroy_all(&self) {
@@ -407,10 +431,8 @@ impl Manager {
 
     #[must_use]
     pub fn usage(&self) -> ResourceUsage {
-        let (vms, allocated, available) = {
-            let registry = self.registry();
-            (registry.vms.clone(), registry.quota.allocated(), registry.quota.available())
-        };
+        let vms = self.registry().vms.clone();
+        let (allocated, available) = (self.ledger.allocated(), self.ledger.available());
         let templates = self.settings.templates.as_ref().map_or((0, 0), |store| store.usage());
         let pool = self.pool.usage();
         let (snapshots, suspended) = (kept::usage(&self.settings.snapshots), kept::usage(&self.settings.suspended));

@@ -1,7 +1,8 @@
 //! What a manager does with VMs by itself: the policies of their isolation types.
 //!
 //! Architecture invariant: driven by events and by the time of the next deadline; it looks at no VM in between. A treatment
-//! is a task of its own, so a slow VM does not keep the others waiting.
+//! is a task of its own, so a slow VM does not keep the others waiting; the manager's stop ends it. Each lineage, a VM and
+//! those that took its place one after the other, has one count of failures.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -12,10 +13,10 @@ use crate::error::Error;
 use crate::model::{Event, Happening, OnFailure, Policy, VmId, VmState};
 use crate::vm::{Hearer, MicroVm};
 
-/// Restarts of one VM within [`WINDOW`], after which it is left alone.
+/// Restarts or replacements of one lineage within [`WINDOW`], after which it is left alone.
 const MOST_RESTARTS: usize = 5;
 const WINDOW: Duration = Duration::from_secs(600);
-/// Before the second restart; doubled each time.
+/// Before the second restart or replacement; doubled each time.
 const BACK_OFF: Duration = Duration::from_millis(500);
 /// When no deadline is known, one may still come into being without an event: a VM of use becomes idle.
 const FAR: Duration = Duration::from_secs(3600);
@@ -62,6 +63,19 @@ impl Treatments {
     fn forget(&self, vm_id: &VmId) {
         self.map().remove(vm_id);
     }
+
+    pub fn forget_all(&self) {
+        self.map().clear();
+    }
+
+    /// What there was of `vm_id` goes on with the VM that takes its place.
+    fn hand_over(&self, treatment: Treatment, vm_id: &VmId) {
+        self.map().insert(vm_id.clone(), treatment);
+    }
+
+    fn take(&self, vm_id: &VmId) -> Treatment {
+        self.map().remove(vm_id).unwrap_or_default()
+    }
 }
 
 /// Enforces the policies, until the manager is gone or stopped.
@@ -106,10 +120,10 @@ fn destroy_what_is_due(manager: &Arc<Manager>) -> Duration {
             };
             log::info!("{}: destroyed: {said}", vm.id());
             vm.tell(Happening::Policy { action, replacement: None }, said);
-            let manager = manager.clone();
-            tokio::spawn(async move {
-                manager.remove(&vm).await;
-                manager.treatments().forget(vm.id());
+            let destroying = manager.clone();
+            manager.spawn(async move {
+                destroying.remove(&vm).await;
+                destroying.treatments().forget(vm.id());
             });
             break;
         }
@@ -141,18 +155,49 @@ fn on_event(manager: &Arc<Manager>, event: &Event) {
         return;
     }
     let Some(before) = manager.treatments().begin(vm.id()) else { return };
-    let (manager, why) = (manager.clone(), event.detail.clone());
-    tokio::spawn(async move {
-        treat(&manager, &vm, policy.on_failure, before, &why).await;
-        manager.treatments().end(vm.id());
-    });
+    let (treating, why) = (manager.clone(), event.detail.clone());
+    manager.spawn(treat_until_well(treating, vm, policy.on_failure, before, why));
 }
 
-async fn treat(manager: &Arc<Manager>, vm: &Arc<MicroVm>, on_failure: OnFailure, before: usize, why: &str) {
+/// Treats a VM, and again the one that is there afterwards if that has failed before its treatment was over: the event of
+/// that has found it under treatment.
+async fn treat_until_well(
+    manager: Arc<Manager>,
+    mut vm: Arc<MicroVm>,
+    on_failure: OnFailure,
+    mut before: usize,
+    mut why: String,
+) {
+    loop {
+        let (treated, runs) = treat(&manager, &vm, on_failure, before, &why).await;
+        vm = treated;
+        manager.treatments().end(vm.id());
+        if !runs || vm.dead_for().is_none() {
+            return;
+        }
+        let Some(so_often) = manager.treatments().begin(vm.id()) else { return };
+        before = so_often;
+        why = vm.last_error().map_or_else(String::new, |error| error.to_string());
+    }
+}
+
+fn give_up(vm: &MicroVm, said: String) {
+    log::error!("{}: {said}", vm.id());
+    vm.tell(Happening::Policy { action: "give_up", replacement: None }, said);
+}
+
+/// Which VM has the place now, and whether it was brought to run.
+async fn treat(
+    manager: &Arc<Manager>,
+    vm: &Arc<MicroVm>,
+    on_failure: OnFailure,
+    before: usize,
+    why: &str,
+) -> (Arc<MicroVm>, bool) {
+    let left_alone = (vm.clone(), false);
     if before >= MOST_RESTARTS {
-        let said = format!("it failed {before} times within {} s: it is left alone", WINDOW.as_secs());
-        log::error!("{}: {said}", vm.id());
-        return vm.tell(Happening::Policy { action: "give_up", replacement: None }, said);
+        give_up(vm, format!("it failed {} times within {} s: it is left alone", before + 1, WINDOW.as_secs()));
+        return left_alone;
     }
     if before > 0 {
         tokio::time::sleep(back_off(before)).await;
@@ -161,48 +206,74 @@ async fn treat(manager: &Arc<Manager>, vm: &Arc<MicroVm>, on_failure: OnFailure,
         let error = Error::VmDied { vm_id: vm.id().clone(), how: format!("ended: {why}"), tails: Box::default() };
         if let Err(error) = vm.give_up(error).await {
             // Somebody else was faster.
-            return log::debug!("{error}");
+            log::debug!("{error}");
+            return left_alone;
         }
     }
     // Its owner may have stopped, destroyed or restarted it meanwhile.
     if vm.state() != VmState::Error {
-        return;
+        return left_alone;
     }
     match on_failure {
-        OnFailure::Leave => {}
+        OnFailure::Leave => left_alone,
         OnFailure::Restart => {
             log::warn!("{}: started again, as its policy says", vm.id());
-            vm.tell(Happening::Policy { action: "restart", replacement: None }, why);
-            for attempt in before.. {
-                let Err(error) = vm.start().await else { return };
-                log::error!("{}: could not be started again: {error}", vm.id());
-                // Destroyed or started by its owner, or tried often enough.
-                if attempt >= MOST_RESTARTS || vm.state() != VmState::Error {
-                    return;
-                }
-                tokio::time::sleep(back_off(attempt)).await;
-            }
+            vm.tell(Happening::Policy { action: "restart", replacement: None }, format!("started again: {why}"));
+            let runs = start_at_last(vm, before).await;
+            (vm.clone(), runs)
         }
-        OnFailure::Replace => replace(manager, vm, why).await,
+        OnFailure::Replace => match replace(manager, vm, why).await {
+            Some(other) => {
+                let runs = start_at_last(&other, before).await;
+                (other, runs)
+            }
+            None => left_alone,
+        },
     }
+}
+
+/// Starts a VM, as often as the failures `before` leave it.
+async fn start_at_last(vm: &Arc<MicroVm>, before: usize) -> bool {
+    for attempt in before.. {
+        let Err(error) = vm.start().await else { return true };
+        let said = format!("it could not be started: {error}");
+        // Destroyed or started by its owner.
+        if vm.state() != VmState::Error && !matches!(error, Error::QuotaExceeded { .. }) {
+            log::error!("{}: {said}", vm.id());
+            return false;
+        }
+        if attempt >= MOST_RESTARTS {
+            give_up(vm, said);
+            return false;
+        }
+        log::error!("{}: {said}", vm.id());
+        tokio::time::sleep(back_off(attempt)).await;
+    }
+    false
 }
 
 fn back_off(attempts: usize) -> Duration {
     BACK_OFF * 2u32.pow(u32::try_from(attempts.min(MOST_RESTARTS)).unwrap_or(0))
 }
 
-async fn replace(manager: &Arc<Manager>, vm: &Arc<MicroVm>, why: &str) {
-    // First: what it has reserved is what the other one needs.
+/// Puts another VM, which is yet to be started, in the place of one that failed.
+async fn replace(manager: &Arc<Manager>, vm: &Arc<MicroVm>, why: &str) -> Option<Arc<MicroVm>> {
+    // Before it is removed, which forgets what is known under its name.
+    let treatment = manager.treatments().take(vm.id());
+    // Before the other is made: what it has reserved is what the other one needs.
     manager.remove(vm).await;
     let other = match manager.create(CreateRequest::like(vm.spec())) {
         Ok(other) => other,
-        Err(error) => return log::error!("{}: could not be replaced: {error}", vm.id()),
+        Err(error) => {
+            give_up(vm, format!("it could not be replaced: {error}"));
+            return None;
+        }
     };
+    manager.treatments().hand_over(treatment, other.id());
     log::warn!("{}: replaced by {}, as its policy says", vm.id(), other.id());
-    vm.tell(Happening::Policy { action: "replace", replacement: Some(other.id().clone()) }, why);
-    if let Err(error) = other.start().await {
-        log::error!("{}: could not be started: {error}", other.id());
-    }
+    let said = format!("replaced by {}: {why}", other.id());
+    vm.tell(Happening::Policy { action: "replace", replacement: Some(other.id().clone()) }, said);
+    Some(other)
 }
 
 #[cfg(test)]
@@ -219,6 +290,23 @@ mod tests {
         assert_eq!(treatments.begin(&vm_id), Some(1));
         treatments.forget(&vm_id);
         assert_eq!(treatments.begin(&vm_id), Some(0));
+    }
+
+    #[test]
+    fn test_treatments_of_one_that_is_replaced_are_those_of_its_replacement() {
+        let (treatments, first, second) =
+            (Treatments::default(), VmId::parse("first").unwrap(), VmId::parse("second").unwrap());
+        for before in 0..3 {
+            assert_eq!(treatments.begin(&first), Some(before));
+            treatments.end(&first);
+        }
+        assert_eq!(treatments.begin(&first), Some(3));
+        let treatment = treatments.take(&first);
+        treatments.forget(&first);
+        treatments.hand_over(treatment, &second);
+        assert!(treatments.is_under_way(&second));
+        treatments.end(&second);
+        assert_eq!((treatments.begin(&second), treatments.begin(&first)), (Some(4), Some(0)));
     }
 
     #[test]

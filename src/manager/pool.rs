@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use crate::error::Result;
 use crate::host::{clock, memory};
 use crate::image::template::FileId;
-use crate::model::{Backend, Form, IsolationType, NetworkConfig, PoolSpec, QuotaUse, ResourceLimits, VmId};
+use crate::model::{Backend, Form, IsolationType, NetworkConfig, PoolSpec, QuotaUse, VmId};
 use crate::vm::{Settings, Spec, Standby, Supply};
 
 /// How often dead ones are looked for and the host's memory is looked at.
@@ -54,18 +54,44 @@ impl Item {
     }
 }
 
+/// What stands by, and the one VM that is being made: both are taken out of what the quota leaves over.
+struct Stock {
+    shelves: Vec<Shelf>,
+    making: Option<Making>,
+}
+
+struct Making {
+    cost: QuotaUse,
+    given_up: Arc<Notify>,
+}
+
+impl Stock {
+    fn used(&self) -> QuotaUse {
+        let standing = self
+            .shelves
+            .iter()
+            .flat_map(|shelf| std::iter::repeat_n(QuotaUse::from(&shelf.spec.shape.limits), shelf.standing.len()));
+        standing.chain(self.making.as_ref().map(|making| making.cost)).sum()
+    }
+
+    /// Gives up the VM that is being made, else the oldest of the fullest shelf.
+    fn give_up_one(&mut self) -> Option<Item> {
+        if let Some(making) = self.making.take() {
+            making.given_up.notify_one();
+            return None;
+        }
+        self.shelves.iter_mut().max_by_key(|shelf| shelf.standing.len())?.standing.pop_front()
+    }
+}
+
 /// The pool of one manager.
 pub struct Pool {
     settings: Arc<Settings>,
     backend: Option<Backend>,
-    shelves: Mutex<Vec<Shelf>>,
+    stock: Mutex<Stock>,
     /// Starts that someone waits for.
     starting: AtomicUsize,
     changed: Notify,
-}
-
-fn cost(limits: &ResourceLimits) -> QuotaUse {
-    QuotaUse { vcpus: limits.vcpu_count, memory_mb: limits.memory_mb }
 }
 
 impl Pool {
@@ -74,39 +100,32 @@ impl Pool {
         Arc::new(Self {
             settings,
             backend,
-            shelves: Mutex::new(specs.iter().map(shelf).collect()),
+            stock: Mutex::new(Stock { shelves: specs.iter().map(shelf).collect(), making: None }),
             starting: AtomicUsize::new(0),
             changed: Notify::new(),
         })
     }
 
-    fn shelves(&self) -> MutexGuard<'_, Vec<Shelf>> {
-        self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
+    fn stock(&self) -> MutexGuard<'_, Stock> {
+        self.stock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn usage(&self) -> Vec<ShelfUse> {
-        self.shelves().iter().map(|shelf| ShelfUse { spec: shelf.spec.clone(), ready: shelf.standing.len() }).collect()
-    }
-
-    fn used(&self) -> QuotaUse {
-        self.shelves().iter().fold(QuotaUse::default(), |sum, shelf| {
-            let (each, count) = (cost(&shelf.spec.shape.limits), shelf.standing.len() as u64);
-            QuotaUse { vcpus: sum.vcpus + each.vcpus * count, memory_mb: sum.memory_mb + each.memory_mb * count }
-        })
+        let stock = self.stock();
+        stock.shelves.iter().map(|shelf| ShelfUse { spec: shelf.spec.clone(), ready: shelf.standing.len() }).collect()
     }
 
     /// Gives up VMs until no more than `left` is used.
     pub fn shrink_to(&self, left: QuotaUse) {
         let mut given_up = Vec::new();
-        while self.used().vcpus > left.vcpus || self.used().memory_mb > left.memory_mb {
-            given_up.extend(self.give_up_one());
+        {
+            let mut stock = self.stock();
+            while !stock.used().fits_in(&left) {
+                given_up.extend(stock.give_up_one());
+            }
         }
         // Dropped outside of the lock: that kills their VMMs.
         drop(given_up);
-    }
-
-    fn give_up_one(&self) -> Option<Item> {
-        self.shelves().iter_mut().max_by_key(|shelf| shelf.standing.len())?.standing.pop_front()
     }
 
     /// Keeps the pool filled, for ever; `left` says what the quota leaves over.
@@ -114,22 +133,28 @@ impl Pool {
         let mut back_off = BACK_OFF;
         loop {
             self.throw_out();
+            let begun = self.begin(&left);
             let Some(left) = left() else { return };
-            let Some(spec) = self.short_of(left) else {
+            // Whatever was reserved since has not seen what was begun, or is seen here.
+            self.shrink_to(left);
+            let Some((spec, given_up)) = begun else {
                 if tokio::time::timeout(LOOK, self.changed.notified()).await.is_ok() {
                     tokio::time::sleep(AFTER_START).await;
                 }
                 continue;
             };
-            match self.make(&spec).await {
+            let made = tokio::select! {
+                biased;
+                () = given_up.notified() => continue,
+                made = self.make(&spec) => made,
+            };
+            match made {
                 Ok(item) => {
                     back_off = BACK_OFF;
-                    let mut shelves = self.shelves();
-                    if let Some(shelf) = shelves.iter_mut().find(|shelf| shelf.spec == spec) {
-                        shelf.standing.push_back(item);
-                    }
+                    drop(self.keep(&spec, item));
                 }
                 Err(error) => {
+                    self.stock().making = None;
                     log::warn!("a VM of the pool could not be made: {error}; the next try is in {back_off:?}");
                     tokio::time::sleep(back_off).await;
                     back_off = (back_off * 2).min(MAX_BACK_OFF);
@@ -141,7 +166,7 @@ impl Pool {
     /// Drops what is dead or outdated, and one more when the host runs short of memory.
     fn throw_out(&self) {
         let mut out = Vec::new();
-        for shelf in self.shelves().iter_mut() {
+        for shelf in &mut self.stock().shelves {
             let (good, bad) = std::mem::take(&mut shelf.standing).into_iter().partition(Item::is_usable);
             shelf.standing = good;
             out.push(bad);
@@ -151,28 +176,45 @@ impl Pool {
             log::warn!("{lost} VMs of the pool were dead or outdated");
         }
         if !memory::has_spare(0, SPARE_SHARE / 2) {
-            let given_up = self.give_up_one();
+            let given_up = self.stock().give_up_one();
             if given_up.is_some() {
                 log::info!("the host is short of memory: a VM of the pool was given up");
             }
         }
     }
 
-    /// A shelf that lacks a VM which may be made now.
-    fn short_of(&self, left: QuotaUse) -> Option<PoolSpec> {
+    /// Begins to make a VM that a shelf lacks, if one may be made now; what it will use is taken from here on.
+    fn begin(&self, left: &impl Fn() -> Option<QuotaUse>) -> Option<(PoolSpec, Arc<Notify>)> {
         if self.starting.load(Ordering::Acquire) > 0 {
             return None;
         }
-        let used = self.used();
+        let left = left()?;
+        let mut stock = self.stock();
+        let used = stock.used();
         let fits = |shelf: &&Shelf| {
-            let one = cost(&shelf.spec.shape.limits);
+            let one = QuotaUse::from(&shelf.spec.shape.limits);
             shelf.standing.len() < shelf.spec.size
-                && used.vcpus + one.vcpus <= left.vcpus
-                && used.memory_mb + one.memory_mb <= left.memory_mb
+                && (used + one).fits_in(&left)
                 && memory::has_spare(one.memory_mb, SPARE_SHARE)
         };
-        let shelves = self.shelves();
-        shelves.iter().filter(fits).min_by_key(|shelf| shelf.standing.len()).map(|shelf| shelf.spec.clone())
+        let lacking = stock.shelves.iter().filter(fits).min_by_key(|shelf| shelf.standing.len());
+        let spec = lacking.map(|shelf| shelf.spec.clone())?;
+        let given_up = Arc::new(Notify::new());
+        stock.making = Some(Making { cost: QuotaUse::from(&spec.shape.limits), given_up: given_up.clone() });
+        Some((spec, given_up))
+    }
+
+    /// Puts what was made on its shelf; gives it back when it was given up at the last moment.
+    fn keep(&self, spec: &PoolSpec, item: Item) -> Option<Item> {
+        let mut stock = self.stock();
+        let shelf = stock.making.take().and(stock.shelves.iter_mut().find(|shelf| shelf.spec == *spec));
+        match shelf {
+            Some(shelf) => {
+                shelf.standing.push_back(item);
+                None
+            }
+            None => Some(item),
+        }
     }
 
     async fn make(&self, pool: &PoolSpec) -> Result<Item> {
@@ -197,7 +239,11 @@ impl Pool {
 
     /// Ends every VM that stands by.
     pub fn drain(&self) {
-        let standing: Vec<_> = self.shelves().iter_mut().map(|shelf| std::mem::take(&mut shelf.standing)).collect();
+        let standing: Vec<_> = {
+            let mut stock = self.stock();
+            stock.making = None;
+            stock.shelves.iter_mut().map(|shelf| std::mem::take(&mut shelf.standing)).collect()
+        };
         drop(standing);
     }
 }
@@ -216,9 +262,9 @@ impl Supply for Pool {
         };
         let mut out = Vec::new();
         let taken = {
-            let mut shelves = self.shelves();
+            let mut stock = self.stock();
             // Of several forms of one shape the one that is furthest.
-            let mut fitting: Vec<&mut Shelf> = shelves.iter_mut().filter(is_it).collect();
+            let mut fitting: Vec<&mut Shelf> = stock.shelves.iter_mut().filter(is_it).collect();
             fitting.sort_by_key(|shelf| std::cmp::Reverse(Form::ALL.iter().position(|form| *form == shelf.spec.form)));
             fitting.into_iter().find_map(|shelf| loop {
                 let item = shelf.standing.pop_front()?;

@@ -1,5 +1,7 @@
 //! How much one VM may have.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -30,6 +32,14 @@ impl Default for ResourceLimits {
             disk_bytes_per_s: None,
             disk_ops_per_s: None,
         }
+    }
+}
+
+impl fmt::Display for ResourceLimits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { vcpu_count, memory_mb, disk_size_mb, .. } = self;
+        let cpus = if *vcpu_count == 1 { "vCPU" } else { "vCPUs" };
+        write!(f, "{vcpu_count} {cpus}, {memory_mb} MiB of memory, {disk_size_mb} MiB of disk")
     }
 }
 

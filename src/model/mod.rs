@@ -31,6 +31,6 @@ pub use limits::ResourceLimits;
 pub use network::{NetworkConfig, DEFAULT_PREFIX};
 pub use policy::{OnFailure, Policies, Policy};
 pub use pool::{Form, PoolSpec, Shape};
-pub use quota::{Quota, QuotaUse};
+pub use quota::{QuotaLedger, QuotaUse, Reservation};
 pub use state::VmState;
 pub use text::{printable, said, RECORD_BYTES};

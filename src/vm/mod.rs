@@ -37,8 +37,8 @@ use crate::host::{clock, process};
 use crate::image::template::{Digests, Shelf, Store};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, Grade, Happening, Ipv4Net, IsolationType, JailMode, NetworkConfig, ResourceLimits, TemplateName, VmId,
-    VmState,
+    Backend, Grade, Happening, Ipv4Net, IsolationType, JailMode, NetworkConfig, Reservation, ResourceLimits,
+    TemplateName, VmId, VmState,
 };
 use crate::net::Segment;
 use crate::vmm::{Binaries, COST_MIB};
@@ -156,22 +156,39 @@ pub trait Supply: Send + Sync {
 
 /// Who counts what VMs have reserved.
 pub trait Ledger: Send + Sync {
-    /// Reserves what `spec` needs, again.
+    /// Reserves what `spec` needs.
     ///
     /// # Errors
     /// [`Error::QuotaExceeded`].
-    fn reserve(&self, spec: &Spec) -> Result<()>;
-    fn give_back(&self, vm_id: &VmId);
+    fn reserve(&self, spec: &Spec) -> Result<Reservation>;
+}
+
+/// What runs, and the entry that it is counted by: there is no one without the other.
+struct Counted {
+    running: Arc<Running>,
+    _reservation: Arc<Reservation>,
 }
 
 struct Cell {
     state: VmState,
     /// PAUSED, and its state is on disk.
     suspended: bool,
-    running: Option<Arc<Running>>,
+    /// From its making on; a suspended VM has none.
+    reservation: Option<Arc<Reservation>>,
+    counted: Option<Counted>,
     last_error: Option<Error>,
     /// When a VM that ran was found dead.
     died: Option<Instant>,
+}
+
+impl Cell {
+    fn running(&self) -> Option<&Arc<Running>> {
+        self.counted.as_ref().map(|counted| &counted.running)
+    }
+
+    fn is_running(&self, running: &Arc<Running>) -> bool {
+        self.running().is_some_and(|current| Arc::ptr_eq(current, running))
+    }
 }
 
 /// A VM.
@@ -193,7 +210,14 @@ impl MicroVm {
         supply: Option<Arc<dyn Supply>>,
         ledger: Option<Weak<dyn Ledger>>,
     ) -> Arc<Self> {
-        let cell = Cell { state: VmState::Created, suspended: false, running: None, last_error: None, died: None };
+        let cell = Cell {
+            state: VmState::Created,
+            suspended: false,
+            reservation: None,
+            counted: None,
+            last_error: None,
+            died: None,
+        };
         Arc::new(Self {
             spec,
             settings,
@@ -232,7 +256,7 @@ impl MicroVm {
     /// Host memory, MiB, that this VM's VMM has touched; never more than what it may.
     #[must_use]
     pub fn memory_taken_mib(&self) -> u64 {
-        let pid = self.cell().running.as_ref().and_then(|running| running.pid());
+        let pid = self.cell().running().and_then(|running| running.pid());
         let taken = pid.and_then(crate::host::procfs::private_bytes).map_or(0, |bytes| bytes >> 20);
         taken.min(self.spec.limits.memory_mb + COST_MIB)
     }
@@ -250,7 +274,7 @@ impl MicroVm {
 
     #[must_use]
     pub fn facts(&self) -> Facts {
-        let running = self.cell().running.clone();
+        let running = self.cell().running().cloned();
         let socket = crate::host::runtime_dir::socket_path(&self.settings.folders.base, self.id());
         match running {
             Some(running) => Facts { socket, ..running.facts() },
@@ -264,7 +288,7 @@ impl MicroVm {
 
     fn now(&self) -> (VmState, Option<Arc<Running>>) {
         let cell = self.cell();
-        (cell.state, cell.running.clone())
+        (cell.state, cell.running().cloned())
     }
 
     /// For how long it has run; `None` when it does not.
@@ -282,6 +306,44 @@ impl MicroVm {
     /// Tells those who listen what happened.
     pub fn tell(&self, happening: Happening, detail: impl Into<String>) {
         self.settings.events.tell(self.id(), self.spec.isolation_type, happening, detail);
+    }
+
+    /// Has it hold what was reserved for it.
+    pub(crate) fn hold(&self, reservation: Reservation) {
+        self.cell().reservation = Some(Arc::new(reservation));
+    }
+
+    /// Whether it is counted in its manager's ledger.
+    #[must_use]
+    pub fn is_counted(&self) -> bool {
+        self.cell().reservation.is_some()
+    }
+
+    /// A new entry of its manager's ledger. A VM whose manager is gone is counted by no one.
+    fn reserve(&self) -> Result<Arc<Reservation>> {
+        let ledger = self.ledger.as_ref().and_then(Weak::upgrade);
+        ledger.map_or_else(|| Ok(Reservation::uncounted()), |ledger| ledger.reserve(&self.spec)).map(Arc::new)
+    }
+
+    /// The entry that it holds; a new one where that was given back.
+    fn reserved(&self) -> Result<Arc<Reservation>> {
+        if let Some(reservation) = self.cell().reservation.clone() {
+            return Ok(reservation);
+        }
+        let reservation = self.reserve()?;
+        self.cell().reservation = Some(reservation.clone());
+        Ok(reservation)
+    }
+
+    /// # Errors
+    /// [`Error::InvalidState`] when the table does not allow `next` from here.
+    fn check_state(&self, operation: &'static str, next: VmState) -> Result<()> {
+        let state = self.state();
+        if state.can_become(next) {
+            return Ok(());
+        }
+        let allowed = VmState::predecessors_of(next);
+        Err(Error::InvalidState { vm_id: self.id().clone(), operation, state, allowed })
     }
 
     /// Changes the state if the table allows it.
@@ -327,17 +389,20 @@ impl MicroVm {
     /// Boots the VM and waits until its agent is ready; `Ok` at once when it runs already.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] and nothing changed; any other leaves the VM in ERROR, holding nothing.
+    /// [`Error::InvalidState`], [`Error::QuotaExceeded`] and nothing changed; any other leaves the VM in ERROR, where
+    /// nothing of it runs.
     pub async fn start(self: &Arc<Self>) -> Result<()> {
         let operation = self.operation.lock().await;
         if self.state() == VmState::Running {
             return Ok(());
         }
+        self.check_state("start", VmState::Starting)?;
+        let reservation = self.reserved()?;
         self.become_state("start", VmState::Starting)?;
         let abandoned = Abandoned(self);
         // It died a moment ago, and what it held is not gone yet.
-        let remains = self.cell().running.take();
-        if let Some(remains) = remains {
+        let remains = self.cell().counted.take();
+        if let Some(Counted { running: remains, .. }) = remains {
             remains.reaped().await;
             remains.release().await;
         }
@@ -359,19 +424,20 @@ impl MicroVm {
         };
         std::mem::forget(abandoned);
         drop(under_way);
-        self.runs(booted.inspect_err(|error| self.fail(error))?, "start");
+        self.runs(booted.inspect_err(|error| self.fail(error))?, reservation, "start");
         drop(operation);
         log::info!("{}: started in {} ms", self.id(), begun.elapsed().as_millis());
         Ok(())
     }
 
-    fn runs(self: &Arc<Self>, running: Running, why: &'static str) {
+    fn runs(self: &Arc<Self>, running: Running, reservation: Arc<Reservation>, why: &'static str) {
         let running = Arc::new(running);
         {
             let mut cell = self.cell();
             self.enter(&mut cell, VmState::Running, why);
             cell.suspended = false;
-            cell.running = Some(running.clone());
+            cell.reservation = Some(reservation.clone());
+            cell.counted = Some(Counted { running: running.clone(), _reservation: reservation });
             cell.died = None;
         }
         if let Some(interval) = self.settings.heartbeat.interval {
@@ -409,12 +475,12 @@ impl MicroVm {
     }
 
     async fn tear_down(&self, ask_guest: bool) {
-        let running = self.cell().running.clone();
+        let running = self.cell().running().cloned();
         if let Some(running) = running {
             running.shut_down(ask_guest).await;
             running.release().await;
         }
-        self.cell().running = None;
+        self.cell().counted = None;
     }
 
     /// Stops the vCPUs.
@@ -450,7 +516,7 @@ impl MicroVm {
 
     fn running_in(&self, operation: &'static str, state: VmState) -> Result<Arc<Running>> {
         let cell = self.cell();
-        match &cell.running {
+        match cell.running() {
             Some(running) if cell.state == state => Ok(running.clone()),
             _ => {
                 let (vm_id, allowed) = (self.id().clone(), state.to_string());
@@ -459,19 +525,40 @@ impl MicroVm {
         }
     }
 
-    /// Removes every trace, from any state; a start that is under way is cancelled.
+    /// Removes every trace, from any state; a start that is under way is cancelled. One that was abandoned half-way is
+    /// done to its end by the next.
     pub async fn destroy(&self) {
         self.destroying.send_replace(true);
         let _operation = self.operation.lock().await;
+        let is_first = {
+            let mut cell = self.cell();
+            let is_first = cell.state != VmState::Destroyed;
+            if is_first {
+                self.enter(&mut cell, VmState::Destroyed, "destroy");
+            }
+            is_first
+        };
+        self.tear_down(false).await;
+        // What was reserved is free when nothing of it is left.
+        self.cell().reservation = None;
+        if is_first {
+            log::info!("{}: destroyed", self.id());
+        }
+    }
+
+    /// Makes a VM void that was not brought back from disk, where it stays, and has it forgotten; nothing when it runs
+    /// after all.
+    pub(crate) async fn disown(&self, forget: impl FnOnce()) {
+        let _operation = self.operation.lock().await;
         {
             let mut cell = self.cell();
-            if cell.state == VmState::Destroyed {
+            if cell.counted.is_some() {
                 return;
             }
-            self.enter(&mut cell, VmState::Destroyed, "destroy");
+            (cell.state, cell.suspended) = (VmState::Destroyed, false);
         }
-        self.tear_down(false).await;
-        log::info!("{}: destroyed", self.id());
+        // Before anyone who waits for its turn finds the VM void.
+        forget();
     }
 
     /// Asks the agent; the deadline is `timeout`, or the configured one, or what `params` itself allows a program.
@@ -492,8 +579,7 @@ impl MicroVm {
     async fn on_exit(&self, running: &Arc<Running>, exit: &process::Exit) {
         let error = {
             let mut cell = self.cell();
-            let same = cell.running.as_ref().is_some_and(|current| Arc::ptr_eq(current, running));
-            if !same || !matches!(cell.state, VmState::Running | VmState::Paused) {
+            if !cell.is_running(running) || !matches!(cell.state, VmState::Running | VmState::Paused) {
                 return;
             }
             cell.died = Some(Instant::now());
@@ -508,8 +594,8 @@ impl MicroVm {
         running.reaped().await;
         running.release().await;
         let mut cell = self.cell();
-        if cell.running.as_ref().is_some_and(|current| Arc::ptr_eq(current, running)) {
-            cell.running = None;
+        if cell.is_running(running) {
+            cell.counted = None;
         }
     }
 }

@@ -124,7 +124,7 @@ impl MicroVm {
     /// The VM's processes, where they are there: RUNNING or PAUSED and not suspended.
     pub(super) fn live(&self, operation: &'static str) -> Result<(Arc<Running>, VmState)> {
         let cell = self.cell();
-        match (&cell.running, cell.state) {
+        match (cell.running(), cell.state) {
             (Some(running), state @ (VmState::Running | VmState::Paused)) => Ok((running.clone(), state)),
             (_, state) => {
                 let allowed = "running, paused (and not suspended)".to_owned();

@@ -56,20 +56,20 @@ impl MicroVm {
             }
             return Err(error.of(self.id()));
         }
-        {
+        let reserved = {
             let mut cell = self.cell();
             // It may have died at the last moment: its state is kept all the same.
             if cell.state != VmState::Paused {
                 self.enter(&mut cell, VmState::Paused, "suspend");
             }
-            (cell.suspended, cell.running) = (true, None);
-        }
+            cell.suspended = true;
+            (cell.counted.take(), cell.reservation.take())
+        };
         running.kill();
         running.reaped().await;
         running.release().await;
-        if let Some(ledger) = self.ledger.as_ref().and_then(std::sync::Weak::upgrade) {
-            ledger.give_back(self.id());
-        }
+        // What it had reserved is free when nothing of it is left.
+        drop(reserved);
         log::info!("{}: suspended in {} ms", self.id(), begun.elapsed().as_millis());
         Ok(())
     }
@@ -122,29 +122,18 @@ impl MicroVm {
                 self.cell().suspended = false;
             }
         })?;
-        let ledger = self.ledger.as_ref().and_then(std::sync::Weak::upgrade);
-        if let Some(ledger) = &ledger {
-            ledger.reserve(&self.spec)?;
-        }
+        // Given back by whatever ends this before the VM runs.
+        let reservation = self.reserve()?;
         let mut destroying = self.destroying.subscribe();
         let resumed = tokio::select! {
             resumed = self.run_again(&claim) => resumed,
             _ = destroying.wait_for(|destroying| *destroying) => Err(self.cancelled("resume")),
         };
-        match resumed {
-            Ok(running) => {
-                claim.consume().await;
-                self.runs(running, "resume");
-                log::info!("{}: resumed in {} ms", self.id(), begun.elapsed().as_millis());
-                Ok(())
-            }
-            Err(error) => {
-                if let Some(ledger) = ledger {
-                    ledger.give_back(self.id());
-                }
-                Err(error)
-            }
-        }
+        let running = resumed?;
+        claim.consume().await;
+        self.runs(running, reservation, "resume");
+        log::info!("{}: resumed in {} ms", self.id(), begun.elapsed().as_millis());
+        Ok(())
     }
 
     async fn run_again(&self, claim: &Claim) -> Result<Running> {
