@@ -5,7 +5,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use microvm_jail::{Confined, Identity, Layer, Resource, Rlimit};
 use serde_json::{json, Map, Value};
@@ -28,13 +28,13 @@ const TAP_DEVICE: &str = "/dev/net/tun";
 
 /// Nobody can change it from one VM to the next.
 fn warn_once(backend: Backend, why: &str) {
-    static WARNED: Once = Once::new();
-    WARNED.call_once(|| {
+    static WARNED: AtomicBool = AtomicBool::new(false);
+    if !WARNED.swap(true, Ordering::Relaxed) {
         log::warn!(
             "connected VMs of {backend} are in the host's network namespace, where a VMM that was broken out of sees all \
              interfaces and, before Linux 6.12, reaches abstract Unix sockets: {why}"
         );
-    });
+    }
 }
 
 /// What the processes of one VM hold on the host until the last of them is gone.

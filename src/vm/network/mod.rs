@@ -43,7 +43,7 @@ pub enum Age {
 
 /// When the last look began, how long it took, and what it saw.
 type Look = (Instant, Duration, Option<net::Firewall>);
-static SEEN: Mutex<Option<Look>> = Mutex::new(None);
+static SEEN: PerProcess<Mutex<Option<Look>>> = PerProcess::new();
 
 /// A connected VM's segment. Dropping it disconnects the VM and leaves no trace; it blocks for some milliseconds.
 #[derive(Debug)]
@@ -175,7 +175,7 @@ fn look(tap: Option<&str>, relayed: bool, age: Age) -> Vec<Problem> {
     let uplinks = host::uplinks().into_iter().map(|name| (host::forwards(&name), name));
     let uplinks = uplinks.map(|(forwards, name)| (name, forwards)).collect();
     // Held throughout: a second caller would only do the same.
-    let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut seen = SEEN.get().lock().unwrap_or_else(PoisonError::into_inner);
     let (begun, took, firewall) = match seen.take() {
         Some((begun, took, firewall)) if age == Age::Recent && begun.elapsed() < took * REUSE => {
             (begun, took, firewall)
@@ -194,9 +194,9 @@ fn look(tap: Option<&str>, relayed: bool, age: Age) -> Vec<Problem> {
 
 /// Tells of what may keep a VM from reaching anything, once in this process: the next VM would have the same.
 fn tell(vm_id: &VmId, problems: &[Problem]) {
-    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    static TOLD: PerProcess<Mutex<BTreeSet<String>>> = PerProcess::new();
     for Problem { what, remedy, .. } in problems {
-        if TOLD.lock().unwrap_or_else(PoisonError::into_inner).insert(what.clone()) {
+        if TOLD.get().lock().unwrap_or_else(PoisonError::into_inner).insert(what.clone()) {
             log::warn!("{vm_id}: {what}; {remedy}");
         }
     }
