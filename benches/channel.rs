@@ -121,12 +121,12 @@ impl Bench {
 
     async fn helper(&self, mode: &str, bytes: usize) -> Result<Process, Failure> {
         let params = json!({"program": "/data/helper", "args": [mode, self.port, bytes.to_string()]});
-        Ok(Process::start(self.agent.open("stream", params, DEADLINE).await?).await?)
+        Ok(Process::start(self.agent.open("stream", params, DEADLINE).await?, DEADLINE).await?)
     }
 
     async fn upload(&self, bytes: &[u8], path: &str, mode: u32) -> Result<(), Failure> {
         let stream = self.agent.open("upload", json!({"path": path, "mode": mode}), DEADLINE).await?;
-        let mut upload = Upload::begin(stream, path.to_owned()).await?;
+        let mut upload = Upload::begin(stream, path.to_owned(), DEADLINE).await?;
         for piece in bytes.chunks(256 * 1024) {
             upload.write(piece).await?;
         }
@@ -136,7 +136,7 @@ impl Bench {
 
     async fn download(&self, path: &str) -> Result<u64, Failure> {
         let stream = self.agent.open("download", json!({"path": path}), DEADLINE).await?;
-        let mut download = Download::begin(stream, path.to_owned()).await?;
+        let mut download = Download::begin(stream, path.to_owned(), DEADLINE).await?;
         loop {
             if let Fetched::Whole(done) = download.next().await? {
                 return Ok(done.bytes);

@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -254,6 +255,9 @@ class Streams(VMTestCase):
             (lambda: vm.upload(io.StringIO("text"), "/tmp/x"), TypeError, "read"),
             (lambda: vm.upload(__file__, "/x", mode=0o10000), ValueError, "mode"),
             (lambda: vm.download("/x", __file__, offset=-1), ValueError, "offset"),
+            (lambda: vm.download("/x", __file__, max_bytes=-1), ValueError, "max_bytes"),
+            (lambda: vm.download("/x", __file__, timeout=-1), ValueError, "timeout"),
+            (lambda: vm.upload(__file__, "/x", timeout="x"), TypeError, "timeout"),
         ]:
             with self.subTest(word), self.assertRaisesRegex(error, word):
                 call()
@@ -281,7 +285,7 @@ class Files(VMTestCase):
                 self.assertEqual(self.vm.download("/data/f", back), expected)
                 self.assertEqual(back.read_bytes(), source.read_bytes())
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["back", "source"])
-        self.assertEqual(self.result(self.vm, "exec", shell("ls -A /data"))["stdout"].split(), ["f", "lost+found"])
+        self.assertEqual(self.result(self.vm, "exec", shell("ls -A /data | grep -v system"))["stdout"].split(), ["f", "lost+found"])
 
     def test_file_objects_serve_as_well_and_progress_is_told(self) -> None:
         data, told = os.urandom(700_000), []
@@ -314,7 +318,7 @@ class Files(VMTestCase):
 
         with self.assertRaisesRegex(RuntimeError, "enough"):
             self.vm.upload(self.source(4 << 20), "/data/f", progress=stop)
-        left = lambda: self.result(self.vm, "exec", shell("cat /data/f; ls -A /data"))["stdout"]
+        left = lambda: self.result(self.vm, "exec", shell("cat /data/f; ls -A /data | grep -v system"))["stdout"]
         self.assertTrue(eventually(lambda: left() == "oldf\nlost+found\n"), left())
         with self.assertRaisesRegex(RuntimeError, "enough"):
             self.vm.download("/data/f", self.folder / "back", progress=stop)
@@ -351,8 +355,138 @@ class Files(VMTestCase):
                 call()
             self.assertEqual(caught.exception.code, code)
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["source"])
-        ls = lambda: self.result(self.vm, "exec", shell("ls -A /data"))["stdout"].split()
+        ls = lambda: self.result(self.vm, "exec", shell("ls -A /data | grep -v system"))["stdout"].split()
         self.assertTrue(eventually(lambda: ls() == ["lost+found"]), ls())
+
+    def mode(self, path: str) -> str:
+        return str(self.result(self.vm, "exec", shell("stat -c '%F %a %u' " + path))["stdout"]).strip()
+
+    def test_new_files_get_the_modes_of_their_sources_and_old_ones_keep_theirs(self) -> None:
+        script, key, back = self.folder / "script", self.folder / "key", self.folder / "back"
+        script.write_text("#!/bin/sh\necho ran\n")
+        script.chmod(0o755)
+        key.write_text("secret")
+        key.chmod(0o600)
+        self.vm.upload(script, "/data/script")
+        self.assertEqual(self.result(self.vm, "exec", {"program": "/data/script"})["stdout"], "ran\n")
+        self.vm.upload(key, "/data/key")
+        self.assertEqual(self.mode("/data/key"), "regular file 600 0")
+        self.result(self.vm, "exec", shell("chown 1000 /data/key; chmod 640 /data/key"))
+        self.vm.upload(script, "/data/key")
+        self.assertEqual(self.mode("/data/key"), "regular file 640 1000")
+        self.vm.upload(io.BytesIO(b"x"), "/data/key", mode=0o4711)
+        self.assertEqual(self.mode("/data/key"), "regular file 4711 1000")
+        self.vm.upload(io.BytesIO(b"x"), "/data/plain")
+        self.assertEqual(self.mode("/data/plain"), "regular file 644 0")
+        self.vm.download("/data/script", back)
+        self.assertEqual(back.stat().st_mode & 0o777, 0o755)
+        self.vm.download("/data/script", key)
+        self.assertEqual((key.stat().st_mode & 0o777, key.read_text()), (0o600, script.read_text()))
+
+    def test_links_are_followed_and_special_files_written_where_they_stand(self) -> None:
+        self.result(self.vm, "exec", shell("echo old >/data/real; chmod 600 /data/real; ln -s real /data/link; mkfifo /data/fifo; cat /data/fifo >/data/got &"))
+        self.vm.upload(io.BytesIO(b"new"), "/data/link")
+        self.assertEqual(self.mode("/data/link"), "symbolic link 755 0")
+        self.assertEqual((self.vm.download("/data/real", io.BytesIO())["bytes"], self.mode("/data/real")), (3, "regular file 600 0"))
+        self.vm.upload(io.BytesIO(b"through"), "/data/fifo")
+        got = lambda: self.result(self.vm, "exec", shell("cat /data/got"))["stdout"]
+        self.assertTrue(eventually(lambda: got() == "through"), got())
+        self.vm.upload(io.BytesIO(b"x"), "/dev/null", mode=0o600)
+        self.result(self.vm, "write_file", {"path": "/dev/null", "data": "x", "mode": 0o600})
+        self.assertTrue(self.mode("/dev/null").startswith("character special file 666"), self.mode("/dev/null"))
+        self.result(self.vm, "exec", shell("touch /data/mounted /data/other; mount --bind /data/other /data/mounted"))
+        self.vm.upload(io.BytesIO(b"in place"), "/data/mounted")
+        self.assertEqual(self.result(self.vm, "read_file", {"path": "/data/other"})["data"], "in place")
+        self.result(self.vm, "exec", shell("umount /data/mounted"))
+        # The same on the host.
+        real, link, fifo = self.folder / "real", self.folder / "link", self.folder / "fifo"
+        real.write_text("old")
+        link.symlink_to("real")
+        self.vm.download("/data/real", link)
+        self.assertTrue(link.is_symlink() and real.read_text() == "new")
+        os.mkfifo(str(fifo))
+        heard: List[bytes] = []
+        reader = threading.Thread(target=lambda: heard.append(fifo.read_bytes()))
+        reader.start()
+        self.vm.download("/data/real", fifo)
+        reader.join(20)
+        self.assertEqual((heard, fifo.is_fifo()), ([b"new"], True))
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["fifo", "link", "real"])
+        if os.geteuid() == 0:
+            device = self.folder / "null"
+            os.mknod(str(device), 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+            self.vm.download("/data/real", device)
+            self.assertTrue(device.is_char_device())
+
+    def test_folders_are_refused_with_the_way_out(self) -> None:
+        for call in (
+            lambda: self.vm.upload(self.folder, "/data/x"),
+            lambda: self.vm.upload(io.BytesIO(b""), "/data"),
+            lambda: self.vm.download("/data", self.folder / "x"),
+        ):
+            with self.assertRaisesRegex(MicroVMError, "directory.*tar"):
+                call()
+        with self.assertRaisesRegex(MicroVMError, "directory; give the path of a file"):
+            self.vm.download("/proc/version", self.folder)
+
+    def test_what_has_no_end_holds_nobody_and_can_be_given_up(self) -> None:
+        self.result(self.vm, "exec", shell("mkfifo -m 666 /tmp/fifo", uid=1000))
+        self.assertEqual(self.failure(self.vm, "read_file", {"path": "/tmp/fifo"}), "not_a_file")
+        with self.assertRaises(CommandError) as refused:
+            self.vm.download("/tmp/fifo", self.folder / "x")
+        self.assertEqual(refused.exception.code, "not_a_file")
+        self.assertIn("Linux", self.result(self.vm, "read_file", {"path": "/proc/version"})["data"])
+        self.assertEqual(len(self.result(self.vm, "read_file", {"path": "/dev/urandom", "max_bytes": 100})), 4)
+        terminal = self.vm.stream("sleep", ["1000"], pty=True)
+        name = "/proc/{}/fd/0".format(terminal.pid)
+        for _ in range(150):
+            self.assertIsNone(self.vm.send_command("read_file", {"path": name}, timeout=0.02))
+            self.assertEqual(self.vm.last_error.code, "channel_timeout")
+        self.assertIsNone(self.vm.send_command("write_file", {"path": "/tmp/fifo", "data": "x"}, timeout=0.3))
+        for call in (
+            lambda: self.vm.download(name, self.folder / "x", timeout=0.5),
+            lambda: self.vm.upload(io.BytesIO(b"x"), "/tmp/fifo", timeout=0.5),
+        ):
+            with self.assertRaises(ChannelError) as caught:
+                call()
+            self.assertEqual(caught.exception.code, "channel_timeout")
+        self.assertEqual(self.result(self.vm, "ping"), "pong")
+        terminal.kill()
+        self.assertTrue(self.vm.suspend(), self.vm.last_error)
+        self.assertTrue(self.vm.resume(), self.vm.last_error)
+        self.assertEqual(self.result(self.vm, "ping"), "pong")
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_holes_stay_holes_and_more_than_a_vm_can_hold_is_refused(self) -> None:
+        self.result(self.vm, "exec", shell("truncate -s 40M /data/holes; echo end >>/data/holes; truncate -s 200G /data/huge"))
+        holes = self.folder / "holes"
+        done = self.vm.download("/data/holes", holes)
+        self.assertEqual((done["bytes"], holes.stat().st_size), ((40 << 20) + 4, (40 << 20) + 4))
+        self.assertLess(holes.stat().st_blocks * 512, 1 << 20)
+        self.assertEqual(zlib.crc32(holes.read_bytes()), done["crc32"])
+        self.vm.upload(holes, "/data/back")
+        blocks, size = self.result(self.vm, "exec", shell("stat -c '%b %s' /data/back"))["stdout"].split()
+        self.assertEqual(int(size), (40 << 20) + 4)
+        self.assertLess(int(blocks) * 512, 1 << 20)
+        self.assertEqual(self.vm.download("/data/back", io.BytesIO())["crc32"], done["crc32"])
+        for path, options in (("/data/huge", {}), ("/data/holes", {"max_bytes": 1 << 20}), ("/dev/zero", {"max_bytes": 1 << 20})):
+            with self.subTest(path), self.assertRaises(CommandError) as caught:
+                self.vm.download(path, self.folder / "huge", **options)
+            self.assertEqual(caught.exception.code, "too_large")
+            self.assertIn("max_bytes", str(caught.exception))
+        self.assertEqual([p.name for p in self.folder.iterdir()], ["holes"])
+
+    def test_write_file_on_a_full_disk_keeps_the_old_file(self) -> None:
+        self.result(self.vm, "exec", shell("echo old >/data/f; echo old >/data/log; dd if=/dev/zero of=/data/fill bs=64k 2>/dev/null; true"))
+        more = {"data": "x" * (4 << 20)}
+        self.assertEqual(self.failure(self.vm, "write_file", dict(more, path="/data/f")), "no_space")
+        self.assertEqual(self.failure(self.vm, "write_file", dict(more, path="/data/log", append=True)), "no_space")
+        self.assertEqual(self.failure(self.vm, "write_file", dict(more, path="/data/new")), "no_space")
+        for path in ("/data/f", "/data/log"):
+            self.assertEqual(self.result(self.vm, "read_file", {"path": path})["data"], "old\n")
+        self.assertEqual(self.result(self.vm, "exec", shell("ls -A /data | grep -v system"))["stdout"].split(), ["f", "fill", "log", "lost+found"])
+        self.result(self.vm, "write_file", {"path": "/proc/sys/vm/swappiness", "data": "37"})
+        self.assertEqual(self.result(self.vm, "read_file", {"path": "/proc/sys/vm/swappiness"})["data"], "37\n")
 
     def test_transfers_take_constant_memory(self) -> None:
         source = self.source(128 << 20)
@@ -535,12 +669,18 @@ class Interrupts(VMTestCase):
         previous = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.addCleanup(signal.signal, signal.SIGINT, previous)
         deaf = vm.stream("sleep", ["1000"])
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        fifo = folder.name + "/fifo"
+        os.mkfifo(fifo)
         for name, call in [
             ("next", lambda: next(stream)),
             ("wait", lambda: stream.wait()),
             ("write", lambda: deaf.write(bytes(4 << 20))),
             ("upload", lambda: vm.upload("/dev/zero", "/data/zero")),
-            ("download", lambda: vm.download("/dev/zero", io.BytesIO())),
+            ("download", lambda: vm.download("/dev/zero", io.BytesIO(), max_bytes=1 << 40)),
+            ("upload from a FIFO", lambda: vm.upload(fifo, "/data/fifo")),
+            ("download to a FIFO", lambda: vm.download("/proc/version", fifo)),
         ]:
             with self.subTest(name):
                 timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))

@@ -1,7 +1,7 @@
 //! A program that runs in the guest, live.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use microvm_protocol::message::{Control, Started};
 use microvm_protocol::mux::STDIN;
@@ -32,9 +32,9 @@ pub struct Process {
 
 impl Process {
     /// # Errors
-    /// [`Error::Guest`] when the program could not be started.
-    pub async fn start(stream: Stream) -> Result<Self> {
-        let pid = match stream.started().await? {
+    /// [`Error::Guest`] when the program could not be started, [`Error::ChannelTimeout`] when that takes too long.
+    pub async fn start(stream: Stream, deadline: Duration) -> Result<Self> {
+        let pid = match stream.started(deadline).await? {
             Started::Program { pid } => pid,
             Started::File { .. } => 0,
         };
@@ -109,7 +109,7 @@ impl Process {
     /// [`Error::ChannelClosed`].
     pub async fn write(&self, bytes: &[u8]) -> Result<bool> {
         match self.stream() {
-            Some(stream) => stream.send(STDIN, bytes).await,
+            Some(stream) => stream.send(STDIN, bytes, None).await,
             None => Ok(false),
         }
     }

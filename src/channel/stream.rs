@@ -1,6 +1,8 @@
 //! An exchange whose channels are open: what programs, uploads and downloads are made of.
 
+use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use microvm_protocol::message::{Control, Response, Started};
 use microvm_protocol::mux::Refused;
@@ -47,11 +49,26 @@ impl Stream {
         self.link.vm_id.to_string()
     }
 
-    /// Waits until the guest has begun.
+    /// Does `work`, which is one step and not all of it, within `stall`.
     ///
     /// # Errors
-    /// [`Error::Guest`] when it could not, [`Error::ChannelClosed`].
-    pub async fn started(&self) -> Result<Started> {
+    /// Its own, and [`Error::ChannelTimeout`].
+    pub async fn within<T>(&self, stall: Duration, step: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::time::timeout(stall, work).await.unwrap_or_else(|_| {
+            let (vm_id, what, sent) = (self.vm_id(), format!("{step} of {:?}", self.what), self.was_sent());
+            Err(Error::ChannelTimeout { vm_id, what, limit_s: stall.as_secs_f64(), sent })
+        })
+    }
+
+    /// Waits at most `stall` until the guest has begun.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] when it could not, [`Error::ChannelClosed`], [`Error::ChannelTimeout`].
+    pub async fn started(&self, stall: Duration) -> Result<Started> {
+        self.within(stall, "the beginning", self.begun()).await
+    }
+
+    async fn begun(&self) -> Result<Started> {
         let Some(body) = self.mailbox.started().await else {
             return match self.mailbox.take().await {
                 Taken::Response(body) => {
@@ -105,11 +122,12 @@ impl Stream {
         }
     }
 
-    /// Sends bytes on a channel, as fast as the guest takes them. Returns false when it takes no more.
+    /// Sends bytes on a channel, as fast as the guest takes them; it may take none for `stall` at most. Returns false when
+    /// it takes no more.
     ///
     /// # Errors
-    /// [`Error::ChannelClosed`].
-    pub async fn send(&self, channel: u8, mut bytes: &[u8]) -> Result<bool> {
+    /// [`Error::ChannelClosed`], [`Error::ChannelTimeout`].
+    pub async fn send(&self, channel: u8, mut bytes: &[u8], stall: Option<Duration>) -> Result<bool> {
         while !bytes.is_empty() {
             if self.mailbox.is_closed() {
                 return Err(self.link.closed(true));
@@ -122,7 +140,11 @@ impl Stream {
                     Ok(taken) => Some(Some(taken)),
                 }
             });
-            match sent.await {
+            let sent = match stall {
+                Some(stall) => self.within(stall, "the next piece", async { Ok(sent.await) }).await?,
+                None => sent.await,
+            };
+            match sent {
                 Some(taken) => bytes = &bytes[taken..],
                 None if !self.mailbox.is_closed() => return Ok(false),
                 None => {}

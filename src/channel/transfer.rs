@@ -1,5 +1,7 @@
 //! Files to and from the guest, in pieces; what is in memory is one window.
 
+use std::time::Duration;
+
 use crc32fast::Hasher;
 use microvm_protocol::message::{Started, Transferred};
 use microvm_protocol::mux::STDIN;
@@ -12,15 +14,17 @@ pub struct Upload {
     stream: Stream,
     path: String,
     sent: u64,
+    /// How long the guest may take nothing.
+    stall: Duration,
     checksum: Hasher,
 }
 
 impl Upload {
     /// # Errors
-    /// [`Error::Guest`] when the file cannot be opened there.
-    pub async fn begin(stream: Stream, path: String) -> Result<Self> {
-        stream.started().await?;
-        Ok(Self { stream, path, sent: 0, checksum: Hasher::new() })
+    /// [`Error::Guest`] when the file cannot be opened there, [`Error::ChannelTimeout`].
+    pub async fn begin(stream: Stream, path: String, stall: Duration) -> Result<Self> {
+        stream.started(stall).await?;
+        Ok(Self { stream, path, sent: 0, stall, checksum: Hasher::new() })
     }
 
     /// Bytes that were sent.
@@ -30,9 +34,10 @@ impl Upload {
     }
 
     /// # Errors
-    /// [`Error::Guest`] when the guest can write no more (its disk is full), [`Error::ChannelClosed`].
+    /// [`Error::Guest`] when the guest can write no more (its disk is full), [`Error::ChannelClosed`],
+    /// [`Error::ChannelTimeout`] when it takes none for too long.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        if !self.stream.send(STDIN, bytes).await? {
+        if !self.stream.send(STDIN, bytes, Some(self.stall)).await? {
             return Err(self.failure().await);
         }
         self.checksum.update(bytes);
@@ -41,7 +46,7 @@ impl Upload {
     }
 
     async fn failure(&self) -> Error {
-        match self.stream.next::<Transferred>().await {
+        match self.stream.within(self.stall, "the reason", self.stream.next::<Transferred>()).await {
             Err(error) => error,
             Ok(_) => Error::ChannelClosed {
                 vm_id: self.stream.vm_id(),
@@ -58,7 +63,7 @@ impl Upload {
     pub async fn finish(self) -> Result<Transferred> {
         self.stream.finish(STDIN);
         loop {
-            if let Next::End(there) = self.stream.next().await? {
+            if let Next::End(there) = self.stream.within(self.stall, "the end", self.stream.next()).await? {
                 return agree(
                     &self.stream,
                     self.path,
@@ -75,7 +80,10 @@ pub struct Download {
     stream: Stream,
     path: String,
     size: u64,
+    mode: Option<u32>,
     received: u64,
+    /// How long the guest may send nothing.
+    stall: Duration,
     checksum: Hasher,
 }
 
@@ -87,19 +95,25 @@ pub enum Fetched {
 
 impl Download {
     /// # Errors
-    /// [`Error::Guest`] when the file cannot be opened there.
-    pub async fn begin(stream: Stream, path: String) -> Result<Self> {
-        let size = match stream.started().await? {
-            Started::File { size } => size,
-            Started::Program { .. } => 0,
+    /// [`Error::Guest`] when the file cannot be opened there, [`Error::ChannelTimeout`].
+    pub async fn begin(stream: Stream, path: String, stall: Duration) -> Result<Self> {
+        let (size, mode) = match stream.started(stall).await? {
+            Started::File { size, mode } => (size, mode),
+            Started::Program { .. } => (0, None),
         };
-        Ok(Self { stream, path, size, received: 0, checksum: Hasher::new() })
+        Ok(Self { stream, path, size, mode, received: 0, stall, checksum: Hasher::new() })
     }
 
     /// The file's size when it was opened, as the guest says.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// The permission bits of the guest's file, as the guest says.
+    #[must_use]
+    pub fn mode(&self) -> Option<u32> {
+        self.mode
     }
 
     /// Bytes that came.
@@ -111,9 +125,9 @@ impl Download {
     /// The next bytes, or the end.
     ///
     /// # Errors
-    /// [`Error::Guest`], [`Error::ChannelClosed`], [`Error::ChecksumMismatch`].
+    /// [`Error::Guest`], [`Error::ChannelClosed`], [`Error::ChannelTimeout`], [`Error::ChecksumMismatch`].
     pub async fn next(&mut self) -> Result<Fetched> {
-        match self.stream.next().await? {
+        match self.stream.within(self.stall, "the next piece", self.stream.next()).await? {
             Next::Piece(piece) => {
                 self.checksum.update(&piece.bytes);
                 self.received += piece.bytes.len() as u64;

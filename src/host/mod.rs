@@ -7,6 +7,7 @@ pub mod acl;
 pub mod binary;
 pub mod cgroup;
 pub mod clock;
+pub mod destination;
 pub mod elf;
 pub mod fork;
 #[cfg(feature = "python")]

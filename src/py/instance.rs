@@ -331,8 +331,11 @@ impl MicroVMInstance {
         Ok(stream)
     }
 
-    /// Writes a file of the guest from a path or an object with `read`. Raises when it fails.
-    #[pyo3(signature = (source, guest_path, offset=None, mode=None, progress=None))]
+    /// Writes a file of the guest from a path or an object with `read`. An existing file keeps its mode and owner; a new one
+    /// gets the source's permission bits (0644 for an object); `mode` sets others. Raises when it fails, or when the guest
+    /// takes nothing for `timeout` seconds (by default `command_timeout_s`).
+    #[pyo3(signature = (source, guest_path, offset=None, mode=None, progress=None, timeout=None))]
+    #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn upload<'py>(
         &self,
         py: Python<'py>,
@@ -341,16 +344,22 @@ impl MicroVMInstance {
         offset: Option<&Bound<'py, PyAny>>,
         mode: Option<&Bound<'py, PyAny>>,
         progress: Option<&Bound<'py, PyAny>>,
+        timeout: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
+        let stall: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
         let guest_path = convert::text("guest_path", guest_path)?;
         let offset = offset.map(|offset| convert::whole_in("offset", offset, 0, 1 << 62)).transpose()?;
         let mode = mode.map(|mode| convert::whole_in("mode", mode, 0, 0o7777)).transpose()?.map(|mode| mode as u32);
         let progress = convert::optional_callable("progress", progress)?;
-        transfer::upload(self.vm.get(py)?, source, guest_path, offset, mode, progress)
+        transfer::upload(self.vm.get(py)?, source, guest_path, offset, mode, progress, stall)
     }
 
-    /// Reads a file of the guest into a path or an object with `write`. Raises when it fails.
-    #[pyo3(signature = (guest_path, destination, offset=None, progress=None))]
+    /// Reads a file of the guest into a path or an object with `write`. An existing file keeps its mode and owner; a new one
+    /// gets the guest file's permission bits, less the umask. Raises when it fails, when the guest sends nothing for `timeout`
+    /// seconds (by default `command_timeout_s`), or more than `max_bytes` (by default, what the VM's disk, memory and image
+    /// can hold).
+    #[pyo3(signature = (guest_path, destination, offset=None, progress=None, max_bytes=None, timeout=None))]
+    #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn download<'py>(
         &self,
         py: Python<'py>,
@@ -358,11 +367,15 @@ impl MicroVMInstance {
         destination: &Bound<'py, PyAny>,
         offset: Option<&Bound<'py, PyAny>>,
         progress: Option<&Bound<'py, PyAny>>,
+        max_bytes: Option<&Bound<'py, PyAny>>,
+        timeout: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
+        let stall: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
+        let max_bytes = max_bytes.map(|most| convert::whole_in("max_bytes", most, 0, 1 << 62)).transpose()?;
         let guest_path = convert::text("guest_path", guest_path)?;
         let offset = offset.map(|offset| convert::whole_in("offset", offset, 0, 1 << 62)).transpose()?;
         let progress = convert::optional_callable("progress", progress)?;
-        transfer::download(self.vm.get(py)?, guest_path, destination, offset, progress)
+        transfer::download(self.vm.get(py)?, guest_path, destination, offset, progress, max_bytes, stall)
     }
 
     fn get_health_metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {

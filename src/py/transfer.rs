@@ -1,10 +1,11 @@
 //! Files between Python and a guest: paths, or objects with `read` or `write`.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -13,10 +14,15 @@ use super::gate::{self, OnInterrupt};
 use super::{convert, errors};
 use crate::channel::Fetched;
 use crate::error::Error;
+use crate::host::destination::{is_unread, open_source, read_some, Destination};
 use crate::vm::MicroVm;
 
 /// What is read at a time: one window of the channel.
 const PIECE: usize = 256 * 1024;
+/// How long a FIFO or a terminal is waited for at a time: signals are seen in between.
+const SLICE: Duration = Duration::from_millis(20);
+/// A new file's permission bits, less the umask, where the guest tells none.
+const DEFAULT_MODE: u32 = 0o666;
 
 fn failed(py: Python<'_>, operation: &'static str, path: &Path, error: &io::Error) -> PyErr {
     let (object, reason) = (path.display().to_string(), error.to_string());
@@ -43,41 +49,42 @@ fn result<'py>(py: Python<'py>, done: &microvm_protocol::message::Transferred) -
 }
 
 enum Source<'py> {
-    File { path: PathBuf, file: File },
+    File { path: PathBuf, file: File, meta: Metadata },
     Object(Bound<'py, PyAny>),
 }
 
 impl<'py> Source<'py> {
-    /// A file from `offset`, and how many bytes it has from there; an object as it stands.
-    fn open(value: &Bound<'py, PyAny>, offset: u64) -> PyResult<(Self, Option<u64>)> {
+    /// A file from `offset`; an object as it stands.
+    fn open(value: &Bound<'py, PyAny>, offset: u64) -> PyResult<Self> {
         let py = value.py();
         if value.hasattr("read")? {
-            return Ok((Source::Object(value.clone()), None));
+            return Ok(Source::Object(value.clone()));
         }
         let path = convert::path("source", value)?;
-        let opened = py.detach(|| {
-            let mut file = File::open(&path)?;
-            let meta = file.metadata()?;
-            if meta.is_dir() {
-                return Err(io::Error::from(io::ErrorKind::IsADirectory));
-            }
-            file.seek(SeekFrom::Start(offset))?;
-            Ok((file, meta.len().saturating_sub(offset)))
-        });
-        let (file, size) = opened.map_err(|error| failed(py, "read", &path, &error))?;
-        Ok((Source::File { path, file }, Some(size)))
+        let opened = py.detach(|| open_source(&path, offset));
+        let (file, meta) = opened.map_err(|error| failed(py, "read", &path, &error))?;
+        Ok(Source::File { path, file, meta })
+    }
+
+    /// A regular file's own.
+    fn meta(&self) -> Option<&Metadata> {
+        match self {
+            Source::File { meta, .. } => Some(meta).filter(|meta| meta.is_file()),
+            Source::Object(_) => None,
+        }
     }
 
     /// The next bytes; none at the end.
     fn read(&mut self, py: Python<'py>) -> PyResult<Vec<u8>> {
         match self {
             Source::Object(object) => convert::bytes("what read() gave", &object.call_method1("read", (PIECE,))?),
-            Source::File { path, file } => {
-                let mut bytes = Vec::with_capacity(PIECE);
-                let read = py.detach(|| file.take(PIECE as u64).read_to_end(&mut bytes));
-                read.map_err(|error| failed(py, "read", path, &error))?;
-                Ok(bytes)
-            }
+            Source::File { path, file, meta } => loop {
+                let read = py.detach(|| read_some(file, meta, PIECE, SLICE));
+                if let Some(bytes) = read.map_err(|error| failed(py, "read", path, &error))? {
+                    return Ok(bytes);
+                }
+                py.check_signals()?;
+            },
         }
     }
 }
@@ -90,11 +97,15 @@ pub fn upload<'py>(
     offset: Option<u64>,
     mode: Option<u32>,
     progress: Option<&Bound<'py, PyAny>>,
+    stall: Option<Duration>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let py = source.py();
-    let (mut source, total) = Source::open(source, offset.unwrap_or(0))?;
+    let mut source = Source::open(source, offset.unwrap_or(0))?;
+    let total = source.meta().map(|meta| meta.len().saturating_sub(offset.unwrap_or(0)));
+    let modes = (mode, source.meta().map(|meta| meta.mode() & 0o777));
     let opening = vm.clone();
-    let upload = gate::wait(py, OnInterrupt::Abandon, async move { opening.upload(&guest_path, offset, mode).await })?;
+    let begun = async move { opening.upload(&guest_path, offset, modes, stall).await };
+    let upload = gate::wait(py, OnInterrupt::Abandon, begun)?;
     let mut upload = raise(py, upload)?;
     loop {
         let bytes = source.read(py)?;
@@ -113,65 +124,54 @@ pub fn upload<'py>(
 }
 
 enum Sink<'py> {
-    /// `draft` is what is written, and takes the place of `path` when it is whole; without one it is written in place.
-    File {
-        path: PathBuf,
-        draft: Option<PathBuf>,
-        file: File,
-    },
+    File { path: PathBuf, destination: Destination },
     Object(Bound<'py, PyAny>),
 }
 
-impl Drop for Sink<'_> {
-    fn drop(&mut self) {
-        if let Sink::File { draft: Some(draft), .. } = self {
-            if let Err(error) = fs::remove_file(&draft) {
-                log::warn!("{}: an unfinished download could not be removed: {error}", draft.display());
-            }
-        }
-    }
-}
-
 impl<'py> Sink<'py> {
-    fn open(value: &Bound<'py, PyAny>, offset: Option<u64>) -> PyResult<Self> {
+    fn open(value: &Bound<'py, PyAny>, offset: Option<u64>, new_mode: u32) -> PyResult<Self> {
         let py = value.py();
         if value.hasattr("write")? {
             return Ok(Sink::Object(value.clone()));
         }
         let path = convert::path("destination", value)?;
-        let opened = py.detach(|| match offset {
-            None => {
-                let draft = draft_beside(&path)?;
-                OpenOptions::new().write(true).create_new(true).open(&draft).map(|file| (file, Some(draft)))
+        loop {
+            let opened = py.detach(|| match offset {
+                None => Destination::replace(&path, new_mode),
+                Some(offset) => Destination::resume(&path, offset, new_mode),
+            });
+            match opened {
+                Ok(destination) => return Ok(Sink::File { path, destination }),
+                Err(error) if is_unread(&path, &error) => py.detach(|| std::thread::sleep(SLICE)),
+                Err(error) => return Err(failed(py, "write", &path, &error)),
             }
-            Some(offset) => {
-                let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(&path)?;
-                // What stands there is, from now on, what arrived: its size says where to resume.
-                file.set_len(offset)?;
-                file.seek(SeekFrom::Start(offset))?;
-                Ok((file, None))
-            }
-        });
-        let (file, draft) = opened.map_err(|error| failed(py, "write", &path, &error))?;
-        Ok(Sink::File { path, draft, file })
+            py.check_signals()?;
+        }
     }
 
-    fn write(&mut self, py: Python<'py>, bytes: &[u8]) -> PyResult<()> {
+    fn write(&mut self, py: Python<'py>, mut bytes: &[u8]) -> PyResult<()> {
         match self {
-            Sink::File { path, file, .. } => {
-                py.detach(|| file.write_all(bytes)).map_err(|error| failed(py, "write", path, &error))
+            Sink::File { path, destination } => {
+                while !bytes.is_empty() {
+                    let written = py.detach(|| destination.write(bytes, SLICE));
+                    match written.map_err(|error| failed(py, "write", path, &error))? {
+                        0 => py.check_signals()?,
+                        taken => bytes = &bytes[taken..],
+                    }
+                }
+                Ok(())
             }
             Sink::Object(object) => write_all(object, bytes),
         }
     }
 
-    fn keep(&mut self, py: Python<'py>) -> PyResult<()> {
-        let Sink::File { path, draft, .. } = self else { return Ok(()) };
-        let Some(finished) = draft.take() else { return Ok(()) };
-        fs::rename(&finished, &*path).map_err(|error| {
-            *draft = Some(finished);
-            failed(py, "rename", path, &error)
-        })
+    fn finish(self, py: Python<'py>) -> PyResult<()> {
+        match self {
+            Sink::File { path, destination } => {
+                py.detach(|| destination.finish()).map_err(|error| failed(py, "write", &path, &error))
+            }
+            Sink::Object(_) => Ok(()),
+        }
     }
 }
 
@@ -186,13 +186,18 @@ fn write_all(object: &Bound<'_, PyAny>, mut bytes: &[u8]) -> PyResult<()> {
     Ok(())
 }
 
-fn draft_beside(path: &Path) -> io::Result<PathBuf> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let name = path.file_name().filter(|_| !path.is_dir()).ok_or(io::ErrorKind::IsADirectory)?;
-    // A file name has at most 255 bytes.
-    let name: String = name.to_string_lossy().chars().take(50).collect();
-    let (pid, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    Ok(path.with_file_name(format!(".{name}.download-{pid}-{number}")))
+/// A guest may offer more than it holds: a file with holes, or one without end.
+fn check_size(vm: &MicroVm, guest_path: &str, bytes: u64, max_bytes: Option<u64>) -> Result<(), Error> {
+    let limit = max_bytes.unwrap_or_else(|| vm.file_limit());
+    if bytes <= limit {
+        return Ok(());
+    }
+    let why = match max_bytes {
+        Some(_) => "max_bytes",
+        None => "what its disk, memory and image hold; max_bytes sets another limit",
+    };
+    let message = format!("{guest_path:?}: {bytes} bytes or more are over the limit of {limit}, {why}");
+    Err(Error::Guest { vm_id: vm.id().to_string(), what: "download".into(), code: "too_large", message })
 }
 
 /// Reads a file of the guest.
@@ -202,25 +207,30 @@ pub fn download<'py>(
     destination: &Bound<'py, PyAny>,
     offset: Option<u64>,
     progress: Option<&Bound<'py, PyAny>>,
+    max_bytes: Option<u64>,
+    stall: Option<Duration>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let py = destination.py();
-    let opening = vm.clone();
+    let (opening, path) = (vm.clone(), guest_path.clone());
     let from = offset.unwrap_or(0);
-    let download = gate::wait(py, OnInterrupt::Abandon, async move { opening.download(&guest_path, from).await })?;
-    let mut download = raise(py, download)?;
-    let total = Some(download.inner.size().saturating_sub(from));
-    let mut sink = Sink::open(destination, offset)?;
+    let begun = async move { opening.download(&path, from, stall).await };
+    let mut download = raise(py, gate::wait(py, OnInterrupt::Abandon, begun)?)?;
+    let total = download.inner.size().saturating_sub(from);
+    raise(py, check_size(vm, &guest_path, total, max_bytes))?;
+    let new_mode = download.inner.mode().map_or(DEFAULT_MODE, |mode| mode & 0o777);
+    let mut sink = Sink::open(destination, offset, new_mode)?;
     loop {
         let fetched = gate::wait(py, OnInterrupt::Abandon, async move { (download.next().await, download) })?;
         let outcome;
         (outcome, download) = fetched;
         match raise(py, outcome)? {
             Fetched::Bytes(bytes) => {
+                raise(py, check_size(vm, &guest_path, download.inner.received(), max_bytes))?;
                 sink.write(py, &bytes)?;
-                report(progress, download.inner.received(), total)?;
+                report(progress, download.inner.received(), Some(total))?;
             }
             Fetched::Whole(done) => {
-                sink.keep(py)?;
+                sink.finish(py)?;
                 return result(py, &done);
             }
         }

@@ -1,6 +1,7 @@
 //! Programs and files of a running VM, live.
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use microvm_protocol::message::{DOWNLOAD, STREAM, UPLOAD};
 use serde_json::{json, Value};
@@ -8,7 +9,7 @@ use serde_json::{json, Value};
 use super::running::Running;
 use super::{explain, MicroVm};
 use crate::channel::{Download, Fetched, Piece, Process, Stream, Upload};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::VmState;
 
 impl MicroVm {
@@ -19,27 +20,54 @@ impl MicroVm {
     /// the channel's.
     pub async fn stream(&self, params: Value) -> Result<Live<Process>> {
         let (running, stream) = self.open("run a program in", STREAM, params).await?;
-        Live::begin(running, Process::start(stream)).await
+        Live::begin(running, Process::start(stream, self.settings.command_timeout)).await
     }
 
     /// Begins to write a file. Without `offset` it is a new one, which takes the place of `path` when it is whole; with
-    /// one it is written in place from there.
+    /// one it is written in place from there. `mode` is set; `new_mode` is for a file that was not there. The guest may take
+    /// no byte for `stall` at most, by default for the commands' time.
     ///
     /// # Errors
     /// As for [`MicroVm::stream`].
-    pub async fn upload(&self, path: &str, offset: Option<u64>, mode: Option<u32>) -> Result<Live<Upload>> {
-        let params = json!({"path": path, "offset": offset, "mode": mode});
-        let (running, stream) = self.open("upload to", UPLOAD, params).await?;
-        Live::begin(running, Upload::begin(stream, path.to_owned())).await
+    pub async fn upload(
+        &self,
+        path: &str,
+        offset: Option<u64>,
+        (mode, new_mode): (Option<u32>, Option<u32>),
+        stall: Option<Duration>,
+    ) -> Result<Live<Upload>> {
+        let stall = stall.unwrap_or(self.settings.command_timeout);
+        let begin = async |new_mode: Option<u32>| {
+            let mut params = json!({"path": path, "offset": offset, "mode": mode});
+            if let Some(new_mode) = new_mode {
+                params["new_mode"] = json!(new_mode);
+            }
+            let (running, stream) = self.open("upload to", UPLOAD, params).await?;
+            Live::begin(running, Upload::begin(stream, path.to_owned(), stall)).await
+        };
+        match begin(new_mode).await {
+            // An agent of before, in a snapshot, knows no such parameter.
+            Err(Error::Guest { code: "bad_params", message, .. }) if message.contains("new_mode") => begin(None).await,
+            begun => begun,
+        }
     }
 
-    /// Begins to read a file from `offset`.
+    /// Begins to read a file from `offset`. The guest may send no byte for `stall` at most, by default for the commands' time.
     ///
     /// # Errors
     /// As for [`MicroVm::stream`].
-    pub async fn download(&self, path: &str, offset: u64) -> Result<Live<Download>> {
+    pub async fn download(&self, path: &str, offset: u64, stall: Option<Duration>) -> Result<Live<Download>> {
+        let stall = stall.unwrap_or(self.settings.command_timeout);
         let (running, stream) = self.open("download from", DOWNLOAD, json!({"path": path, "offset": offset})).await?;
-        Live::begin(running, Download::begin(stream, path.to_owned())).await
+        Live::begin(running, Download::begin(stream, path.to_owned(), stall)).await
+    }
+
+    /// The most bytes that a file of the guest can hold without holes: its disk, its memory and its image together.
+    #[must_use]
+    pub fn file_limit(&self) -> u64 {
+        let limits = &self.spec.limits;
+        let image = self.spec.rootfs_path.as_ref().and_then(|path| path.metadata().ok()).map_or(0, |meta| meta.len());
+        ((limits.disk_size_mb + limits.memory_mb) << 20) + image
     }
 
     async fn open(&self, operation: &'static str, action: &str, params: Value) -> Result<(Arc<Running>, Stream)> {

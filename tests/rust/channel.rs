@@ -257,7 +257,7 @@ async fn test_tap_on_the_transport_of_a_real_vm_shows_no_plaintext() {
     let Answer::Ok { result } = vm.agent.request("exec", params, LONG).await.unwrap() else { panic!("exec failed") };
     assert_eq!(result["stdout"], secret.to_uppercase() + "\n");
     let stream = vm.agent.open("stream", json!({"program": "echo", "args": [secret]}), LONG).await.unwrap();
-    let process = Process::start(stream).await.unwrap();
+    let process = Process::start(stream, Duration::from_secs(30)).await.unwrap();
     assert_eq!(process.next().await.unwrap().unwrap().bytes, format!("{secret}\n").as_bytes());
     let (to_guest, to_host) = vm.tapped();
     assert!(to_guest.len() > 100 && to_host.len() > 100);

@@ -233,6 +233,7 @@ class MicroVMInstance:
         offset: Optional[int] = None,
         mode: Optional[int] = None,
         progress: Optional[Callable[[int, Optional[int]], Any]] = None,
+        timeout: Optional[float] = None,
     ) -> _Transferred: ...
     def download(
         self,
@@ -240,6 +241,8 @@ class MicroVMInstance:
         destination: Union[_Path, _Writes],
         offset: Optional[int] = None,
         progress: Optional[Callable[[int, Optional[int]], Any]] = None,
+        max_bytes: Optional[int] = None,
+        timeout: Optional[float] = None,
     ) -> _Transferred: ...
     def get_info(self) -> Dict[str, Any]: ...
 

@@ -49,9 +49,12 @@ pub enum Started {
     Program {
         pid: u32,
     },
-    /// Its size when it was opened.
+    /// A file, when it was opened.
     File {
         size: u64,
+        /// The permission bits of a regular file that is read; an agent of before does not tell them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mode: Option<u32>,
     },
 }
 
@@ -94,6 +97,7 @@ pub struct Failure {
 pub enum Code {
     UnknownAction,
     ReservedAction,
+    NotAFile,
     BadParams,
     ProgramNotFound,
     PermissionDenied,
@@ -134,6 +138,7 @@ impl Code {
         match self {
             Code::UnknownAction => "unknown_action",
             Code::ReservedAction => "reserved_action",
+            Code::NotAFile => "not_a_file",
             Code::BadParams => "bad_params",
             Code::ProgramNotFound => "program_not_found",
             Code::PermissionDenied => "permission_denied",
@@ -200,9 +205,15 @@ mod tests {
 
     #[test]
     fn test_code_as_str_is_its_json() {
-        for code in
-            [Code::UnknownAction, Code::ReservedAction, Code::ProgramNotFound, Code::NoSpace, Code::Busy, Code::IoError]
-        {
+        for code in [
+            Code::UnknownAction,
+            Code::ReservedAction,
+            Code::NotAFile,
+            Code::ProgramNotFound,
+            Code::NoSpace,
+            Code::Busy,
+            Code::IoError,
+        ] {
             assert_eq!(serde_json::to_value(code).unwrap()["code"], code.as_str());
         }
     }

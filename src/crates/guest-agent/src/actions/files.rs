@@ -1,16 +1,18 @@
 //! Files of the guest, in pieces that fit a message.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::fs;
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use base64::prelude::{Engine, BASE64_STANDARD};
 use microvm_protocol::json::prefers_base64;
 use microvm_protocol::message::{Code, Failure};
+use nix::poll::PollFlags;
 use serde::Deserialize;
 use serde_json::{json, Value};
 
+use super::place::{open_to_read, Destination, Waiter};
 use super::{fail, read, Outcome};
 use crate::memory;
 
@@ -77,18 +79,14 @@ pub fn io_failure(path: &str, error: &io::Error) -> Failure {
     Failure { code, message: format!("{shown}: {error}") }
 }
 
-pub fn read_file(params: Value) -> Outcome {
+pub fn read_file(params: Value, waiter: &dyn Waiter) -> Outcome {
     let params: ReadParams = read(params)?;
     let max = params.max_bytes.unwrap_or(DEFAULT_READ);
     if max > MAX_READ {
         return fail(Code::BadParams, format!("max_bytes: {max} is over {MAX_READ}; read in pieces by offset"));
     }
     let failed = |error: io::Error| io_failure(&params.path, &error);
-    let meta = fs::metadata(&params.path).map_err(failed)?;
-    if meta.is_dir() {
-        return fail(Code::IoError, format!("{}: it is a directory", params.path));
-    }
-    let mut file = File::open(&params.path).map_err(failed)?;
+    let (mut file, meta) = open_to_read(&params.path)?;
     if params.offset > 0 {
         file.seek(SeekFrom::Start(params.offset)).map_err(failed)?;
     }
@@ -97,9 +95,20 @@ pub fn read_file(params: Value) -> Outcome {
     // The bytes, their base64, and that once more in the answer.
     memory::afford(4 * expected, "max_bytes: the answer")?;
     let mut bytes = Vec::new();
+    let mut is_drained = false;
     // One byte more tells whether the end was reached, also for files of /proc, whose size is 0.
-    file.take(max + 1).read_to_end(&mut bytes).map_err(failed)?;
-    let eof = bytes.len() as u64 <= max;
+    while let Err(error) = (&file).take(max + 1 - bytes.len() as u64).read_to_end(&mut bytes) {
+        // What is read before an error is kept. A terminal or /proc/kmsg has no end: what it has now is the answer.
+        match error.kind() {
+            ErrorKind::WouldBlock if bytes.is_empty() => waiter.ready(Some(file.as_fd()), PollFlags::POLLIN, None)?,
+            ErrorKind::WouldBlock => {
+                is_drained = true;
+                break;
+            }
+            _ => return Err(failed(error)),
+        }
+    }
+    let eof = !is_drained && bytes.len() as u64 <= max;
     bytes.truncate(usize::try_from(max).unwrap_or(usize::MAX));
     let (size, offset) = (meta.len(), params.offset);
     let mut result = json!({"size": size, "offset": offset, "eof": eof});
@@ -111,7 +120,7 @@ pub fn read_file(params: Value) -> Outcome {
     Ok(result)
 }
 
-pub fn write_file(params: Value) -> Outcome {
+pub fn write_file(params: Value, waiter: &dyn Waiter) -> Outcome {
     let params: WriteParams = read(params)?;
     let bad = |message: String| Failure { code: Code::BadParams, message };
     let bytes = match (params.data, params.data_base64) {
@@ -127,23 +136,29 @@ pub fn write_file(params: Value) -> Outcome {
     if let Some(parent) = Path::new(&params.path).parent().filter(|_| params.make_dirs) {
         fs::create_dir_all(parent).map_err(failed)?;
     }
-    let whole = params.offset.is_none() && !params.append;
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).append(params.append).truncate(whole).mode(mode.unwrap_or(DEFAULT_MODE));
-    let mut file = options.open(&params.path).map_err(failed)?;
-    if let Some(offset) = params.offset {
-        file.seek(SeekFrom::Start(offset)).map_err(failed)?;
-    }
-    file.write_all(&bytes).map_err(failed)?;
-    if let Some(mode) = mode {
-        file.set_permissions(fs::Permissions::from_mode(mode)).map_err(failed)?;
-    }
+    let new_mode = mode.unwrap_or(DEFAULT_MODE);
+    let mut destination = match (params.append, params.offset) {
+        (false, None) => Destination::replace(&params.path, new_mode, waiter)?,
+        (_, offset) => Destination::change(&params.path, offset, new_mode, waiter)?,
+    };
+    destination.write(&bytes, waiter)?;
+    destination.finish(mode)?;
     Ok(json!({"bytes_written": bytes.len()}))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::place::tests::Impatient;
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn read_file(params: Value) -> Outcome {
+        super::read_file(params, &Impatient)
+    }
+
+    fn write_file(params: Value) -> Outcome {
+        super::write_file(params, &Impatient)
+    }
 
     #[test]
     fn test_files_round_trip_in_pieces() {

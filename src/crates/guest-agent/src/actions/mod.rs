@@ -3,6 +3,7 @@
 mod custom;
 mod execute;
 mod files;
+mod place;
 mod program;
 mod stream;
 mod system;
@@ -100,8 +101,8 @@ impl Guest {
             "ping" => no_params(params).map(|()| json!("pong")),
             "list_actions" => no_params(params).map(|()| json!({"actions": self.actions()})),
             "system_info" => no_params(params).and_then(|()| system::info(&self.own)),
-            "read_file" => files::read_file(params),
-            "write_file" => files::write_file(params),
+            "read_file" => files::read_file(params, job),
+            "write_file" => files::write_file(params, job),
             "health" => no_params(params).and_then(|()| system::health()),
             "set_clock" => system::set_clock(params),
             ADOPT => system::adopt(params, &self.own),
@@ -192,7 +193,7 @@ mod tests {
 
     #[test]
     fn test_read_unknown_and_mistyped_fields_are_named() {
-        let message = |params| files::write_file(params).unwrap_err().message;
+        let message = |params| files::write_file(params, &place::tests::Impatient).unwrap_err().message;
         assert!(message(json!({"pth": "x"})).contains("pth"));
         assert!(message(json!({"path": 3, "data": "x"})).contains("path"));
     }
