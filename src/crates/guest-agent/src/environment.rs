@@ -66,8 +66,12 @@ pub fn prepare_kernel() -> Result<(), String> {
     setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY).map_err(|e| format!("RLIMIT_NPROC: {e}"))
 }
 
-/// Every user may write to the disk, as to /tmp.
+/// Every user may write to the disk, as to /tmp. Ours is made so: nothing is written to it at each boot.
 pub fn open_disk() -> Result<(), String> {
+    let mode = fs::metadata(DATA).map_err(failed(DATA))?.permissions().mode();
+    if mode & 0o7777 == 0o1777 {
+        return Ok(());
+    }
     fs::set_permissions(DATA, fs::Permissions::from_mode(0o1777)).map_err(failed(DATA))
 }
 
