@@ -8,7 +8,8 @@ use serde_json::{json, Map, Value};
 
 use crate::error::{Error, Result};
 use crate::host::cgroup::{self, Controller};
-use crate::host::{kvm, net, privileges, runtime_dir};
+use crate::host::privileges::{self, Privileges};
+use crate::host::{kvm, net, runtime_dir};
 use crate::image::GuestImage;
 use crate::manager::{self, CreateRequest, Manager};
 use crate::model::{Grade, IsolationType, ManagerConfig};
@@ -75,7 +76,7 @@ pub fn report(image: &GuestImage) -> Value {
             Layer::Missing(why) => (false, why.as_str()),
         };
         if !given {
-            problems.push(Finding::new(format!("the jail lacks {name}: {how}"), remedy(name, privileges.root)));
+            problems.push(Finding::new(format!("the jail lacks {name}: {how}"), remedy(name, &privileges)));
         }
         jail.insert((*name).to_owned(), json!({"given": given, "how": how}));
     }
@@ -184,12 +185,13 @@ fn backend_json(found: &Installed, settings: &Settings) -> Value {
 }
 
 /// What would give a layer, where the reason does not say it.
-fn remedy(layer: &str, root: bool) -> Option<String> {
+fn remedy(layer: &str, privileges: &Privileges) -> Option<String> {
     let remedy = match layer {
-        _ if layer.starts_with("cgroup_") && root => {
+        _ if layer.starts_with("cgroup_") && privileges.root => {
             "let this process make control groups, or name a group that it may divide in config[\"cgroup_parent\"]"
         }
-        _ if layer.starts_with("cgroup_") => {
+        // Only there a user may have one.
+        _ if layer.starts_with("cgroup_") && privileges.cgroup == "v2" => {
             "start the process in a group of its own: systemd-run --user --scope -p Delegate=yes COMMAND"
         }
         "landlock" => "a kernel from 5.13 on that has landlock among its security modules (boot parameter lsm=)",

@@ -81,18 +81,19 @@ fn judge(path: &Path, flag: Option<&str>, tried: impl FnOnce(&File, &Metadata) -
             "remove it and load the module (modprobe kvm_intel or kvm_amd); in a container pass --device /dev/kvm";
         return no(false, format!("{shown} is {what}, not KVM's device"), remedy.into());
     }
+    let Some(flag) = flag else {
+        let reason = format!(
+            "{shown} is there, but the CPU shows neither vmx nor svm, so ordinary guests make no progress on it"
+        );
+        let remedy = "enable nested virtualization for this machine, or use a host with hardware virtualization";
+        return no(true, reason, remedy.into());
+    };
     let kvm = match File::options().read(true).write(true).open(path) {
         Ok(kvm) => kvm,
         Err(error) => {
             let (reason, remedy) = refused(path, &meta, &error);
             return no(true, reason, remedy);
         }
-    };
-    let Some(flag) = flag else {
-        let reason =
-            format!("{shown} opens, but the CPU shows neither vmx nor svm, so ordinary guests make no progress on it");
-        let remedy = "enable nested virtualization for this machine, or use a host with hardware virtualization";
-        return no(true, reason, remedy.into());
     };
     match tried(&kvm, &meta) {
         Ok(()) => Kvm {
