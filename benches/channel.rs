@@ -68,8 +68,8 @@ impl Bench {
         };
         image::create_drive(&dir.join("config"), DRIVE_BYTES as u64, None)?;
         image::write_config_drive(&dir.join("config"), &identity.to_drive()?)?;
-        image::create_drive(&dir.join("disk"), 1 << 30, None)?;
-        image::write_disk(&image.disk_template, &dir.join("disk"))?;
+        let disk = image::create_drive(&dir.join("disk"), 1 << 30, None)?;
+        image::write_disk(&image.disk_template, &disk)?;
         let listen = |name: &str| UnixListener::bind(dir.join(name));
         let (agent, raw) = (listen("agent")?, listen("raw")?);
         let chardev = |name: &str| format!("socket,id={name},path={}", dir.join(name).display());
@@ -82,7 +82,16 @@ impl Bench {
                 "-M",
                 "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=on",
             ])
-            .args(["-accel", "tcg,tb-size=32", "-cpu", "max,erms=off,fsrm=off", "-smp", "1", "-m", &format!("{MEMORY_MB}M")])
+            .args([
+                "-accel",
+                "tcg,tb-size=32",
+                "-cpu",
+                "max,erms=off,fsrm=off",
+                "-smp",
+                "1",
+                "-m",
+                &format!("{MEMORY_MB}M"),
+            ])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "null"])
             .arg("-kernel")
             .arg(&image.kernel)

@@ -13,8 +13,8 @@ use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
 
-/// Two for each VM; one more VM than that is still closed on exec, only not on a bare fork.
-const SLOTS: usize = 4096;
+/// Three for each VM; one more VM than that is still closed on exec, only not on a bare fork.
+const SLOTS: usize = 6144;
 const FREE: i32 = -1;
 
 static TABLE: [AtomicI32; SLOTS] = [const { AtomicI32::new(FREE) }; SLOTS];

@@ -8,6 +8,7 @@ pub mod binary;
 pub mod cgroup;
 pub mod clock;
 pub mod destination;
+pub mod disk;
 pub mod elf;
 pub mod fork;
 #[cfg(feature = "python")]

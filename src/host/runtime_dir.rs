@@ -7,14 +7,12 @@
 //!     sock               the broker
 //!     config             what tells the guest who it is, for a VMM without ports
 //!     cgroups            the folders of the VM's control groups
-//! <disks>/               0700, on a real file system: the base is memory on most hosts, and would be the VMM's own
-//!   <base>-<vm_id>       the VM's disk; <base> stands for that folder
 //! ```
-//! A directory whose lock nobody holds belonged to a process that died; whoever finds it removes it, and its disk.
+//! A directory whose lock nobody holds belonged to a process that died; whoever finds it removes it. The VMs' disks are
+//! elsewhere, under locks of their own ([`super::disk`]).
 
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -89,23 +87,10 @@ pub struct Folders {
     pub disks: PathBuf,
 }
 
-impl Folders {
-    /// What the names of this base's disks begin with: other bases have theirs in the same folder.
-    fn prefix(&self) -> String {
-        let hash = blake3::hash(self.base.as_os_str().as_bytes()).to_hex();
-        format!("{}-", &hash[..8])
-    }
-
-    fn disk(&self, vm_id: &str) -> PathBuf {
-        self.disks.join(self.prefix() + vm_id)
-    }
-}
-
-/// One VM's directory and disk; removed with all it holds when dropped.
+/// One VM's directory; removed with all it holds when dropped.
 #[derive(Debug)]
 pub struct VmDir {
     path: PathBuf,
-    disk: PathBuf,
     _concealed: Concealed,
     lock: Option<Flock<File>>,
 }
@@ -117,9 +102,8 @@ impl VmDir {
     /// [`Error::VmIdTaken`] when a living process holds it, [`Error::Host`] when the base is not ours or not writable,
     /// [`Error::InvalidValue`] when a socket's path would not fit in it.
     pub fn create(folders: &Folders, vm_id: &VmId) -> Result<Self> {
-        let Folders { base, disks } = folders;
+        let base = &folders.base;
         private_dir::ensure(base, "runtime_dir")?;
-        private_dir::ensure(disks, "cache_dir")?;
         let path = base.join(vm_id.as_str());
         let socket = socket_path(base, vm_id);
         if socket.as_os_str().len() > MAX_SOCKET_PATH {
@@ -135,9 +119,7 @@ impl VmDir {
         };
         // Remains of a dead owner, if any: everything but the lock that we now hold.
         groups_gone(&path).and_then(|()| clear(&path)).map_err(|error| Error::host("clear", path.display(), error))?;
-        let disk = folders.disk(vm_id.as_str());
-        remove_disk(&disk).map_err(|error| Error::host("remove", disk.display(), error))?;
-        Ok(Self { path, disk, _concealed: fork::conceal(&*lock), lock: Some(lock) })
+        Ok(Self { path, _concealed: fork::conceal(&*lock), lock: Some(lock) })
     }
 
     /// The directory's lock; `None` when a living process holds it.
@@ -158,12 +140,6 @@ impl VmDir {
         &self.path
     }
 
-    /// Where its disk is to be.
-    #[must_use]
-    pub fn disk(&self) -> &Path {
-        &self.disk
-    }
-
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.path.join(SOCKET)
@@ -180,7 +156,6 @@ impl VmDir {
             let (from, to) = (entry.path(), new.path.join(entry.file_name()));
             fs::rename(&from, &to).map_err(|error| Error::host("rename", from.display(), error))?;
         }
-        fs::rename(&self.disk, &new.disk).map_err(|error| Error::host("rename", self.disk.display(), error))?;
         // The old directory goes, with what is left of it: its lock.
         *self = new;
         Ok(())
@@ -188,7 +163,6 @@ impl VmDir {
 
     fn remove(&mut self) -> std::io::Result<()> {
         groups_gone(&self.path)?;
-        remove_disk(&self.disk)?;
         clear(&self.path)?;
         let _turn = self.path.parent().map(|base| lock::turn(base, FlockArg::LockExclusive)).transpose()?;
         fs::remove_dir_all(&self.path)?;
@@ -210,13 +184,6 @@ fn groups_gone(folder: &Path) -> std::io::Result<()> {
     match cgroup::sweep(&folder.join(GROUPS)) {
         true => Ok(()),
         false => Err(std::io::Error::other("one of its control groups is still there")),
-    }
-}
-
-fn remove_disk(path: &Path) -> std::io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-        Ok(()) | Err(_) => Ok(()),
     }
 }
 
@@ -259,24 +226,7 @@ pub fn sweep(folders: &Folders) -> Vec<String> {
             Err(error) => log::debug!("{}: not looked at: {error}", path.display()),
         }
     }
-    sweep_disks(folders);
     swept
-}
-
-/// Removes the disks whose VMs have no directory any more; where the base is memory, none has after the host's next start.
-fn sweep_disks(folders: &Folders) {
-    let prefix = folders.prefix();
-    for entry in fs::read_dir(&folders.disks).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let Some(vm_id) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else { continue };
-        // The directory is there before the disk is, and goes after it.
-        if folders.base.join(vm_id).exists() {
-            continue;
-        }
-        if let Err(error) = remove_disk(&entry.path()) {
-            log::warn!("{}: stale, but could not be removed: {error}", entry.path().display());
-        }
-    }
 }
 
 #[cfg(test)]
@@ -293,14 +243,11 @@ mod tests {
 
     fn end(folders: &Folders) {
         fs::remove_dir(&folders.base).unwrap();
-        fs::remove_dir(&folders.disks).unwrap();
         fs::remove_dir(folders.base.parent().unwrap()).unwrap();
     }
 
     fn made(folders: &Folders, name: &str) -> VmDir {
-        let dir = VmDir::create(folders, &VmId::parse(name).unwrap()).unwrap();
-        fs::write(dir.disk(), b"x").unwrap();
-        dir
+        VmDir::create(folders, &VmId::parse(name).unwrap()).unwrap()
     }
 
     #[test]
@@ -308,7 +255,6 @@ mod tests {
         let folders = begin("taken");
         let first = made(&folders, "a");
         assert_eq!(VmDir::create(&folders, &VmId::parse("a").unwrap()).unwrap_err().code(), "vm_id_taken");
-        assert!(first.disk().exists());
         drop(first);
         end(&folders);
     }
@@ -337,7 +283,6 @@ mod tests {
         dir.rename(&folders, &VmId::parse("new").unwrap()).unwrap();
         assert!(!folders.base.join("old").exists());
         assert_eq!(fs::read(folders.base.join("new/config")).unwrap(), b"y");
-        assert_eq!((fs::read(dir.disk()).unwrap(), fs::read_dir(&folders.disks).unwrap().count()), (b"x".to_vec(), 1));
         assert_eq!(VmDir::create(&folders, &VmId::parse("new").unwrap()).unwrap_err().code(), "vm_id_taken");
         drop(dir);
         end(&folders);
@@ -348,16 +293,9 @@ mod tests {
         let folders = begin("sweep");
         let held = made(&folders, "held");
         fs::create_dir(folders.base.join("stale")).unwrap();
-        for stale in ["stale", "gone"] {
-            fs::write(folders.disk(stale), b"x").unwrap();
-        }
-        let others = Folders { base: "/run/others".into(), ..folders.clone() }.disk("stale");
-        fs::write(&others, b"x").unwrap();
         assert_eq!(sweep(&folders), ["stale"]);
-        assert!(held.path().exists() && held.disk().exists() && others.exists());
-        assert_eq!(fs::read_dir(&folders.disks).unwrap().count(), 2);
+        assert!(held.path().exists());
         drop(held);
-        fs::remove_file(others).unwrap();
         end(&folders);
     }
 
@@ -402,7 +340,7 @@ mod tests {
                     let folders = &folders;
                     scope.spawn(move || {
                         for _ in 0..500 {
-                            assert!(made(folders, &format!("vm{maker}")).disk().exists());
+                            assert!(made(folders, &format!("vm{maker}")).path().exists());
                         }
                     })
                 })
@@ -417,13 +355,10 @@ mod tests {
 
     #[test]
     fn test_create_in_an_open_base_is_refused() {
-        for open in 0..2 {
-            let folders = begin("open");
-            let folder = [&folders.base, &folders.disks][open];
-            fs::create_dir_all(folder).unwrap();
-            fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
-            assert_eq!(VmDir::create(&folders, &VmId::parse("a").unwrap()).unwrap_err().code(), "host_error");
-            fs::remove_dir_all(folder.parent().unwrap()).unwrap();
-        }
+        let folders = begin("open");
+        fs::create_dir_all(&folders.base).unwrap();
+        fs::set_permissions(&folders.base, fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(VmDir::create(&folders, &VmId::parse("a").unwrap()).unwrap_err().code(), "host_error");
+        fs::remove_dir_all(folders.base.parent().unwrap()).unwrap();
     }
 }

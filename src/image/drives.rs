@@ -2,8 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{chown, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{fchown, FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -17,32 +16,23 @@ static ZEROS: [u8; CHUNK] = [0; CHUNK];
 ///
 /// # Errors
 /// [`Error::Host`].
-pub fn create_drive(path: &Path, size: u64, owner: Option<u32>) -> Result<()> {
-    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-    made.and_then(|file| file.set_len(size)).map_err(|error| Error::host("create", path.display(), error))?;
-    owner.map_or(Ok(()), |owner| give_to(owner, path))
-}
-
-/// Changes the owner.
-///
-/// # Errors
-/// [`Error::Host`].
-pub fn give_to(owner: u32, path: &Path) -> Result<()> {
-    chown(path, Some(owner), None).map_err(|error| Error::host("chown", path.display(), error))
-}
-
-fn open(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new().write(true).open(path)
+pub fn create_drive(path: &Path, size: u64, owner: Option<u32>) -> Result<File> {
+    let make = || {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        file.set_len(size)?;
+        owner.map_or(Ok(()), |owner| fchown(&file, Some(owner), None))?;
+        Ok(file)
+    };
+    make().map_err(|error: std::io::Error| Error::host("create", path.display(), error))
 }
 
 /// Begins an empty disk with the template's file system; the agent grows that.
 ///
 /// # Errors
 /// [`Error::Host`].
-pub fn write_disk(template: &Path, path: &Path) -> Result<()> {
+pub fn write_disk(template: &Path, disk: &File) -> Result<()> {
     let mut source = File::open(template).map_err(|error| Error::host("open", template.display(), error))?;
-    let failed = |error: std::io::Error| Error::host("write", path.display(), error);
-    let disk = open(path).map_err(failed)?;
+    let failed = |error: std::io::Error| Error::host("write", "a disk", error);
     let mut chunk = vec![0; CHUNK];
     let mut at = 0;
     loop {
@@ -57,31 +47,25 @@ pub fn write_disk(template: &Path, path: &Path) -> Result<()> {
     }
 }
 
-/// Fills an empty disk of the same size as the template's with what that holds: sharing its blocks where the file system
-/// can, else block by block.
+/// Fills an empty disk of the same size as another with what that holds: sharing its blocks where the file system can, else
+/// block by block.
 ///
 /// # Errors
-/// [`Error::Host`].
-pub fn copy_disk(template: &OwnedFd, path: &Path) -> Result<()> {
-    let failed = |error: std::io::Error| Error::host("copy a disk to", path.display(), error);
-    let copy = || {
-        let source = File::from(template.try_clone()?);
-        let length = source.metadata()?.len();
-        let disk = open(path)?;
-        if reflink::share(&source, &disk).is_ok() {
-            return Ok(());
+/// What reading or writing says.
+pub fn copy_disk(source: &File, disk: &File) -> std::io::Result<()> {
+    let length = source.metadata()?.len();
+    if reflink::share(source, disk).is_ok() {
+        return Ok(());
+    }
+    let mut chunk = vec![0; CHUNK];
+    for extent in memfd::data_extents(source, length)? {
+        for at in extent.clone().step_by(CHUNK) {
+            let wanted = usize::try_from(extent.end - at).unwrap_or(CHUNK).min(CHUNK);
+            source.read_exact_at(&mut chunk[..wanted], at)?;
+            disk.write_all_at(&chunk[..wanted], at)?;
         }
-        let mut chunk = vec![0; CHUNK];
-        for extent in memfd::data_extents(&source, length)? {
-            for at in extent.clone().step_by(CHUNK) {
-                let wanted = usize::try_from(extent.end - at).unwrap_or(CHUNK).min(CHUNK);
-                source.read_exact_at(&mut chunk[..wanted], at)?;
-                disk.write_all_at(&chunk[..wanted], at)?;
-            }
-        }
-        Ok(())
-    };
-    copy().map_err(failed)
+    }
+    Ok(())
 }
 
 /// Writes the block that says who the guest is, also over another one; the VMM may have the drive open.
@@ -89,7 +73,8 @@ pub fn copy_disk(template: &OwnedFd, path: &Path) -> Result<()> {
 /// # Errors
 /// [`Error::Host`].
 pub fn write_config_drive(path: &Path, block: &[u8]) -> Result<()> {
-    let written = open(path).and_then(|drive| drive.write_all_at(block, 0));
+    let drive = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(path);
+    let written = drive.and_then(|drive| drive.write_all_at(block, 0));
     written.map_err(|error| Error::host("write", path.display(), error))
 }
 
@@ -106,8 +91,8 @@ mod tests {
         let mut content = vec![0; 1 << 20];
         content[300_000] = 7;
         std::fs::write(&template, &content).unwrap();
-        create_drive(&disk, 64 << 20, None).unwrap();
-        write_disk(&template, &disk).unwrap();
+        let file = create_drive(&disk, 64 << 20, None).unwrap();
+        write_disk(&template, &file).unwrap();
         let meta = disk.metadata().unwrap();
         assert_eq!((meta.len(), meta.mode() & 0o777), (64 << 20, 0o600));
         assert!(meta.blocks() * 512 <= 2 * CHUNK as u64, "{} blocks", meta.blocks());

@@ -1,5 +1,9 @@
 //! Templates of the user's own and suspended VMs, as the manager deals in them.
 
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{CreateRequest, Manager};
@@ -15,6 +19,16 @@ pub struct KeptEntry {
     pub disk_bytes: u64,
     /// What it is; damaged, if that cannot be read.
     pub outline: Result<Outline>,
+    /// Why it cannot be started on this host as the host is now; empty where it can.
+    pub differences: Vec<String>,
+}
+
+/// A disk that was copied out of a suspended VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExportedDisk {
+    pub bytes: u64,
+    /// Whether it has the digest that was noted when the VM was suspended.
+    pub verified: bool,
 }
 
 /// How many there are, and their bytes on disk. Blocking.
@@ -64,20 +78,20 @@ impl Ledger for Manager {
 
 impl Manager {
     pub(super) fn outline(&self, name: &TemplateName) -> Result<Outline> {
-        let outline = self.settings.snapshots.outline(name.as_str())?;
-        outline.ok_or_else(|| Error::TemplateNotFound { name: name.to_string() })
+        let written = self.settings.snapshots.manifest(name.as_str())?;
+        written.map(|written| written.outline).ok_or_else(|| Error::TemplateNotFound { name: name.to_string() })
     }
 
     /// The templates of the user's own. Blocking.
     #[must_use]
     pub fn list_templates(&self) -> Vec<KeptEntry> {
-        entries(&self.settings.snapshots)
+        self.entries(&self.settings.snapshots)
     }
 
     /// The suspended VMs of this user, whichever manager they were of. Blocking.
     #[must_use]
     pub fn list_suspended(&self) -> Vec<KeptEntry> {
-        entries(&self.settings.suspended)
+        self.entries(&self.settings.suspended)
     }
 
     /// Removes a template of the user's own; its clones run on.
@@ -123,7 +137,7 @@ impl Manager {
     fn adopt(&self, vm_id: &str) -> Result<Arc<MicroVm>> {
         let not_found = || Error::VmNotFound { vm_id: vm_id.to_owned() };
         let vm_id = VmId::parse(vm_id).map_err(|_| not_found())?;
-        let outline = self.settings.suspended.outline(vm_id.as_str())?.ok_or_else(not_found)?;
+        let outline = self.settings.suspended.manifest(vm_id.as_str())?.ok_or_else(not_found)?.outline;
         let vm = self.vm(Spec {
             vm_id: vm_id.clone(),
             backend: Some(Backend::parse(&outline.backend)?),
@@ -144,6 +158,60 @@ impl Manager {
         Ok(vm)
     }
 
+    /// Copies the disk of a suspended VM, whichever manager suspended it, to a new file `to`: raw ext4, holes kept. Works also
+    /// where the VM cannot be resumed any more.
+    ///
+    /// # Errors
+    /// [`Error::VmNotFound`], [`Error::InvalidState`] while the VM runs here, [`Error::InvalidValue`] when there is a file already,
+    /// [`Error::VmIdTaken`] while another task resumes it, [`Error::StateDamaged`], [`Error::Host`].
+    pub async fn export_disk(&self, vm_id: &str, to: PathBuf) -> Result<ExportedDisk> {
+        let id = VmId::parse(vm_id).map_err(|_| Error::VmNotFound { vm_id: vm_id.to_owned() })?;
+        if let Some(vm) = self.get(vm_id).filter(|vm| !vm.is_suspended()) {
+            let allowed = "suspended (a running VM's files can be had by download())".into();
+            return Err(Error::InvalidState { vm_id: id, operation: "export_disk", state: vm.state(), allowed });
+        }
+        let shelf = self.settings.suspended.clone();
+        let exporting = tokio::task::spawn_blocking(move || {
+            let name = id.as_str();
+            if !shelf.has(name) {
+                return Err(Error::VmNotFound { vm_id: name.to_owned() });
+            }
+            let owner = "another task that suspends, resumes or destroys it now".into();
+            let held = shelf.hold(name)?.ok_or_else(|| Error::VmIdTaken { vm_id: id.clone(), owner })?;
+            let made = File::options().read(true).write(true).create_new(true).mode(0o600).open(&to);
+            let file = made.map_err(|error| match error.kind() {
+                ErrorKind::AlreadyExists => Error::InvalidValue {
+                    field: "path".into(),
+                    value: format!("{to:?}"),
+                    allowed: "a path at which there is no file yet".into(),
+                },
+                _ => Error::host("create", to.display(), error),
+            })?;
+            let written = shelf.export_disk(&held, name, &file).and_then(|verified| {
+                let bytes = file.metadata().map_err(|error| Error::host("stat", to.display(), error))?.len();
+                Ok(ExportedDisk { bytes, verified })
+            });
+            if written.is_err() {
+                if let Err(error) = std::fs::remove_file(&to) {
+                    log::warn!("{}: the half of a disk was not removed: {error}", to.display());
+                }
+            }
+            written
+        });
+        exporting.await.map_err(|error| Error::host("export", vm_id, error))?
+    }
+
+    fn entries(&self, shelf: &Shelf) -> Vec<KeptEntry> {
+        let entry = |(name, disk_bytes): (String, u64)| {
+            let written = shelf.manifest(&name).transpose()?;
+            let differences = written
+                .as_ref()
+                .map_or_else(|error| vec![error.to_string()], |written| vm::differences_here(written, &self.settings));
+            Some(KeptEntry { name, disk_bytes, outline: written.map(|written| written.outline), differences })
+        };
+        shelf.list().into_iter().filter_map(entry).collect()
+    }
+
     /// Removes the state of a suspended VM that this manager does not know.
     pub(super) async fn destroy_suspended(&self, vm_id: &str) -> Result<()> {
         let not_found = || Error::VmNotFound { vm_id: vm_id.to_owned() };
@@ -153,12 +221,4 @@ impl Manager {
             false => Err(not_found()),
         }
     }
-}
-
-fn entries(shelf: &Shelf) -> Vec<KeptEntry> {
-    let entry = |(name, disk_bytes): (String, u64)| {
-        let outline = shelf.outline(&name).transpose()?;
-        Some(KeptEntry { name, disk_bytes, outline })
-    };
-    shelf.list().into_iter().filter_map(entry).collect()
 }

@@ -33,7 +33,7 @@ use crate::vmm::{Binaries, COST_MIB};
 use policy::Treatments;
 use pool::Pool;
 
-pub use kept::KeptEntry;
+pub use kept::{ExportedDisk, KeptEntry};
 pub use pool::ShelfUse;
 
 /// Events that may wait for the policies to be enforced.
@@ -398,8 +398,11 @@ impl Manager {
     pub async fn destroy(&self, vm_id: &str) -> Result<()> {
         let Some(vm) = self.get(vm_id) else { return self.destroy_suspended(vm_id).await };
         self.remove(&vm).await;
-        // Looked for afterwards: it may have been about to be suspended. The name is this VM's alone.
-        vm::forget_suspended(&self.settings, vm.id()).await.map(drop)
+        // Asked afterwards: it may have been about to be suspended. Another manager may keep a suspended VM of this name.
+        match vm.has_suspended_state() {
+            true => vm::forget_suspended(&self.settings, vm.id()).await.map(drop),
+            false => Ok(()),
+        }
     }
 
     async fn remove(&self, vm: &Arc<MicroVm>) {

@@ -12,12 +12,13 @@ use microvm_protocol::identity::Identity;
 use super::confine::Confinement;
 use super::introduction::Introduction;
 use super::network::Connection;
-use super::prepare::{self, prepare, Ids, Prepared};
+use super::prepare::{self, prepare, Ids, Prepared, Seen};
 use super::running::{Base, Running};
 use super::standby::Standby;
 use super::{snapshot, template, Settings, Spec};
 use crate::channel::Agent;
 use crate::error::{Error, Result, Tails};
+use crate::host::disk::Disk;
 use crate::host::memfd;
 use crate::host::process::Jailed;
 use crate::host::procfs::Usage;
@@ -174,9 +175,11 @@ pub async fn run(
 /// A VMM that was launched and to whose guest nobody has spoken yet.
 pub struct Launching {
     dir: VmDir,
+    disk: Disk,
     vmm: Box<dyn Vmm>,
     chosen: String,
     plan: LaunchPlan,
+    seen: Vec<Seen>,
     limits: ResourceLimits,
     identity: Identity,
     introduction: Introduction,
@@ -202,7 +205,7 @@ impl Launching {
     ) -> Result<Self> {
         progress.at("drives");
         let (prepared, identity) = prepared.write_drives(settings, template.clone()).await?;
-        let Prepared { dir, vmm, chosen, mut plan, limits, network, held, mut confinement, .. } = prepared;
+        let Prepared { dir, disk, vmm, chosen, mut plan, seen, limits, network, held, mut confinement, .. } = prepared;
         progress.at("launch");
         if let Some(template) = &template {
             let untouched = memfd::untouched_bytes(&template.ram);
@@ -220,9 +223,11 @@ impl Launching {
         let limit = settings.start_timeout;
         Ok(Self {
             dir,
+            disk,
             vmm,
             chosen,
             plan,
+            seen,
             limits,
             identity,
             introduction,
@@ -275,6 +280,7 @@ impl Launching {
         let (vm_id, folders) = (spec.vm_id.clone(), settings.folders.clone());
         let renaming = tokio::task::spawn_blocking(move || {
             self.dir.rename(&folders, &vm_id)?;
+            self.disk.rename(&vm_id)?;
             self.identity = prepare::identity(&vm_id, &self.limits, None, Ids::generate()?)?;
             self.plan.vm_id = vm_id;
             self.progress = Progress::since(begun, "take");
@@ -289,9 +295,11 @@ impl Launching {
         let Self {
             connection,
             dir,
+            disk,
             vmm,
             chosen,
             plan,
+            seen,
             identity,
             introduction,
             jailed,
@@ -331,6 +339,8 @@ impl Launching {
             capabilities: vmm.capabilities(),
             grade: vmm.grade(),
             accelerator: vmm.accelerator(),
+            vmm_version: vmm.version().map(str::to_owned),
+            seen,
             confinement,
             ids: Ids { machine_id: identity.machine_id, boot_id: identity.boot_id },
             introduction,
@@ -348,6 +358,7 @@ impl Launching {
             tails,
             connection: Mutex::new(connection),
             dir: Mutex::new(Some(dir)),
+            disk: Mutex::new(Some(disk)),
         })
     }
 }

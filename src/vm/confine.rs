@@ -14,6 +14,7 @@ use super::{Settings, Spec};
 use crate::error::{Error, Result, Shortfall};
 use crate::host::cgroup::{self, Controller, Device, Groups, Outcome};
 use crate::host::clock;
+use crate::host::disk::Disk;
 use crate::host::lease::Lease;
 use crate::host::process::Jailed;
 use crate::host::rlimit;
@@ -56,7 +57,13 @@ pub struct Confinement {
 ///
 /// # Errors
 /// [`Error::IsolationUnavailable`] in strict mode, [`Error::Host`].
-pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> Result<(JailPlan, Held, Confinement)> {
+pub fn confine(
+    spec: &Spec,
+    settings: &Settings,
+    dir: &VmDir,
+    disk: &Disk,
+    vmm: &dyn Vmm,
+) -> Result<(JailPlan, Held, Confinement)> {
     let launcher = &settings.image.launcher;
     let (first_uid, last_uid) = settings.uid_range;
     let mut needs = vmm.needs(!spec.network.isolated_network);
@@ -103,7 +110,7 @@ pub fn confine(spec: &Spec, settings: &Settings, dir: &VmDir, vmm: &dyn Vmm) -> 
             memory_bytes: budget.memory_bytes,
             tasks: budget.tasks,
             devices: common.chain(devices).map(|(device, _)| device).collect(),
-            io: io_limit(&spec.limits, dir.disk()),
+            io: io_limit(&spec.limits, disk),
         },
     )?;
     groups.record(&dir.path().join(runtime_dir::GROUPS))?;
@@ -165,10 +172,10 @@ fn device(path: &Path) -> Option<(Device, u32)> {
     Some((Device { major, minor }, meta.gid()))
 }
 
-/// On the block device that the disk is to be on; file systems without one (tmpfs, overlays) have major number 0.
-fn io_limit(limits: &ResourceLimits, disk: &Path) -> Option<(Device, Option<u64>, Option<u64>)> {
+/// On the block device that the disk is on; file systems without one (tmpfs, overlays) have major number 0.
+fn io_limit(limits: &ResourceLimits, disk: &Disk) -> Option<(Device, Option<u64>, Option<u64>)> {
     let (bytes, operations) = (limits.disk_bytes_per_s, limits.disk_ops_per_s);
-    let number = disk.parent()?.metadata().ok()?.dev();
+    let number = disk.file().metadata().ok()?.dev();
     let device = Device { major: nix::sys::stat::major(number), minor: nix::sys::stat::minor(number) };
     (device.major != 0 && (bytes.is_some() || operations.is_some())).then_some((device, bytes, operations))
 }

@@ -11,21 +11,20 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use super::prepare::prepare;
+use super::prepare::Seen;
 use super::running::Running;
-use super::template::fit;
+use super::template::Machine;
 use super::{Settings, Spec};
 use crate::error::{Error, Result};
-use crate::host::clock;
 use crate::host::process_memory::ProcessMemory;
 use crate::image;
-use crate::image::template::{Fit, DISK, RAM, STATE};
-use crate::model::{NetworkConfig, ResourceLimits, VmId};
-use crate::vmm::Nic;
+use crate::image::template::{differences, Fit, DISK, RAM, STATE};
+use crate::model::ResourceLimits;
 
 /// The files of a copy; what does not change any more is in them before the VM stands still.
 pub struct Copy {
     ram: File,
+    disk: File,
     memory: ProcessMemory,
     dir: PathBuf,
 }
@@ -37,24 +36,23 @@ impl Copy {
             (running.base.as_ref().map(|base| base.ram.clone()), running.pid().unwrap_or(0), dir.to_owned());
         let (memory_bytes, disk_bytes) = (limits.memory_mb << 20, limits.disk_size_mb << 20);
         let beginning = tokio::task::spawn_blocking(move || {
-            let path = dir.join(RAM);
-            image::create_drive(&path, memory_bytes, None)?;
+            let ram = image::create_drive(&dir.join(RAM), memory_bytes, None)?;
             if let Some(base) = base {
-                image::copy_disk(&base, &path)?;
+                let copied = base.try_clone().and_then(|base| image::copy_disk(&base.into(), &ram));
+                copied.map_err(|error| Error::host("copy", "a template's memory", error))?;
             }
-            image::create_drive(&dir.join(DISK), disk_bytes, None)?;
-            let ram = File::options().write(true).open(&path).map_err(|e| Error::host("open", path.display(), e))?;
+            let disk = image::create_drive(&dir.join(DISK), disk_bytes, None)?;
             let memory = ProcessMemory::find(pid, memory_bytes);
             let memory =
                 memory.map_err(|error| Error::host("look into", format!("the VMM's memory ({pid})"), error))?;
-            Ok(Self { ram, memory, dir })
+            Ok(Self { ram, disk, memory, dir })
         });
         beginning.await.map_err(|error| Error::host("begin", "a copy of a VM", error))?
     }
 
     /// Copies the rest of a VM whose vCPUs stand still.
     pub async fn take(self, running: &Running) -> Result<()> {
-        let disk = running.disk().ok_or_else(|| Error::host("copy", "a VM", "its files are gone"))?;
+        let disk = running.disk_reader()?;
         let path = self.dir.join(STATE);
         let state = File::options()
             .write(true)
@@ -64,8 +62,7 @@ impl Copy {
         let copying = tokio::task::spawn_blocking(move || {
             let pages = self.memory.copy_own_pages(&self.ram);
             let pages = pages.map_err(|error| Error::host("copy", "a VM's memory", error))?;
-            let from = File::open(&disk).map_err(|error| Error::host("open", disk.display(), error))?;
-            image::copy_disk(&from.into(), &self.dir.join(DISK))?;
+            image::copy_disk(&disk, &self.disk).map_err(|error| Error::host("copy", "a VM's disk", error))?;
             log::debug!("{pages} pages of memory copied");
             Ok(())
         });
@@ -77,20 +74,51 @@ impl Copy {
 }
 
 /// What a copy of a VM depends on: what its template did, or what one would, had it not booted.
+///
+/// # Errors
+/// [`Error::StateMismatch`] where this host could not go on with the copy, because a file that the VM uses was replaced since
+/// it started; [`Error::Vmm`] where its backend cannot copy.
 pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings) -> Result<Fit> {
     if !running.capabilities.copies {
         let reason = format!("a VM on {} cannot be copied while it runs; use backend=\"qemu\"", running.backend);
         return Err(Error::Vmm { vm_id: spec.vm_id.clone(), operation: "copy", reason });
     }
-    if let Some(base) = &running.base {
-        return Ok(base.fit.clone());
+    let machine = Machine {
+        vm_id: spec.vm_id.clone(),
+        backend: running.backend,
+        limits: spec.limits.clone(),
+        connected: !spec.network.isolated_network,
+        kernel_path: spec.kernel_path.clone(),
+        rootfs_path: spec.rootfs_path.clone(),
+    };
+    let settings = settings.clone();
+    let looking = tokio::task::spawn_blocking(move || machine.look(&settings));
+    let here = looking.await.map_err(|error| Error::host("look at", "what a copy depends on", error))?;
+    let refused = |differences: Vec<String>| {
+        let what = format!("a copy of {} could not be started, because what it needs", spec.vm_id);
+        let remedy = "put the former file back, or stop() and start() the VM".to_owned();
+        Error::StateMismatch { what, differences: differences.into_iter().chain([remedy]).collect() }
+    };
+    let here = match here {
+        Ok(here) => here,
+        Err(error @ Error::Vmm { .. }) => return Err(error),
+        Err(error) => return Err(refused(vec![error.to_string()])),
+    };
+    // Where the content of what a template depended on is unknown, any change of the file counts.
+    let mut differences = match &running.base {
+        Some(base) => {
+            differences((&base.fit, running.vmm_version.as_deref()), (&here.fit, here.vmm_version.as_deref()))
+        }
+        None => Vec::new(),
+    };
+    let replaced = |seen: &&Seen| !seen.is_unchanged() && (running.base.is_none() || !differences.is_empty());
+    let files = running.seen.iter().filter(replaced);
+    let files: Vec<String> = files
+        .map(|seen| format!("{} {:?} was replaced or changed after the VM had started", seen.field, seen.path))
+        .collect();
+    differences.extend(files);
+    match differences.is_empty() {
+        true => Ok(here.fit),
+        false => Err(refused(differences)),
     }
-    let vm_id = VmId::parse(&format!("fit-{}", clock::hex(&clock::random::<6>()?)))?;
-    let own = Spec { vm_id, network: NetworkConfig::default(), template: None, ..spec.clone() };
-    let mut prepared = prepare(&own, settings).await?;
-    // The same device, on no wire.
-    prepared.plan.nic = (!spec.network.isolated_network).then(Nic::unplugged);
-    let cannot = |reason| Error::Vmm { vm_id: spec.vm_id.clone(), operation: "copy", reason };
-    prepared.vmm.can_clone(&prepared.plan).map_err(cannot)?;
-    fit(settings, &prepared).await
 }

@@ -20,7 +20,7 @@ use super::{network, Settings};
 use crate::error::{Error, Result};
 use crate::host::fork::{self, Concealed, PerProcess};
 use crate::host::runtime_dir::{self, Folders};
-use crate::host::{lease, process};
+use crate::host::{disk, lease, process};
 use crate::image::template;
 
 /// How long a process that closes its descriptors may take to be gone.
@@ -53,6 +53,7 @@ static KEPT: PerProcess<Mutex<Option<Kept>>> = PerProcess::new();
 pub fn sweep(folders: &Folders) -> Vec<String> {
     // First: it ends the VMMs, and a tap is somebody's as long as its VMM lives.
     let swept = runtime_dir::sweep(folders);
+    disk::sweep(&folders.disks);
     network::sweep();
     lease::sweep(Path::new(LEASES));
     swept

@@ -49,7 +49,7 @@ pub use health::Health;
 pub use monitor::Heartbeat;
 pub use prepare::{try_out, Tried};
 use running::Running;
-pub use snapshot::mismatches;
+pub use snapshot::{differences_here, mismatches};
 pub use standby::Standby;
 pub use streams::Live;
 pub use suspend::forget as forget_suspended;

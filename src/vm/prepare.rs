@@ -13,21 +13,24 @@ use super::network::{self, Connection};
 use super::{janitor, Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
+use crate::host::disk::Disk;
 use crate::host::runtime_dir::VmDir;
 use crate::host::socket_dir;
 use crate::image;
-use crate::image::template::Template;
+use crate::image::template::{FileId, Template};
 use crate::model::{ResourceLimits, VmId};
 use crate::vmm::{self, Chosen, Drive, JailPlan, LaunchPlan, Sockets, Vmm, Wish};
 
 /// What stands ready before the VM's drives are written.
 pub struct Prepared {
     pub dir: VmDir,
+    pub disk: Disk,
     pub vmm: Box<dyn Vmm>,
     /// Why it is this backend.
     pub chosen: String,
     pub plan: LaunchPlan,
     pub sources: Sources,
+    pub seen: Vec<Seen>,
     pub limits: ResourceLimits,
     pub network: Option<Network>,
     /// Those of a VM that was away; `None`: new ones.
@@ -43,6 +46,49 @@ pub struct Sources {
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
     pub rootfs: Option<PathBuf>,
+}
+
+impl Sources {
+    /// The files of a VM, each of which can be one. Blocking.
+    ///
+    /// # Errors
+    /// [`Error::ImageUnreadable`], [`Error::ImageInvalid`].
+    pub fn checked(kernel: Option<&Path>, rootfs: Option<&Path>, settings: &Settings) -> Result<Self> {
+        kernel.map_or(Ok(()), image::check_kernel)?;
+        rootfs.map_or(Ok(()), image::check_rootfs)?;
+        settings.image.check()?;
+        Ok(Self {
+            kernel: kernel.unwrap_or(&settings.image.kernel).to_owned(),
+            initramfs: settings.image.initramfs.clone(),
+            rootfs: rootfs.map(Path::to_owned),
+        })
+    }
+}
+
+/// Bytes of an image.
+pub fn file_size(path: &Path) -> Result<u64> {
+    path.metadata().map(|meta| meta.len()).map_err(|error| Error::host("stat", path.display(), error))
+}
+
+/// A file that a VM goes on using, as it was when the VM started.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// The configuration's name for it.
+    pub field: &'static str,
+    pub path: PathBuf,
+    id: FileId,
+}
+
+impl Seen {
+    fn look(field: &'static str, path: &Path) -> Result<Self> {
+        let id = FileId::of(path).map_err(|error| Error::host("stat", path.display(), error))?;
+        Ok(Self { field, path: path.to_owned(), id })
+    }
+
+    /// Whether it is still that file with that content.
+    pub fn is_unchanged(&self) -> bool {
+        FileId::of(&self.path).is_ok_and(|now| now == self.id)
+    }
 }
 
 /// What a connected VM has beside its device.
@@ -68,10 +114,12 @@ impl Prepared {
             let network = self.network.as_ref().map(|network| network.guest.clone());
             let ids = self.ids.map_or_else(Ids::generate, Ok)?;
             let identity = identity(&self.plan.vm_id, &self.limits, network, ids)?;
-            let disk = self.dir.disk();
+            let disk = self.disk.file();
             match template {
                 Some(template) => {
-                    image::copy_disk(&template.disk, disk)?;
+                    let copied = image::copy_disk(&template.disk, disk);
+                    copied
+                        .map_err(|error| Error::host("copy a template's disk to", self.disk.path().display(), error))?;
                     if !template.is_unchanged() {
                         return Err(Error::host("copy", "a template's disk", "the template changed meanwhile"));
                     }
@@ -138,7 +186,7 @@ pub struct Tried {
 pub fn try_out(spec: &Spec, settings: &Settings) -> Result<Tried> {
     // Nothing of it outlives this call, so there is nothing for a janitor.
     let prepared = prepare_blocking(spec, settings, |_| ()).map_err(|error| settings.with_key(error))?;
-    let written = image::write_disk(&settings.image.disk_template, prepared.dir.disk());
+    let written = image::write_disk(&settings.image.disk_template, prepared.disk.file());
     written.map_err(|error| settings.with_key(error))?;
     let no_clone = prepared.vmm.can_clone(&prepared.plan).err();
     let Prepared { vmm, chosen, confinement, .. } = prepared;
@@ -147,13 +195,7 @@ pub fn try_out(spec: &Spec, settings: &Settings) -> Result<Tried> {
 
 fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings)) -> Result<Prepared> {
     let vm_id = &spec.vm_id;
-    if let Some(path) = &spec.kernel_path {
-        image::check_kernel(path)?;
-    }
-    if let Some(path) = &spec.rootfs_path {
-        image::check_rootfs(path)?;
-    }
-    settings.image.check()?;
+    let sources = Sources::checked(spec.kernel_path.as_deref(), spec.rootfs_path.as_deref(), settings)?;
     let wish =
         Wish { backend: spec.backend, min_isolation: settings.min_isolation, vcpu_count: spec.limits.vcpu_count };
     let Chosen { vmm, reason: chosen } = vmm::select(vm_id, &wish, &settings.binaries)?;
@@ -162,28 +204,30 @@ fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings)) -> Re
     check_limits(spec, settings, vmm.as_ref())?;
     keep(settings);
     let dir = VmDir::create(&settings.folders, vm_id)?;
-    let (mut jail, held, confinement) = confine(spec, settings, &dir, vmm.as_ref())?;
+    let disk = Disk::create(&settings.folders.disks, vm_id)?;
+    let (mut jail, held, confinement) = confine(spec, settings, &dir, &disk, vmm.as_ref())?;
     let mut drive = |serial: &'static str, path: &Path, size: u64, access: Access| {
-        image::create_drive(path, size, held.uid())?;
         let path = jail.show(serial, path, &format!("/vm/{serial}"), access)?;
-        Ok(Drive { serial, path, read_only: access == Access::Read, size })
+        Ok::<_, Error>(Drive { serial, path, read_only: access == Access::Read, size })
     };
-    let config = dir.path().join(CONFIG_SERIAL);
-    let config =
-        vmm.capabilities().config_drive.then(|| drive(CONFIG_SERIAL, &config, DRIVE_BYTES as u64, Access::Read));
-    let mut drives: Vec<Drive> = config.transpose()?.into_iter().collect();
-    drives.push(drive(DISK_SERIAL, dir.disk(), spec.limits.disk_size_mb << 20, Access::Write)?);
+    let mut drives: Vec<Drive> = Vec::new();
+    if vmm.capabilities().config_drive {
+        let (config, size) = (dir.path().join(CONFIG_SERIAL), DRIVE_BYTES as u64);
+        image::create_drive(&config, size, held.uid())?;
+        drives.push(drive(CONFIG_SERIAL, &config, size, Access::Read)?);
+    }
+    let size = spec.limits.disk_size_mb << 20;
+    disk.file().set_len(size).map_err(|error| Error::host("enlarge", disk.path().display(), error))?;
+    held.uid().map_or(Ok(()), |uid| disk.give_to(uid))?;
+    drives.push(drive(DISK_SERIAL, disk.path(), size, Access::Write)?);
+    let mut seen = vec![Seen::look("the VMM's binary", vmm.binary())?];
     if let Some(rootfs) = &spec.rootfs_path {
+        seen.push(Seen::look("rootfs_path", rootfs)?);
         let path = jail.show("rootfs_path", rootfs, "/image/rootfs", Access::Read)?;
-        let size = rootfs.metadata().map_err(|error| Error::host("stat", rootfs.display(), error))?.len();
+        let size = file_size(rootfs)?;
         drives.push(Drive { serial: ROOTFS_SERIAL, path, read_only: true, size });
     }
-    let (kernel_field, kernel) = match &spec.kernel_path {
-        Some(path) => ("kernel_path", path),
-        None => ("package data", &settings.image.kernel),
-    };
-    let initramfs = &settings.image.initramfs;
-    let sources = Sources { kernel: kernel.clone(), initramfs: initramfs.clone(), rootfs: spec.rootfs_path.clone() };
+    let kernel_field = if spec.kernel_path.is_some() { "kernel_path" } else { "package data" };
     let (network, nic) = match spec.network.isolated_network {
         true => (None, None),
         false => {
@@ -201,8 +245,8 @@ fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings)) -> Re
         vm_id: vm_id.clone(),
         vcpu_count: spec.limits.vcpu_count,
         memory_mib: spec.limits.memory_mb,
-        kernel: jail.show(kernel_field, kernel, "/image/kernel", Access::Read)?,
-        initramfs: jail.show("package data", initramfs, "/image/initramfs", Access::Read)?,
+        kernel: jail.show(kernel_field, &sources.kernel, "/image/kernel", Access::Read)?,
+        initramfs: jail.show("package data", &sources.initramfs, "/image/initramfs", Access::Read)?,
         drives,
         nic,
         disk_bytes_per_s: spec.limits.disk_bytes_per_s,
@@ -212,7 +256,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings)) -> Re
         zygotes: settings.zygotes.clone(),
     };
     let (limits, held) = (spec.limits.clone(), Arc::new(held));
-    Ok(Prepared { dir, vmm, chosen, plan, sources, limits, network, ids: None, held, confinement })
+    Ok(Prepared { dir, disk, vmm, chosen, plan, sources, seen, limits, network, ids: None, held, confinement })
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! What a VM owns while it runs.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,11 +13,12 @@ use super::confine::Confinement;
 use super::health::Watch;
 use super::introduction::Introduction;
 use super::network::Connection;
-use super::prepare::Ids;
+use super::prepare::{Ids, Seen};
 use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
 use crate::host::cgroup;
+use crate::host::disk::Disk;
 use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
@@ -47,6 +49,9 @@ pub struct Running {
     pub(super) capabilities: Capabilities,
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
+    pub(super) vmm_version: Option<String>,
+    /// What it goes on using, as it was when the VM started.
+    pub(super) seen: Vec<Seen>,
     pub(super) confinement: Confinement,
     pub(super) ids: Ids,
     pub(super) introduction: Introduction,
@@ -65,6 +70,7 @@ pub struct Running {
     pub(super) tails: LiveTails,
     pub(super) connection: Mutex<Option<Connection>>,
     pub(super) dir: Mutex<Option<VmDir>>,
+    pub(super) disk: Mutex<Option<Disk>>,
 }
 
 impl Running {
@@ -93,11 +99,15 @@ impl Running {
         Ok(())
     }
 
-    /// Takes the directory of another name.
+    /// Takes the directory and the disk of another name.
     pub fn rename(&self, spec: &Spec, settings: &Settings) -> Result<()> {
         let mut dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut disk = self.disk();
         // In place: to hand it to another thread would take longer than what it does.
-        tokio::task::block_in_place(|| dir.as_mut().map_or(Ok(()), |dir| dir.rename(&settings.folders, &spec.vm_id)))
+        tokio::task::block_in_place(|| {
+            dir.as_mut().map_or(Ok(()), |dir| dir.rename(&settings.folders, &spec.vm_id))?;
+            disk.as_mut().map_or(Ok(()), |disk| disk.rename(&spec.vm_id))
+        })
     }
 
     /// Where its files are, as this host names it; `None` once they are gone.
@@ -106,10 +116,19 @@ impl Running {
         dir.as_ref().map(|dir| dir.path().to_owned())
     }
 
-    /// Its disk, as this host names it; `None` once it is gone.
-    pub fn disk(&self) -> Option<PathBuf> {
-        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
-        dir.as_ref().map(|dir| dir.disk().to_owned())
+    fn disk(&self) -> MutexGuard<'_, Option<Disk>> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its disk, to be read.
+    ///
+    /// # Errors
+    /// [`Error::Host`], also once it is gone.
+    pub fn disk_reader(&self) -> Result<File> {
+        let gone = || Error::host("open", &self.vm_id, "its disk is gone");
+        let disk = self.disk();
+        let disk = disk.as_ref().ok_or_else(gone)?;
+        disk.reader().map_err(|error| Error::host("open", disk.path().display(), error))
     }
 
     /// Ends the VMM by force; its end is noticed as any other.
@@ -197,10 +216,12 @@ impl Running {
         drop(self.broker.lock().unwrap_or_else(PoisonError::into_inner).take());
         let connection = self.connection().take();
         let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // Both take some milliseconds, and others' work must not wait for that.
+        let disk = self.disk().take();
+        // They take some milliseconds, and others' work must not wait for that.
         let removed = tokio::task::spawn_blocking(move || {
             drop(connection);
             drop(dir);
+            drop(disk);
         });
         if let Err(error) = removed.await {
             log::error!("{}: not all of it was removed: {error}", self.vm_id);

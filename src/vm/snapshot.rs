@@ -10,12 +10,12 @@ use super::boot::{run, Progress};
 use super::copy::{fit_of, Copy};
 use super::prepare::{self, prepare, Ids};
 use super::running::Running;
-use super::template::fit;
+use super::template::{fit, Machine};
 use super::{MicroVm, Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
-use crate::image::template::{differences, Fit, Kept, Making, Outline, Shelf};
-use crate::model::{NetworkConfig, TemplateName, VmState};
+use crate::image::template::{differences, Fit, Kept, Making, Outline, Shelf, Written};
+use crate::model::{Backend, NetworkConfig, TemplateName, VmId, VmState};
 
 /// How long a guest may take to stop its programs, and to shake hands once it is woken.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
@@ -28,7 +28,7 @@ pub async fn clone_of(name: &TemplateName, spec: &Spec, settings: &Settings) -> 
     let what = format!("{}, as a clone of template \"{name}\",", spec.vm_id);
     fits(&what, mismatches(&kept.outline, spec))?;
     let spec = Spec {
-        backend: spec.backend.or(crate::model::Backend::parse(&kept.outline.backend).ok()),
+        backend: spec.backend.or(Backend::parse(&kept.outline.backend).ok()),
         kernel_path: spec.kernel_path.clone().or_else(|| kept.outline.kernel_path.clone()),
         rootfs_path: spec.rootfs_path.clone().or_else(|| kept.outline.rootfs_path.clone()),
         ..spec.clone()
@@ -49,7 +49,8 @@ pub async fn run_kept(
     let mut prepared = prepare(spec, settings).await?;
     let can = prepared.vmm.can_clone(&prepared.plan);
     fits(what, can.err().into_iter().collect())?;
-    fits(what, differences(&kept.template.manifest.fit, &fit(settings, &prepared).await?))?;
+    let taken = (&kept.template.manifest.fit, kept.outline.vmm_version.as_deref());
+    fits(what, differences(taken, (&fit(settings, &prepared).await?, prepared.vmm.version())))?;
     prepared.ids = ids;
     run(prepared, settings, progress, Some(kept.template)).await
 }
@@ -194,7 +195,33 @@ impl MicroVm {
             machine_id: running.ids.machine_id,
             boot_id: running.ids.boot_id,
             created_unix_s: clock::unix_time_ns() / 1_000_000_000,
+            vmm_version: running.vmm_version.clone(),
         }
+    }
+}
+
+/// In what this host differs from what was kept, or why it could not start such a VM at all: empty where it can go on.
+/// Blocking.
+#[must_use]
+pub fn differences_here(written: &Written, settings: &Settings) -> Vec<String> {
+    let outline = &written.outline;
+    let here = VmId::parse(&outline.vm_id).and_then(|vm_id| {
+        let machine = Machine {
+            vm_id,
+            backend: Backend::parse(&outline.backend)?,
+            limits: outline.limits.clone(),
+            connected: !outline.network.isolated_network,
+            kernel_path: outline.kernel_path.clone(),
+            rootfs_path: outline.rootfs_path.clone(),
+        };
+        machine.look(settings)
+    });
+    match here {
+        Ok(here) => differences(
+            (&written.manifest.fit, outline.vmm_version.as_deref()),
+            (&here.fit, here.vmm_version.as_deref()),
+        ),
+        Err(error) => vec![error.to_string()],
     }
 }
 
@@ -221,7 +248,7 @@ pub async fn finish(making: Making, fit: Fit, hello: Vec<u8>, outline: Outline) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Backend, IsolationType, ResourceLimits, VmId};
+    use crate::model::{IsolationType, ResourceLimits};
 
     fn spec() -> Spec {
         Spec {
@@ -249,6 +276,7 @@ mod tests {
             machine_id: [0; 16],
             boot_id: [0; 16],
             created_unix_s: 0,
+            vmm_version: None,
         }
     }
 

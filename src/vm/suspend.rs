@@ -26,6 +26,12 @@ impl MicroVm {
         cell.suspended && cell.state == VmState::Paused
     }
 
+    /// Whether the state on disk under this VM's name is its own.
+    #[must_use]
+    pub fn has_suspended_state(&self) -> bool {
+        self.cell().suspended
+    }
+
     /// Makes a VM one that was suspended before this process knew it.
     pub(crate) fn set_suspended(&self) {
         let mut cell = self.cell();

@@ -1,25 +1,27 @@
 //! Templates of VMs: which one fits, and how it is made.
 
 use std::fs::File;
-use std::path::Path;
+use std::os::unix::fs::fchown;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use microvm_jail::Access;
 use microvm_protocol::handshake::{has_failed, Ask};
-use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, ROOTFS_SERIAL};
+use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
 use tokio::io::AsyncWriteExt;
 
 use super::boot::{Attempt, Progress};
 use super::introduction::Introduction;
-use super::prepare::{self, Prepared};
+use super::prepare::{self, file_size, Prepared, Sources};
 use super::{Settings, Spec};
 use crate::channel::Agent;
 use crate::error::{Error, Result};
 use crate::host::kvm;
-use crate::image::template::{Fit, FitDrive, Template, DISK, RAM, STATE};
+use crate::image::template::{Digests, Fit, FitDrive, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
-use crate::vmm::{Drive, LaunchPlan, Launched, Nic, Origin, RAM_PLACE};
+use crate::model::{Backend, ResourceLimits, VmId};
+use crate::vmm::{self, Drive, JailPlan, LaunchPlan, Launched, Nic, Origin, Vmm, Wish, RAM_PLACE};
 
 /// HELLOs asked for before the guest is frozen: it rehearses before each.
 const REHEARSALS: usize = 3;
@@ -84,35 +86,115 @@ pub async fn discard(settings: &Settings, template: &Template) {
 
 /// What a template of this VM depends on.
 pub async fn fit(settings: &Settings, prepared: &Prepared) -> Result<Fit> {
-    let (digests, plan, sources) = (settings.digests.clone(), prepared.plan.clone(), prepared.sources.clone());
-    let vmm = &prepared.vmm;
-    let binary = vmm.binary().to_owned();
-    let (backend, accelerator, machine) = (vmm.backend(), vmm.accelerator(), vmm.machine(&plan));
-    let looking = tokio::task::spawn_blocking(move || {
-        let digest = |path: &Path| digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
-        // A guest has the image mounted when it is frozen; its other drives are made for each clone.
-        let drive = |drive: &Drive| {
-            let image = sources.rootfs.as_deref().filter(|_| drive.serial == ROOTFS_SERIAL);
-            let image = image.map(digest).transpose()?;
-            Ok(FitDrive { serial: drive.serial.to_owned(), size: drive.size, image })
-        };
-        Ok(Fit {
-            backend: backend.as_str().into(),
-            vmm: digest(&binary)?,
-            accelerator: accelerator.into(),
-            cpu: kvm::cpu().0,
-            machine,
-            kernel: digest(&sources.kernel)?,
-            initramfs: digest(&sources.initramfs)?,
-            drives: plan.drives.iter().map(drive).collect::<Result<_>>()?,
-        })
-    });
+    let Prepared { vmm, plan, sources, .. } = prepared;
+    let (digests, sources, drives) = (settings.digests.clone(), sources.clone(), plan.drives.clone());
+    let (vmm, machine) = (VmmFacts::of(vmm.as_ref()), vmm.machine(plan));
+    let looking = tokio::task::spawn_blocking(move || fit_of(&digests, vmm, machine, &drives, &sources));
     looking.await.map_err(|error| Error::host("look at", "what a template depends on", error))?
+}
+
+struct VmmFacts {
+    backend: Backend,
+    accelerator: &'static str,
+    binary: PathBuf,
+}
+
+impl VmmFacts {
+    fn of(vmm: &dyn Vmm) -> Self {
+        Self { backend: vmm.backend(), accelerator: vmm.accelerator(), binary: vmm.binary().to_owned() }
+    }
+}
+
+fn fit_of(digests: &Digests, vmm: VmmFacts, machine: Vec<String>, drives: &[Drive], sources: &Sources) -> Result<Fit> {
+    let digest = |path: &Path| digests.of_file(path).map_err(|error| Error::host("read", path.display(), error));
+    // A guest has the image mounted when it is frozen; its other drives are made for each clone.
+    let drive = |drive: &Drive| {
+        let image = sources.rootfs.as_deref().filter(|_| drive.serial == ROOTFS_SERIAL);
+        let image = image.map(digest).transpose()?;
+        Ok(FitDrive { serial: drive.serial.to_owned(), size: drive.size, image })
+    };
+    Ok(Fit {
+        backend: vmm.backend.as_str().into(),
+        vmm: digest(&vmm.binary)?,
+        accelerator: vmm.accelerator.into(),
+        cpu: kvm::cpu().0,
+        machine,
+        kernel: digest(&sources.kernel)?,
+        initramfs: digest(&sources.initramfs)?,
+        drives: drives.iter().map(drive).collect::<Result<_>>()?,
+    })
+}
+
+/// A machine whose state is, or is to be, kept.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    pub vm_id: VmId,
+    pub backend: Backend,
+    pub limits: ResourceLimits,
+    pub connected: bool,
+    pub kernel_path: Option<PathBuf>,
+    pub rootfs_path: Option<PathBuf>,
+}
+
+/// What the state of a machine would depend on here and now.
+#[derive(Debug)]
+pub struct Here {
+    pub fit: Fit,
+    pub vmm_version: Option<String>,
+}
+
+impl Machine {
+    /// Looks at what [`prepare::prepare`] would use, and makes nothing. Blocking; reads an image that has changed.
+    ///
+    /// # Errors
+    /// As a start's, where such a machine cannot be started on this host.
+    pub fn look(&self, settings: &Settings) -> Result<Here> {
+        let sources = Sources::checked(self.kernel_path.as_deref(), self.rootfs_path.as_deref(), settings)?;
+        let wish = Wish {
+            backend: Some(self.backend),
+            min_isolation: settings.min_isolation,
+            vcpu_count: self.limits.vcpu_count,
+        };
+        let vmm = vmm::select(&self.vm_id, &wish, &settings.binaries)?.vmm;
+        let host = vmm::host_jail(&settings.image.launcher, settings.uid_range.0, vmm.needs(self.connected).seccomp)?;
+        let drive = |serial: &'static str, size: u64, read_only: bool| Drive {
+            serial,
+            path: format!("/vm/{serial}").into(),
+            read_only,
+            size,
+        };
+        // In the order in which `prepare` has them.
+        let config = vmm.capabilities().config_drive.then(|| drive(CONFIG_SERIAL, DRIVE_BYTES as u64, true));
+        let mut drives: Vec<Drive> = config.into_iter().collect();
+        drives.push(drive(DISK_SERIAL, self.limits.disk_size_mb << 20, false));
+        if let Some(rootfs) = &sources.rootfs {
+            drives.push(Drive { path: "/image/rootfs".into(), ..drive(ROOTFS_SERIAL, file_size(rootfs)?, true) });
+        }
+        let plan = LaunchPlan {
+            vm_id: self.vm_id.clone(),
+            vcpu_count: self.limits.vcpu_count,
+            memory_mib: self.limits.memory_mb,
+            kernel: "/image/kernel".into(),
+            initramfs: "/image/initramfs".into(),
+            drives,
+            nic: self.connected.then(Nic::unplugged),
+            disk_bytes_per_s: None,
+            disk_ops_per_s: None,
+            sockets: None,
+            jail: JailPlan::new(&settings.image.launcher, &host, None, &[])?,
+            zygotes: None,
+        };
+        let cannot = |reason| Error::Vmm { vm_id: self.vm_id.clone(), operation: "copy", reason };
+        vmm.can_clone(&plan).map_err(cannot)?;
+        let machine = vmm.machine(&plan);
+        let fit = fit_of(&settings.digests, VmmFacts::of(vmm.as_ref()), machine, &plan.drives, &sources)?;
+        Ok(Here { fit, vmm_version: vmm.version().map(str::to_owned) })
+    }
 }
 
 /// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
 async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
-    let (plan, origin) = blank(prepared, &settings.image, dir)?;
+    let Blank { plan, origin, files } = blank(prepared, &settings.image, dir)?;
     let vm_id = &plan.vm_id;
     let launched = prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let Launched { jailed, agent, control, tails, identity } = launched;
@@ -144,7 +226,8 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     jailed.reaped().await;
     if prepared.held.uid().is_some() {
         let owner = nix::unistd::geteuid().as_raw();
-        [RAM, DISK].iter().try_for_each(|name| image::give_to(owner, &dir.join(name)))?;
+        let give = |file: &File| fchown(file, Some(owner), None);
+        files.iter().try_for_each(give).map_err(|error| Error::host("chown", dir.display(), error))?;
     }
     if plan.drives.iter().any(|drive| drive.serial == CONFIG_SERIAL) {
         let config = dir.join(CONFIG_SERIAL);
@@ -153,19 +236,30 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     Ok(hello)
 }
 
+/// What a template is recorded by.
+struct Blank {
+    plan: LaunchPlan,
+    origin: Origin,
+    /// Those that are the VMM's while it runs.
+    files: Vec<File>,
+}
+
 /// The plan with files in `dir`: memory, a disk as every VM's begins, and a config drive that says nothing.
-fn blank(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<(LaunchPlan, Origin)> {
+fn blank(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<Blank> {
     let mut plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..prepared.plan.clone() };
     let owner = prepared.held.uid();
     let ram = dir.join(RAM);
-    image::create_drive(&ram, plan.memory_mib << 20, owner)?;
+    let mut files = vec![image::create_drive(&ram, plan.memory_mib << 20, owner)?];
     let ram = plan.jail.show(RAM, &ram, RAM_PLACE, Access::Write)?;
     for drive in plan.drives.iter_mut().filter(|drive| drive.serial != ROOTFS_SERIAL) {
         let own = dir.join(if drive.serial == DISK_SERIAL { DISK } else { drive.serial });
-        image::create_drive(&own, drive.size, owner)?;
+        let file = image::create_drive(&own, drive.size, owner)?;
+        if drive.serial == DISK_SERIAL {
+            image::write_disk(&image.disk_template, &file)?;
+        }
+        files.push(file);
         drive.path = plan.jail.show_instead(drive.serial, &drive.path, &own)?;
     }
-    image::write_disk(&image.disk_template, &dir.join(DISK))?;
     plan.nic = plan.nic.map(|_| Nic::unplugged());
-    Ok((plan, Origin::Record { ram }))
+    Ok(Blank { plan, origin: Origin::Record { ram }, files })
 }

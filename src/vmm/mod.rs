@@ -238,6 +238,8 @@ pub trait Vmm: Send + Sync + Debug {
     /// The accelerator's name as the VMM calls it.
     fn accelerator(&self) -> &'static str;
     fn binary(&self) -> &Path;
+    /// What the binary says of its version.
+    fn version(&self) -> Option<&str>;
     /// The machine that `plan` describes, without the names of its files: what a template of it depends on.
     fn machine(&self, plan: &LaunchPlan) -> Vec<String>;
     /// `connected`: for a VM that is on a network.

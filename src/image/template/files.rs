@@ -28,7 +28,7 @@ pub struct Template {
     pub manifest: Manifest,
     pub ram: Arc<OwnedFd>,
     pub state: Arc<OwnedFd>,
-    pub disk: Arc<OwnedFd>,
+    pub disk: Arc<File>,
     /// The files that it was read from, as they were then.
     files: [(PathBuf, FileId); 4],
 }
@@ -50,7 +50,7 @@ impl Template {
         held().push(Arc::downgrade(&ram));
         check_state(&files[2].0)?;
         let state = Arc::new(seal(&files[2].0, &manifest.state, STATE)?);
-        let disk = Arc::new(open(&files[3].0, &manifest.disk)?);
+        let disk = Arc::new(File::from(open(&files[3].0, &manifest.disk)?));
         let template = Self { manifest, ram, state, disk, files };
         if template.is_unchanged() {
             return Ok(template);

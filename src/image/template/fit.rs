@@ -5,11 +5,13 @@ use super::{Fit, FitDrive};
 /// Two measurements of one counter differ by less.
 const TSC_TOLERANCE_PER_MILLE: u64 = 5;
 const TSC: &str = "tsc_early_khz=";
+/// Of a digest, to tell two builds of one version apart.
+const DIGITS: usize = 12;
 
-/// In what the machine that is there differs from the one that a state was taken of. The kernel and the initramfs are
-/// no matter: the state has its own.
+/// In what the machine that is there differs from the one that a state was taken of; each comes with what its VMM says of
+/// its version. The kernel and the initramfs are no matter: the state has its own.
 #[must_use]
-pub fn differences(taken: &Fit, there: &Fit) -> Vec<String> {
+pub fn differences((taken, then): (&Fit, Option<&str>), (there, now): (&Fit, Option<&str>)) -> Vec<String> {
     let mut found = Vec::new();
     let mut compare = |what: &str, taken: &str, there: &str| {
         if taken != there {
@@ -20,7 +22,11 @@ pub fn differences(taken: &Fit, there: &Fit) -> Vec<String> {
     compare("accelerator", &taken.accelerator, &there.accelerator);
     compare("CPU", &taken.cpu, &there.cpu);
     if taken.vmm != there.vmm {
-        found.push("the VMM's binary: it was replaced (by an update?)".into());
+        let named = |fit: &Fit, version: Option<&str>| {
+            format!("{} (BLAKE3 {})", version.unwrap_or("an unknown version"), &fit.vmm.as_str()[..DIGITS])
+        };
+        let (then, now) = (named(taken, then), named(there, now));
+        found.push(format!("the VMM's binary was replaced (by an update?): {then} then, {now} now"));
     }
     found.extend(machine_differences(&taken.machine, &there.machine));
     found.extend(drive_differences(&taken.drives, &there.drives));
@@ -81,7 +87,7 @@ mod tests {
         type Change = fn(&mut Fit);
         let changes: [(&str, Change); 8] = [
             ("backend", |fit| fit.backend.push('x')),
-            ("VMM", |fit| fit.vmm = Digest::of(b"other")),
+            ("an unknown version", |fit| fit.vmm = Digest::of(b"other")),
             ("accelerator", |fit| fit.accelerator = "kvm".into()),
             ("CPU", |fit| fit.cpu.push('x')),
             ("128M then, 256M now", |fit| fit.machine[1] = "256M".into()),
@@ -92,7 +98,7 @@ mod tests {
         for (named, change) in changes {
             let mut there = fit();
             change(&mut there);
-            let found = differences(&fit(), &there);
+            let found = differences((&fit(), None), (&there, None));
             assert!(found.len() == 1 && found[0].contains(named), "{named}: {found:?}");
         }
     }
@@ -101,9 +107,22 @@ mod tests {
     fn test_differences_ignore_the_kernel_and_a_measurement() {
         let with = |khz: &str| Fit { machine: vec!["-append".into(), format!("a tsc_early_khz={khz} b")], ..fit() };
         let other = Fit { kernel: Digest::of(b"other"), initramfs: Digest::of(b"other"), ..fit() };
+        let differences = |taken: &Fit, there: &Fit| differences((taken, None), (there, None));
         assert_eq!(differences(&fit(), &other), Vec::<String>::new());
         assert_eq!(differences(&with("2595000"), &with("2600000")), Vec::<String>::new());
         assert_eq!(differences(&with("2595000"), &with("3600000")).len(), 1);
         assert_eq!(differences(&with("2595000"), &fit()).len(), 1);
+    }
+
+    #[test]
+    fn test_differences_of_the_vmm_name_the_old_and_the_new() {
+        let there = Fit { vmm: Digest::of(b"other"), ..fit() };
+        let found = differences((&fit(), Some("QEMU 7.2.22")), (&there, Some("QEMU 10.0.13")));
+        let digits = |fit: &Fit| fit.vmm.as_str()[..DIGITS].to_owned();
+        let (old, new) = (digits(&fit()), digits(&there));
+        assert!(
+            found[0].ends_with(&format!("QEMU 7.2.22 (BLAKE3 {old}) then, QEMU 10.0.13 (BLAKE3 {new}) now")),
+            "{found:?}"
+        );
     }
 }

@@ -24,10 +24,11 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::RwLock;
 
 use super::files::{self, remove, Template, DISK, MANIFEST, RAM, STATE};
-use super::{Digest, Fit, Manifest};
+use super::{digest, Digest, Fit, Manifest};
 use crate::error::{Error, Result};
 use crate::host::fork::{self, Concealed};
 use crate::host::{clock, lock, private_dir};
+use crate::image::copy_disk;
 use crate::model::{NetworkConfig, ResourceLimits};
 
 const LOCK: &str = ".lock-";
@@ -51,13 +52,17 @@ pub struct Outline {
     pub machine_id: [u8; 16],
     pub boot_id: [u8; 16],
     pub created_unix_s: u64,
+    /// What its VMM said of its version; `None` in what was kept before that was noted.
+    #[serde(default)]
+    pub vmm_version: Option<String>,
 }
 
-#[derive(Serialize, Deserialize)]
+/// What the manifest of something kept says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Written {
-    outline: Outline,
-    manifest: Manifest,
+pub struct Written {
+    pub outline: Outline,
+    pub manifest: Manifest,
 }
 
 /// Something kept, checked and in memory.
@@ -183,10 +188,10 @@ impl Shelf {
     ///
     /// # Errors
     /// [`Error::StateDamaged`].
-    pub fn outline(&self, name: &str) -> Result<Option<Outline>> {
+    pub fn manifest(&self, name: &str) -> Result<Option<Written>> {
         let place = self.place(name);
         match fs::read(place.join(MANIFEST)).and_then(|bytes| parse(&bytes)) {
-            Ok(written) => Ok(Some(written.outline)),
+            Ok(written) => Ok(Some(written)),
             Err(error) if error.kind() == ErrorKind::NotFound && !place.exists() => Ok(None),
             Err(error) => Err(self.damaged(name, error)),
         }
@@ -230,6 +235,24 @@ impl Shelf {
             (Err(error), _) => Err(self.damaged(name, error)),
             (Ok(_), None) => Err(self.damaged(name, "it has no manifest")),
         }
+    }
+
+    /// Copies the disk of what `held` names into an empty file; whether the copy has the digest that was noted. What cannot be
+    /// started any more, or is damaged otherwise, still has its disk. Blocking.
+    ///
+    /// # Errors
+    /// [`Error::StateDamaged`] when there is no disk, [`Error::Host`].
+    pub fn export_disk(&self, held: &Held, name: &str, to: &File) -> Result<bool> {
+        debug_assert_eq!(held.path, self.dir.join(format!("{LOCK}{name}")));
+        let disk = File::open(self.place(name).join(DISK)).map_err(|error| self.damaged(name, error))?;
+        let copy = || {
+            to.set_len(disk.metadata()?.len())?;
+            copy_disk(&disk, to)?;
+            to.sync_all()?;
+            digest::pages(to, |_, _| Ok(()))
+        };
+        let found = copy().map_err(|error: io::Error| Error::host("export", format!("the disk of {name}"), error))?;
+        Ok(self.manifest(name).ok().flatten().is_some_and(|written| written.manifest.disk == found))
     }
 
     /// Forgets what is kept and takes it off the shelf; `None` when nothing was there. VMs that run keep what they have.
@@ -380,6 +403,7 @@ mod tests {
             machine_id: [1; 16],
             boot_id: [2; 16],
             created_unix_s: 3,
+            vmm_version: Some("QEMU emulator version 7.2.22".into()),
         }
     }
 
@@ -413,14 +437,14 @@ mod tests {
     async fn test_kept_is_found_again_and_removed_whole() {
         let (cache, shelf) = shelf("found");
         keep(&shelf, "a");
-        assert_eq!(shelf.outline("a").unwrap(), Some(outline()));
+        assert_eq!(shelf.manifest("a").unwrap().unwrap().outline, outline());
         let kept = shelf.load("a").await.unwrap().unwrap();
         assert!(Arc::ptr_eq(&kept.template, &shelf.load("a").await.unwrap().unwrap().template));
         assert_eq!((kept.outline, kept.template.manifest.hello.as_slice()), (outline(), &b"hello"[..]));
         let held = shelf.hold("a").unwrap().unwrap();
         assert!(shelf.remove(&held, "a").unwrap().is_some() && shelf.remove(&held, "a").unwrap().is_none());
         drop(held);
-        assert!(shelf.load("a").await.unwrap().is_none() && shelf.outline("a").unwrap().is_none());
+        assert!(shelf.load("a").await.unwrap().is_none() && shelf.manifest("a").unwrap().is_none());
         assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 0);
         fs::remove_dir_all(cache).unwrap();
     }

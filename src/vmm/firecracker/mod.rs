@@ -64,6 +64,10 @@ impl Vmm for Firecracker {
         &self.program.binary
     }
 
+    fn version(&self) -> Option<&str> {
+        self.program.version_line.as_deref()
+    }
+
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
         // The limits are a clone's own.
         let plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..plan.clone() };

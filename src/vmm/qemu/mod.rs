@@ -84,6 +84,10 @@ impl Vmm for Qemu {
         self.program.path()
     }
 
+    fn version(&self) -> Option<&str> {
+        self.program.version_line()
+    }
+
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
         let nameless = |drive: &Drive| Drive { path: PathBuf::new(), ..drive.clone() };
         let drives = plan.drives.iter().map(nameless).collect();

@@ -71,8 +71,13 @@ impl Program {
         &self.files.binary
     }
 
+    #[must_use]
+    pub fn version_line(&self) -> Option<&str> {
+        self.files.version_line.as_deref()
+    }
+
     fn version(&self) -> Option<(u32, u32)> {
-        program::parse_version(self.files.version_line.as_deref()?, "QEMU emulator version ")
+        program::parse_version(self.version_line()?, "QEMU emulator version ")
     }
 
     /// Adds QEMU's own files to a plan; of one that is loaded already, those that it has yet to open.

@@ -354,16 +354,20 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
         network: None,
         keeps_exchanges: false,
     };
-    let mut jail = JailPlan::new(&image.launcher, &vmm::host_jail(&image.launcher, UID, Seccomp::AllowList).unwrap(), None, &[]).unwrap();
+    let mut jail =
+        JailPlan::new(&image.launcher, &vmm::host_jail(&image.launcher, UID, Seccomp::AllowList).unwrap(), None, &[])
+            .unwrap();
     let mut drive = |serial: &'static str, size: u64, access: Access| {
-        image::create_drive(&path(serial), size, None).unwrap();
+        let file = image::create_drive(&path(serial), size, None).unwrap();
+        if serial == DISK_SERIAL {
+            image::write_disk(&image.disk_template, &file).unwrap();
+        }
         let path = jail.show(serial, &path(serial), &format!("/vm/{serial}"), access).unwrap();
         Drive { serial, path, read_only: access == Access::Read, size }
     };
     let drives =
         vec![drive(CONFIG_SERIAL, DRIVE_BYTES as u64, Access::Read), drive(DISK_SERIAL, 64 << 20, Access::Write)];
     image::write_config_drive(&path(CONFIG_SERIAL), &identity.to_drive().unwrap()).unwrap();
-    image::write_disk(&image.disk_template, &path(DISK_SERIAL)).unwrap();
     let plan = LaunchPlan {
         vm_id: id(name),
         vcpu_count: 1,

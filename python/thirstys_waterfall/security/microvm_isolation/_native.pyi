@@ -104,10 +104,31 @@ class MicroVMIsolationManager:
         """`MicroVMInstance.suspend` by id."""
     def list_suspended(self) -> List[Dict[str, Any]]:
         """The suspended VMs of this user and `cache_dir`, whichever process suspended them: `vm_id`, `created` (Unix
-        seconds), `disk_bytes`, `isolation_type`, `resource_limits`, `damaged`, ..."""
+        seconds), `disk_bytes`, `isolation_type`, `resource_limits`, `damaged`, ...
+
+        `usable` says whether each could be resumed on this host as the host is now; if not, `differences` names what has changed
+        since, the old and the new. Blocks; reads an image that has changed.
+        """
+    def export_disk(self, vm_id: str, path: Union[str, "os.PathLike[str]"]) -> Optional[Dict[str, Any]]:
+        """Copy the disk of a suspended VM to a new file: raw ext4, its holes kept. Blocks for the time of the copy.
+
+        Works also for a VM that cannot be resumed any more, because its VMM or its image was replaced.
+
+        Args:
+            vm_id: A VM of `list_suspended()`, whichever process suspended it.
+            path: A path at which there is no file yet; the file has mode 0600.
+
+        Returns:
+            `bytes`, and `verified`: whether the copy has the digest that was noted when the VM was suspended. `None` with
+            `last_error` when there is no such VM, or it runs.
+
+        Raises:
+            InvalidValueError: There is a file at `path`.
+        """
     def list_templates(self) -> List[Dict[str, Any]]:
         """The templates made by `MicroVMInstance.snapshot`: `name`, `source_vm_id`, `created` (Unix seconds),
-        `disk_bytes`, `resource_limits`, `isolated_network`, `backend`, `damaged`, ..."""
+        `disk_bytes`, `resource_limits`, `isolated_network`, `backend`, `damaged`, `usable`, `differences` (as in
+        `list_suspended`), ..."""
     def delete_template(self, name: str) -> bool:
         """Remove a template of one's own; its clones run on. `False` with `last_error` when there is none.
 
