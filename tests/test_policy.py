@@ -64,7 +64,7 @@ class Failures(PolicyTestCase):
 
     def policy_events(self, count: int) -> List[Dict[str, Any]]:
         """The first events of the policy."""
-        found = lambda: [event for event in self.seen if event["kind"] == "policy"]  # noqa: E731
+        found = lambda: [event for event in self.seen if event["kind"] == "policy"]
         self.assertTrue(eventually(lambda: len(found()) >= count, 30.0), self.seen)
         return found()
 

@@ -111,7 +111,7 @@ class Pools(VMTestCase):
                 time.sleep(0.01)
             for vm_id in ids:
                 self.manager.destroy_vm(vm_id)
-        ready = lambda: self.manager.get_resource_usage()["pool"][0]["ready"] == 2  # noqa: E731
+        ready = lambda: self.manager.get_resource_usage()["pool"][0]["ready"] == 2
         self.assertTrue(eventually(ready, 30.0))
 
 

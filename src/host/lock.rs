@@ -30,6 +30,21 @@ pub fn try_exclusive(path: &Path) -> io::Result<Option<Flock<File>>> {
     }
 }
 
+/// Whether this very process holds the lock file at `path`; `false` where the kernel does not tell (proc_locks(5)).
+#[must_use]
+pub fn is_held_by_us(path: &Path) -> bool {
+    let Ok(inode) = path.metadata().map(|meta| meta.ino()) else { return false };
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    // 1: FLOCK  ADVISORY  WRITE 708 00:17:4026531840 0 EOF
+    locks.lines().any(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let is_flock = fields.next() == Some("FLOCK");
+        let pid = fields.nth(2).and_then(|pid| pid.parse().ok());
+        let file = fields.next().and_then(|file| file.rsplit(':').next()?.parse().ok());
+        is_flock && pid == Some(std::process::id()) && file == Some(inode)
+    })
+}
+
 /// Waits for a turn at a folder that exists: shared by those who add to it, alone for one who clears it.
 ///
 /// # Errors
@@ -55,6 +70,16 @@ pub struct Turn {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_is_held_by_us_only_while_it_is_held() {
+        let path = std::env::temp_dir().join(format!("lock-of-ours-{}", std::process::id()));
+        let held = try_exclusive(&path).unwrap().unwrap();
+        assert!(is_held_by_us(&path));
+        drop(held);
+        assert!(!is_held_by_us(&path));
+        std::fs::remove_file(path).unwrap();
+    }
 
     #[test]
     fn test_turns_are_shared_by_those_who_add_and_alone_for_one_who_clears() {

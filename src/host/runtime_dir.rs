@@ -115,7 +115,7 @@ impl VmDir {
         }
         let lock = Self::made_and_locked(base, &path)?;
         let Some(lock) = lock else {
-            return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: "another process of this user".into() });
+            return Err(Error::VmIdTaken { vm_id: vm_id.clone(), owner: owner(&path.join(LOCK)).into() });
         };
         // Remains of a dead owner, if any: everything but the lock that we now hold.
         groups_gone(&path).and_then(|()| clear(&path)).map_err(|error| Error::host("clear", path.display(), error))?;
@@ -176,6 +176,14 @@ impl Drop for VmDir {
         if let Err(error) = self.remove() {
             log::warn!("{}: could not be removed: {error}", self.path.display());
         }
+    }
+}
+
+/// Who holds the lock of a VM's directory.
+fn owner(path: &Path) -> &'static str {
+    match lock::is_held_by_us(path) {
+        true => "another manager of this process",
+        false => "another process of this user",
     }
 }
 

@@ -369,6 +369,12 @@ impl Manager {
         Ok(admitted)
     }
 
+    /// What its VMs have reserved together.
+    #[must_use]
+    pub fn allocated(&self) -> QuotaUse {
+        self.ledger.allocated()
+    }
+
     #[must_use]
     pub fn get(&self, vm_id: &str) -> Option<Arc<MicroVm>> {
         self.registry().vms.iter().find(|vm| vm.id().as_str() == vm_id).cloned()

@@ -53,6 +53,10 @@ impl CommunicationChannel {
         })
     }
 
+    /// Connects to the VM's broker, within `timeout` seconds; anew if it was connected.
+    ///
+    /// `False` with `last_error` when the VM does not run in a process of this user, or does not answer (`channel_closed`,
+    /// `channel_timeout`).
     #[pyo3(signature = (timeout=None), text_signature = "($self, timeout=5.0)")]
     fn connect(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         let timeout = timeout.map(|t| convert::seconds("timeout", t)).transpose()?.unwrap_or(Duration::from_secs(5));
@@ -61,6 +65,9 @@ impl CommunicationChannel {
         Ok(self.settle(py, connected)?.is_some())
     }
 
+    /// Sends one message, a dict of plain JSON types such as `{"type": "ping"}`; docs/channel.md lists them.
+    ///
+    /// Blocks for at most 30 s, as long as the broker takes no more. `False` with `last_error` when it was not sent.
     fn send_message(&self, py: Python<'_>, message: &Bound<'_, PyAny>) -> PyResult<bool> {
         let message = Value::Object(convert::object("message", message)?);
         let client = self.client.get(py)?.clone();
@@ -68,6 +75,8 @@ impl CommunicationChannel {
         Ok(self.settle(py, sent)?.is_some())
     }
 
+    /// The next message within `timeout` seconds; `None` with `last_error` when none came (`channel_timeout`) or the
+    /// connection ended (`channel_closed`).
     #[pyo3(signature = (timeout=None), text_signature = "($self, timeout=1.0)")]
     fn receive_message<'py>(
         &self,
@@ -87,6 +96,7 @@ impl CommunicationChannel {
         received.map(|document| convert::from_json(py, &document)).transpose()
     }
 
+    /// Ends the connection. May be called twice; does nothing in a forked child of the process that made the channel.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         // A forked child closes nothing of its parent's.
         if !self.client.is_ours() {
@@ -114,21 +124,25 @@ impl CommunicationChannel {
         Ok(false)
     }
 
+    /// The name of the VM.
     #[getter]
     fn vm_id(&self) -> &str {
         &self.vm_id
     }
 
+    /// Where the VM's broker listens, or will.
     #[getter]
     fn socket_path(&self) -> String {
         self.socket_path.display().to_string()
     }
 
+    /// The package's logger, `thirstys_waterfall.security.microvm_isolation`; it has no handlers of its own.
     #[getter]
     fn logger<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         logging::logger(py)
     }
 
+    /// The reason of the last failure, with a stable `code`; `None` when there was none. A success does not clear it.
     #[getter]
     fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let error = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();

@@ -58,7 +58,8 @@ impl EventStream {
         }
     }
 
-    /// The next event; `None` when none came in time, or when there will be none.
+    /// The next event, a dict; `None` when none came within `timeout` seconds (the stream's own where left out), or when there
+    /// will be none.
     #[pyo3(signature = (timeout=None))]
     fn get<'py>(&self, py: Python<'py>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let timeout = timeout.filter(|t| !t.is_none()).map(|t| convert::seconds("timeout", t)).transpose()?;
@@ -81,7 +82,7 @@ impl EventStream {
         }
     }
 
-    /// Hears no more; what has come can still be taken.
+    /// Hears no more; what has come can still be taken. May be called twice; does nothing in a forked child.
     fn close(&self) {
         if self.hearer.is_ours() {
             self.hearer.peek().close();
@@ -92,6 +93,16 @@ impl EventStream {
     #[getter]
     fn dropped(&self, py: Python<'_>) -> PyResult<u64> {
         Ok(self.hearer.get(py)?.dropped())
+    }
+
+    fn __repr__(&self) -> String {
+        match self.hearer.is_ours() {
+            true => {
+                let hearer = self.hearer.peek();
+                format!("<EventStream {} events wait, {} lost>", hearer.waiting(), hearer.dropped())
+            }
+            false => "<EventStream of the parent process>".to_owned(),
+        }
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {

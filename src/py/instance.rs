@@ -225,43 +225,94 @@ impl MicroVMInstance {
         Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings), None, None), false))
     }
 
-    /// Boots the VM and waits for its agent; `False` with `last_error` when it does not come up.
+    /// Boots the VM, or clones a template, and waits for its agent; `True` at once when it runs.
+    ///
+    /// Blocks for 30 to 300 ms as a clone, for seconds where there is no template yet, at most for `start_timeout_s`.
+    /// Ctrl-C undoes it. Starting a stopped or failed VM gives it a new disk. A connected VM needs CAP_NET_ADMIN.
+    ///
+    /// Returns:
+    ///     `False` with `last_error`: the state does not allow it (`invalid_state`) or quota is exhausted (`quota_exceeded`), and
+    ///     nothing has changed; or it did not come up (`start_failed`, `start_timeout`, `backend_unavailable`,
+    ///     `isolation_unavailable`, `network_unavailable`, `image_invalid`, ...), and it is in ERROR, with nothing running.
     fn start(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Abandon, |vm| async move { vm.start().await })
     }
 
-    /// Shuts the VM down: the guest is asked, then the VMM told, then killed.
+    /// Shuts the VM down: the guest is asked, then the VMM told, then killed; `True` at once when it is stopped.
+    ///
+    /// Blocks for at most 10 s. What is on its disk is gone; a suspended VM's state is thrown away. Its quota stays
+    /// reserved, but for a VM that was suspended. `False` with `last_error` when it was never started or is destroyed (`invalid_state`).
     fn stop(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.stop().await })
     }
 
-    /// Stops the vCPUs.
+    /// Stops the vCPUs; memory and disk stay. `False` with `last_error` unless it runs (`invalid_state`).
     fn pause(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.pause().await })
     }
 
-    /// Lets the vCPUs go on and sets the guest's clock; brings a suspended VM back.
+    /// Lets a paused VM go on and sets its clock, or brings a suspended one back; see `MicroVMIsolationManager.resume_vm`.
     fn resume(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.resume().await })
     }
 
-    /// Makes a template of the VM as it is now, under a name; the VM goes on. Raises when it fails.
+    /// Makes a template of the VM as it is now: memory, running programs, disk.
+    ///
+    /// The VM goes on: it stands still for some milliseconds, and for as long as what is on its disk takes to be copied
+    /// where the file system cannot share it; commands and streams that are under way get their answers. A paused VM is
+    /// woken for a moment. Clones begin where the VM stood, each with an identity of its own; requests that were under
+    /// way are cancelled in them. They share all that the VM's memory held: docs/templates.md says what that means.
+    ///
+    /// Args:
+    ///     name: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter, digit or `_`.
+    ///
+    /// Raises:
+    ///     InvalidValueError: The name is malformed.
+    ///     VmStateError: The VM is neither running nor paused, or it is suspended.
+    ///     TemplateError: The name is taken (`template_taken`).
+    ///     CommandError: A program in the guest cannot be stopped (`busy`); the VM goes on.
+    ///     HostError: The state could not be written; the VM goes on, and nothing of the template is left.
     fn snapshot(&self, py: Python<'_>, name: &Bound<'_, PyAny>) -> PyResult<()> {
         let (vm, name) = (self.vm.get(py)?.clone(), convert::template("name", name)?);
         let taken = gate::wait(py, OnInterrupt::Finish, async move { vm.snapshot(&name).await })?;
         self.raise(py, taken)
     }
 
-    /// Writes the VM's state to disk and ends its process; `resume` brings it back.
+    /// Writes the VM's state to disk, below `cache_dir`, and ends its process.
+    ///
+    /// The VM is PAUSED then, with `info["suspended"]` true and `pid` `None`; what it had reserved of the manager's
+    /// quota is given back. It stays suspended when its manager stops. Waits up to 5 s for commands and streams to end.
+    ///
+    /// Returns:
+    ///     `False` with `last_error` when it is neither running nor paused (`invalid_state`), commands or streams do not
+    ///     end (`busy`), or the state could not be written (`host_error`); the VM goes on then.
     fn suspend(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.suspend().await })
     }
 
+    /// Where the VM is in its life. Does not block.
     fn get_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         convert::member(py, "VMState", self.vm.get(py)?.state().as_str())
     }
 
-    /// Asks the agent; the answer is `{"status": "ok", "result": ...}` or `{"status": "error", "error": {...}}`.
+    /// Asks the agent in the guest; blocks until it answers.
+    ///
+    /// Args:
+    ///     command: Such as `ping`, `exec`, `read_file`; docs/channel.md lists them.
+    ///     params: The command's own; plain JSON types, and bytes for data.
+    ///     timeout: Seconds to wait, up to 86400; `command_timeout_s` where left out, or what `params` allows a program.
+    ///
+    /// Returns:
+    ///     `{"status": "ok", "result": ...}` or `{"status": "error", "error": {"code", "message", ...}}`, as the guest says; `None`
+    ///     with `last_error` when there was no answer: the VM does not run (`invalid_state`), died (`vm_died`), or the channel
+    ///     failed (`channel_timeout`, `channel_closed`; `details["sent"]` says whether it may have been done).
+    ///
+    /// Raises:
+    ///     TypeError, ValueError: An argument is none that can be sent.
+    ///
+    /// Example:
+    ///     >>> vm.send_command("exec", {"program": "/bin/echo", "args": ["hello"]})["result"]["stdout"]  # doctest: +SKIP
+    ///     'hello\n'
     #[pyo3(signature = (command, params=None, timeout=None))]
     fn send_command<'py>(
         &self,
@@ -378,57 +429,72 @@ impl MicroVMInstance {
         transfer::download(self.vm.get(py)?, guest_path, destination, offset, progress, max_bytes, stall)
     }
 
+    /// Looks at the VM now: its process, its drives and its agent. Blocks for at most 2 s where the guest does not answer.
     fn get_health_metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vm = self.vm.get(py)?.clone();
         let health = gate::wait(py, OnInterrupt::Abandon, async move { vm.health().await })?;
         convert::model(py, "VMHealthMetrics", &health_json(&health))
     }
 
+    /// Everything there is to know about the VM, as plain JSON types; looks at it as `get_health_metrics` does.
+    ///
+    /// `vm_id`, `backend`, `isolation_type`, `state`, `suspended`, `pid`, `start` (how it came to be, and how long each stage took),
+    /// `resource_limits`, `network_config`, `jail` and `limits` (what confines it, and what could not be had), `health_metrics`,
+    /// `health`, `socket_path`, `last_error`, ...
     pub fn get_info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vm = self.vm.get(py)?.clone();
         convert::from_json(py, &gate::wait(py, OnInterrupt::Abandon, info(vm))?)
     }
 
+    /// The VM's name.
     #[getter]
     fn vm_id(&self) -> &str {
         self.vm().id().as_str()
     }
 
+    /// The VMM that was asked for; QEMU where the best was. `get_info()["backend"]` says which one runs.
     #[getter]
     fn backend<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         convert::member(py, "VMBackend", self.vm().spec().backend.unwrap_or(Backend::Qemu).as_str())
     }
 
+    /// What the VM is for.
     #[getter]
     fn isolation_type<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         convert::member(py, "IsolationType", self.vm().spec().isolation_type.as_str())
     }
 
+    /// What the VM may have: a copy, changing it changes nothing.
     #[getter]
     fn resource_limits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         convert::model(py, "VMResourceLimits", &convert::limits_json(&self.vm().spec().limits))
     }
 
+    /// The network that was asked for: a copy. `get_info()["network_config"]` says what a running VM got.
     #[getter]
     fn network_config<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         convert::model(py, "VMNetworkConfig", &convert::network_json(&self.vm().spec().network))
     }
 
+    /// The kernel of the VM's own; `None`: the one that comes with the package.
     #[getter]
     fn kernel_path(&self) -> Option<String> {
         self.vm().spec().kernel_path.as_ref().map(|path| path.display().to_string())
     }
 
+    /// The image of the VM's own; `None`: the guest that comes with the package.
     #[getter]
     fn rootfs_path(&self) -> Option<String> {
         self.vm().spec().rootfs_path.as_ref().map(|path| path.display().to_string())
     }
 
+    /// The package's logger, `thirstys_waterfall.security.microvm_isolation`; it has no handlers of its own.
     #[getter]
     fn logger<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         logging::logger(py)
     }
 
+    /// The reason of the last failure, with a stable `code`; `None` when there was none. A success does not clear it.
     #[getter]
     fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         self.vm.get(py)?.last_error().map(|error| errors::exception(py, &error)).transpose()

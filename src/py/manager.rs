@@ -22,7 +22,17 @@ use crate::vm::MicroVm;
 const EVENTS: u64 = 1024;
 const MOST_EVENTS: u64 = 1 << 20;
 
-/// Creates, finds and destroys microVMs within one quota.
+/// Creates, finds and destroys microVMs within one quota. All methods may be called from any thread, and release the GIL
+/// while they wait.
+///
+/// Args:
+///     config: A dict; the README lists its keys. An unknown key or a wrong value raises. With `"raise_on_error": True`
+///         methods raise what they otherwise keep as `last_error` behind `False` or `None`.
+///
+/// Example:
+///     >>> with MicroVMIsolationManager() as manager:  # doctest: +SKIP
+///     ...     vm = manager.get_vm(manager.create_vm("browser_tab"))
+///     ...     vm.start(), vm.send_command("ping")
 #[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct MicroVMIsolationManager {
     manager: Owned<Manager>,
@@ -114,13 +124,18 @@ impl MicroVMIsolationManager {
         })
     }
 
-    /// Begins to clean up dead VMs, and removes what dead processes left behind.
+    /// Begins to clean up dead VMs, to enforce `policies` and to fill the `pool`, and removes what dead processes left behind.
+    ///
+    /// Blocks for milliseconds, longer where much is left. May be called twice. Raises nothing: what cannot be removed is logged.
     fn start(&self, py: Python<'_>) -> PyResult<()> {
         let manager = self.manager.get(py)?.clone();
         gate::wait(py, OnInterrupt::Finish, async move { manager.start().await })
     }
 
-    /// Destroys every VM.
+    /// Destroys every VM and ends what `start` began; suspended VMs stay on disk.
+    ///
+    /// Blocks until nothing is left, up to some seconds. May be called twice; does nothing in a forked child of the process that made
+    /// the manager. Streams of events end.
     fn stop(&self, py: Python<'_>) -> PyResult<()> {
         // A forked child that leaves a `with` block, or stops what it inherited, ends nothing of its parent's.
         if !self.manager.is_ours() {
@@ -150,7 +165,28 @@ impl MicroVMIsolationManager {
         Ok(false)
     }
 
-    /// Reserves quota for a VM and names it; `None` with `last_error` when there is no room or the name is taken.
+    /// Reserves quota for a VM and names it; starts no process, and works before `start`.
+    ///
+    /// Args:
+    ///     isolation_type: What the VM is for; generated ids contain its value.
+    ///     resource_limits: What it may have; `default_...` of the configuration where left out.
+    ///     backend: The VMM; the best that this host can run where left out.
+    ///     network_config: Isolated where left out.
+    ///     vm_id: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter or digit.
+    ///     kernel_path: A kernel of one's own, uncompressed with a PVH entry.
+    ///     rootfs_path: An ext4 image; it is never written to.
+    ///     template: A name that was given to `MicroVMInstance.snapshot`: the VM starts as a clone of that VM, with its
+    ///         programs running and its disk. What is left out here is the template's; vCPUs, memory, disk size,
+    ///         backend, kernel, image and whether there is a network cannot be otherwise.
+    ///
+    /// Returns:
+    ///     The id; `None` with `last_error` when quota or the host's memory is exhausted (`quota_exceeded`), the id is taken
+    ///     (`vm_id_taken`), or the template is missing (`template_not_found`), damaged (`state_damaged`) or of another shape
+    ///     (`state_mismatch`, naming each difference).
+    ///
+    /// Raises:
+    ///     TypeError: An argument has the wrong type.
+    ///     ValueError: An argument is out of range or malformed; the message names it.
     #[pyo3(signature = (isolation_type, resource_limits=None, backend=None, network_config=None, vm_id=None, kernel_path=None, rootfs_path=None, template=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn create_vm(
@@ -184,22 +220,30 @@ impl MicroVMIsolationManager {
         Ok(Some(id))
     }
 
+    /// `MicroVMInstance.start` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`).
     fn start_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Abandon, |vm| async move { vm.start().await })
     }
 
+    /// `MicroVMInstance.stop` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`).
     fn stop_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.stop().await })
     }
 
+    /// `MicroVMInstance.pause` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`).
     fn pause_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.pause().await })
     }
 
-    /// Lets a paused VM go on, and brings a suspended one back, also one that another manager suspended.
+    /// Lets a paused VM go on, or brings a suspended one back, also one that another manager or process suspended.
+    ///
+    /// Blocks for a start's time. A suspended VM comes back under its id, with its disk, its programs where they were,
+    /// the right time and new session keys; its state on disk is gone then. Of several callers that resume the same
+    /// VM one does, the others get `vm_id_taken` or `vm_not_found`. A resume that fails leaves the state as it was; it can fail with
+    /// `quota_exceeded`, for quota is reserved anew.
     fn resume_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = convert::text("vm_id", vm_id)?;
         let manager = self.manager.get(py)?.clone();
@@ -209,13 +253,17 @@ impl MicroVMIsolationManager {
         Ok(true)
     }
 
-    /// Writes a VM's state to disk and ends its process; see `MicroVMInstance.suspend`.
+    /// `MicroVMInstance.suspend` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`).
     fn suspend_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.suspend().await })
     }
 
-    /// The suspended VMs of this user, whichever manager they were of.
+    /// The suspended VMs of this user and `cache_dir`, whichever process suspended them: `vm_id`, `created` (Unix
+    /// seconds), `disk_bytes`, `isolation_type`, `resource_limits`, `damaged`, ...
+    ///
+    /// `usable` says whether each could be resumed on this host as the host is now; if not, `differences` names what has
+    /// changed since, the old and the new. Blocks; reads an image that has changed.
     fn list_suspended<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get(py)?.clone();
         kept_list(py, "vm_id", move || manager.list_suspended())
@@ -223,8 +271,18 @@ impl MicroVMIsolationManager {
 
     /// Copies the disk of a suspended VM to a new file: raw ext4, its holes kept. Blocks for the time of the copy.
     ///
-    /// Works also for a VM that cannot be resumed any more; `verified` says whether the copy has the digest that was noted when the
-    /// VM was suspended. `None` with `last_error` when there is no such VM, or it runs.
+    /// Works also for a VM that cannot be resumed any more, because its VMM or its image was replaced.
+    ///
+    /// Args:
+    ///     vm_id: A VM of `list_suspended()`, whichever process suspended it.
+    ///     path: A path at which there is no file yet; the file has mode 0600.
+    ///
+    /// Returns:
+    ///     `bytes`, and `verified`: whether the copy has the digest that was noted when the VM was suspended. `None` with
+    ///     `last_error` when there is no such VM, or it runs.
+    ///
+    /// Raises:
+    ///     InvalidValueError: There is a file at `path`.
     fn export_disk<'py>(
         &self,
         py: Python<'py>,
@@ -239,20 +297,28 @@ impl MicroVMIsolationManager {
         self.settle(py, exported)?.map(told).transpose()
     }
 
-    /// The templates of the user's own.
+    /// The templates made by `MicroVMInstance.snapshot`: `name`, `source_vm_id`, `created` (Unix seconds),
+    /// `disk_bytes`, `resource_limits`, `isolated_network`, `backend`, `damaged`, `usable`, `differences` (as in
+    /// `list_suspended`), ...
     fn list_templates<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get(py)?.clone();
         kept_list(py, "name", move || manager.list_templates())
     }
 
-    /// Removes a template of the user's own; its clones run on.
+    /// Removes a template of one's own; its clones run on. `False` with `last_error` when there is none.
+    ///
+    /// Raises:
+    ///     ValueError: The name is malformed.
     fn delete_template(&self, py: Python<'_>, name: &Bound<'_, PyAny>) -> PyResult<bool> {
         let (manager, name) = (self.manager.get(py)?.clone(), convert::template("name", name)?);
         let deleted = gate::wait(py, OnInterrupt::Finish, async move { manager.delete_template(&name).await })?;
         Ok(self.settle(py, deleted)?.is_some())
     }
 
-    /// Removes a VM, in whatever state, and every trace of it.
+    /// Removes a VM, in whatever state, every trace of it and its suspended state; gives its quota back.
+    ///
+    /// Blocks for some 100 ms. A start that is under way is cancelled. `False` with `last_error` when there is no such VM
+    /// (`vm_not_found`), or it is suspended and resumed by another caller at this moment (`vm_id_taken`).
     fn destroy_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         let (manager, id) = (self.manager.get(py)?.clone(), vm_id.to_owned());
@@ -263,6 +329,7 @@ impl MicroVMIsolationManager {
         Ok(self.settle(py, destroyed)?.is_some())
     }
 
+    /// Destroys every VM of this manager, side by side; suspended VMs stay on disk.
     fn destroy_all_vms(&self, py: Python<'_>) -> PyResult<()> {
         let manager = self.manager.get(py)?.clone();
         gate::wait(py, OnInterrupt::Finish, async move { manager.destroy_all().await })?;
@@ -270,11 +337,19 @@ impl MicroVMIsolationManager {
         Ok(())
     }
 
+    /// The VM of this id, the same object each time; `None` when there is none.
+    ///
+    /// Raises:
+    ///     TypeError: The id is no string.
     fn get_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<Option<Py<MicroVMInstance>>> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.manager.get(py)?.get(vm_id).map(|vm| self.handle(py, vm)).transpose()
     }
 
+    /// The ids of the VMs of a type and in a state, all of them by default, in the order of their creation.
+    ///
+    /// Raises:
+    ///     ValueError: There is no such type or state.
     #[pyo3(signature = (isolation_type=None, state=None))]
     fn list_vms(
         &self,
@@ -288,6 +363,7 @@ impl MicroVMIsolationManager {
         Ok(vms.iter().map(|vm| vm.id().as_str().to_owned()).collect())
     }
 
+    /// `MicroVMInstance.get_info` by id; `None` when there is no such VM.
     fn get_vm_info<'py>(&self, py: Python<'py>, vm_id: &Bound<'_, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         let Some(vm) = self.manager.get(py)?.get(vm_id) else { return Ok(None) };
@@ -295,6 +371,7 @@ impl MicroVMIsolationManager {
         convert::from_json(py, &info).map(Some)
     }
 
+    /// `MicroVMInstance.get_info` of every VM, by id; all are asked at the same time.
     fn get_all_vms_info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vms = self.manager.get(py)?.list(None, None);
         let all = gate::wait(py, OnInterrupt::Abandon, async move {
@@ -307,6 +384,7 @@ impl MicroVMIsolationManager {
         convert::from_json(py, &Value::Object(all))
     }
 
+    /// `MicroVMInstance.send_command` by id; `None` with `last_error` also when there is no such VM (`vm_not_found`).
     #[pyo3(signature = (vm_id, command, params=None, timeout=None))]
     fn send_command_to_vm<'py>(
         &self,
@@ -325,6 +403,11 @@ impl MicroVMIsolationManager {
         Ok(answer)
     }
 
+    /// What there is and what is reserved, as a dict.
+    ///
+    /// `total_vms`; `vcpus_allocated`, `vcpus_available`, `memory_allocated_mb`, `memory_available_mb` (of the quota, MiB);
+    /// `vms_by_type`, `vms_by_state`; `pool`, for each entry `ready` of `wanted`; `templates`, `own_templates` and `suspended`, each
+    /// `count` and `disk_bytes`. Suspended VMs reserve nothing. Looks at the cache folder, so it may take milliseconds.
     fn get_resource_usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get(py)?;
         let usage = py.detach(|| manager.usage());
@@ -345,6 +428,9 @@ impl MicroVMIsolationManager {
     }
 
     /// Makes the template of VMs of this kind ahead of time, so that the first one, too, starts as a clone.
+    ///
+    /// Blocks for a boot's time, seconds without hardware virtualization; at once when it is there. Reserves no quota. `False` with
+    /// `last_error` as for a start that fails.
     #[pyo3(signature = (resource_limits=None, kernel_path=None, rootfs_path=None))]
     fn prepare(
         &self,
@@ -364,6 +450,9 @@ impl MicroVMIsolationManager {
         Ok(self.settle(py, prepared)?.is_some())
     }
 
+    /// Looks at every VM now: `total_vms`, `healthy_vms`, `unhealthy_vms` (dead ones, too), and `resource_usage`.
+    ///
+    /// Blocks for at most 2 s where a guest does not answer.
     fn get_health_status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vms = self.manager.get(py)?.list(None, None);
         let total = vms.len();
@@ -384,6 +473,10 @@ impl MicroVMIsolationManager {
     }
 
     /// What happens from now on, as an iterator of dicts; it ends with the manager, or when `timeout` passes without one.
+    ///
+    /// Args:
+    ///     timeout: Seconds to wait for each event, up to 86400; without end where left out.
+    ///     capacity: Events that wait to be taken, 1 to 1048576; the oldest are lost after that (`EventStream.dropped`).
     #[pyo3(signature = (timeout=None, capacity=None), text_signature = "($self, timeout=None, capacity=1024)")]
     fn events(
         &self,
@@ -398,6 +491,11 @@ impl MicroVMIsolationManager {
     }
 
     /// Calls `callback` with each event from now on, on a thread of its own, until the subscription is closed.
+    ///
+    /// An exception of the callback is logged and the next event delivered. `capacity` as in `events`.
+    ///
+    /// Raises:
+    ///     TypeError: `callback` is not callable.
     #[pyo3(signature = (callback, capacity=None), text_signature = "($self, callback, capacity=1024)")]
     fn on_event<'py>(
         &self,
@@ -408,26 +506,45 @@ impl MicroVMIsolationManager {
         events::serve(py, self.events(py, None, capacity)?, callback)
     }
 
-    /// The manager and its VMs as OpenMetrics text; asks no VM anything.
+    /// The manager and its VMs as OpenMetrics text; asks no VM anything: figures are those of the last look at each.
     fn metrics(&self, py: Python<'_>) -> PyResult<String> {
         let manager = self.manager.get(py)?.clone();
         Ok(py.detach(|| manager.metrics()))
     }
 
+    /// The configuration as it was given, copied.
     #[getter]
     fn config(&self, py: Python<'_>) -> Py<PyDict> {
         self.config.clone_ref(py)
     }
 
+    /// The package's logger, `thirstys_waterfall.security.microvm_isolation`; it has no handlers of its own.
     #[getter]
     fn logger<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         logging::logger(py)
     }
 
+    /// The reason of the last failure, with a stable `code`; `None` when there was none. A success does not clear it.
     #[getter]
     fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let error = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
         error.map(|error| errors::exception(py, &error)).transpose()
+    }
+
+    fn __repr__(&self) -> String {
+        if !self.manager.is_ours() {
+            return "<MicroVMIsolationManager of the parent process>".to_owned();
+        }
+        let manager = self.manager.peek();
+        let (vms, used, config) = (manager.list(None, None).len(), manager.allocated(), manager.config());
+        format!(
+            "<MicroVMIsolationManager {}: {vms} VMs, {} of {} vCPUs and {} of {} MiB reserved>",
+            if manager.is_cleaning_up() { "started" } else { "not started" },
+            used.vcpus,
+            config.max_vcpus,
+            used.memory_mb,
+            config.max_memory_mb,
+        )
     }
 
     #[getter]

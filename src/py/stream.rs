@@ -145,6 +145,20 @@ impl ProcessStream {
         Ok(())
     }
 
+    fn __repr__(&self) -> String {
+        let inner = &self.process.peek().inner;
+        let state = match self.process.is_ours().then(|| inner.ended()) {
+            None => "of the parent process".to_owned(),
+            Some(None) => "not at its end".to_owned(),
+            Some(Some(Ok(exit))) => match (exit.exit_code, exit.signal) {
+                (Some(code), _) => format!("ended with exit code {code}"),
+                (None, signal) => format!("ended by signal {}", signal.unwrap_or_default()),
+            },
+            Some(Some(Err(error))) => format!("failed ({})", error.code()),
+        };
+        format!("<ProcessStream {} pid {} {state}>", inner.vm_id(), inner.pid())
+    }
+
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
         slf
     }

@@ -142,6 +142,12 @@ impl Hearer {
         self.queue().dropped
     }
 
+    /// How many wait to be taken.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.queue().events.len()
+    }
+
     fn take(queue: &mut Queue) -> Option<Heard> {
         match queue.events.pop_front() {
             Some(event) => Some(Heard::Event(event)),

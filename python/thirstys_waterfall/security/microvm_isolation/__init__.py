@@ -12,25 +12,27 @@ from . import _logging as _logging
 from ._enums import IsolationType, VMBackend, VMState
 from ._errors import (
     BackendUnavailableError,
-    CancelledError,
     ChannelError,
     CommandError,
     ForkedProcessError,
     HostError,
     ImageError,
-    InvalidStateError,
     InvalidTypeError,
     InvalidValueError,
     IsolationUnavailableError,
     MicroVMError,
     NetworkUnavailableError,
+    OperationCancelledError,
     QuotaExceededError,
     StartError,
     TemplateError,
     VmDiedError,
     VmIdTakenError,
     VmNotFoundError,
+    VmStateError,
 )
+from ._errors import CancelledError as CancelledError
+from ._errors import InvalidStateError as InvalidStateError
 from ._events import EventSubscription
 from ._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
 from ._native import (
@@ -44,7 +46,6 @@ from ._native import (
 
 __all__ = [
     "BackendUnavailableError",
-    "CancelledError",
     "ChannelError",
     "CommandError",
     "CommunicationChannel",
@@ -53,7 +54,6 @@ __all__ = [
     "ForkedProcessError",
     "HostError",
     "ImageError",
-    "InvalidStateError",
     "InvalidTypeError",
     "InvalidValueError",
     "IsolationType",
@@ -62,6 +62,7 @@ __all__ = [
     "MicroVMInstance",
     "MicroVMIsolationManager",
     "NetworkUnavailableError",
+    "OperationCancelledError",
     "ProcessStream",
     "QuotaExceededError",
     "StartError",
@@ -74,5 +75,6 @@ __all__ = [
     "VmDiedError",
     "VmIdTakenError",
     "VmNotFoundError",
+    "VmStateError",
     "doctor",
 ]

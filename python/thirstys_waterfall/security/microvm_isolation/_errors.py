@@ -52,7 +52,7 @@ class TemplateError(MicroVMError):
     """
 
 
-class InvalidStateError(MicroVMError):
+class VmStateError(MicroVMError):
     """The VM's state does not allow the operation (``invalid_state``)."""
 
 
@@ -102,8 +102,13 @@ class ForkedProcessError(MicroVMError):
     """A handle made in a parent process was used in a forked child (``forked_process``)."""
 
 
-class CancelledError(MicroVMError):
-    """The operation was cancelled before it ended (``cancelled``)."""
+class OperationCancelledError(MicroVMError):
+    """The operation was cancelled before it ended (``cancelled``): the VM was destroyed meanwhile, or the wait interrupted."""
+
+
+# Their first names. Not of `import *`, where they would take the place of asyncio's.
+CancelledError = OperationCancelledError
+InvalidStateError = VmStateError
 
 
 # The left column is Error::code() of the Rust core (src/error.rs).
@@ -117,7 +122,7 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "template_taken": TemplateError,
     "state_mismatch": TemplateError,
     "state_damaged": TemplateError,
-    "invalid_state": InvalidStateError,
+    "invalid_state": VmStateError,
     "backend_unavailable": BackendUnavailableError,
     "isolation_unavailable": IsolationUnavailableError,
     "network_unavailable": NetworkUnavailableError,
@@ -135,7 +140,7 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "host_error": HostError,
     "limit_too_low": HostError,
     "forked_process": ForkedProcessError,
-    "cancelled": CancelledError,
+    "cancelled": OperationCancelledError,
 }
 
 

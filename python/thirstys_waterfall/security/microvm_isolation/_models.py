@@ -6,9 +6,9 @@ from typing import List, Optional
 from . import _native
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class VMResourceLimits:
-    """How much one VM may have.
+    """How much one VM may have. Equal limits have equal hashes, so they serve as keys; one that is a key is left as it is.
 
     Args:
         vcpu_count: Virtual CPUs, 1 to 32.
