@@ -55,6 +55,8 @@ pub enum Error {
     InvalidState { vm_id: VmId, operation: &'static str, state: VmState, allowed: String },
     #[error("backend {backend} cannot be used: {reason}; {remedy}")]
     BackendUnavailable { backend: Backend, reason: String, remedy: String },
+    #[error("{vm_id}: {operation} is not supported by backend {backend}: {reason}; {remedy}")]
+    NotSupported { vm_id: VmId, operation: &'static str, backend: Backend, reason: String, remedy: &'static str },
     #[error("{vm_id}: {shortfall}")]
     IsolationUnavailable { vm_id: VmId, shortfall: Box<Shortfall> },
     #[error(
@@ -74,9 +76,10 @@ pub enum Error {
     #[error("{vm_id}: start failed at stage {stage}: {}", said(reason))]
     StartFailed { vm_id: VmId, stage: &'static str, reason: String, tails: Box<Tails> },
     #[error(
-        "{vm_id}: start did not finish within {limit_s} s; it was at stage {stage} (start_timeout_s can be raised)"
+        "{vm_id}: start did not finish within {limit_s} s; it was at stage {stage}{} (start_timeout_s can be raised)",
+        busy.as_ref().map_or_else(String::new, |busy| format!(": {busy}"))
     )]
-    StartTimeout { vm_id: VmId, stage: &'static str, limit_s: f64, tails: Box<Tails> },
+    StartTimeout { vm_id: VmId, stage: &'static str, limit_s: f64, busy: Option<String>, tails: Box<Tails> },
     #[error("{vm_id}: the VMM's process ended unexpectedly ({how})")]
     VmDied { vm_id: VmId, how: String, tails: Box<Tails> },
     #[error("{vm_id}: the channel to the agent is closed: {}{}", said(reason), outcome(*sent))]
@@ -127,6 +130,7 @@ impl Error {
             Error::StateDamaged { .. } => "state_damaged",
             Error::InvalidState { .. } => "invalid_state",
             Error::BackendUnavailable { .. } => "backend_unavailable",
+            Error::NotSupported { .. } => "not_supported",
             Error::IsolationUnavailable { .. } => "isolation_unavailable",
             Error::LimitTooLow { .. } => "limit_too_low",
             Error::NetworkUnavailable { .. } => "network_unavailable",
@@ -160,6 +164,9 @@ impl Error {
             }
             Error::BackendUnavailable { backend, reason, remedy } => {
                 json!({"backend": backend.as_str(), "reason": reason, "remedy": remedy})
+            }
+            Error::NotSupported { operation, backend, reason, remedy, .. } => {
+                json!({"operation": operation, "backend": backend.as_str(), "reason": reason, "remedy": remedy})
             }
             Error::QuotaExceeded { what, needed, available, limit, .. } => {
                 json!({"what": what, "needed": needed, "available": available, "limit": limit})
@@ -195,6 +202,7 @@ impl Error {
             Error::StartFailed { vm_id, .. }
             | Error::StartTimeout { vm_id, .. }
             | Error::VmDied { vm_id, .. }
+            | Error::NotSupported { vm_id, .. }
             | Error::HandshakeFailed { vm_id, .. }
             | Error::Vmm { vm_id, .. } => vm_id.clone_from(name),
             Error::ChannelClosed { vm_id, .. }

@@ -69,7 +69,11 @@ pub fn needs(program: &Path, modules: &[PathBuf]) -> Result<Needs> {
     Ok(Needs { interpreter: Some((named, real)), libraries, for_modules })
 }
 
-fn interpreter(program: &Path) -> std::io::Result<Option<PathBuf>> {
+/// The path by which the kernel looks for the loader of `program`; `None`: it is static.
+///
+/// # Errors
+/// What reading says, and for what is no program of this machine's.
+pub fn interpreter(program: &Path) -> std::io::Result<Option<PathBuf>> {
     let file = File::open(program)?;
     let mut header = [0; 64];
     (&file).read_exact(&mut header)?;

@@ -269,6 +269,9 @@ impl Manager {
         self.treatments.forget_all();
         self.pool.drain();
         self.destroy_all().await;
+        if let Some(templates) = &self.settings.templates {
+            templates.give_up().await;
+        }
         self.settings.suspended.removed().await;
         if let Some(zygotes) = &self.settings.zygotes {
             zygotes.end();

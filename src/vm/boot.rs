@@ -21,11 +21,15 @@ use crate::error::{Error, Result, Tails};
 use crate::host::disk::Disk;
 use crate::host::memfd;
 use crate::host::process::Jailed;
-use crate::host::procfs::Usage;
+use crate::host::procfs::{self, Usage};
 use crate::host::runtime_dir::VmDir;
 use crate::image::template::Template;
 use crate::model::{ResourceLimits, VmId};
 use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm};
+
+/// Stages in which a guest boots.
+pub const GUEST_BOOT: &str = "guest boot";
+pub const TEMPLATE: &str = "template";
 
 /// How far a start has come, and how long each stage took.
 #[derive(Debug)]
@@ -68,7 +72,11 @@ pub struct Attempt<'a> {
     pub tails: &'a LiveTails,
     /// How long the whole start may take.
     pub limit: Duration,
+    pub vmm: &'a dyn Vmm,
 }
+
+/// The share of its time for which a VMM computes, or waits for a CPU, whose guest does not wait for anything.
+const BUSY_SHARE: f64 = 0.5;
 
 impl Attempt<'_> {
     /// Waits for `work`, for the VMM's end or for the deadline, whichever is first. A VMM that failed is gone when this
@@ -83,6 +91,7 @@ impl Attempt<'_> {
                 vm_id: self.vm_id.clone(),
                 stage: self.progress.stage(),
                 limit_s: self.limit.as_secs_f64(),
+                busy: self.busy(),
                 tails: Box::default(),
             }),
         };
@@ -98,6 +107,24 @@ impl Attempt<'_> {
                 Err(with_tails(error, self.tails.read()))
             }
         }
+    }
+
+    /// What may be the matter with a guest that computes and says nothing.
+    fn busy(&self) -> Option<String> {
+        let stage = self.progress.stage();
+        if !matches!(stage, GUEST_BOOT | TEMPLATE) {
+            return None;
+        }
+        let pid = self.jailed.pid()?;
+        let (computed_s, waited_s) = (procfs::usage(pid)?.cpu_s, procfs::scheduling(pid)?.waited_s);
+        let (_, elapsed) = self.progress.lengths().pop()?;
+        (computed_s + waited_s >= BUSY_SHARE * elapsed.as_secs_f64()).then(|| {
+            format!(
+                "its VMM computed for {computed_s:.0} s, waited {waited_s:.0} s for a CPU, and the agent said nothing. Either the host is too slow, or this VMM and the \
+                 guest's kernel do not go together: {}",
+                self.vmm.pairing()
+            )
+        })
     }
 
     fn failed(&self, reason: String) -> Error {
@@ -125,7 +152,9 @@ fn with_tails(error: Error, said: Tails) -> Error {
             let hint = hint.or_else(|| last(&tails.console).map(|line| format!("; the guest's console ends: {line}")));
             Error::StartFailed { vm_id, stage, reason: reason + &hint.unwrap_or_default(), tails }
         }
-        Error::StartTimeout { vm_id, stage, limit_s, .. } => Error::StartTimeout { vm_id, stage, limit_s, tails },
+        Error::StartTimeout { vm_id, stage, limit_s, busy, .. } => {
+            Error::StartTimeout { vm_id, stage, limit_s, busy, tails }
+        }
         other => other,
     }
 }
@@ -144,8 +173,8 @@ pub async fn boot(spec: &Spec, settings: &Settings, standby: Option<Standby>) ->
     }
     let progress = Progress::since(begun, "prepare");
     let prepared = prepare(spec, settings).await?;
-    progress.at("template");
-    let template = template::find_or_make(&prepared, settings, &progress).await?;
+    progress.at(TEMPLATE);
+    let template = template::find_or_make(&prepared, spec, settings, Some(template::patience(begun, settings))).await;
     let failed = match run(prepared, settings, progress, template.clone()).await {
         Err(error @ Error::StartFailed { .. }) if template.is_some() => error,
         outcome => return outcome,
@@ -244,8 +273,8 @@ impl Launching {
     }
 
     fn attempt(&self) -> Attempt<'_> {
-        let Self { plan, progress, jailed, tails, limit, .. } = self;
-        Attempt { vm_id: &plan.vm_id, progress, jailed, tails, limit: *limit }
+        let Self { plan, progress, jailed, tails, limit, vmm, .. } = self;
+        Attempt { vm_id: &plan.vm_id, progress, jailed, tails, limit: *limit, vmm: vmm.as_ref() }
     }
 
     /// Waits until the VMM can be told to restore.
@@ -313,10 +342,10 @@ impl Launching {
             ..
         } = self;
         let vm_id = &plan.vm_id;
-        let attempt = Attempt { vm_id, progress: &progress, jailed: &jailed, tails: &tails, limit };
+        let attempt = Attempt { vm_id, progress: &progress, jailed: &jailed, tails: &tails, limit, vmm: vmm.as_ref() };
         let in_guest = async {
             if template.is_none() {
-                progress.at("guest boot");
+                progress.at(GUEST_BOOT);
             }
             // A connection that is made begins with HELLO, a clone's as well.
             let said = template.as_ref().filter(|_| transport.is_open()).map(|made| made.manifest.hello.clone());

@@ -77,11 +77,13 @@ impl Copy {
 ///
 /// # Errors
 /// [`Error::StateMismatch`] where this host could not go on with the copy, because a file that the VM uses was replaced since
-/// it started; [`Error::Vmm`] where its backend cannot copy.
-pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings) -> Result<Fit> {
+/// it started; [`Error::NotSupported`] for `operation` where its backend
+/// cannot copy.
+pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings, operation: &'static str) -> Result<Fit> {
+    let (vm_id, backend) = (&spec.vm_id, running.backend);
+    let cannot = |reason, remedy| Error::NotSupported { vm_id: vm_id.clone(), operation, backend, reason, remedy };
     if !running.capabilities.copies {
-        let reason = format!("a VM on {} cannot be copied while it runs; use backend=\"qemu\"", running.backend);
-        return Err(Error::Vmm { vm_id: spec.vm_id.clone(), operation: "copy", reason });
+        return Err(cannot("a VM on it cannot be copied while it runs".into(), "use backend=\"qemu\""));
     }
     let machine = Machine {
         vm_id: spec.vm_id.clone(),
@@ -101,7 +103,7 @@ pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings) -> Resu
     };
     let here = match here {
         Ok(here) => here,
-        Err(error @ Error::Vmm { .. }) => return Err(error),
+        Err(Error::Vmm { reason, .. }) => return Err(cannot(reason, "doctor tells what this host's jail lacks")),
         Err(error) => return Err(refused(vec![error.to_string()])),
     };
     // Where the content of what a template depended on is unknown, any change of the file counts.

@@ -97,14 +97,14 @@ impl MicroVm {
     ///
     /// # Errors
     /// [`Error::InvalidState`] unless RUNNING or PAUSED, [`Error::TemplateTaken`], [`Error::Guest`] with the code `busy`
-    /// when a program cannot be stopped, [`Error::Vmm`], [`Error::Host`]; nothing is left of the template then.
+    /// when a program cannot be stopped, [`Error::NotSupported`], [`Error::Vmm`], [`Error::Host`]; nothing is left of the template then.
     pub async fn snapshot(&self, name: &TemplateName) -> Result<()> {
         let _operation = self.operation.lock().await;
         let (running, state) = self.live("take a snapshot of")?;
         let begun = Instant::now();
         let work = async {
             let making = begin(&self.settings.snapshots, name).await?;
-            let fit = fit_of(&running, &self.spec, &self.settings).await?;
+            let fit = fit_of(&running, &self.spec, &self.settings, "snapshot()").await?;
             let copy = Copy::begin(&running, &self.spec.limits, making.path()).await?;
             let hello = self.freeze(&running, state).await?;
             let stopped = Instant::now();

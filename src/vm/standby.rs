@@ -39,7 +39,7 @@ impl Standby {
     pub async fn make(spec: &Spec, settings: &Settings, form: Form) -> Result<Self> {
         let progress = Progress::begin("prepare");
         let prepared = prepare(spec, settings).await?;
-        let template = template::find_or_make(&prepared, settings, &progress).await?;
+        let template = template::find_or_make(&prepared, spec, settings, None).await;
         let template = template.ok_or_else(|| Error::host("make", "a VM of the pool", "there is no template"))?;
         let mut launching = Launching::launch(prepared, settings, progress, Some(template)).await?;
         if form == Form::Blank {

@@ -43,7 +43,7 @@ impl MicroVm {
     ///
     /// # Errors
     /// [`Error::InvalidState`] unless RUNNING or PAUSED, [`Error::Guest`] with the code `busy` when requests or streams do
-    /// not end or a program cannot be stopped, [`Error::Vmm`], [`Error::Host`]; the VM goes on then.
+    /// not end or a program cannot be stopped, [`Error::NotSupported`], [`Error::Vmm`], [`Error::Host`]; the VM goes on then.
     pub async fn suspend(&self) -> Result<()> {
         let _operation = self.operation.lock().await;
         if self.is_suspended() {
@@ -83,7 +83,7 @@ impl MicroVm {
     /// Keeps the VM's state; it stands still then. After an error it goes on.
     async fn put_away(&self, running: &Running, state: VmState) -> Result<()> {
         let making = self.begin_suspending().await?;
-        let fit = fit_of(running, &self.spec, &self.settings).await?;
+        let fit = fit_of(running, &self.spec, &self.settings, "suspend()").await?;
         let copy = Copy::begin(running, &self.spec.limits, making.path()).await?;
         // What waits in a VM that stands still would wait for ever.
         let open = if state == VmState::Running { running.agent().idle(IDLE_DEADLINE).await } else { 0 };

@@ -4,23 +4,23 @@ use std::fs::File;
 use std::os::unix::fs::fchown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use microvm_jail::Access;
 use microvm_protocol::handshake::{has_failed, Ask};
 use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
 use tokio::io::AsyncWriteExt;
 
-use super::boot::{Attempt, Progress};
+use super::boot::{Attempt, Progress, TEMPLATE};
 use super::introduction::Introduction;
 use super::prepare::{self, file_size, Prepared, Sources};
 use super::{Settings, Spec};
 use crate::channel::Agent;
 use crate::error::{Error, Result};
-use crate::host::kvm;
+use crate::host::{clock, kvm};
 use crate::image::template::{Digests, Fit, FitDrive, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
-use crate::model::{Backend, ResourceLimits, VmId};
+use crate::model::{Backend, NetworkConfig, ResourceLimits, VmId};
 use crate::vmm::{self, Drive, JailPlan, LaunchPlan, Launched, Nic, Origin, Vmm, Wish, RAM_PLACE};
 
 /// HELLOs asked for before the guest is frozen: it rehearses before each.
@@ -28,42 +28,54 @@ const REHEARSALS: usize = 3;
 /// Time for the kernel to do what it has put off.
 const BETWEEN: Duration = Duration::from_millis(20);
 
-/// The template for a prepared VM, made now if need be; `None`: it has to boot.
-///
-/// # Errors
-/// [`Error::StartTimeout`]: a kernel that does not come up as a template would not do so as a VM.
+/// A template has this many times as long as a start: it is booted, rehearsed, written and read.
+const TEMPLATE_STARTS: u32 = 4;
+/// Of the time of a start, the part for which it waits for a template; in the rest it boots.
+const WAITS: u32 = 2;
+
+/// The template for a prepared VM of `spec`, made if need be; `None`: the VM has to boot. Waits for it until `deadline`, which
+/// does not end its making: a later start finds it.
 pub async fn find_or_make(
     prepared: &Prepared,
+    spec: &Spec,
     settings: &Settings,
-    progress: &Progress,
-) -> Result<Option<Arc<Template>>> {
-    let Some(store) = &settings.templates else { return Ok(None) };
+    deadline: Option<Instant>,
+) -> Option<Arc<Template>> {
+    let store = settings.templates.as_ref()?;
+    let vm_id = &prepared.plan.vm_id;
     if !prepared.vmm.capabilities().clones {
-        return Ok(None);
+        return None;
     }
     if let Err(reason) = prepared.vmm.can_clone(&prepared.plan) {
         // What its backend cannot do is no news at each start.
         let is_of_host = prepared.plan.jail.has_fixed_places().is_err();
         let level = if is_of_host { log::Level::Warn } else { log::Level::Debug };
-        log::log!(level, "{}: the VM boots: {reason}", prepared.plan.vm_id);
-        return Ok(None);
+        log::log!(level, "{vm_id}: the VM boots: {reason}");
+        return None;
     }
     let found = async {
         let fit = fit(settings, prepared).await?;
-        store.find_or_make(&fit, |dir| async move { record(prepared, settings, progress, &dir).await }).await
+        if let Some(template) = store.known(&fit.key()) {
+            return Ok(template);
+        }
+        let maker = Maker::of(prepared, spec, settings)?;
+        store.find_or_make(fit, |dir| async move { maker.make(&dir).await }).await
     };
-    match tokio::time::timeout(settings.start_timeout, found).await {
-        Ok(Ok(template)) => Ok(Some(template)),
-        Ok(Err(error @ Error::StartTimeout { .. })) => Err(error),
-        Ok(Err(error)) => {
-            log::warn!("{}: there is no template, the VM boots: {error}", prepared.plan.vm_id);
-            Ok(None)
-        }
-        Err(_) => {
-            log::warn!("{}: the template was not ready in time, the VM boots", prepared.plan.vm_id);
-            Ok(None)
-        }
+    let found = match deadline {
+        Some(deadline) => tokio::time::timeout_at(deadline.into(), found).await,
+        None => Ok(found.await),
+    };
+    match found {
+        Ok(Ok(template)) => return Some(template),
+        Ok(Err(error)) => log::warn!("{vm_id}: there is no template, the VM boots: {error}"),
+        Err(_) => log::warn!("{vm_id}: its template is not ready yet, the VM boots beside it"),
     }
+    None
+}
+
+/// Until when a start that began at `begun` waits for a template.
+pub fn patience(begun: Instant, settings: &Settings) -> Instant {
+    begun + settings.start_timeout / WAITS
 }
 
 /// Makes the template of VMs like `spec`, unless it is there.
@@ -71,11 +83,39 @@ pub async fn find_or_make(
 /// # Errors
 /// As a start's; [`Error::Host`] when templates are switched off or cannot be kept.
 pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<()> {
-    let progress = Progress::begin("prepare");
     let prepared = prepare::prepare(spec, settings).await?;
-    let template = find_or_make(&prepared, settings, &progress).await?;
+    let template = find_or_make(&prepared, spec, settings, None).await;
     let missing = || Error::host("prepare", "a template", "there can be none; see the log for the reason");
     template.map(drop).ok_or_else(missing)
+}
+
+/// Makes a template by a VM of its own, whatever becomes of the one that it is first needed for.
+struct Maker {
+    spec: Spec,
+    is_connected: bool,
+    settings: Settings,
+}
+
+impl Maker {
+    fn of(prepared: &Prepared, spec: &Spec, settings: &Settings) -> Result<Self> {
+        // How fast its disk may be is each VM's own.
+        let limits = ResourceLimits { disk_bytes_per_s: None, disk_ops_per_s: None, ..spec.limits.clone() };
+        let spec = Spec {
+            vm_id: VmId::parse(&format!("template-{}", clock::hex(&clock::random::<6>()?)))?,
+            backend: Some(prepared.vmm.backend()),
+            limits,
+            network: NetworkConfig::default(),
+            ..spec.clone()
+        };
+        Ok(Self { spec, is_connected: prepared.plan.nic.is_some(), settings: settings.clone() })
+    }
+
+    async fn make(self, dir: &Path) -> Result<Vec<u8>> {
+        let progress = Progress::begin(TEMPLATE);
+        let mut prepared = prepare::prepare(&self.spec, &self.settings).await?;
+        prepared.plan.nic = self.is_connected.then(Nic::unplugged);
+        record(&prepared, &self.settings, &progress, dir).await
+    }
 }
 
 pub async fn discard(settings: &Settings, template: &Template) {
@@ -199,7 +239,8 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     let launched = prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let Launched { jailed, agent, control, tails, identity } = launched;
     let introduction = Introduction::by(identity);
-    let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit: settings.start_timeout };
+    let (limit, vmm) = (settings.start_timeout * TEMPLATE_STARTS, prepared.vmm.as_ref());
+    let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit, vmm };
     let state = File::options().write(true).create_new(true).open(dir.join(STATE));
     let state = state.map_err(|error| Error::host("create", dir.display(), error))?;
     let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;

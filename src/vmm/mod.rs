@@ -240,6 +240,8 @@ pub trait Vmm: Send + Sync + Debug {
     fn binary(&self) -> &Path;
     /// What the binary says of its version.
     fn version(&self) -> Option<&str>;
+    /// Its version and path, and the releases that the packaged guest was tried with; for people.
+    fn pairing(&self) -> String;
     /// The machine that `plan` describes, without the names of its files: what a template of it depends on.
     fn machine(&self, plan: &LaunchPlan) -> Vec<String>;
     /// `connected`: for a VM that is on a network.

@@ -64,6 +64,13 @@ impl Program {
         Ok(program)
     }
 
+    /// The version and the path, and the releases that the packaged guest was `tried` with; for people.
+    #[must_use]
+    pub fn pairing(&self, tried: &str) -> String {
+        let version = self.version_line.as_deref().unwrap_or("unknown version");
+        format!("{version} ({}); the packaged kernel was tried with {tried}", self.binary.display())
+    }
+
     /// Shows the binary and its libraries, or, of a VMM that is loaded already, what only its modules need; answers with
     /// the path by which the jailed VMM finds itself.
     ///

@@ -77,10 +77,21 @@ fn check_state(path: &Path) -> io::Result<()> {
 
 /// The manifest of the three files in `new`, which are made sparse on the way.
 pub(super) fn describe(new: &Path, fit: Fit, hello: Vec<u8>) -> io::Result<Manifest> {
+    describe_unless(new, fit, hello, || false)
+}
+
+/// As [`describe`]; an error as soon as `is_stopped`.
+pub(super) fn describe_unless(
+    new: &Path,
+    fit: Fit,
+    hello: Vec<u8>,
+    is_stopped: impl Fn() -> bool,
+) -> io::Result<Manifest> {
     check_state(&new.join(STATE))?;
     let digest = |name: &str| {
         let file = File::options().read(true).write(true).open(new.join(name))?;
         digest::pages(&file, |at, page| match page {
+            _ if is_stopped() => Err(io::Error::other("it was given up")),
             Some(_) => Ok(()),
             // What the guest has given back; file systems without holes keep the zeros.
             None => memfd::punch_hole(&file, at..at + 4096).or(Ok(())),

@@ -6,10 +6,11 @@ use std::future::Future;
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::Flock;
+use tokio::sync::watch;
 
 use super::files::{self, remove, Template, DISK, MANIFEST};
 use super::{Fit, Manifest};
@@ -29,14 +30,27 @@ pub struct StoreLimits {
     pub max_age: Duration,
 }
 
-type Slot = Arc<tokio::sync::Mutex<Option<Arc<Template>>>>;
+/// A template as this process knows it.
+#[derive(Debug, Default)]
+struct Slot {
+    known: Option<Arc<Template>>,
+    work: Option<Work>,
+}
+
+type Outcome = Result<Arc<Template>>;
+
+/// A task that reads or makes a template. It outlives those that wait for it.
+#[derive(Debug)]
+struct Work {
+    done: watch::Receiver<Option<Outcome>>,
+    stop: watch::Sender<bool>,
+}
 
 /// The templates of this user.
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
     limits: StoreLimits,
-    /// One template is made, or read, by one task at a time.
     slots: Mutex<HashMap<String, Slot>>,
 }
 
@@ -54,50 +68,121 @@ impl Store {
         &self.dir
     }
 
-    fn slot(&self, key: &str) -> Slot {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(key.to_owned()).or_default().clone()
+    fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The template of this [`Fit::key`], if this process holds it and its files are what they were.
+    #[must_use]
+    pub fn known(&self, key: &str) -> Option<Arc<Template>> {
+        let known = self.slots().get(key).and_then(|slot| slot.known.clone())?;
+        if known.is_unchanged() {
+            return Some(known);
+        }
+        log::warn!("template {key}: its files have changed; it is not used any more");
+        if let Some(slot) = self.slots().get_mut(key) {
+            slot.known.take_if(|other| Arc::ptr_eq(other, &known));
+        }
+        None
     }
 
     /// The template for `fit`; `make` writes [`RAM`], [`STATE`] and [`DISK`] into the folder it is given and returns the agent's
-    /// HELLO. Of all processes that want the same template one makes it and the others wait.
+    /// HELLO. Of all that want the same template, in this process and others, one makes it and the others wait. It goes on
+    /// when the caller waits no more, until it is done or [`Store::give_up`].
     ///
     /// # Errors
     /// [`Error::Host`] when the folder cannot be used, and `make`'s.
-    pub async fn find_or_make<F>(&self, fit: &Fit, make: impl FnOnce(PathBuf) -> F) -> Result<Arc<Template>>
+    pub async fn find_or_make<F>(
+        self: &Arc<Self>,
+        fit: Fit,
+        make: impl FnOnce(PathBuf) -> F + Send + 'static,
+    ) -> Outcome
+    where
+        F: Future<Output = Result<Vec<u8>>> + Send + 'static,
+    {
+        let key = fit.key();
+        if let Some(template) = self.known(&key) {
+            return Ok(template);
+        }
+        let mut done = self.work(key, fit, make);
+        let outcome = done.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+        outcome.unwrap_or_else(|| Err(given_up()))
+    }
+
+    /// The task that is under way for `key`, or a new one.
+    fn work<F>(
+        self: &Arc<Self>,
+        key: String,
+        fit: Fit,
+        make: impl FnOnce(PathBuf) -> F + Send + 'static,
+    ) -> watch::Receiver<Option<Outcome>>
+    where
+        F: Future<Output = Result<Vec<u8>>> + Send + 'static,
+    {
+        let mut slots = self.slots();
+        let slot = slots.entry(key.clone()).or_default();
+        // A sender that is gone is that of a task that panicked.
+        if let Some(work) = slot.work.as_ref().filter(|work| work.done.has_changed().is_ok()) {
+            return work.done.clone();
+        }
+        let (telling, done) = watch::channel(None);
+        let (stop, stopped) = watch::channel(false);
+        slot.work = Some(Work { done: done.clone(), stop });
+        let store = self.clone();
+        tokio::spawn(async move {
+            let outcome = store.find(&key, fit, make, stopped).await.map(Arc::new);
+            {
+                let mut slots = store.slots();
+                let slot = slots.entry(key).or_default();
+                slot.work = None;
+                slot.known = outcome.as_ref().ok().cloned();
+            }
+            telling.send_replace(Some(outcome));
+        });
+        done
+    }
+
+    async fn find<F>(
+        &self,
+        key: &str,
+        fit: Fit,
+        make: impl FnOnce(PathBuf) -> F,
+        stopped: watch::Receiver<bool>,
+    ) -> Result<Template>
     where
         F: Future<Output = Result<Vec<u8>>>,
     {
-        let key = fit.key();
-        let slot = self.slot(&key);
-        let mut known = slot.lock().await;
-        if let Some(template) = known.take() {
-            if template.is_unchanged() {
-                *known = Some(template.clone());
-                return Ok(template);
-            }
-            log::warn!("template {key}: its files have changed; it is not used any more");
+        let place = self.dir.join(key);
+        if let Some(template) = self.read(&place, &fit).await? {
+            return Ok(template);
         }
-        let place = self.dir.join(&key);
-        let template = match self.read(&place, fit).await? {
-            Some(template) => template,
-            None => {
-                let _lock = self.lock(&key).await?;
-                // Another process may have made it while this one waited.
-                match self.read(&place, fit).await? {
-                    Some(template) => template,
-                    None => self.make(&place, fit, make).await?,
-                }
-            }
+        let lock = unless(&stopped, self.lock(key)).await?;
+        // Another process may have made it while this one waited.
+        match self.read(&place, &fit).await? {
+            Some(template) => Ok(template),
+            None => self.make(lock, place, fit, make, stopped).await,
+        }
+    }
+
+    /// Ends the making of templates: no process and no file of one is left.
+    pub async fn give_up(&self) {
+        let tell = |work: &Work| {
+            work.stop.send_replace(true);
+            work.done.clone()
         };
-        let template = Arc::new(template);
-        *known = Some(template.clone());
-        Ok(template)
+        let under_way: Vec<_> = self.slots().values().filter_map(|slot| slot.work.as_ref()).map(tell).collect();
+        for mut done in under_way {
+            // An error is the end of the task, too.
+            drop(done.wait_for(Option::is_some).await);
+        }
     }
 
     /// Throws a template away that did not work out.
     pub async fn discard(&self, fit: &Fit) {
         let key = fit.key();
-        *self.slot(&key).lock().await = None;
+        if let Some(slot) = self.slots().get_mut(&key) {
+            slot.known = None;
+        }
         let place = self.dir.join(&key);
         if let Err(error) = remove(&place) {
             log::warn!("{}: {error}", place.display());
@@ -132,21 +217,30 @@ impl Store {
         reading.await.map_err(|error| Error::host("read", "a template", error))?
     }
 
-    /// Makes a template beside its place and moves it there when it is whole. The lock is held.
-    async fn make<F>(&self, place: &Path, fit: &Fit, make: impl FnOnce(PathBuf) -> F) -> Result<Template>
+    /// Makes a template beside its place and moves it there when it is whole.
+    async fn make<F>(
+        &self,
+        lock: Flock<File>,
+        place: PathBuf,
+        fit: Fit,
+        make: impl FnOnce(PathBuf) -> F,
+        stopped: watch::Receiver<bool>,
+    ) -> Result<Template>
     where
         F: Future<Output = Result<Vec<u8>>>,
     {
         let making = Making(place.with_extension("new"));
-        let failed = |error: io::Error| Error::host("make a template", place.display(), error);
+        let shown = place.display().to_string();
+        let failed = |error: io::Error| Error::host("make a template", &shown, error);
         remove(&making.0).map_err(failed)?;
         private_dir::ensure(&making.0, "cache_dir")?;
-        let hello = make(making.0.clone()).await?;
-        let (new, place, fit, dir, limits) =
-            (making.0.clone(), place.to_owned(), fit.clone(), self.dir.clone(), self.limits);
+        let hello = unless(&stopped, make(making.0.clone())).await?;
+        let (dir, limits) = (self.dir.clone(), self.limits);
+        // The folder and the lock go along: a thread cannot be cancelled, only asked to end.
         let finishing = tokio::task::spawn_blocking(move || -> io::Result<Template> {
-            write_manifest(&new, &fit, hello)?;
-            fs::rename(&new, &place)?;
+            let (_lock, making) = (lock, making);
+            write_manifest(&making.0, &fit, hello, || *stopped.borrow())?;
+            fs::rename(&making.0, &place)?;
             let template = read(&place, &fit)?;
             prune(&dir, limits, Some(&place));
             Ok(template)
@@ -193,8 +287,22 @@ impl Drop for Making {
     }
 }
 
-fn write_manifest(new: &Path, fit: &Fit, hello: Vec<u8>) -> io::Result<()> {
-    let manifest = files::describe(new, fit.clone(), hello)?;
+fn given_up() -> Error {
+    Error::host("make", "a template", "it was given up: its manager stops")
+}
+
+/// What `work` comes to, unless it is stopped before; it is dropped then.
+async fn unless<T>(stopped: &watch::Receiver<bool>, work: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut stopped = stopped.clone();
+    tokio::select! {
+        biased;
+        _ = stopped.wait_for(|stopped| *stopped) => Err(given_up()),
+        done = work => done,
+    }
+}
+
+fn write_manifest(new: &Path, fit: &Fit, hello: Vec<u8>, is_stopped: impl Fn() -> bool) -> io::Result<()> {
+    let manifest = files::describe_unless(new, fit.clone(), hello, is_stopped)?;
     let mut file = File::options().write(true).create_new(true).open(new.join(MANIFEST))?;
     file.write_all(&serde_json::to_vec_pretty(&manifest)?)?;
     file.sync_all()
@@ -249,5 +357,96 @@ fn prune(dir: &Path, limits: StoreLimits, keep: Option<&Path>) {
             }
             Err(error) => log::warn!("{}: {error}", path.display()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::manifest::tests::fit;
+    use super::super::{RAM, STATE};
+    use super::*;
+    use tokio::sync::Notify;
+
+    fn store(name: &str) -> (PathBuf, Arc<Store>) {
+        let cache = std::env::temp_dir().join(format!("store-{}-{name}", std::process::id()));
+        private_dir::ensure(&cache, "cache_dir").unwrap();
+        let limits = StoreLimits { max_bytes: u64::MAX, max_age: Duration::MAX };
+        (cache.clone(), Arc::new(Store::new(&cache, limits)))
+    }
+
+    fn write(dir: &Path) -> Vec<u8> {
+        for file in [RAM, STATE, DISK] {
+            fs::write(dir.join(file), file).unwrap();
+        }
+        b"hello".to_vec()
+    }
+
+    fn left(cache: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(cache.join("templates")).unwrap();
+        entries.map(|entry| entry.unwrap().path()).filter(|path| path.extension().is_none_or(|e| e != "lock")).collect()
+    }
+
+    #[tokio::test]
+    async fn test_making_outlives_those_that_wait_and_is_done_once() {
+        let (cache, store) = store("outlives");
+        let go_on = Arc::new(Notify::new());
+        let wait = go_on.clone();
+        let first = store.find_or_make(fit(), |dir| async move {
+            wait.notified().await;
+            Ok(write(&dir))
+        });
+        tokio::time::timeout(Duration::from_millis(20), first).await.unwrap_err();
+        let second = store.find_or_make(fit(), |_| async { panic!("made twice") });
+        tokio::pin!(second);
+        tokio::time::timeout(Duration::from_millis(20), &mut second).await.unwrap_err();
+        go_on.notify_one();
+        let made = second.await.unwrap();
+        assert!(Arc::ptr_eq(&store.known(&fit().key()).unwrap(), &made));
+        fs::remove_dir_all(cache).unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_give_up_ends_what_is_made_and_leaves_nothing() {
+        let (cache, store) = store("given-up");
+        let waiting = tokio::spawn({
+            let store = store.clone();
+            async move {
+                let endless = |dir: PathBuf| async move {
+                    write(&dir);
+                    std::future::pending().await
+                };
+                store.find_or_make(fit(), endless).await
+            }
+        });
+        let begun = std::time::Instant::now();
+        while left_or_none(&cache).is_empty() {
+            assert!(begun.elapsed() < Duration::from_secs(20));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        store.give_up().await;
+        assert!(waiting.await.unwrap().unwrap_err().to_string().contains("given up"));
+        assert_eq!(left(&cache), [] as [PathBuf; 0]);
+        // A manager can be started again.
+        store.find_or_make(fit(), |dir| async move { Ok(write(&dir)) }).await.unwrap();
+        fs::remove_dir_all(cache).unwrap();
+    }
+
+    fn left_or_none(cache: &Path) -> Vec<PathBuf> {
+        if cache.join("templates").is_dir() {
+            left(cache)
+        } else {
+            Vec::new()
+        }
+    }
+
+    #[tokio::test]
+    async fn test_failure_is_told_to_all_and_the_next_try_makes_it() {
+        let (cache, store) = store("fails");
+        let fails = |_| async { Err(Error::host("make", "it", "no")) };
+        let (one, other) = tokio::join!(store.find_or_make(fit(), fails), store.find_or_make(fit(), fails));
+        assert!(one.is_err() && other.is_err());
+        assert_eq!(left(&cache), [] as [PathBuf; 0]);
+        store.find_or_make(fit(), |dir| async move { Ok(write(&dir)) }).await.unwrap();
+        fs::remove_dir_all(cache).unwrap();
     }
 }

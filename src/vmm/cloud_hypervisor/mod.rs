@@ -70,6 +70,10 @@ impl Vmm for CloudHypervisor {
         self.program.version_line.as_deref()
     }
 
+    fn pairing(&self) -> String {
+        self.program.pairing("53.0")
+    }
+
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
         // The limits are a clone's own.
         let plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..plan.clone() };

@@ -88,6 +88,10 @@ impl Vmm for Qemu {
         self.program.version_line()
     }
 
+    fn pairing(&self) -> String {
+        self.program.pairing()
+    }
+
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
         let nameless = |drive: &Drive| Drive { path: PathBuf::new(), ..drive.clone() };
         let drives = plan.drives.iter().map(nameless).collect();

@@ -7,6 +7,7 @@ use microvm_jail::{Access, Layer, Seccomp};
 
 use super::api::Restore;
 use crate::error::Result;
+use crate::host::elf;
 use crate::vmm::{program, JailPlan};
 
 /// The releases whose system calls were measured for the allow-list.
@@ -14,11 +15,17 @@ const MEASURED: [(u32, u32); 1] = [(7, 2)];
 /// From 9.1 on `fd:` of a file is deprecated, and `file:` takes a set of descriptors; 11 refuses the first. It cannot be tried:
 /// a restore that was refused leaves QEMU unable to begin another. `query-qmp-schema` does not tell.
 const RESTORES_FILES: (u32, u32) = (9, 1);
+/// Where tests/distributions.py ran, and make test.
+const TRIED: &str = "QEMU 7.2, 10.0 and 11.1";
 /// What the `microvm` machine boots from: with acpi=off the first, else the second.
 const FIRMWARE: [&str; 2] = ["qboot.rom", "bios-microvm.bin"];
 /// Where distributions keep firmware and modules, seen from the folder of the binary.
 const FIRMWARE_FOLDERS: [&str; 4] = ["../share/qemu", "../share/seabios", "/usr/share/qemu", "/usr/share/seabios"];
 const MODULE_FOLDERS: [&str; 3] = ["../lib/x86_64-linux-gnu/qemu", "../lib64/qemu", "../lib/qemu"];
+/// Where a copy of the distribution's finds its own; QEMU itself refuses the modules of another build.
+const SYSTEM_MODULE_FOLDERS: [&str; 3] = ["/usr/lib/x86_64-linux-gnu/qemu", "/usr/lib64/qemu", "/usr/lib/qemu"];
+/// The loader of the distributions that have such folders (System V ABI, AMD64): another libc's cannot load their modules.
+const SYSTEM_LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
 /// QEMU loads its emulator from a module where it was built with modules; KVM is always built in.
 const TCG_MODULE: &str = "accel-tcg-x86_64.so";
 
@@ -46,7 +53,9 @@ fn beside(binary: &Path, folders: &[&str], name: &str) -> Option<PathBuf> {
 }
 
 fn modules(binary: &Path) -> Vec<PathBuf> {
-    beside(binary, &MODULE_FOLDERS, TCG_MODULE).into_iter().collect()
+    let is_distributions = || elf::interpreter(binary).is_ok_and(|loader| loader == Some(SYSTEM_LOADER.into()));
+    let of_a_copy = || beside(binary, &SYSTEM_MODULE_FOLDERS, TCG_MODULE).filter(|_| is_distributions());
+    beside(binary, &MODULE_FOLDERS, TCG_MODULE).or_else(of_a_copy).into_iter().collect()
 }
 
 /// Whether the answer to `-cpu help` names a flag: after the models, a heading and then names between blanks.
@@ -74,6 +83,11 @@ impl Program {
     #[must_use]
     pub fn version_line(&self) -> Option<&str> {
         self.files.version_line.as_deref()
+    }
+
+    #[must_use]
+    pub fn pairing(&self) -> String {
+        self.files.pairing(TRIED)
     }
 
     fn version(&self) -> Option<(u32, u32)> {
@@ -158,6 +172,22 @@ impl Program {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_modules_of_a_copy_are_those_of_the_system() {
+        let Some(system) = beside(Path::new("/"), &SYSTEM_MODULE_FOLDERS, TCG_MODULE) else {
+            println!("skipped: this system's QEMU has no modules");
+            return;
+        };
+        let folder = std::env::temp_dir().join(format!("modules-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let copy = folder.join("qemu");
+        std::fs::copy("/usr/bin/qemu-system-x86_64", &copy).unwrap();
+        assert_eq!(modules(&copy), [system]);
+        std::fs::write(&copy, "no program").unwrap();
+        assert_eq!(modules(&copy), [] as [PathBuf; 0]);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
 
     #[test]
     fn test_cpu_flag_is_a_whole_word_of_the_list_of_flags() {

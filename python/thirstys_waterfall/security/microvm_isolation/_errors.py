@@ -60,6 +60,10 @@ class BackendUnavailableError(MicroVMError):
     """The backend cannot run on this host; ``details["remedy"]`` says what to install (``backend_unavailable``)."""
 
 
+class NotSupportedError(MicroVMError):
+    """The VM's backend cannot do this; ``details["remedy"]`` names one that can (``not_supported``)."""
+
+
 class IsolationUnavailableError(MicroVMError):
     """The host cannot give the isolation that ``min_isolation`` asks for (``isolation_unavailable``)."""
 
@@ -124,6 +128,7 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "state_damaged": TemplateError,
     "invalid_state": VmStateError,
     "backend_unavailable": BackendUnavailableError,
+    "not_supported": NotSupportedError,
     "isolation_unavailable": IsolationUnavailableError,
     "network_unavailable": NetworkUnavailableError,
     "image_unreadable": ImageError,
