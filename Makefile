@@ -20,7 +20,7 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils bzip2 nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help check dev t against setup guest jail zygote janitor attackers wheel installed demo test test-nested bench fuzz traffic clones cycles stress network-many \
+.PHONY: help check dev t against setup guest jail zygote janitor attackers wheel installed demo test test-nested test-distributions bench fuzz traffic clones cycles stress network-many \
     network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo 'make dev     a debug build in the tree; make t T=tests.test_channel.Streams: one test with it'
 	@echo 'make against BEFORE=WHEEL: the starts of two wheels, in turns; N=60'
 	@echo 'make test-nested  the conformance suite on every backend, in a guest with KVM: TIMES=5 MICROVM_TEST_BIN=FOLDER'
+	@echo 'make test-distributions  the example and a life on Debian 13 and sid, with their QEMU: SUITES="trixie sid"'
 	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
 	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
 	@echo 'make clones  the long forms of the template tests: CLONES=200 identities, KILLS=50 deaths'
@@ -170,6 +171,11 @@ test-nested: installed
 	    $(PYTHON) -m tests.nested.lab --timeout $(or $(DEADLINE),1800) --keep $(BUILD)/nested/results -- \
 	        env MICROVM_TEST_MBPS=12 $(BUILD)/venv-demo/bin/python tests/runner.py --totals /run/lab/totals \
         $(or $(TESTS),'test_conformance_*.py'); done
+
+# Not part of `make test`: it fetches some hundred megabytes.
+test-distributions: installed
+	$(PYTHON) tests/distributions.py --package \
+	    $$($(BUILD)/venv-demo/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') $(SUITES)
 
 bench: installed
 	$(BUILD)/venv-demo/bin/python -m thirstys_waterfall.security.microvm_isolation bench \
