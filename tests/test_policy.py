@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager
 
-from .support import VMTestCase, eventually, limits
+from .support import VMTestCase, eventually, limits, shell
 
 
 class PolicyTestCase(VMTestCase):
@@ -103,6 +103,17 @@ class Failures(PolicyTestCase):
                 time.sleep(0.3)
                 usage = manager.get_resource_usage()
                 self.assertEqual((manager.list_vms(), usage["memory_allocated_mb"]), ([], 0))
+
+    def test_guest_that_ends_itself_is_stopped_which_is_no_failure(self) -> None:
+        vm = self.running(isolation_type="session")
+        for command, params in (("shutdown", {}), ("exec", shell("reboot -f; sleep 60", timeout=60))):
+            with self.subTest(command):
+                vm.send_command(command, params)
+                self.assertTrue(eventually(lambda: vm.get_state().value == "stopped", 30.0), self.seen)
+                self.assertTrue(vm.start(), vm.last_error)
+                self.assertEqual(self.result(vm, "ping"), "pong")
+        self.assertEqual(self.actions(), [])
+        self.assertNotIn("error", [event["to"] for event in self.seen if event["kind"] == "state"])
 
     def test_leave_is_the_default_and_the_dead_are_removed(self) -> None:
         vm = self.running(isolation_type="browser_tab")

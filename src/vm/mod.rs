@@ -575,8 +575,33 @@ impl MicroVm {
         }
     }
 
+    /// The guest ended itself: the VM is stopped, as if it had been asked to, and can be started again.
+    async fn on_shutdown(&self, running: &Arc<Running>) {
+        const WHY: &str = "the guest shut itself down";
+        // What is under way ends first: it may be what shut the guest down.
+        let _operation = self.operation.lock().await;
+        {
+            let mut cell = self.cell();
+            if !cell.is_running(running) || !matches!(cell.state, VmState::Running | VmState::Paused) {
+                return;
+            }
+            self.enter(&mut cell, VmState::Stopping, WHY);
+        }
+        running.reaped().await;
+        running.release().await;
+        {
+            let mut cell = self.cell();
+            cell.counted = None;
+            self.enter(&mut cell, VmState::Stopped, WHY);
+        }
+        log::info!("{}: {WHY}", self.id());
+    }
+
     /// The VMM ended without being asked to.
     async fn on_exit(&self, running: &Arc<Running>, exit: &process::Exit) {
+        if running.has_shut_down(exit).await {
+            return self.on_shutdown(running).await;
+        }
         let error = {
             let mut cell = self.cell();
             if !cell.is_running(running) || !matches!(cell.state, VmState::Running | VmState::Paused) {
@@ -621,8 +646,12 @@ async fn explain(running: &Running, error: Error) -> Error {
     if !matches!(error, Error::ChannelClosed { .. }) {
         return error;
     }
-    let exit = tokio::time::timeout(Duration::from_secs(1), running.exited()).await;
-    exit.map_or(error, |exit| running.died(&exit))
+    let Ok(exit) = tokio::time::timeout(Duration::from_secs(1), running.exited()).await else { return error };
+    if running.has_shut_down(&exit).await {
+        let (vm_id, reason) = (running.vm_id.to_string(), "the guest shut itself down".to_owned());
+        return Error::ChannelClosed { vm_id, reason, sent: true };
+    }
+    running.died(&exit)
 }
 
 /// Ends a start whose future was dropped half-way: what it held is gone by then.

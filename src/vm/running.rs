@@ -34,6 +34,11 @@ const QUIT_DEADLINE: Duration = Duration::from_secs(2);
 /// How long the kernel may take to reap a killed jail.
 const REAP_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long the rest of an ended guest's console is waited for.
+const CONSOLE_DEADLINE: Duration = Duration::from_secs(1);
+/// The last line that Linux writes to its console when it ends on purpose (kernel/reboot.c); after a panic it is another one.
+const LAST_WORDS: [&str; 2] = ["reboot: Restarting system", "reboot: Power down"];
+
 /// What a clone's memory began as, and what that depends on. Not its template's disk: that may be removed by now.
 pub struct Base {
     pub ram: Arc<OwnedFd>,
@@ -160,6 +165,23 @@ impl Running {
         }
     }
 
+    /// Whether the VMM ended because its guest shut down or rebooted: not by a panic, nor by a fault of the VMM.
+    pub async fn has_shut_down(&self, exit: &Exit) -> bool {
+        let can_be = match exit {
+            Exit::Code(0) => true,
+            // A guest's reboot is ended by this process there: vmm/cloud_hypervisor/events.rs.
+            Exit::Signal(libc::SIGKILL) => self.backend == Backend::CloudHypervisor,
+            _ => false,
+        };
+        if !can_be {
+            return false;
+        }
+        if tokio::time::timeout(CONSOLE_DEADLINE, self.tails.console.drained()).await.is_err() {
+            log::debug!("{}: its console is still open", self.vm_id);
+        }
+        ended_on_purpose(&self.tails.console.text())
+    }
+
     pub fn died(&self, exit: &Exit) -> Error {
         let tails: Tails = self.tails.read();
         Error::VmDied { vm_id: self.vm_id.clone(), how: exit.to_string(), tails: Box::new(tails) }
@@ -225,6 +247,26 @@ impl Running {
         });
         if let Err(error) = removed.await {
             log::error!("{}: not all of it was removed: {error}", self.vm_id);
+        }
+    }
+}
+
+fn ended_on_purpose(console: &str) -> bool {
+    let last = console.lines().map(str::trim_end).rfind(|line| !line.is_empty()).unwrap_or_default();
+    LAST_WORDS.iter().any(|words| last.ends_with(words))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_ended_on_purpose_goes_by_the_kernels_last_line() {
+        assert!(ended_on_purpose("microvm-agent: x\n[   12.3] reboot: Restarting system\n\n"));
+        assert!(ended_on_purpose("reboot: Power down"));
+        let panic = "reboot: Restarting system\nKernel panic - not syncing: Fatal exception\n";
+        for console in [panic, "", "reboot: System halted", "reboot: Restarting system, he said"] {
+            assert!(!ended_on_purpose(console), "{console}");
         }
     }
 }
