@@ -20,6 +20,8 @@ const FULL_LOOK_EVERY: u32 = 3;
 const FIRST_FULL_LOOK: u32 = 2;
 /// For short intervals.
 const LEAST_PATIENCE: Duration = Duration::from_millis(500);
+/// How long a VMM whose guest seems to have failed is given to end by itself.
+const EXIT_GRACE: Duration = Duration::from_secs(1);
 /// How long a repair may take.
 const REPAIR_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -95,6 +97,10 @@ impl MicroVm {
                 return;
             }
             let health = look(running, state, patience, misses).await;
+            // A VMM that ends closes the channel a moment before its exit is known: `on_exit` says what that was.
+            if health.verdict.reason.is_failure() && tokio::time::timeout(EXIT_GRACE, running.exited()).await.is_ok() {
+                return;
+            }
             // Paused, stopped or dead meanwhile: what was seen is of no VM in one state.
             let (after, current) = self.now();
             if after != state || !is_current(&current) {
