@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use microvm_isolation::host::binary;
 use microvm_isolation::host::cgroup::{Device, Groups, Limits};
-use microvm_isolation::host::lease::Lease;
 use microvm_isolation::host::process::Jailed;
 use microvm_isolation::host::tsc;
 use microvm_isolation::image::GuestImage;
+use microvm_isolation::store::lease::Lease;
 use microvm_isolation::vmm::{host_jail, JailPlan, QemuProgram};
 use microvm_jail::{Access, Identity, LaunchSpec, Namespaces, Resource, Rlimit, Seccomp};
 use microvm_protocol::handshake::Ask;
@@ -143,8 +143,7 @@ fn launch(
 ) -> Result<(Jailed, UnixStream), Failure> {
     let (ours, theirs) = UnixStream::pair()?;
     let host = host_jail(launcher, UIDS.0, Seccomp::AllowList)?;
-    let leases = std::env::temp_dir().join("microvm-bench-uids");
-    let lease = if step >= Step::Uid && host.own_uid() { Some(Lease::take(&leases, UIDS.0, UIDS.1)?) } else { None };
+    let lease = if step >= Step::Uid && host.own_uid() { Some(Lease::take(UIDS.0, UIDS.1)?) } else { None };
     let identity = lease.as_ref().map(|lease| Identity { uid: lease.uid(), gid: lease.uid() });
     let groups = if step >= Step::Whole { Some(groups()?) } else { None };
     let mut plan = JailPlan::new(launcher, &host, identity, &[])?;

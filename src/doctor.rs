@@ -9,10 +9,11 @@ use serde_json::{json, Map, Value};
 use crate::error::{Error, Result};
 use crate::host::cgroup::{self, Controller};
 use crate::host::privileges::{self, Privileges};
-use crate::host::{kvm, net, runtime_dir};
+use crate::host::{kvm, net};
 use crate::image::GuestImage;
 use crate::manager::{self, CreateRequest, Manager};
 use crate::model::{Grade, IsolationType, ManagerConfig};
+use crate::store;
 use crate::vm::{self, network, Settings, Tried};
 use crate::vmm::{self, Installed};
 
@@ -115,7 +116,7 @@ pub fn report(image: &GuestImage) -> Value {
             "launcher": image.launcher,
             "complete": image.check().is_ok(),
         },
-        "runtime_dir": runtime_dir::default_base(),
+        "runtime_dir": store::default_runtime(),
         "problems": problems.iter().map(Finding::json).collect::<Vec<_>>(),
         "hints": hints.iter().map(Finding::json).collect::<Vec<_>>(),
     })
@@ -123,7 +124,7 @@ pub fn report(image: &GuestImage) -> Value {
 
 /// Creates the default VM and does what its start would, up to the VMM.
 fn try_a_start(config: &ManagerConfig, settings: &Settings) -> Result<Tried> {
-    let manager = Manager::new(config.clone(), settings.image.clone());
+    let manager = Manager::new(config.clone(), settings.image.clone())?;
     let vm = manager.create(CreateRequest {
         isolation_type: IsolationType::BrowserTab,
         limits: None,

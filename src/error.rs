@@ -84,6 +84,11 @@ pub enum Error {
     VmDied { vm_id: VmId, how: String, tails: Box<Tails> },
     #[error("{vm_id}: the channel to the agent is closed: {}{}", said(reason), outcome(*sent))]
     ChannelClosed { vm_id: String, reason: String, sent: bool },
+    #[error(
+        "{vm_id}: {socket:?} belongs to uid {uid}, neither to this process's user nor to root: nothing was sent",
+        socket = socket.display()
+    )]
+    ForeignSocket { vm_id: String, socket: PathBuf, uid: u32 },
     #[error("{vm_id}: {what} was not done within {limit_s} s{}", outcome(*sent))]
     ChannelTimeout { vm_id: String, what: String, limit_s: f64, sent: bool },
     #[error("{vm_id}: {what}: {}", said(message))]
@@ -141,6 +146,7 @@ impl Error {
             Error::VmDied { .. } => "vm_died",
             Error::ChannelClosed { .. } => "channel_closed",
             Error::ChannelTimeout { .. } => "channel_timeout",
+            Error::ForeignSocket { .. } => "foreign_socket",
             Error::Guest { code, .. } => code,
             Error::ChecksumMismatch { .. } => "checksum_mismatch",
             Error::HandshakeFailed { .. } => "handshake_failed",
@@ -190,6 +196,7 @@ impl Error {
             }
             Error::ChannelClosed { sent, .. } | Error::ChannelTimeout { sent, .. } => json!({"sent": sent}),
             Error::MessageTooLarge { .. } => json!({"sent": false}),
+            Error::ForeignSocket { uid, .. } => json!({"uid": uid, "sent": false}),
             Error::InvalidState { operation, state, .. } => json!({"operation": operation, "state": state.as_str()}),
             _ => json!({}),
         }

@@ -1,6 +1,7 @@
 //! One socket per VM, on which any number of clients of this user talk to its agent.
 
 use std::future::Future;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ impl Broker {
     pub fn serve(vm_id: VmId, socket: &Path, agent: Arc<Agent>, deadline: Duration) -> Result<Self> {
         let failed = |error: std::io::Error| Error::host("bind", socket.display(), error);
         let listener = UnixListener::bind(socket).map_err(failed)?;
+        // Whatever the umask left of it. The folder is this user's alone: the name is the socket's.
+        std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
         let task = tokio::spawn(accept(vm_id, socket.to_owned(), listener, agent, deadline)).abort_handle();
         Ok(Self { task })
     }

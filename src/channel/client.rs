@@ -22,6 +22,11 @@ pub struct Client {
     writing: Mutex<Option<OwnedWriteHalf>>,
 }
 
+/// Whose broker is spoken to: this user's or root's.
+fn is_trusted(owner: u32, own: u32) -> bool {
+    owner == own || owner == 0
+}
+
 impl Client {
     #[must_use]
     pub fn new(vm_id: VmId, socket: PathBuf) -> Self {
@@ -46,7 +51,7 @@ impl Client {
     /// Connects to the broker, dropping an older connection.
     ///
     /// # Errors
-    /// [`Error::ChannelClosed`] when nobody listens, [`Error::ChannelTimeout`].
+    /// [`Error::ChannelClosed`] when nobody listens, [`Error::ChannelTimeout`], [`Error::ForeignSocket`].
     pub async fn connect(&self, deadline: Duration) -> Result<()> {
         let connected = tokio::time::timeout(deadline, UnixStream::connect(&self.socket)).await;
         let stream = connected.map_err(|_| self.timeout("connect", deadline, false))?.map_err(|error| {
@@ -55,6 +60,15 @@ impl Client {
                 false,
             )
         })?;
+        // A socket's path can be guessed: whoever made it first would be told all that is sent.
+        let owner = stream.peer_cred().map_err(|error| self.closed(error, false))?.uid();
+        if !is_trusted(owner, nix::unistd::geteuid().as_raw()) {
+            return Err(Error::ForeignSocket {
+                vm_id: self.vm_id.to_string(),
+                socket: self.socket.clone(),
+                uid: owner,
+            });
+        }
         let (reading, writing) = stream.into_split();
         *self.writing.lock().await = Some(writing);
         *self.reading.lock().await = Some((reading, Reader::default()));
@@ -115,5 +129,16 @@ impl Client {
             }
         }
         *self.reading.lock().await = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_only_the_same_user_and_root_are_spoken_to() {
+        assert!(is_trusted(1000, 1000) && is_trusted(0, 1000) && is_trusted(0, 0));
+        assert!(!is_trusted(1001, 1000) && !is_trusted(1000, 0));
     }
 }

@@ -3,7 +3,7 @@
 //! The socket is the leash: when this side closes, for whatever reason, the launcher's supervisor kills all it holds.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{self, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,6 +23,7 @@ use tokio::io::Interest;
 use tokio::sync::watch;
 
 use super::fork::{self, Concealed};
+use super::pidfd;
 use super::zygote::Zygotes;
 use crate::error::{Error, Result};
 
@@ -99,14 +100,9 @@ impl Watched {
     /// [`Error::Host`]; the kernel has process descriptors from 5.3 on.
     pub fn parent() -> Result<Self> {
         let pid = nix::unistd::getppid();
-        // SAFETY: pidfd_open(2) takes two numbers and returns a new descriptor or -1.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
-        let fd = RawFd::try_from(fd).unwrap_or(-1);
-        if fd < 0 {
-            return Err(Error::host("pidfd_open", pid, std::io::Error::last_os_error()));
-        }
-        // SAFETY: it was opened above and belongs to nobody else.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+        let failed = |error: std::io::Error| Error::host("pidfd_open", pid, error);
+        let gone = || failed(std::io::Error::from_raw_os_error(libc::ESRCH));
+        pidfd::open(pid).map_err(failed)?.map(Self).ok_or_else(gone)
     }
 
     /// Waits until it has ended with all its threads, and all its descriptors are closed.

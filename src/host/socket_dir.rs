@@ -4,16 +4,19 @@
 //! renamed meanwhile, and its path may be longer than the 107 bytes of a socket's name. The VMM can make sockets in it and
 //! is not trusted: names are ours, and nothing is followed.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{chown, DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::fcntl::{openat, AtFlags, OFlag};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{fstat, Mode, SFlag};
+use nix::unistd::{fchownat, geteuid, mkfifoat, unlinkat, Uid, UnlinkatFlags};
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
@@ -23,22 +26,22 @@ use crate::error::{Error, Result};
 /// Between a socket's appearance in the folder and its being listened on there is no event, and some microseconds.
 const BIND_TO_LISTEN: Duration = Duration::from_millis(1);
 
-/// Makes the folder for `owner` alone; `None`: for this user.
-///
-/// # Errors
-/// [`Error::Host`].
-pub fn create(path: &Path, owner: Option<u32>) -> Result<()> {
-    let made = DirBuilder::new().mode(0o700).create(path);
-    let made = made.and_then(|()| owner.map_or(Ok(()), |owner| chown(path, Some(owner), None)));
-    made.map_err(|error| Error::host("create", path.display(), error))
-}
-
 struct Watch(Inotify);
 
 impl AsRawFd for Watch {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_fd().as_raw_fd()
     }
+}
+
+/// The magic link to an open file: it leads to the file itself, wherever that is by now.
+fn by_descriptor(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Gives it the mode 0600. The descriptor may be one of O_PATH, which fchmod(2) refuses.
+fn close_to_others(file: &File) -> io::Result<()> {
+    fs::set_permissions(by_descriptor(file), fs::Permissions::from_mode(0o600))
 }
 
 /// The folder of one VMM.
@@ -50,35 +53,47 @@ pub struct SocketDir {
 }
 
 impl SocketDir {
-    /// Opens a folder that [`create`] made, and empties it of what an earlier VMM left. Call on the runtime.
+    /// Opens a folder that was made for the VMM, and empties it of what an earlier VMM left. Call on the runtime.
     ///
     /// # Errors
     /// [`Error::Host`].
     pub fn open(path: &Path, owner: Option<u32>) -> Result<Self> {
         let failed = |operation, error: io::Error| Error::host(operation, path.display(), error);
-        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
         let folder = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(|e| failed("open", e))?;
-        for entry in fs::read_dir(path).map_err(|e| failed("list", e))? {
-            let left = entry.map_err(|e| failed("list", e))?.path();
-            fs::remove_file(&left).map_err(|e| failed("empty", e))?;
+        for entry in fs::read_dir(by_descriptor(&folder)).map_err(|e| failed("list", e))? {
+            let left = entry.map_err(|e| failed("list", e))?.file_name();
+            let removed = unlinkat(&folder, left.as_os_str(), UnlinkatFlags::NoRemoveDir);
+            removed.map_err(|e| failed("empty", e.into()))?;
         }
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK);
         let inotify = inotify.map_err(|e| failed("watch", e.into()))?;
-        inotify.add_watch(path, AddWatchFlags::IN_CREATE).map_err(|e| failed("watch", e.into()))?;
+        inotify.add_watch(&by_descriptor(&folder), AddWatchFlags::IN_CREATE).map_err(|e| failed("watch", e.into()))?;
         // SAFETY: the descriptor stays the same and open for as long as the watch lives.
         let watch = unsafe { AsyncFd::register(Watch(inotify)) }.map_err(|e| failed("watch", e.into()))?;
         Ok(Self { path: path.to_owned(), folder, owner, watch })
     }
 
     fn named(&self, name: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.folder.as_raw_fd()))
+        by_descriptor(&self.folder).join(name)
+    }
+
+    /// Opens what was made here a moment ago: the VMM may have put something else there since.
+    fn made(&self, name: &str, kind: SFlag, flags: OFlag) -> io::Result<File> {
+        let opened = openat(&self.folder, name, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+        let stat = fstat(&opened)?;
+        let ours = stat.st_uid == geteuid().as_raw() && stat.st_nlink == 1;
+        match ours && stat.st_mode & SFlag::S_IFMT.bits() == kind.bits() {
+            true => Ok(opened.into()),
+            false => Err(io::Error::other("another file has its name")),
+        }
     }
 
     /// Gives the VMM the right to use what was made here.
-    fn give(&self, name: &str) -> io::Result<()> {
-        let path = self.named(name);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-        self.owner.map_or(Ok(()), |owner| chown(&path, Some(owner), None))
+    fn give(&self, made: &File) -> io::Result<()> {
+        close_to_others(made)?;
+        let owner = self.owner.map(Uid::from_raw);
+        owner.map_or(Ok(()), |owner| Ok(fchownat(made, "", Some(owner), None, AtFlags::AT_EMPTY_PATH)?))
     }
 
     /// A listening socket for the VMM, to which this process connects.
@@ -86,7 +101,11 @@ impl SocketDir {
     /// # Errors
     /// [`Error::Host`].
     pub fn bind(&self, name: &str) -> Result<OwnedFd> {
-        let bound = StdListener::bind(self.named(name)).map(OwnedFd::from);
+        let bound = StdListener::bind(self.named(name)).and_then(|listener| {
+            // Whatever the umask left of it.
+            close_to_others(&self.made(name, SFlag::S_IFSOCK, OFlag::O_PATH)?)?;
+            Ok(listener.into())
+        });
         bound.map_err(|error| self.failed("listen at", name, &error))
     }
 
@@ -97,7 +116,7 @@ impl SocketDir {
     pub fn listen(&self, name: &str) -> Result<UnixListener> {
         let listener = StdListener::from(self.bind(name)?);
         let listen = || {
-            self.give(name)?;
+            self.give(&self.made(name, SFlag::S_IFSOCK, OFlag::O_PATH)?)?;
             listener.set_nonblocking(true)?;
             UnixListener::from_std(listener)
         };
@@ -109,12 +128,12 @@ impl SocketDir {
     /// # Errors
     /// [`Error::Host`].
     pub fn pipe(&self, name: &str) -> Result<pipe::Receiver> {
-        let path = self.named(name);
         let make = || {
-            nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR)?;
-            self.give(name)?;
-            // Open for writing, too: it does not end when the VMM's end closes.
-            pipe::OpenOptions::new().read_write(true).open_receiver(&path)
+            mkfifoat(&self.folder, name, Mode::S_IRUSR | Mode::S_IWUSR)?;
+            let pathless = self.made(name, SFlag::S_IFIFO, OFlag::O_PATH)?;
+            self.give(&pathless)?;
+            // Open for writing, too: it does not end when the VMM's end closes. By the magic link: it is the same pipe.
+            pipe::OpenOptions::new().read_write(true).open_receiver(by_descriptor(&pathless))
         };
         make().map_err(|error| self.failed("make a pipe at", name, &error))
     }
@@ -125,7 +144,7 @@ impl SocketDir {
     /// [`Error::Host`].
     pub fn file(&self, name: &str) -> Result<File> {
         let made = OpenOptions::new().read(true).write(true).create_new(true).open(self.named(name));
-        let made = made.and_then(|file| self.give(name).map(|()| file));
+        let made = made.and_then(|file| self.give(&file).map(|()| file));
         made.map_err(|error| self.failed("make a file at", name, &error))
     }
 
@@ -173,11 +192,9 @@ impl SocketDir {
 
     /// Takes a name of ours away; who is connected stays so.
     pub fn remove(&self, name: &str) {
-        match fs::remove_file(self.named(name)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                log::warn!("{}", self.failed("remove", name, &error));
-            }
-            Ok(()) | Err(_) => {}
+        match unlinkat(&self.folder, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(errno) => log::warn!("{}", self.failed("remove", name, &errno.into())),
         }
     }
 
@@ -199,8 +216,32 @@ mod tests {
 
     fn folder(name: &str) -> PathBuf {
         let path = std::env::temp_dir().join(format!("sockets-{}-{name}", std::process::id()));
-        create(&path, None).unwrap();
+        fs::create_dir(&path).unwrap();
         path
+    }
+
+    /// What a VMM in an attacker's power does between our making of a name and our next step.
+    #[tokio::test]
+    async fn test_what_the_vmm_put_in_a_names_place_is_neither_given_nor_opened() {
+        let (path, outside) = (folder("swapped"), folder("swapped-outside"));
+        let (victim, other) = (outside.join("victim"), outside.join("fifo"));
+        fs::write(&victim, b"").unwrap();
+        fs::set_permissions(&victim, fs::Permissions::from_mode(0o644)).unwrap();
+        nix::unistd::mkfifo(&other, Mode::S_IRWXU).unwrap();
+        let sockets = SocketDir::open(&path, None).unwrap();
+        for (name, target) in [("socket", &victim), ("pipe", &other)] {
+            std::os::unix::fs::symlink(target, path.join(name)).unwrap();
+            for kind in [SFlag::S_IFSOCK, SFlag::S_IFIFO, SFlag::S_IFREG] {
+                assert!(sockets.made(name, kind, OFlag::O_PATH).is_err(), "{name}");
+            }
+            assert!(sockets.listen(name).is_err() && sockets.pipe(name).is_err() && sockets.file(name).is_err());
+        }
+        fs::hard_link(&victim, path.join("twin")).unwrap();
+        assert!(sockets.made("twin", SFlag::S_IFREG, OFlag::O_PATH).is_err());
+        assert_eq!(victim.metadata().unwrap().permissions().mode() & 0o777, 0o644);
+        for folder in [path, outside] {
+            fs::remove_dir_all(folder).unwrap();
+        }
     }
 
     #[tokio::test]

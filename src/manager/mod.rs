@@ -11,23 +11,23 @@ mod shared;
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 
 use crate::error::{Error, Result};
+use crate::host::clock;
 use crate::host::memory::{self, HostMemory};
-use crate::host::runtime_dir::{self, Folders};
 use crate::host::zygote::Zygotes;
-use crate::host::{clock, private_dir};
 use crate::image::template::{self, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
     Backend, Happening, IsolationType, JailMode, ManagerConfig, NetworkConfig, QuotaLedger, QuotaUse, Reservation,
     ResourceLimits, Shape, TemplateName, VmId, VmState,
 };
+use crate::store::{path, Existing, Folders};
 use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings, Spec};
 use crate::vmm::{Binaries, COST_MIB};
 use policy::Treatments;
@@ -119,20 +119,62 @@ impl Drop for Manager {
     }
 }
 
-/// The settings that a configuration means.
+/// The configuration with every path in full: later the working directory may be another one, and the janitor's is `/`.
+fn absolute(mut config: ManagerConfig) -> Result<ManagerConfig> {
+    let in_full = |key: &str, text: &mut Option<String>| -> Result<()> {
+        if let Some(given) = text {
+            let path = path::absolute(&format!("config[{key:?}]"), Path::new(given))?;
+            *given = path.to_string_lossy().into_owned();
+        }
+        Ok(())
+    };
+    in_full("runtime_dir", &mut config.runtime_dir)?;
+    in_full("cache_dir", &mut config.cache_dir)?;
+    in_full("cgroup_parent", &mut config.cgroup_parent)?;
+    for (key, binary) in [
+        ("qemu_binary", &mut config.qemu_binary),
+        ("firecracker_binary", &mut config.firecracker_binary),
+        ("cloud_hypervisor_binary", &mut config.cloud_hypervisor_binary),
+    ] {
+        // A bare name is looked up on PATH.
+        if binary.as_ref().is_some_and(|name| name.is_empty() || name.contains(['/', '~', '\0'])) {
+            in_full(key, binary)?;
+        }
+    }
+    let pool = config.pool.iter_mut().map(|pool| ("pool", &mut pool.shape));
+    for (key, shape) in pool.chain(config.prepare.iter_mut().map(|shape| ("prepare", shape))) {
+        for (name, image) in [("kernel_path", &mut shape.kernel_path), ("rootfs_path", &mut shape.rootfs_path)] {
+            if let Some(path) = image {
+                *path = path::absolute(&format!("config[{key:?}][{name:?}]"), path)?;
+            }
+        }
+    }
+    let (runtime, cache) = (config.runtime_dir.as_ref().map(Path::new), config.cache_dir.as_ref().map(Path::new));
+    if let Some((runtime, cache)) = runtime.zip(cache) {
+        if runtime.starts_with(cache) || cache.starts_with(runtime) {
+            return Err(Error::InvalidValue {
+                field: "config[\"runtime_dir\"]".into(),
+                value: format!("{runtime:?}"),
+                allowed: format!("it and config[\"cache_dir\"], {cache:?}, must be folders that lie apart"),
+            });
+        }
+    }
+    Ok(config)
+}
+
+/// The settings that a configuration means; its paths are absolute.
 #[must_use]
 pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
-    let cache = config.cache_dir.as_ref().map_or_else(private_dir::default_cache, PathBuf::from);
+    let path = |text: &Option<String>| text.as_ref().map(PathBuf::from);
+    let folders = Folders::new(path(&config.runtime_dir), path(&config.cache_dir));
+    let cache = folders.cache.path().to_owned();
     let limits = StoreLimits {
         max_bytes: config.cache_max_mb << 20,
         max_age: Duration::from_secs(config.cache_max_age_days * 86_400),
     };
     let zygotes = (config.jail != JailMode::Strict).then(|| Arc::new(Zygotes::new(&image.zygote)));
     Settings {
-        folders: Folders {
-            base: config.runtime_dir.as_ref().map_or_else(runtime_dir::default_base, PathBuf::from),
-            disks: cache.join("disks"),
-        },
+        folders,
         image,
         templates: config.templates.then(|| shared::store(&cache, limits)),
         snapshots: shared::snapshots(&cache),
@@ -143,7 +185,7 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         jail: config.jail,
         zygotes,
         uid_range: config.uid_range,
-        cgroup_parent: config.cgroup_parent.as_ref().map(PathBuf::from),
+        cgroup_parent: path(&config.cgroup_parent),
         start_timeout: Duration::from_secs_f64(config.start_timeout_s),
         command_timeout: Duration::from_secs_f64(config.command_timeout_s),
         network_range: config.network_range,
@@ -157,13 +199,19 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
 }
 
 impl Manager {
-    #[must_use]
-    pub fn new(config: ManagerConfig, image: GuestImage) -> Arc<Self> {
+    /// Starts no process and makes no folder.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for a path that cannot be made absolute.
+    pub fn new(config: ManagerConfig, image: GuestImage) -> Result<Arc<Self>> {
+        let config = absolute(config)?;
         let ledger = QuotaLedger::new(config.max_vcpus, config.max_memory_mb);
         let settings = Arc::new(settings(&config, image));
         let pool = Pool::new(&config.pool, config.default_backend, settings.clone());
         let (registry, treatments, tasks) = (Mutex::default(), Treatments::default(), Mutex::default());
-        Arc::new_cyclic(|me| Self { me: me.clone(), settings, config, registry, ledger, pool, treatments, tasks })
+        let made =
+            |me: &Weak<Self>| Self { me: me.clone(), settings, config, registry, ledger, pool, treatments, tasks };
+        Ok(Arc::new_cyclic(made))
     }
 
     #[must_use]
@@ -197,24 +245,30 @@ impl Manager {
 
     /// Removes what dead processes left, begins to clean up, to make the templates that are to be prepared and to fill
     /// the pool; nothing when it runs already.
-    pub async fn start(self: &Arc<Self>) {
+    ///
+    /// # Errors
+    /// [`Error::FolderRefused`], and nothing was touched or begun.
+    pub async fn start(self: &Arc<Self>) -> Result<()> {
         let (folders, templates) = (self.settings.folders.clone(), self.settings.templates.clone());
         let shelves = [self.settings.snapshots.clone(), self.settings.suspended.clone()];
+        let cgroup_parent = self.settings.cgroup_parent.clone();
         let sweep = move || {
+            let Existing { runtime, cache } = folders.existing()?;
             shelves.iter().for_each(|shelf| shelf.clean_up());
             if let Some(templates) = templates {
                 templates.clean_up();
             }
-            janitor::sweep(&folders)
+            Ok(janitor::sweep(runtime.as_deref(), cache.as_deref(), cgroup_parent.as_deref()))
         };
         match tokio::task::spawn_blocking(sweep).await {
-            Ok(swept) if !swept.is_empty() => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),
-            Ok(_) => {}
+            Ok(Ok(swept)) if swept.is_empty() => {}
+            Ok(Ok(swept)) => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),
+            Ok(Err(error)) => return Err(error),
             Err(error) => log::warn!("the sweep of the runtime directory failed: {error}"),
         }
         let mut tasks = self.tasks();
         if std::mem::replace(&mut tasks.is_started, true) {
-            return;
+            return Ok(());
         }
         let interval = Duration::from_secs_f64(self.config.cleanup_interval_s);
         let weak = Arc::downgrade(self);
@@ -230,6 +284,7 @@ impl Manager {
             let left = move || weak.upgrade().map(|manager| manager.ledger.available());
             tasks.set.spawn(self.pool.clone().keep_filled(left));
         }
+        Ok(())
     }
 
     /// Runs `task` beside the others of a started manager, which stops it; a stopped one runs none.
@@ -295,6 +350,9 @@ impl Manager {
             Some(outline) => kept::fill(request, outline)?,
             None => request,
         };
+        let in_full = |field, given: Option<PathBuf>| given.map(|path| path::absolute(field, &path)).transpose();
+        let (kernel_path, rootfs_path) =
+            (in_full("kernel_path", request.kernel_path)?, in_full("rootfs_path", request.rootfs_path)?);
         let limits = request.limits.unwrap_or_else(|| self.config.default_limits.clone());
         limits.check()?;
         let network = request.network.unwrap_or_default();
@@ -309,8 +367,8 @@ impl Manager {
             isolation_type: request.isolation_type,
             limits,
             network,
-            kernel_path: request.kernel_path,
-            rootfs_path: request.rootfs_path,
+            kernel_path,
+            rootfs_path,
             template: request.template,
         };
         if let (Some(outline), Some(name)) = (&outline, &spec.template) {

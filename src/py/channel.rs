@@ -11,7 +11,7 @@ use super::gate::{self, OnInterrupt, Owned};
 use super::{convert, errors, logging};
 use crate::channel::Client;
 use crate::error::Error;
-use crate::host::runtime_dir;
+use crate::store::{self, runtime};
 
 /// How long a message may take to be written; the broker reads as fast as its VM answers.
 const SEND_DEADLINE: Duration = Duration::from_secs(30);
@@ -41,8 +41,8 @@ impl CommunicationChannel {
     #[pyo3(signature = (vm_id, socket_path=None))]
     fn new(py: Python<'_>, vm_id: &Bound<'_, PyAny>, socket_path: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let vm_id = convert::vm_id(vm_id)?;
-        let given = convert::optional_path("socket_path", socket_path)?;
-        let socket_path = given.unwrap_or_else(|| runtime_dir::socket_path(&runtime_dir::default_base(), &vm_id));
+        let given = convert::optional_absolute("socket_path", socket_path)?;
+        let socket_path = given.unwrap_or_else(|| runtime::socket_path(&store::default_runtime(), &vm_id));
         logging::start(py)?;
         let client = Arc::new(Client::new(vm_id.clone(), socket_path.clone()));
         Ok(Self {

@@ -11,6 +11,7 @@ use super::errors;
 use crate::error::Error;
 use crate::image::GuestImage;
 use crate::model::{Backend, IsolationType, NetworkConfig, ResourceLimits, TemplateName, VmId, VmState};
+use crate::store;
 
 const PACKAGE: &str = "thirstys_waterfall.security.microvm_isolation";
 /// Nesting of a JSON document; the parser on the other side stops at 128.
@@ -105,6 +106,12 @@ fn optional_text(field: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<Strin
 /// A path from a string or an `os.PathLike`; `None` from `None`.
 pub fn optional_path(field: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<PathBuf>> {
     value.filter(|value| !value.is_none()).map(|value| path(field, value)).transpose()
+}
+
+/// As [`optional_path`], made absolute; a leading `~` is the user's home.
+pub fn optional_absolute(field: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<PathBuf>> {
+    let Some((path, value)) = optional_path(field, value)?.zip(value) else { return Ok(None) };
+    store::path::absolute(field, &path).map(Some).map_err(|error| errors::raise(value.py(), &error))
 }
 
 /// A path from a string or an `os.PathLike`.

@@ -216,8 +216,8 @@ impl MicroVMInstance {
             isolation_type: convert::isolation_type(isolation_type)?,
             limits: convert::limits(resource_limits)?,
             network: network_config.map(convert::network).transpose()?.unwrap_or_default(),
-            kernel_path: convert::optional_path("kernel_path", kernel_path)?,
-            rootfs_path: convert::optional_path("rootfs_path", rootfs_path)?,
+            kernel_path: convert::optional_absolute("kernel_path", kernel_path)?,
+            rootfs_path: convert::optional_absolute("rootfs_path", rootfs_path)?,
             template: convert::optional_template("template", template)?,
         };
         logging::start(py)?;

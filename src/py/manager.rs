@@ -115,9 +115,11 @@ impl MicroVMIsolationManager {
         if let Some(config) = config {
             kept.update(config.cast()?)?;
         }
+        let image = convert::guest_image(py)?;
+        let manager = Manager::new(parsed, image).map_err(|error| errors::raise(py, &error))?;
         logging::start(py)?;
         Ok(Self {
-            manager: Owned::new("MicroVMIsolationManager", Manager::new(parsed, convert::guest_image(py)?)),
+            manager: Owned::new("MicroVMIsolationManager", manager),
             config: kept.unbind(),
             last_error: Mutex::new(None),
             handles: Mutex::default(),
@@ -129,7 +131,8 @@ impl MicroVMIsolationManager {
     /// Blocks for milliseconds, longer where much is left. May be called twice. Raises nothing: what cannot be removed is logged.
     fn start(&self, py: Python<'_>) -> PyResult<()> {
         let manager = self.manager.get(py)?.clone();
-        gate::wait(py, OnInterrupt::Finish, async move { manager.start().await })
+        let started = gate::wait(py, OnInterrupt::Finish, async move { manager.start().await })?;
+        self.settle(py, started).map(drop)
     }
 
     /// Destroys every VM and ends what `start` began; suspended VMs stay on disk.

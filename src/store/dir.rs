@@ -103,6 +103,11 @@ impl Dir {
         &self.path
     }
 
+    /// Notes that the folder has another name by now.
+    pub(super) fn renamed(&mut self, path: PathBuf) {
+        self.path = path;
+    }
+
     /// The path of an entry, for messages and for programs that are told names.
     #[must_use]
     pub fn at(&self, name: impl AsRef<OsStr>) -> PathBuf {

@@ -6,12 +6,15 @@
 
 mod base;
 mod dir;
+pub mod lease;
 mod lock;
 mod mark;
 pub mod path;
 mod remove;
+pub mod runtime;
 mod walk;
 
 pub use base::{check_apart, default_cache, default_runtime, Base, Kind, Root};
 pub use dir::{Dir, Entry, Id};
 pub use lock::{Lock, Turn};
+pub use runtime::{Existing, Folders, VmDir};

@@ -22,9 +22,9 @@ use crate::host::disk::Disk;
 use crate::host::memfd;
 use crate::host::process::Jailed;
 use crate::host::procfs::{self, Usage};
-use crate::host::runtime_dir::VmDir;
 use crate::image::template::Template;
 use crate::model::{ResourceLimits, VmId};
+use crate::store::VmDir;
 use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm};
 
 /// Stages in which a guest boots.
@@ -304,11 +304,11 @@ impl Launching {
     }
 
     /// Makes what stands by the VM of `spec`, whose guest has not yet looked who it is.
-    pub async fn rename(mut self, spec: &Spec, settings: &Settings) -> Result<Self> {
+    pub async fn rename(mut self, spec: &Spec) -> Result<Self> {
         let begun = Instant::now();
-        let (vm_id, folders) = (spec.vm_id.clone(), settings.folders.clone());
+        let vm_id = spec.vm_id.clone();
         let renaming = tokio::task::spawn_blocking(move || {
-            self.dir.rename(&folders, &vm_id)?;
+            self.dir.rename(&vm_id)?;
             self.disk.rename(&vm_id)?;
             self.identity = prepare::identity(&vm_id, &self.limits, None, Ids::generate()?)?;
             self.plan.vm_id = vm_id;

@@ -15,15 +15,12 @@ use crate::error::{Error, Result, Shortfall};
 use crate::host::cgroup::{self, Controller, Device, Groups, Outcome};
 use crate::host::clock;
 use crate::host::disk::Disk;
-use crate::host::lease::Lease;
 use crate::host::process::Jailed;
 use crate::host::rlimit;
-use crate::host::runtime_dir::{self, VmDir};
 use crate::model::{Backend, Budget, JailMode, NetworkConfig, ResourceLimits, VmId, CPU_PERIOD_US};
+use crate::store::lease::Lease;
+use crate::store::VmDir;
 use crate::vmm::{self, HostJail, JailPlan, Vmm, OVERHEAD_MIB};
-
-/// The same for every manager of root's, whatever its runtime directory: uids are the host's.
-pub const LEASES: &str = "/run/tw-microvm-uids";
 
 const TAP_DEVICE: &str = "/dev/net/tun";
 
@@ -84,7 +81,7 @@ pub fn confine(
     }
     let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
     let lease = match host.own_uid() {
-        true => Some(Lease::take(Path::new(LEASES), first_uid, last_uid)?),
+        true => Some(Lease::take(first_uid, last_uid)?),
         false => None,
     };
     let devices: Vec<(Device, u32)> = needs.devices.iter().filter_map(|path| device(path)).collect();
@@ -97,10 +94,7 @@ pub fn confine(
     let common = ["/dev/null", "/dev/urandom"].iter().filter_map(|path| device(Path::new(path)));
     let name = format!("{}-{}", spec.vm_id, clock::hex(&clock::random::<4>()?));
     // In the journal before it exists: this process may be killed in between.
-    cgroup::record(
-        &cgroup::candidates(&name, settings.cgroup_parent.as_deref()),
-        &dir.path().join(runtime_dir::GROUPS),
-    )?;
+    dir.note_groups(&cgroup::candidates(&name, settings.cgroup_parent.as_deref()))?;
     let groups = Groups::create(
         &name,
         settings.cgroup_parent.as_deref(),
@@ -113,7 +107,7 @@ pub fn confine(
             io: io_limit(&spec.limits, disk),
         },
     )?;
-    groups.record(&dir.path().join(runtime_dir::GROUPS))?;
+    dir.note_groups(groups.folders())?;
     plan.cgroup_procs = groups.procs();
     plan.rlimits = rlimits(&spec.vm_id, &budget, needs.open_files, identity.is_some(), rlimit::hard)?;
     plan.audit = settings.jail == JailMode::Audit;

@@ -3,25 +3,21 @@
 //! A process that is killed cannot clean up. So beside it a small one waits (`microvm-janitor`, one for each process that
 //! has VMs): it is told which folders are in use, and when its socket ends it does what the next manager's start would do.
 
-use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::confine::LEASES;
 use super::{network, Settings};
 use crate::error::{Error, Result};
 use crate::host::fork::{self, Concealed, PerProcess};
-use crate::host::runtime_dir::{self, Folders};
-use crate::host::{disk, lease, process};
+use crate::host::{cgroup, disk, messages, process};
 use crate::image::template;
+use crate::store::{lease, runtime, Kind, Root};
 
 /// How long a process that closes its descriptors may take to be gone.
 const DEATH: Duration = Duration::from_secs(5);
@@ -29,77 +25,113 @@ const DEATH: Duration = Duration::from_secs(5);
 /// What a VMM that is still dying holds is free at the second or third look.
 const PASSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(200)];
 
-/// The folders that the VMs of one manager have in use.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+/// What the janitor is told beside the folders' descriptors; each path is one of at most 4096 bytes.
+const MESSAGE: usize = 16 * 1024;
+
+/// The folders that the VMs of one manager have in use. Its descriptors are what the janitor works on; the paths are for
+/// messages.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Places {
-    folders: Folders,
-    templates: Option<PathBuf>,
-    /// Of snapshots and suspended VMs.
-    shelves: Vec<PathBuf>,
+    runtime: PathBuf,
+    cache: PathBuf,
+    has_templates: bool,
+}
+
+/// A manager's folders, and whether it keeps templates.
+#[derive(Debug, Clone)]
+struct Told {
+    runtime: Arc<Root>,
+    cache: Arc<Root>,
+    has_templates: bool,
+}
+
+impl PartialEq for Told {
+    fn eq(&self, other: &Self) -> bool {
+        let ids = |told: &Self| (told.runtime.mark_id().to_owned(), told.cache.mark_id().to_owned());
+        ids(self) == ids(other) && self.has_templates == other.has_templates
+    }
 }
 
 /// The janitor of this process.
 struct Kept {
     child: Child,
-    leash: UnixStream,
+    leash: OwnedFd,
     _concealed: Concealed,
-    told: BTreeSet<Places>,
+    told: Vec<Told>,
 }
 
 static KEPT: PerProcess<Mutex<Option<Kept>>> = PerProcess::new();
 
-/// Removes what dead processes left in and for `folders`; returns the names of their VMs. Blocking.
+/// Removes what dead processes left in and for the folders of VMs; returns the names of their VMs. Blocking.
 #[must_use]
-pub fn sweep(folders: &Folders) -> Vec<String> {
+pub fn sweep(runtime: Option<&Root>, cache: Option<&Root>, cgroup_parent: Option<&Path>) -> Vec<String> {
     // First: it ends the VMMs, and a tap is somebody's as long as its VMM lives.
-    let swept = runtime_dir::sweep(folders);
-    disk::sweep(&folders.disks);
+    let swept = runtime.map_or_else(Vec::new, runtime::sweep);
+    if let Some(cache) = cache {
+        disk::sweep(&cache.at(runtime::DISKS));
+    }
     network::sweep();
-    lease::sweep(Path::new(LEASES));
+    lease::sweep();
+    cgroup::sweep_orphans(cgroup_parent);
     swept
 }
 
-/// Sees to it that somebody cleans up after this process, before it has anything. Blocking; where it fails, the next
+/// Sees to it that a process cleans up after this one, before this one has anything. Blocking; where it fails, the next
 /// manager's start does it, and a warning says so.
-pub fn keep(settings: &Settings) {
-    let templates = settings.templates.as_ref().map(|store| store.folder().to_owned());
-    let shelves = [&settings.snapshots, &settings.suspended].map(|shelf| shelf.folder().to_owned()).into();
-    let places = Places { folders: settings.folders.clone(), templates, shelves };
+///
+/// # Errors
+/// [`Error::FolderRefused`].
+pub fn keep(settings: &Settings) -> Result<()> {
+    let (runtime, cache) = settings.folders.roots()?;
+    let told = Told { runtime, cache, has_templates: settings.templates.is_some() };
     let mut kept = KEPT.get().lock().unwrap_or_else(PoisonError::into_inner);
-    let told = try_keep(&mut kept, &settings.image.janitor, places);
+    let told = try_keep(&mut kept, &settings.image.janitor, told);
     drop(kept);
     if let Err(error) = told {
         log::warn!("{error}; if this process is killed, only the next manager's start cleans up after it");
     }
+    Ok(())
 }
 
-fn try_keep(kept: &mut Option<Kept>, program: &Path, places: Places) -> Result<()> {
-    let failed = |error: &dyn std::fmt::Display| Error::host("tell", "the janitor", error);
+fn try_keep(kept: &mut Option<Kept>, program: &Path, places: Told) -> Result<()> {
     let is_of_use = kept.as_mut().is_some_and(|kept| matches!(kept.child.try_wait(), Ok(None)));
-    let mut told = BTreeSet::new();
+    let mut told = Vec::new();
     if !is_of_use {
         told = kept.take().map(|kept| kept.told).unwrap_or_default();
         *kept = Some(spawn(program)?);
     }
     let Some(kept) = kept.as_mut() else { return Ok(()) };
-    told.insert(places);
+    told.push(places);
     for places in told {
         if kept.told.contains(&places) {
             continue;
         }
-        let line = serde_json::to_string(&places).map_err(|error| failed(&error))? + "\n";
-        kept.leash.write_all(line.as_bytes()).map_err(|error| failed(&error))?;
-        kept.told.insert(places);
+        tell(&kept.leash, &places).map_err(|error| Error::host("tell", "the janitor", error))?;
+        kept.told.push(places);
     }
     Ok(())
 }
 
+fn tell(leash: &OwnedFd, told: &Told) -> std::io::Result<()> {
+    let Told { runtime, cache, has_templates } = told;
+    let (runtime_path, cache_path) = (runtime.path().to_owned(), cache.path().to_owned());
+    let text = serde_json::to_vec(&Places { runtime: runtime_path, cache: cache_path, has_templates: *has_templates })?;
+    messages::send(leash, &text, &[runtime.as_fd(), cache.as_fd()])
+}
+
+/// The next message; `None` when its sender is gone.
+fn hear(leash: &impl AsFd) -> std::io::Result<Option<(Places, Vec<OwnedFd>)>> {
+    let Some((text, folders)) = messages::receive(leash, MESSAGE)? else { return Ok(None) };
+    Ok(Some((serde_json::from_slice(&text)?, folders)))
+}
+
 fn spawn(program: &Path) -> Result<Kept> {
     let failed = |error: std::io::Error| Error::host("start", program.display(), error);
-    let (leash, theirs) = UnixStream::pair().map_err(failed)?;
+    // In messages: each carries the descriptors of its folders.
+    let (leash, theirs) = messages::pair().map_err(failed)?;
     let mut command = Command::new(program);
     command
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdin(Stdio::from(theirs))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .current_dir("/")
@@ -107,7 +139,7 @@ fn spawn(program: &Path) -> Result<Kept> {
         .process_group(0);
     let child = fork::inherit_nothing(&mut command).spawn().map_err(failed)?;
     let _concealed = fork::conceal(&leash);
-    Ok(Kept { child, leash, _concealed, told: BTreeSet::new() })
+    Ok(Kept { child, leash, _concealed, told: Vec::new() })
 }
 
 /// The janitor itself: hears of folders on its standard input until that ends, then removes what is left.
@@ -116,21 +148,53 @@ fn spawn(program: &Path) -> Result<Kept> {
 /// [`Error::Host`] when it cannot tell whose janitor it is.
 pub fn serve() -> Result<()> {
     let master = process::Watched::parent()?;
-    let mut places = BTreeSet::new();
-    let lines = BufReader::new(std::io::stdin()).lines().map_while(std::result::Result::ok);
-    places.extend(lines.filter_map(|line| serde_json::from_str::<Places>(&line).ok()));
+    let mut places = Vec::new();
+    while let Some((told, fds)) = hear(&std::io::stdin()).map_err(|error| Error::host("hear", "of folders", error))? {
+        let [runtime, cache] = &fds[..] else { continue };
+        let runtime = Root::received(Kind::Runtime, runtime, &told.runtime);
+        match (runtime, Root::received(Kind::Cache, cache, &told.cache)) {
+            (Ok(runtime), Ok(cache)) => places.push((runtime, cache, told.has_templates)),
+            (Err(error), _) | (_, Err(error)) => log::warn!("{error}"),
+        }
+    }
     // Its locks are free only when all its descriptors are closed.
     master.ended_within(DEATH);
     for pause in PASSES {
         std::thread::sleep(pause);
-        for Places { folders, templates, shelves } in &places {
-            let swept = sweep(folders);
+        for (runtime, cache, has_templates) in &places {
+            let swept = sweep(Some(runtime), Some(cache), None);
             log::debug!("removed {}", swept.join(", "));
-            if let Some(templates) = templates {
-                template::remove_unfinished(templates);
+            if *has_templates {
+                template::remove_unfinished(&cache.at("templates"));
             }
-            shelves.iter().for_each(|shelf| template::clean_up_folder(shelf));
+            ["snapshots", "suspended"].iter().for_each(|shelf| template::clean_up_folder(&cache.at(shelf)));
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Folders;
+
+    #[test]
+    fn test_the_janitor_hears_of_folders_with_their_descriptors() {
+        let scratch = std::env::temp_dir().join(format!("janitor-{}", std::process::id()));
+        let folders = Folders::new(Some(scratch.join("run")), Some(scratch.join("cache")));
+        let (runtime, cache) = folders.roots().unwrap();
+        let told = Told { runtime, cache, has_templates: true };
+        let (ours, theirs) = messages::pair().unwrap();
+        tell(&ours, &told).unwrap();
+        drop(ours);
+        // The descriptors lead to the folders, wherever these are by now.
+        std::fs::rename(scratch.join("run"), scratch.join("moved")).unwrap();
+        let (places, fds) = hear(&theirs).unwrap().unwrap();
+        let [runtime, cache] = &fds[..] else { panic!("{fds:?}") };
+        assert_eq!(Root::received(Kind::Runtime, runtime, &places.runtime).unwrap().mark_id(), told.runtime.mark_id());
+        assert_eq!(Root::received(Kind::Cache, cache, &places.cache).unwrap().mark_id(), told.cache.mark_id());
+        assert!(Root::received(Kind::Runtime, cache, &places.cache).is_err());
+        assert!(hear(&theirs).unwrap().is_none());
+        std::fs::remove_dir_all(scratch).unwrap();
+    }
 }

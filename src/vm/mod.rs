@@ -31,7 +31,6 @@ use tokio::sync::{watch, Semaphore};
 
 use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
-use crate::host::runtime_dir::Folders;
 use crate::host::zygote::Zygotes;
 use crate::host::{clock, process};
 use crate::image::template::{Digests, Shelf, Store};
@@ -41,6 +40,7 @@ use crate::model::{
     TemplateName, VmId, VmState,
 };
 use crate::net::Segment;
+use crate::store::{runtime, Folders};
 use crate::vmm::{Binaries, COST_MIB};
 
 pub use confine::{cgroup_layer, layers};
@@ -110,9 +110,9 @@ impl Settings {
             Error::Host { operation, object, reason } if is_of_folder(&reason) => (operation, object, reason),
             other => return other,
         };
-        let Folders { base, disks } = &self.folders;
+        let Folders { runtime, cache } = &self.folders;
         let is_below = |folder: &Path| Path::new(&object).starts_with(folder);
-        let key = match (is_below(base), is_below(disks.parent().unwrap_or(disks))) {
+        let key = match (is_below(runtime.path()), is_below(cache.path())) {
             (true, _) => "runtime_dir",
             (_, true) => "cache_dir",
             _ => return Error::Host { operation, object, reason },
@@ -275,7 +275,7 @@ impl MicroVm {
     #[must_use]
     pub fn facts(&self) -> Facts {
         let running = self.cell().running().cloned();
-        let socket = crate::host::runtime_dir::socket_path(&self.settings.folders.base, self.id());
+        let socket = runtime::socket_path(self.settings.folders.runtime.path(), self.id());
         match running {
             Some(running) => Facts { socket, ..running.facts() },
             None => Facts { socket, backend: self.spec.backend, ..Facts::default() },

@@ -14,12 +14,14 @@ use super::{janitor, Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::host::disk::Disk;
-use crate::host::runtime_dir::VmDir;
-use crate::host::socket_dir;
 use crate::image;
 use crate::image::template::{FileId, Template};
 use crate::model::{ResourceLimits, VmId};
+use crate::store::VmDir;
 use crate::vmm::{self, Chosen, Drive, JailPlan, LaunchPlan, Sockets, Vmm, Wish};
+
+/// The folder of a VMM's sockets in the VM's folder.
+const SOCKETS: &str = "run";
 
 /// What stands ready before the VM's drives are written.
 pub struct Prepared {
@@ -163,9 +165,10 @@ pub fn identity(vm_id: &VmId, limits: &ResourceLimits, network: Option<GuestNetw
 }
 
 /// The folder in which the VMM makes its sockets.
-fn make_sockets(dir: &Path, jail: &mut JailPlan, owner: Option<u32>) -> Result<Sockets> {
-    let host = dir.join("run");
-    socket_dir::create(&host, owner)?;
+fn make_sockets(dir: &VmDir, jail: &mut JailPlan, owner: Option<u32>) -> Result<Sockets> {
+    let (folder, host) = (dir.dir(), dir.dir().at(SOCKETS));
+    let made = folder.make_dir(SOCKETS).and_then(|_| owner.map_or(Ok(()), |owner| folder.give(SOCKETS, owner)));
+    made.map_err(|error| Error::host("create", host.display(), error))?;
     let inside = jail.show("sockets", &host, "/run", Access::Sockets)?;
     Ok(Sockets { host, inside, owner })
 }
@@ -185,7 +188,7 @@ pub struct Tried {
 /// As a start's.
 pub fn try_out(spec: &Spec, settings: &Settings) -> Result<Tried> {
     // Nothing of it outlives this call, so there is nothing for a janitor.
-    let prepared = prepare_blocking(spec, settings, |_| ()).map_err(|error| settings.with_key(error))?;
+    let prepared = prepare_blocking(spec, settings, |_| Ok(())).map_err(|error| settings.with_key(error))?;
     let written = image::write_disk(&settings.image.disk_template, prepared.disk.file());
     written.map_err(|error| settings.with_key(error))?;
     let no_clone = prepared.vmm.can_clone(&prepared.plan).err();
@@ -193,7 +196,7 @@ pub fn try_out(spec: &Spec, settings: &Settings) -> Result<Tried> {
     Ok(Tried { vmm, chosen, layers: confinement.layers().to_vec(), no_clone })
 }
 
-fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings)) -> Result<Prepared> {
+fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings) -> Result<()>) -> Result<Prepared> {
     let vm_id = &spec.vm_id;
     let sources = Sources::checked(spec.kernel_path.as_deref(), spec.rootfs_path.as_deref(), settings)?;
     let wish =
@@ -202,9 +205,9 @@ fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings)) -> Re
     let level = if spec.backend.is_some() { log::Level::Debug } else { log::Level::Info };
     log::log!(level, "{vm_id}: backend {}: {chosen}", vmm.backend());
     check_limits(spec, settings, vmm.as_ref())?;
-    keep(settings);
+    keep(settings)?;
     let dir = VmDir::create(&settings.folders, vm_id)?;
-    let disk = Disk::create(&settings.folders.disks, vm_id)?;
+    let disk = Disk::create(&settings.folders.disks(), vm_id)?;
     let (mut jail, held, confinement) = confine(spec, settings, &dir, &disk, vmm.as_ref())?;
     let mut drive = |serial: &'static str, path: &Path, size: u64, access: Access| {
         let path = jail.show(serial, path, &format!("/vm/{serial}"), access)?;
@@ -238,7 +241,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings)) -> Re
         }
     };
     let sockets = match vmm.needs(nic.is_some()).sockets {
-        true => Some(make_sockets(dir.path(), &mut jail, held.uid())?),
+        true => Some(make_sockets(&dir, &mut jail, held.uid())?),
         false => None,
     };
     let plan = LaunchPlan {

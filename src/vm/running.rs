@@ -17,14 +17,13 @@ use super::prepare::{Ids, Seen};
 use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
-use crate::host::cgroup;
 use crate::host::disk::Disk;
 use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
-use crate::host::runtime_dir::{VmDir, GROUPS};
 use crate::image::template::Fit;
 use crate::model::{Backend, Grade, VmId};
+use crate::store::VmDir;
 use crate::vmm::{Capabilities, Control, LiveTails};
 
 /// How long the guest may take to answer that it shuts down, and then to do it.
@@ -105,12 +104,12 @@ impl Running {
     }
 
     /// Takes the directory and the disk of another name.
-    pub fn rename(&self, spec: &Spec, settings: &Settings) -> Result<()> {
+    pub fn rename(&self, spec: &Spec) -> Result<()> {
         let mut dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
         let mut disk = self.disk();
         // In place: to hand it to another thread would take longer than what it does.
         tokio::task::block_in_place(|| {
-            dir.as_mut().map_or(Ok(()), |dir| dir.rename(&settings.folders, &spec.vm_id))?;
+            dir.as_mut().map_or(Ok(()), |dir| dir.rename(&spec.vm_id))?;
             disk.as_mut().map_or(Ok(()), |disk| disk.rename(&spec.vm_id))
         })
     }
@@ -230,7 +229,7 @@ impl Running {
     /// The folders of the VM's control groups.
     pub fn groups(&self) -> Vec<PathBuf> {
         let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
-        dir.as_ref().map_or_else(Vec::new, |dir| cgroup::recorded(&dir.path().join(GROUPS)))
+        dir.as_ref().map_or_else(Vec::new, |dir| dir.groups())
     }
 
     /// Removes the socket, the network and the files, even while someone still holds a reference.

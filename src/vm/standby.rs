@@ -88,7 +88,7 @@ impl Standby {
                 let progress = Progress::since(begun, "take");
                 // What the guest is told waits for it when it wakes.
                 let moving_in = async {
-                    running.rename(spec, settings)?;
+                    running.rename(spec)?;
                     running.open_broker(&spec.vm_id, settings)
                 };
                 tokio::try_join!(running.adopt(spec), running.control().resume(), moving_in)?;
@@ -106,7 +106,7 @@ impl Standby {
 impl Launching {
     /// Gives a loaded clone its name, and lets it run.
     async fn take(self, spec: &Spec, settings: &Settings) -> Result<Running> {
-        let launching = self.rename(spec, settings).await?;
+        let launching = self.rename(spec).await?;
         launching.resume().await?;
         let running = launching.bring_up().await?;
         running.open_broker(&spec.vm_id, settings)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 
-use crate::host::socket_dir::{self, SocketDir};
+use crate::host::socket_dir::SocketDir;
 
 /// What happens to one request.
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +29,7 @@ impl Fake {
     /// Serves one `Does` a request, in turn, on any number of connections.
     pub fn serve(name: &str, script: Vec<Does>) -> Self {
         let path = std::env::temp_dir().join(format!("fake-{}-{name}", std::process::id()));
-        socket_dir::create(&path, None).unwrap();
+        std::fs::create_dir(&path).unwrap();
         let sockets = Arc::new(SocketDir::open(&path, None).unwrap());
         let listener = UnixListener::bind(path.join("api")).unwrap();
         tokio::spawn(async move {

@@ -114,12 +114,11 @@ impl Transport {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::socket_dir;
 
     #[tokio::test]
     async fn test_call_is_repeated_until_it_is_answered_and_leaves_the_guests_words() {
         let path = std::env::temp_dir().join(format!("transport-{}", std::process::id()));
-        socket_dir::create(&path, None).unwrap();
+        std::fs::create_dir(&path).unwrap();
         let sockets = Arc::new(SocketDir::open(&path, None).unwrap());
         let listener = UnixListener::bind(path.join(VSOCK)).unwrap();
         let called = async {

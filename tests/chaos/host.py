@@ -65,7 +65,7 @@ def groups(prefix: str) -> List[str]:
 def unheld_leases() -> List[str]:
     """The leases of uids that nobody holds any more."""
     stale = []
-    for path in LEASES.glob("*"):
+    for path in LEASES.glob("[0-9]*"):
         try:
             with open(str(path)) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,7 +104,7 @@ class Host:
 
     def left(self, known: Set[Process]) -> List[str]:
         """Everything that should not be there when no VM is: words for people."""
-        files = sorted(str(path) for path in self.runtime_dir.glob("*")) if self.runtime_dir.exists() else []
+        files = sorted(str(path) for path in self.runtime_dir.glob("[!.]*")) if self.runtime_dir.exists() else []
         files += sorted(str(path) for path in (self.cache_dir / "disks").glob("*-{}*".format(self.prefix)))
         return (
             still_alive(known)

@@ -228,7 +228,7 @@ class Storm:
 
     def orphans(self) -> List[str]:
         live = {i for i in self.manager.list_vms() if self.manager.get_vm(i).get_state().value in ("running", "paused")}
-        folders = {path.name for path in self.host.runtime_dir.glob("*")}
+        folders = {path.name for path in self.host.runtime_dir.glob("[!.]*")}
         grouped = {Path(group).name[len("tw-microvm-") :].rpartition("-")[0] for group in groups(self.host.prefix)}
         vmms = [pid for pid, _ in descendants(os.getpid()) if b"qemu" in Path("/proc/{}/cmdline".format(pid)).read_bytes()]
         found = ["folder {}".format(name) for name in folders ^ live] + ["group {}".format(n) for n in grouped - live]

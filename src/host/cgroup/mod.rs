@@ -9,12 +9,22 @@ mod usage;
 mod v1;
 mod v2;
 
+use std::ffi::OsString;
 use std::fmt;
-use std::fs;
-use std::io::ErrorKind;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::fcntl::{open, openat, Flock, FlockArg, OFlag};
+use nix::sys::stat::Mode;
+use nix::sys::statfs::{fstatfs, CGROUP2_SUPER_MAGIC, CGROUP_SUPER_MAGIC};
+use nix::unistd::{unlinkat, Pid, UnlinkatFlags};
+
+use super::fork::{self, Concealed};
+use super::pidfd;
 use crate::error::{Error, Result};
 use hierarchy::Hierarchies;
 pub use usage::{recorded, usage, GroupUse};
@@ -24,6 +34,8 @@ const PREFIX: &str = "tw-microvm-";
 /// A group can be removed a moment after its last process was reaped.
 const REMOVE_TRIES: u32 = 100;
 const REMOVE_PAUSE: Duration = Duration::from_millis(5);
+/// A group without a lock is an orphan after this time.
+const ORPHAN_AGE: Duration = Duration::from_secs(60);
 
 /// What a group can limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -85,6 +97,7 @@ pub type Outcome = (Controller, std::result::Result<String, String>);
 pub struct Groups {
     folders: Vec<PathBuf>,
     outcomes: Vec<Outcome>,
+    held: Option<(Concealed, Flock<File>)>,
 }
 
 impl Groups {
@@ -99,7 +112,7 @@ impl Groups {
             let reason = "it is not a folder of a mounted cgroup hierarchy; set config[\"cgroup_parent\"] to one";
             return Err(Error::host("cgroup_parent", parent.display(), reason));
         }
-        let mut groups = Self { folders: Vec::new(), outcomes: Vec::new() };
+        let mut groups = Self { folders: Vec::new(), outcomes: Vec::new(), held: None };
         let wanted = Controller::ALL.into_iter().filter(|c| *c != Controller::Io || limits.io.is_some());
         let (mut on_v2, mut missing) = (Vec::new(), Vec::new());
         for controller in wanted {
@@ -130,6 +143,7 @@ impl Groups {
         };
         groups.outcomes.extend(missing.into_iter().map(absent));
         groups.outcomes.sort_by_key(|(controller, _)| *controller);
+        groups.hold();
         Ok(groups)
     }
 
@@ -163,12 +177,16 @@ impl Groups {
         Ok(())
     }
 
-    /// Notes the groups in a file, for whoever finds it after this process has died.
-    ///
-    /// # Errors
-    /// [`Error::Host`].
-    pub fn record(&self, file: &Path) -> Result<()> {
-        record(&self.folders, file)
+    #[must_use]
+    pub fn folders(&self) -> &[PathBuf] {
+        &self.folders
+    }
+
+    /// Says to other processes' sweeps that the groups have an owner; no fork takes the lock along.
+    fn hold(&mut self) {
+        let first = self.folders.first().and_then(|folder| File::open(folder).ok());
+        let lock = first.and_then(|folder| Flock::lock(folder, FlockArg::LockExclusiveNonblock).ok());
+        self.held = lock.map(|lock| (fork::conceal(&*lock), lock));
     }
 }
 
@@ -194,24 +212,18 @@ pub fn candidates(name: &str, parent: Option<&Path>) -> Vec<PathBuf> {
     folders
 }
 
-/// Notes the folders of groups in a file.
-///
-/// # Errors
-/// [`Error::Host`].
-pub fn record(folders: &[PathBuf], file: &Path) -> Result<()> {
-    let lines: String = folders.iter().map(|folder| format!("{}\n", folder.display())).collect();
-    fs::write(file, lines).map_err(|error| Error::host("write", file.display(), error))
+/// The folders of groups as text, for whoever finds it after this process has died.
+#[must_use]
+pub fn record(folders: &[PathBuf]) -> String {
+    folders.iter().map(|folder| format!("{}\n", folder.display())).collect()
 }
 
-/// Removes the groups that are noted in `file`, killing what may be left in them; whether none of them is there any more.
-pub fn sweep(file: &Path) -> bool {
+/// Removes groups of ours, killing what may be left in them; whether none of them is there any more. What is not a control
+/// group, or has not our name, is not touched.
+pub fn sweep(folders: &[PathBuf]) -> bool {
     let mut all_gone = true;
-    for folder in recorded(file) {
-        let ours = folder.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PREFIX));
-        if !ours || !folder.join("cgroup.procs").exists() {
-            continue;
-        }
-        if let Err(error) = remove(&folder) {
+    for folder in folders {
+        if let Err(error) = remove(folder) {
             log::warn!("{}: the group was not removed: {error}", folder.display());
             all_gone = false;
         }
@@ -219,37 +231,134 @@ pub fn sweep(file: &Path) -> bool {
     all_gone
 }
 
-/// Others may be at it at the same time.
-fn remove(folder: &Path) -> std::io::Result<()> {
-    let mut tries = 0;
-    loop {
-        match fs::remove_dir(folder) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            // EBUSY: processes, or what the kernel still has to clear away of them.
-            Err(error) if tries == REMOVE_TRIES => return Err(error),
-            Err(_) => kill_all(folder).or_else(|error| if folder.exists() { Err(error) } else { Ok(()) })?,
+/// Removes the empty groups of processes that died and whose records went before they could be swept, as those of a container
+/// do with its `/dev/shm`. Nothing is killed: a group with processes in it stays.
+pub fn sweep_orphans(parent: Option<&Path>) {
+    for folder in ours(parent) {
+        match Open::group(&folder).and_then(|group| group.map_or(Ok(false), |group| group.remove_orphan(ORPHAN_AGE))) {
+            Ok(true) => log::info!("{}: removed, its owner is dead", folder.display()),
+            Ok(false) => {}
+            Err(error) => log::debug!("{}: left alone: {error}", folder.display()),
         }
-        tries += 1;
-        std::thread::sleep(REMOVE_PAUSE);
     }
 }
 
-/// Kills everything in a group, at once where the kernel can (v2, 5.14), else one by one.
-fn kill_all(folder: &Path) -> std::io::Result<()> {
-    let at_once = folder.join("cgroup.kill");
-    if at_once.exists() {
-        return fs::write(at_once, "1");
-    }
-    let processes = fs::read_to_string(folder.join("cgroup.procs"))?;
-    for pid in processes.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 1) {
-        match nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL) {
-            // It ended by itself meanwhile.
-            Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
-            Err(errno) => return Err(errno.into()),
+/// What has our name where this process would make groups.
+fn ours(parent: Option<&Path>) -> Vec<PathBuf> {
+    let places = candidates("", parent);
+    let entries = places.iter().filter_map(|place| fs::read_dir(place.parent()?).ok()).flatten().flatten();
+    let named = entries.filter(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX)));
+    named.map(|entry| entry.path()).collect()
+}
+
+/// A control group of ours, by descriptors: its name and its file system were checked.
+struct Open {
+    parent: OwnedFd,
+    name: OsString,
+    group: OwnedFd,
+}
+
+impl Open {
+    /// Opens a group; `None` when there is none, or when it is not one of ours.
+    fn group(folder: &Path) -> io::Result<Option<Self>> {
+        let (Some(parent), Some(name)) = (folder.parent(), folder.file_name()) else { return Ok(None) };
+        let ours = name.to_str().is_some_and(|name| name.starts_with(PREFIX));
+        if !ours || !folder.is_absolute() {
+            return Ok(None);
+        }
+        let folders = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let opened = || -> nix::Result<Self> {
+            let parent = open(parent, folders | OFlag::O_PATH, Mode::empty())?;
+            let group = openat(&parent, name, folders | OFlag::O_NOFOLLOW | OFlag::O_RDONLY, Mode::empty())?;
+            Ok(Self { parent, name: name.to_owned(), group })
+        };
+        match opened() {
+            Ok(open) => {
+                let kind = fstatfs(&open.group)?.filesystem_type();
+                Ok([CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC].contains(&kind).then_some(open))
+            }
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(None),
+            Err(errno) => Err(errno.into()),
         }
     }
-    Ok(())
+
+    /// Whether it is gone.
+    fn remove(&self) -> nix::Result<bool> {
+        match unlinkat(&self.parent, self.name.as_os_str(), UnlinkatFlags::RemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => Ok(true),
+            // Processes, or what the kernel still has to clear away of them.
+            Err(Errno::EBUSY) => Ok(false),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    fn file(&self, name: &str, flags: OFlag) -> nix::Result<File> {
+        openat(&self.group, name, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty()).map(File::from)
+    }
+
+    fn processes(&self) -> io::Result<Vec<Pid>> {
+        let mut text = String::new();
+        self.file("cgroup.procs", OFlag::O_RDONLY)?.read_to_string(&mut text)?;
+        let pids = text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 1);
+        Ok(pids.map(Pid::from_raw).collect())
+    }
+
+    /// Kills everything in it, at once where the kernel can (v2, 5.14), else one by one.
+    fn kill(&self) -> io::Result<()> {
+        if let Ok(mut at_once) = self.file("cgroup.kill", OFlag::O_WRONLY) {
+            return at_once.write_all(b"1");
+        }
+        let mut opened = Vec::new();
+        for pid in self.processes()? {
+            match pidfd::open(pid) {
+                Ok(process) => opened.extend(process.map(|process| (pid, Some(process)))),
+                // A kernel before 5.3.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => opened.push((pid, None)),
+                Err(error) => return Err(error),
+            }
+        }
+        // A number that was free for a moment may be another process's by now: only what is in the group still is killed.
+        let still = self.processes()?;
+        for (pid, process) in opened.into_iter().filter(|(pid, _)| still.contains(pid)) {
+            match process {
+                Some(process) => pidfd::kill(&process)?,
+                None => match nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL) {
+                    Ok(()) | Err(Errno::ESRCH) => {}
+                    Err(errno) => return Err(errno.into()),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes it if it is empty and no process holds its lock; whether it did.
+    fn remove_orphan(self, age: Duration) -> io::Result<bool> {
+        let file = File::from(self.group.try_clone()?);
+        // A group has no lock between its making and its owner's next step.
+        let old = file.metadata()?.modified()?.elapsed().is_ok_and(|since| since >= age);
+        let free = old && Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok();
+        Ok(free && self.remove()?)
+    }
+}
+
+/// Others may be at it at the same time.
+fn remove(folder: &Path) -> io::Result<()> {
+    let Some(group) = Open::group(folder)? else { return Ok(()) };
+    for _ in 0..REMOVE_TRIES {
+        if group.remove()? {
+            return Ok(());
+        }
+        match group.kill() {
+            // It went meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV) => {}
+            killed => killed?,
+        }
+        std::thread::sleep(REMOVE_PAUSE);
+    }
+    match group.remove()? {
+        true => Ok(()),
+        false => Err(Errno::EBUSY.into()),
+    }
 }
 
 /// Writes one control file of a group.
@@ -259,7 +368,7 @@ fn set(folder: &Path, file: &str, value: &str) -> std::result::Result<(), String
 }
 
 /// What a group is asked for that only has to be there.
-pub(super) const PROBED: Limits = Limits {
+pub const PROBED: Limits = Limits {
     cpu_quota_us: 100_000,
     cpu_period_us: 100_000,
     memory_bytes: 1 << 30,
@@ -324,22 +433,71 @@ mod tests {
         assert!(folders.iter().all(|folder| !folder.exists()), "{folders:?}");
     }
 
+    /// Groups whose owner died without a word: no lock is held.
+    fn abandoned(name: &str) -> Vec<PathBuf> {
+        let mut groups = Groups::create(&format!("{name}-{}", std::process::id()), None, &limits()).unwrap();
+        groups.held = None;
+        let folders = groups.folders.clone();
+        std::mem::forget(groups);
+        folders
+    }
+
     #[test]
     fn test_sweep_removes_recorded_groups_and_nothing_else() {
         let dir = std::env::temp_dir().join(format!("cgroup-sweep-{}", std::process::id()));
-        fs::create_dir(&dir).unwrap();
-        fs::write(dir.join("cgroup.procs"), "").unwrap();
-        let groups = Groups::create(&format!("swept-{}", std::process::id()), None, &limits()).unwrap();
-        let folders = groups.folders.clone();
-        groups.record(&dir.join("record")).unwrap();
-        // Its owner dies without a word.
-        std::mem::forget(groups);
-        let foreign = format!("{}\n/sys/fs/cgroup\n", dir.display());
-        fs::write(dir.join("record"), fs::read_to_string(dir.join("record")).unwrap() + &foreign).unwrap();
-        sweep(&dir.join("record"));
-        assert!(folders.iter().all(|folder| !folder.exists()), "{folders:?}");
-        assert!(dir.exists());
+        let fake = dir.join("tw-microvm-fake");
+        fs::create_dir_all(&fake).unwrap();
+        fs::write(dir.join("kept"), "kept").unwrap();
+        // An ordinary folder with a group's name and files is none, wherever its files lead.
+        let child = std::process::Command::new("/bin/sleep").arg("60").spawn().unwrap();
+        fs::write(fake.join("cgroup.procs"), format!("{}\n", child.id())).unwrap();
+        std::os::unix::fs::symlink(dir.join("kept"), fake.join("cgroup.kill")).unwrap();
+        let link = dir.join("tw-microvm-link");
+        let mut folders = abandoned("swept");
+        std::os::unix::fs::symlink(folders.first().map_or(Path::new("/sys"), PathBuf::as_path), &link).unwrap();
+        let groups = folders.clone();
+        folders.extend([
+            fake.clone(),
+            link.clone(),
+            "/sys/fs/cgroup".into(),
+            "tw-microvm-relative".into(),
+            dir.clone(),
+        ]);
+        assert!(sweep(&recorded(record(&folders).as_bytes())));
+        assert!(groups.iter().all(|folder| !folder.exists()), "{groups:?}");
+        assert_eq!(fs::read(dir.join("kept")).unwrap(), b"kept");
+        assert!(fake.exists() && link.symlink_metadata().is_ok());
+        let mut child = child;
+        assert_eq!(child.try_wait().unwrap(), None, "a process of no group was killed");
+        child.kill().unwrap();
+        child.wait().unwrap();
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn test_orphans_are_old_empty_groups_whose_lock_is_free() {
+        let owned = Groups::create(&format!("owned-{}", std::process::id()), None, &limits()).unwrap();
+        let folders = abandoned("orphan");
+        let (Some(first), Some(held)) = (folders.first(), owned.folders.first()) else {
+            eprintln!("skipped: no control groups here");
+            return;
+        };
+        let removed = |folder: &Path, age| Open::group(folder).unwrap().unwrap().remove_orphan(age).unwrap();
+        assert!(folders.iter().all(|folder| ours(None).contains(folder)));
+        assert!(!removed(first, ORPHAN_AGE) && !removed(held, Duration::ZERO));
+        let mut child = std::process::Command::new("/bin/sleep").arg("60").spawn().unwrap();
+        fs::write(first.join("cgroup.procs"), child.id().to_string()).unwrap();
+        assert!(!removed(first, Duration::ZERO));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for folder in &folders {
+            let tries = (0..REMOVE_TRIES).find(|_| {
+                std::thread::sleep(REMOVE_PAUSE);
+                removed(folder, Duration::ZERO)
+            });
+            assert!(tries.is_some() && !folder.exists(), "{}", folder.display());
+        }
+        assert!(held.exists());
     }
 
     /// Groups with every controller but devices, which v2 has not; only root gets them without a word to anyone.

@@ -1,7 +1,9 @@
 //! What a VM's groups have counted.
 
+use std::ffi::OsStr;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 /// What the processes of one VM used together; `None` where no group counts it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -16,10 +18,14 @@ pub struct GroupUse {
     pub memory_pressure_centi: Option<u64>,
 }
 
-/// The groups that are noted in `record`.
+/// The groups that a record names.
 #[must_use]
-pub fn recorded(record: &Path) -> Vec<PathBuf> {
-    fs::read_to_string(record).unwrap_or_default().lines().map(PathBuf::from).collect()
+pub fn recorded(record: &[u8]) -> Vec<PathBuf> {
+    record
+        .split(|byte| *byte == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(|line| OsStr::from_bytes(line).into())
+        .collect()
 }
 
 /// Reads what the groups in `folders` have counted.

@@ -87,7 +87,8 @@ class VmDiedError(MicroVMError):
 class ChannelError(MicroVMError):
     """The channel to the guest failed.
 
-    Codes: ``channel_closed``, ``channel_timeout``, ``handshake_failed``, ``message_too_large``, ``checksum_mismatch``.
+    Codes: ``channel_closed``, ``channel_timeout``, ``handshake_failed``, ``message_too_large``, ``checksum_mismatch``,
+    ``foreign_socket`` (another user listens at the VM's socket; nothing was sent).
     ``details["sent"]`` of the first two, and of ``message_too_large``, tells what may have happened: false, nothing
     reached the guest and the command can safely be sent again; true, it was sent and its outcome is unknown.
     """
@@ -139,6 +140,7 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "channel_closed": ChannelError,
     "channel_timeout": ChannelError,
     "handshake_failed": ChannelError,
+    "foreign_socket": ChannelError,
     "message_too_large": ChannelError,
     "checksum_mismatch": ChannelError,
     "vmm_error": HostError,
