@@ -128,7 +128,8 @@ impl MicroVMIsolationManager {
 
     /// Begins to clean up dead VMs, to enforce `policies` and to fill the `pool`, and removes what dead processes left behind.
     ///
-    /// Blocks for milliseconds, longer where much is left. May be called twice. Raises nothing: what cannot be removed is logged.
+    /// Blocks for milliseconds, longer where much is left. May be called twice. What cannot be removed is logged. A `runtime_dir` or
+    /// `cache_dir` that is refused (`host_error`) is the `last_error`, raised with `raise_on_error`, and nothing is begun then.
     fn start(&self, py: Python<'_>) -> PyResult<()> {
         let manager = self.manager.get(py)?.clone();
         let started = gate::wait(py, OnInterrupt::Finish, async move { manager.start().await })?;

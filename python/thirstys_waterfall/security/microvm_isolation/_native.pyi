@@ -84,7 +84,8 @@ class MicroVMIsolationManager:
     def start(self) -> None:
         """Begins to clean up dead VMs, to enforce `policies` and to fill the `pool`, and removes what dead processes left behind.
 
-        Blocks for milliseconds, longer where much is left. May be called twice. Raises nothing: what cannot be removed is logged.
+        Blocks for milliseconds, longer where much is left. May be called twice. What cannot be removed is logged. A `runtime_dir` or
+        `cache_dir` that is refused (`host_error`) is the `last_error`, raised with `raise_on_error`, and nothing is begun then.
         """
     def stop(self) -> None:
         """Destroys every VM and ends what `start` began; suspended VMs stay on disk.
