@@ -271,9 +271,46 @@ class TestCache(TemplateTestCase):
         os.chmod(str(self.cache), 0o777)
         (self.cache / "templates").mkdir(mode=0o777)
         os.chmod(str(self.cache / "templates"), 0o777)
-        with self.assertLogs(level="WARNING"):
-            vm = self.running()
-        self.assertEqual(self.origin(vm), "boot")
+        self.assert_refused("777")
+        os.chmod(str(self.cache), 0o700)
+        self.assert_refused("cache_dir")
+        self.assertEqual(list(self.cache.iterdir()), [self.cache / "templates"])
+
+    def assert_refused(self, named: str) -> None:
+        """Neither a VM nor a cleaning up uses the cache; the error says which key to set."""
+        vm = self.manager.get_vm(self.create())
+        self.assertFalse(vm.start())
+        self.assertIn("cache_dir", str(vm.last_error))
+        self.assertIn(named, str(vm.last_error))
+        with MicroVMIsolationManager(self.config):
+            pass
+
+    def test_cache_with_files_of_others_is_refused_and_keeps_them(self) -> None:
+        for name in ("templates/admin/base.html", "templates/" + "0" * 32 + "/page.html", "snapshots/2024/photo", "suspended/x/y"):
+            path = self.cache / name
+            path.parent.mkdir(parents=True)
+            path.write_text("kept")
+            os.utime(str(path.parent), (1, 1))
+        before = sorted(self.cache.rglob("*"))
+        self.assert_refused("templates")
+        self.assertEqual(sorted(self.cache.rglob("*")), before)
+
+    @unittest.skipUnless(os.geteuid() == 0, "needs root to give a folder to another user")
+    def test_template_that_another_user_could_change_is_not_used(self) -> None:
+        self.assertEqual(self.one_start(), "clone")
+        template = self.template()
+        for path in (self.cache, self.cache / "templates"):
+            os.chown(str(path), 12345, -1)
+            vm = self.manager.get_vm(self.create())
+            started = vm.start()
+            if path == self.cache:
+                self.assertFalse(started)
+                self.assertIn("12345", str(vm.last_error))
+            else:
+                self.assertEqual((started, self.origin(vm)), (True, "boot"), vm.last_error)
+            self.assertTrue((template / "ram").exists())
+            os.chown(str(path), 0, -1)
+        self.assertEqual(self.one_start(), "clone")
 
     def test_ram_is_kept_sparse(self) -> None:
         self.running()

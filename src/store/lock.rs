@@ -3,6 +3,8 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{openat, Flock, FlockArg, OFlag};
@@ -63,7 +65,7 @@ impl Dir {
         self.held(name.as_ref(), file)
     }
 
-    fn held(&self, name: &OsStr, file: File) -> io::Result<Option<Lock>> {
+    pub(super) fn held(&self, name: &OsStr, file: File) -> io::Result<Option<Lock>> {
         let Some(lock) = Lock::try_on(file)? else { return Ok(None) };
         // Its holder may have removed it between our open and our lock: then it has no name any more.
         match Id::of(&self.stat(name)?) == Id::of(&fstat(lock.file())?) {
@@ -88,6 +90,21 @@ impl Dir {
             }
         }
     }
+}
+
+/// Whether this very process holds the lock file at `path`; `false` where the kernel does not tell (proc_locks(5)).
+#[must_use]
+pub(super) fn is_held_by_us(path: &Path) -> bool {
+    let Ok(inode) = path.metadata().map(|meta| meta.ino()) else { return false };
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    // 1: FLOCK  ADVISORY  WRITE 708 00:17:4026531840 0 EOF
+    locks.lines().any(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let is_flock = fields.next() == Some("FLOCK");
+        let pid = fields.nth(2).and_then(|pid| pid.parse().ok());
+        let file = fields.next().and_then(|file| file.rsplit(':').next()?.parse().ok());
+        is_flock && pid == Some(std::process::id()) && file == Some(inode)
+    })
 }
 
 #[cfg(test)]
@@ -128,6 +145,15 @@ mod tests {
         dir.remove_file("lock").unwrap();
         dir.create("lock").unwrap();
         assert_eq!(dir.held(OsStr::new("lock"), file).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn test_is_held_by_us_only_while_it_is_held() {
+        let scratch = Scratch::new("ours");
+        let held = scratch.dir().make_lock("lock").unwrap().unwrap();
+        assert!(is_held_by_us(&scratch.0.join("lock")));
+        drop(held);
+        assert!(!is_held_by_us(&scratch.0.join("lock")));
     }
 
     #[test]

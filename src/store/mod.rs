@@ -6,6 +6,7 @@
 
 mod base;
 mod dir;
+pub mod disk;
 pub mod lease;
 mod lock;
 mod mark;

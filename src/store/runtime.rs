@@ -12,7 +12,7 @@
 //!   .gone-<hex>/           was a VM's, and is being removed
 //! ```
 //! A folder whose lock no process holds belonged to one that died: it is swept. A folder that has no lock is not ours, and
-//! stays. The VMs' disks are elsewhere, under locks of their own ([`crate::host::disk`]).
+//! stays. The VMs' disks are elsewhere, under locks of their own ([`super::disk`]).
 
 use std::ffi::OsStr;
 use std::io::{self, ErrorKind};
@@ -24,9 +24,9 @@ use nix::fcntl::{renameat2, FlockArg, RenameFlags};
 
 use super::base::{check_apart, default_cache, default_runtime, Base, Kind, Root};
 use super::dir::Dir;
-use super::lock::Lock;
+use super::lock::{is_held_by_us, Lock};
 use crate::error::{Error, Result};
-use crate::host::{cgroup, clock, lock};
+use crate::host::{cgroup, clock};
 use crate::model::VmId;
 
 /// sockaddr_un holds 107 bytes and a NUL.
@@ -38,8 +38,6 @@ const GROUPS: &str = "cgroups";
 const GROUPS_LIMIT: u64 = 1 << 20;
 const NEW: &str = ".new-";
 const GONE: &str = ".gone-";
-/// The folder of the VMs' disks in the cache, on a real file system: the runtime folder is memory on most hosts.
-pub const DISKS: &str = "disks";
 /// How often a name is tried that other processes take and leave at the same time.
 const TRIES: u32 = 100;
 
@@ -73,12 +71,6 @@ impl Folders {
         let (runtime, cache) = (self.runtime.root()?, self.cache.root()?);
         check_apart(&runtime, &cache)?;
         Ok((runtime, cache))
-    }
-
-    /// Where the VMs' disks are.
-    #[must_use]
-    pub fn disks(&self) -> PathBuf {
-        self.cache.path().join(DISKS)
     }
 
     /// Those that are there and may hold anything, for a sweep, which makes nothing. Blocking.
@@ -228,7 +220,7 @@ fn rename_to_free(runtime: &Root, from: &OsStr, to: &OsStr) -> io::Result<()> {
 
 /// Whose a VM's folder is.
 fn taken(runtime: &Root, vm_id: &VmId) -> Error {
-    let owner = match lock::is_held_by_us(&runtime.at(vm_id.as_str()).join(LOCK)) {
+    let owner = match is_held_by_us(&runtime.at(vm_id.as_str()).join(LOCK)) {
         true => "another manager of this process",
         false => "another process of this user",
     };

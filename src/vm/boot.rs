@@ -18,12 +18,12 @@ use super::standby::Standby;
 use super::{snapshot, template, Settings, Spec};
 use crate::channel::Agent;
 use crate::error::{Error, Result, Tails};
-use crate::host::disk::Disk;
 use crate::host::memfd;
 use crate::host::process::Jailed;
 use crate::host::procfs::{self, Usage};
 use crate::image::template::Template;
 use crate::model::{ResourceLimits, VmId};
+use crate::store::disk::Disk;
 use crate::store::VmDir;
 use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm};
 

@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use super::{network, Settings};
 use crate::error::{Error, Result};
 use crate::host::fork::{self, Concealed, PerProcess};
-use crate::host::{cgroup, disk, messages, process};
+use crate::host::{cgroup, messages, process};
 use crate::image::template;
-use crate::store::{lease, runtime, Kind, Root};
+use crate::store::{disk, lease, runtime, Kind, Root};
 
 /// How long a process that closes its descriptors may take to be gone.
 const DEATH: Duration = Duration::from_secs(5);
@@ -68,7 +68,7 @@ pub fn sweep(runtime: Option<&Root>, cache: Option<&Root>, cgroup_parent: Option
     // First: it ends the VMMs, and a tap is somebody's as long as its VMM lives.
     let swept = runtime.map_or_else(Vec::new, runtime::sweep);
     if let Some(cache) = cache {
-        disk::sweep(&cache.at(runtime::DISKS));
+        disk::sweep(cache);
     }
     network::sweep();
     lease::sweep();

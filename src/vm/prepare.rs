@@ -13,10 +13,10 @@ use super::network::{self, Connection};
 use super::{janitor, Settings, Spec};
 use crate::error::{Error, Result};
 use crate::host::clock;
-use crate::host::disk::Disk;
 use crate::image;
 use crate::image::template::{FileId, Template};
 use crate::model::{ResourceLimits, VmId};
+use crate::store::disk::Disk;
 use crate::store::VmDir;
 use crate::vmm::{self, Chosen, Drive, JailPlan, LaunchPlan, Sockets, Vmm, Wish};
 
@@ -207,7 +207,7 @@ fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings) -> Res
     check_limits(spec, settings, vmm.as_ref())?;
     keep(settings)?;
     let dir = VmDir::create(&settings.folders, vm_id)?;
-    let disk = Disk::create(&settings.folders.disks(), vm_id)?;
+    let disk = Disk::create(&*settings.folders.cache.root()?, vm_id)?;
     let (mut jail, held, confinement) = confine(spec, settings, &dir, &disk, vmm.as_ref())?;
     let mut drive = |serial: &'static str, path: &Path, size: u64, access: Access| {
         let path = jail.show(serial, path, &format!("/vm/{serial}"), access)?;

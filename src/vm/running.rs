@@ -17,12 +17,12 @@ use super::prepare::{Ids, Seen};
 use super::{Facts, Settings, Spec};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
-use crate::host::disk::Disk;
 use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
 use crate::image::template::Fit;
 use crate::model::{Backend, Grade, VmId};
+use crate::store::disk::Disk;
 use crate::store::VmDir;
 use crate::vmm::{Capabilities, Control, LiveTails};
 

@@ -1,17 +1,18 @@
 //! The files that templates are made of, whoever keeps them.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::digest::{self, FileId};
-use super::{Digest, Fit, Manifest};
+use super::{folder, Digest, Fit, Manifest};
 use crate::host::fork::PerProcess;
 use crate::host::memfd;
+use crate::store::Dir;
 
 /// What [`describe`] finds written.
 pub const RAM: &str = "ram";
@@ -34,23 +35,26 @@ pub struct Template {
 }
 
 impl Template {
-    /// Reads the files at `place` and checks them; `check` has the manifest's bytes, `open` the disk. Blocking.
+    /// Reads the files in `place` and checks them; `check` has the manifest's bytes, `open` the disk. Blocking.
     pub(super) fn read(
-        place: &Path,
+        place: &Dir,
         check: impl FnOnce(&[u8]) -> io::Result<Manifest>,
-        open: impl FnOnce(&Path, &Digest) -> io::Result<OwnedFd>,
+        open: impl FnOnce(File, &Digest) -> io::Result<OwnedFd>,
     ) -> io::Result<Self> {
-        let seen = |name: &str| {
-            let path = place.join(name);
-            FileId::of(&path).map(|id| (path, id))
+        let seen = |name: &str| -> io::Result<_> {
+            let file = place.open(name)?;
+            let id = FileId::from(&file.metadata()?);
+            Ok((file, (place.at(name), id)))
         };
-        let files = [seen(MANIFEST)?, seen(RAM)?, seen(STATE)?, seen(DISK)?];
-        let manifest = check(&fs::read(&files[0].0)?)?;
-        let ram = Arc::new(seal(&files[1].0, &manifest.ram, RAM)?);
+        let ((_, manifest_id), (ram, ram_id)) = (seen(MANIFEST)?, seen(RAM)?);
+        let ((state, state_id), (disk, disk_id)) = (seen(STATE)?, seen(DISK)?);
+        let manifest = check(&folder::read_manifest(place)?)?;
+        let ram = Arc::new(seal(&ram, &manifest.ram, RAM)?);
         held().push(Arc::downgrade(&ram));
-        check_state(&files[2].0)?;
-        let state = Arc::new(seal(&files[2].0, &manifest.state, STATE)?);
-        let disk = Arc::new(File::from(open(&files[3].0, &manifest.disk)?));
+        check_state(&state)?;
+        let state = Arc::new(seal(&state, &manifest.state, STATE)?);
+        let disk = Arc::new(File::from(open(disk, &manifest.disk)?));
+        let files = [manifest_id, ram_id, state_id, disk_id];
         let template = Self { manifest, ram, state, disk, files };
         if template.is_unchanged() {
             return Ok(template);
@@ -65,8 +69,8 @@ impl Template {
     }
 }
 
-fn check_state(path: &Path) -> io::Result<()> {
-    match path.metadata()?.len() {
+fn check_state(file: &File) -> io::Result<()> {
+    match file.metadata()?.len() {
         ..=MAX_STATE_BYTES => Ok(()),
         length => Err(io::Error::new(
             ErrorKind::InvalidData,
@@ -76,20 +80,20 @@ fn check_state(path: &Path) -> io::Result<()> {
 }
 
 /// The manifest of the three files in `new`, which are made sparse on the way.
-pub(super) fn describe(new: &Path, fit: Fit, hello: Vec<u8>) -> io::Result<Manifest> {
+pub(super) fn describe(new: &Dir, fit: Fit, hello: Vec<u8>) -> io::Result<Manifest> {
     describe_unless(new, fit, hello, || false)
 }
 
 /// As [`describe`]; an error as soon as `is_stopped`.
 pub(super) fn describe_unless(
-    new: &Path,
+    new: &Dir,
     fit: Fit,
     hello: Vec<u8>,
     is_stopped: impl Fn() -> bool,
 ) -> io::Result<Manifest> {
-    check_state(&new.join(STATE))?;
+    check_state(&new.open(STATE)?)?;
     let digest = |name: &str| {
-        let file = File::options().read(true).write(true).open(new.join(name))?;
+        let file = new.open_writable(name)?;
         digest::pages(&file, |at, page| match page {
             _ if is_stopped() => Err(io::Error::other("it was given up")),
             Some(_) => Ok(()),
@@ -121,9 +125,8 @@ fn mismatch(name: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, format!("{name} does not have the digest it should have"))
 }
 
-/// Opens a file if it holds what it should. Whoever reads it looks afterwards whether it still does.
-pub(super) fn checked(path: &Path, expected: &Digest) -> io::Result<OwnedFd> {
-    let file = File::open(path)?;
+/// Takes a file if it holds what it should. Whoever reads it looks afterwards whether it still does.
+pub(super) fn checked(file: File, expected: &Digest) -> io::Result<OwnedFd> {
     match digest::pages(&file, |_, _| Ok(()))? == *expected {
         true => Ok(file.into()),
         false => Err(mismatch(DISK)),
@@ -131,10 +134,9 @@ pub(super) fn checked(path: &Path, expected: &Digest) -> io::Result<OwnedFd> {
 }
 
 /// Copies a file into sealed memory if it holds what it should.
-pub(super) fn seal(path: &Path, expected: &Digest, name: &str) -> io::Result<OwnedFd> {
-    let file = File::open(path)?;
+pub(super) fn seal(file: &File, expected: &Digest, name: &str) -> io::Result<OwnedFd> {
     memfd::sealed(name, file.metadata()?.len(), |copy| {
-        let found = digest::pages(&file, |at, page| match page {
+        let found = digest::pages(file, |at, page| match page {
             Some(page) => copy.write_all_at(page, at),
             None => Ok(()),
         })?;
@@ -144,12 +146,4 @@ pub(super) fn seal(path: &Path, expected: &Digest, name: &str) -> io::Result<Own
             Err(mismatch(name))
         }
     })
-}
-
-/// Removes a folder with all it holds, if it is there.
-pub(super) fn remove(place: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(place) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }

@@ -13,24 +13,25 @@
 //! begin with a dot.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 use tokio::sync::RwLock;
 
-use super::files::{self, remove, Template, DISK, MANIFEST, RAM, STATE};
+use super::files::{self, Template, DISK, MANIFEST, RAM, STATE};
+use super::folder::{self, Folder};
 use super::{digest, Digest, Fit, Manifest};
 use crate::error::{Error, Result};
-use crate::host::fork::{self, Concealed};
-use crate::host::{clock, lock, private_dir};
+use crate::host::clock;
 use crate::image::copy_disk;
 use crate::model::{NetworkConfig, ResourceLimits};
+use crate::store::{Dir, Lock};
 
+const SNAPSHOTS: &str = "snapshots";
+const SUSPENDED: &str = "suspended";
 const LOCK: &str = ".lock-";
 const NEW: &str = ".new-";
 const GONE: &str = ".gone-";
@@ -77,7 +78,7 @@ type Slot = Arc<tokio::sync::Mutex<Option<Kept>>>;
 /// One folder of things kept by name.
 #[derive(Debug)]
 pub struct Shelf {
-    dir: PathBuf,
+    folder: Folder,
     /// What stands on it, for messages.
     what: &'static str,
     remedy: &'static str,
@@ -90,31 +91,39 @@ pub struct Shelf {
 /// The lock on one name. Dropping it lets go.
 #[derive(Debug)]
 pub struct Held {
-    path: PathBuf,
-    _concealed: Concealed,
-    _lock: Flock<File>,
+    dir: Dir,
+    name: String,
+    _lock: Lock,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         // While it is still locked, so that nobody takes a name that is about to go.
-        if let Err(error) = fs::remove_file(&self.path) {
-            log::warn!("{}: {error}", self.path.display());
+        let file = lock_of(&self.name);
+        if let Err(error) = self.dir.remove_file(&file) {
+            log::warn!("{}: {error}", self.dir.at(&file).display());
         }
     }
 }
 
 /// What was taken off a shelf. Dropping it removes the files, which may take a file system a second.
 #[derive(Debug)]
-pub struct Gone(PathBuf);
+pub struct Gone {
+    dir: Dir,
+    name: String,
+}
 
 impl Drop for Gone {
     fn drop(&mut self) {
         // Another process that cleans up may do the same.
-        if let Err(error) = remove(&self.0) {
-            log::debug!("{}: {error}", self.0.display());
+        if let Err(error) = self.dir.remove_all(&self.name) {
+            log::debug!("{}: {error}", self.dir.at(&self.name).display());
         }
     }
+}
+
+fn lock_of(name: &str) -> String {
+    format!("{LOCK}{name}")
 }
 
 impl Shelf {
@@ -122,27 +131,33 @@ impl Shelf {
     #[must_use]
     pub fn snapshots(cache_dir: &Path) -> Self {
         let remedy = "delete_template() it and take another snapshot()";
-        Self::new(cache_dir.join("snapshots"), "template", remedy)
+        Self::new(Folder::new(cache_dir, SNAPSHOTS), "template", remedy)
     }
 
     /// Names the folder for suspended VMs.
     #[must_use]
     pub fn suspended(cache_dir: &Path) -> Self {
         let remedy = "destroy_vm() it: its state is lost";
-        Self::new(cache_dir.join("suspended"), "suspended VM", remedy)
+        Self::new(Folder::new(cache_dir, SUSPENDED), "suspended VM", remedy)
     }
 
-    fn new(dir: PathBuf, what: &'static str, remedy: &'static str) -> Self {
-        Self { dir, what, remedy, slots: Mutex::default(), removing: Arc::default() }
+    fn new(folder: Folder, what: &'static str, remedy: &'static str) -> Self {
+        Self { folder, what, remedy, slots: Mutex::default(), removing: Arc::default() }
     }
 
     #[must_use]
     pub fn folder(&self) -> &Path {
-        &self.dir
+        self.folder.path()
     }
 
-    fn place(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
+    /// What is kept under a name; `None` when nothing is.
+    fn place(&self, name: &str) -> Result<Option<Dir>> {
+        let Some(dir) = self.folder.existing()? else { return Ok(None) };
+        match dir.dir(name) {
+            Ok(place) => Ok(Some(place)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(self.damaged(name, error)),
+        }
     }
 
     fn damaged(&self, name: &str, reason: impl std::fmt::Display) -> Error {
@@ -152,7 +167,7 @@ impl Shelf {
 
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
-        self.place(name).is_dir()
+        self.folder.trusted().is_some_and(|dir| dir.has(name).unwrap_or(false))
     }
 
     /// Takes the lock on a name; `None` when another task or process has it. Blocking.
@@ -160,14 +175,14 @@ impl Shelf {
     /// # Errors
     /// [`Error::Host`] when the folder cannot be used.
     pub fn hold(&self, name: &str) -> Result<Option<Held>> {
-        private_dir::ensure(&self.dir, "cache_dir")?;
-        let path = self.dir.join(format!("{LOCK}{name}"));
+        let dir = self.folder.make()?;
+        let file = lock_of(name);
         for _ in 0..TRIES {
-            match lock::try_exclusive(&path) {
-                Ok(Some(lock)) => return Ok(Some(Held { path, _concealed: fork::conceal(&*lock), _lock: lock })),
+            match dir.make_lock(&file) {
+                Ok(Some(lock)) => return Ok(Some(Held { dir, name: name.to_owned(), _lock: lock })),
                 Ok(None) => return Ok(None),
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(Error::host("lock", path.display(), error)),
+                Err(error) => return Err(Error::host("lock", dir.at(&file).display(), error)),
             }
         }
         Ok(None)
@@ -178,10 +193,12 @@ impl Shelf {
     /// # Errors
     /// [`Error::Host`].
     pub fn make(&self, held: Held, name: &str) -> Result<Making> {
-        let new = self.dir.join(format!("{NEW}{name}"));
-        remove(&new).map_err(|error| Error::host("remove", new.display(), error))?;
-        private_dir::ensure(&new, "cache_dir")?;
-        Ok(Making { new, place: self.place(name), _held: held })
+        debug_assert_eq!(held.name, name);
+        let file = format!("{NEW}{name}");
+        let failed = |error: io::Error| Error::host("make", held.dir.at(&file).display(), error);
+        held.dir.remove_all(&file).map_err(failed)?;
+        let new = held.dir.make_dir(&file).map_err(failed)?;
+        Ok(Making { new, held })
     }
 
     /// What is kept under a name, without its files; `None` when nothing is. Blocking.
@@ -189,10 +206,10 @@ impl Shelf {
     /// # Errors
     /// [`Error::StateDamaged`].
     pub fn manifest(&self, name: &str) -> Result<Option<Written>> {
-        let place = self.place(name);
-        match fs::read(place.join(MANIFEST)).and_then(|bytes| parse(&bytes)) {
+        let Some(place) = self.place(name)? else { return Ok(None) };
+        match folder::read_manifest(&place).and_then(|bytes| parse(&bytes)) {
             Ok(written) => Ok(Some(written)),
-            Err(error) if error.kind() == ErrorKind::NotFound && !place.exists() => Ok(None),
+            Err(_) if self.is_gone(name) => Ok(None),
             Err(error) => Err(self.damaged(name, error)),
         }
     }
@@ -221,7 +238,7 @@ impl Shelf {
     /// # Errors
     /// [`Error::StateDamaged`].
     pub fn read(&self, name: &str) -> Result<Option<Kept>> {
-        let place = self.place(name);
+        let Some(place) = self.place(name)? else { return Ok(None) };
         let mut outline = None;
         let check = |bytes: &[u8]| {
             let Written { outline: found, manifest } = parse(bytes)?;
@@ -231,10 +248,15 @@ impl Shelf {
         let read = Template::read(&place, check, files::checked);
         match (read, outline) {
             (Ok(template), Some(outline)) => Ok(Some(Kept { outline, template: Arc::new(template) })),
-            (Err(error), _) if error.kind() == ErrorKind::NotFound && !place.exists() => Ok(None),
+            (Err(_), _) if self.is_gone(name) => Ok(None),
             (Err(error), _) => Err(self.damaged(name, error)),
             (Ok(_), None) => Err(self.damaged(name, "it has no manifest")),
         }
+    }
+
+    /// Whether it went while it was read.
+    fn is_gone(&self, name: &str) -> bool {
+        matches!(self.place(name), Ok(None))
     }
 
     /// Copies the disk of what `held` names into an empty file; whether the copy has the digest that was noted. What cannot be
@@ -243,8 +265,9 @@ impl Shelf {
     /// # Errors
     /// [`Error::StateDamaged`] when there is no disk, [`Error::Host`].
     pub fn export_disk(&self, held: &Held, name: &str, to: &File) -> Result<bool> {
-        debug_assert_eq!(held.path, self.dir.join(format!("{LOCK}{name}")));
-        let disk = File::open(self.place(name).join(DISK)).map_err(|error| self.damaged(name, error))?;
+        debug_assert_eq!(held.name, name);
+        let place = self.place(name)?.ok_or_else(|| self.damaged(name, "its folder is gone"))?;
+        let disk = place.open(DISK).map_err(|error| self.damaged(name, error))?;
         let copy = || {
             to.set_len(disk.metadata()?.len())?;
             copy_disk(&disk, to)?;
@@ -261,13 +284,14 @@ impl Shelf {
     /// # Errors
     /// [`Error::Host`].
     pub fn remove(&self, held: &Held, name: &str) -> Result<Option<Gone>> {
-        let (place, gone) = (self.place(name), self.dir.join(format!("{GONE}{}", clock::hex(&clock::random::<8>()?))));
-        debug_assert_eq!(held.path, self.dir.join(format!("{LOCK}{name}")));
+        debug_assert_eq!(held.name, name);
+        let Some(dir) = self.folder.existing()? else { return Ok(None) };
+        let gone = format!("{GONE}{}", clock::hex(&clock::random::<8>()?));
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
-        match fs::rename(&place, &gone) {
-            Ok(()) => Ok(Some(Gone(gone))),
+        match dir.rename(name, &dir, &gone) {
+            Ok(()) => Ok(Some(Gone { dir, name: gone })),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::host("remove", place.display(), error)),
+            Err(error) => Err(Error::host("remove", dir.at(name).display(), error)),
         }
     }
 
@@ -289,33 +313,35 @@ impl Shelf {
     /// The names of what is kept, and their bytes on disk. Blocking.
     #[must_use]
     pub fn list(&self) -> Vec<(String, u64)> {
-        let look = |entry: fs::DirEntry| {
-            let name = entry.file_name().into_string().ok().filter(|name| !name.starts_with('.'))?;
-            let files = fs::read_dir(entry.path()).ok()?.flatten().filter_map(|file| file.metadata().ok());
-            Some((name, files.map(|meta| meta.blocks() * 512).sum()))
+        let Some(dir) = self.folder.trusted() else { return Vec::new() };
+        let look = |entry| {
+            let name = folder::own_folder(&entry).filter(|name| !name.starts_with('.'))?;
+            Some((name.to_owned(), folder::disk_bytes(&dir.dir(name).ok()?).ok()?))
         };
-        let mut found: Vec<_> = fs::read_dir(&self.dir).into_iter().flatten().flatten().filter_map(look).collect();
-        found.sort();
-        found
+        dir.entries().unwrap_or_default().into_iter().filter_map(look).collect()
     }
 
     /// Removes what dead processes left half-way. Blocking.
     pub fn clean_up(&self) {
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            let file_name = entry.file_name();
-            let Some(name) = file_name.to_str() else { continue };
-            if name.starts_with(GONE) {
-                drop(Gone(entry.path()));
-                continue;
-            }
-            let of = name.strip_prefix(NEW).or_else(|| name.strip_prefix(LOCK));
-            // Dropping the lock removes its file, too.
-            if let Some(Ok(Some(_held))) = of.map(|name| self.hold(name)) {
-                if name.starts_with(NEW) {
-                    if let Err(error) = remove(&entry.path()) {
-                        log::warn!("{}: {error}", entry.path().display());
-                    }
+        let Some(dir) = self.folder.trusted() else { return };
+        for entry in dir.entries().unwrap_or_default() {
+            let name = match (folder::own_folder(&entry), entry.name.to_str()) {
+                (Some(name), _) if name.starts_with(GONE) || name.starts_with(NEW) => name,
+                (None, Some(name)) if name.starts_with(LOCK) => name,
+                _ => continue,
+            };
+            let removed = if name.starts_with(GONE) {
+                dir.remove_all(name)
+            } else {
+                let of = name.strip_prefix(NEW).or_else(|| name.strip_prefix(LOCK));
+                // Dropping the lock removes its file, too.
+                match of.map(|of| self.hold(of)) {
+                    Some(Ok(Some(_held))) if name.starts_with(NEW) => dir.remove_all(name),
+                    _ => Ok(()),
                 }
+            };
+            if let Err(error) = removed {
+                log::warn!("{}: {error}", dir.at(name).display());
             }
         }
     }
@@ -323,7 +349,10 @@ impl Shelf {
 
 /// As [`Shelf::clean_up`], for the folder of one. Blocking.
 pub fn clean_up_folder(folder: &Path) {
-    Shelf::new(folder.to_owned(), "kept", "").clean_up();
+    let known = [SNAPSHOTS, SUSPENDED].into_iter().find(|name| folder.ends_with(name));
+    if let Some((cache, name)) = folder.parent().zip(known) {
+        Shelf::new(Folder::new(cache, name), "kept", "").clean_up();
+    }
 }
 
 fn parse(bytes: &[u8]) -> io::Result<Written> {
@@ -339,15 +368,14 @@ fn parse(bytes: &[u8]) -> io::Result<Written> {
 /// A folder in which something is made that is to be kept; gone when that fails or is given up.
 #[derive(Debug)]
 pub struct Making {
-    new: PathBuf,
-    place: PathBuf,
-    _held: Held,
+    new: Dir,
+    held: Held,
 }
 
 impl Making {
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.new
+        self.new.path()
     }
 
     /// Puts it in its place, now that its three files are written: safe against a crash of the machine. Blocking.
@@ -358,25 +386,27 @@ impl Making {
         let work = || -> io::Result<()> {
             let manifest = files::describe(&self.new, fit, hello)?;
             let json = serde_json::to_vec(&Written { outline, manifest })?;
-            let mut file = File::options().write(true).create_new(true).open(self.new.join(MANIFEST))?;
+            let mut file = self.new.create(MANIFEST)?;
             file.write_all(Digest::of(&json).as_str().as_bytes())?;
             file.write_all(b"\n")?;
             file.write_all(&json)?;
             file.sync_all()?;
             for name in [RAM, STATE, DISK] {
-                File::open(self.new.join(name))?.sync_all()?;
+                self.new.open(name)?.sync_all()?;
             }
-            fs::rename(&self.new, &self.place)?;
-            self.place.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+            let Held { dir, name, .. } = &self.held;
+            dir.rename(format!("{NEW}{name}"), dir, name)?;
+            dir.sync()
         };
-        work().map_err(|error| Error::host("keep", self.place.display(), error))
+        work().map_err(|error| Error::host("keep", self.held.dir.at(&self.held.name).display(), error))
     }
 }
 
 impl Drop for Making {
     fn drop(&mut self) {
-        if let Err(error) = remove(&self.new) {
-            log::warn!("{}: {error}", self.new.display());
+        let Held { dir, name, .. } = &self.held;
+        if let Err(error) = dir.remove_all(format!("{NEW}{name}")) {
+            log::warn!("{}: {error}", self.new.path().display());
         }
     }
 }
@@ -385,6 +415,7 @@ impl Drop for Making {
 mod tests {
     use super::super::manifest::tests::fit;
     use super::*;
+    use std::fs;
 
     fn shelf(name: &str) -> (PathBuf, Arc<Shelf>) {
         let cache = std::env::temp_dir().join(format!("kept-{}-{name}", std::process::id()));
@@ -468,6 +499,53 @@ mod tests {
         fs::remove_dir_all(cache).unwrap();
     }
 
+    /// Another user who may write in a folder on the way could put a state of his own there, with digests that fit.
+    #[test]
+    fn test_what_is_kept_in_folders_open_to_others_is_not_used_and_stays() {
+        use std::os::unix::fs::{symlink, PermissionsExt};
+
+        let (cache, shelf) = shelf("open");
+        keep(&shelf, "a");
+        let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        for path in [cache.clone(), cache.join("snapshots"), cache.join("snapshots/a")] {
+            set(&path, 0o777);
+            assert!(shelf.read("a").is_err() && shelf.manifest("a").is_err(), "{}", path.display());
+            shelf.clean_up();
+            set(&path, 0o700);
+            assert!(shelf.read("a").unwrap().is_some());
+        }
+        let outside = cache.with_extension("outside");
+        for file in [RAM, STATE, DISK, MANIFEST] {
+            let path = cache.join("snapshots/a").join(file);
+            fs::rename(&path, &outside).unwrap();
+            symlink(&outside, &path).unwrap();
+            assert_eq!(shelf.read("a").unwrap_err().code(), "state_damaged", "{file}");
+            fs::rename(&outside, &path).unwrap();
+        }
+        symlink(&outside, cache.join("snapshots/.lock-b")).unwrap();
+        assert!(shelf.hold("b").is_err() && !outside.exists());
+        fs::remove_dir_all(cache).unwrap();
+    }
+
+    #[test]
+    fn test_cleaning_up_leaves_what_is_not_of_its_making() {
+        let (cache, shelf) = shelf("foreign");
+        keep(&shelf, "a");
+        let folder = cache.join("snapshots");
+        for name in ["2024-01-01", ".git", ".gone", ".cache"] {
+            fs::create_dir(folder.join(name)).unwrap();
+            fs::write(folder.join(name).join("file"), b"x").unwrap();
+        }
+        fs::write(folder.join(".gone-file"), b"x").unwrap();
+        std::os::unix::fs::symlink(folder.join("2024-01-01"), folder.join(".new-link")).unwrap();
+        let before = fs::read_dir(&folder).unwrap().count();
+        shelf.clean_up();
+        clean_up_folder(&folder);
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), before);
+        assert!(folder.join("2024-01-01/file").exists());
+        fs::remove_dir_all(cache).unwrap();
+    }
+
     #[test]
     fn test_hold_is_one_holders_at_a_time_and_leaves_nothing() {
         let (cache, shelf) = shelf("hold");
@@ -485,7 +563,7 @@ mod tests {
         let (cache, shelf) = shelf("given-up");
         drop(shelf.make(shelf.hold("a").unwrap().unwrap(), "a").unwrap());
         fs::create_dir(cache.join("snapshots/.new-b")).unwrap();
-        fs::create_dir(cache.join("snapshots/.gone-0123")).unwrap();
+        fs::create_dir(cache.join("snapshots/.gone-0123456789abcdef")).unwrap();
         fs::write(cache.join("snapshots/.lock-b"), b"").unwrap();
         let (held, mine) = (shelf.hold("c").unwrap(), cache.join("snapshots/.new-c"));
         fs::create_dir(&mine).unwrap();

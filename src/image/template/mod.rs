@@ -1,7 +1,7 @@
 //! Templates: a booted guest with a ready agent and no identity, of which every VM of its shape is a clone.
 //!
 //! ```text
-//! <cache directory>/templates/        0700, owned by the effective user
+//! <cache directory>/templates/        0700, owned by the effective user, in a cache with our mark (store/)
 //!   <key>.lock                        held by the one process that makes the template
 //!   <key>/                            appears whole, by a rename
 //!     manifest                        JSON: what it fits, what the agent said, the digests of the three files
@@ -18,6 +18,7 @@
 mod digest;
 mod files;
 mod fit;
+mod folder;
 mod kept;
 mod manifest;
 mod store;

@@ -1,24 +1,27 @@
 //! Where templates are kept, found, made once, checked and thrown away.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
 use std::future::Future;
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use nix::fcntl::Flock;
 use tokio::sync::watch;
 
-use super::files::{self, remove, Template, DISK, MANIFEST};
+use super::files::{self, Template, DISK, MANIFEST};
+use super::folder::{self, Folder};
 use super::{Fit, Manifest};
 use crate::error::{Error, Result};
-use crate::host::{lock, private_dir};
+use crate::store::{Dir, Lock};
 
 /// Its time of change is that of the last use.
 const USED: &str = "used";
+const LOCK: &str = ".lock";
+const NEW: &str = ".new";
+const FOLDER: &str = "templates";
+/// Hexadecimal digits of a key ([`Fit::key`]).
+const KEY_DIGITS: usize = 32;
 /// How often a process looks whether another has made the template that both want.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -49,7 +52,7 @@ struct Work {
 /// The templates of this user.
 #[derive(Debug)]
 pub struct Store {
-    dir: PathBuf,
+    folder: Arc<Folder>,
     limits: StoreLimits,
     slots: Mutex<HashMap<String, Slot>>,
 }
@@ -58,14 +61,13 @@ impl Store {
     /// Names the folder; it is made when the first template is.
     #[must_use]
     pub fn new(cache_dir: &Path, limits: StoreLimits) -> Self {
-        let dir = cache_dir.join("templates");
-        Self { dir, limits, slots: Mutex::default() }
+        Self { folder: Arc::new(Folder::new(cache_dir, FOLDER)), limits, slots: Mutex::default() }
     }
 
     /// Where the templates are.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        &self.dir
+        self.folder.path()
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
@@ -91,7 +93,7 @@ impl Store {
     /// when the caller waits no more, until it is done or [`Store::give_up`].
     ///
     /// # Errors
-    /// [`Error::Host`] when the folder cannot be used, and `make`'s.
+    /// [`Error::FolderRefused`] when the folder is not this user's alone, [`Error::Host`], and `make`'s.
     pub async fn find_or_make<F>(
         self: &Arc<Self>,
         fit: Fit,
@@ -152,15 +154,14 @@ impl Store {
     where
         F: Future<Output = Result<Vec<u8>>>,
     {
-        let place = self.dir.join(key);
-        if let Some(template) = self.read(&place, &fit).await? {
+        if let Some(template) = self.read(key, &fit).await? {
             return Ok(template);
         }
         let lock = unless(&stopped, self.lock(key)).await?;
         // Another process may have made it while this one waited.
-        match self.read(&place, &fit).await? {
+        match self.read(key, &fit).await? {
             Some(template) => Ok(template),
-            None => self.make(lock, place, fit, make, stopped).await,
+            None => self.make(lock, key, fit, make, stopped).await,
         }
     }
 
@@ -183,35 +184,46 @@ impl Store {
         if let Some(slot) = self.slots().get_mut(&key) {
             slot.known = None;
         }
-        let place = self.dir.join(&key);
-        if let Err(error) = remove(&place) {
-            log::warn!("{}: {error}", place.display());
+        let removed = match self.folder.existing() {
+            Ok(dir) => dir.map_or(Ok(()), |dir| remove(&dir, &key)),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            log::warn!("template {key}: {error}");
         }
     }
 
-    async fn lock(&self, key: &str) -> Result<Flock<File>> {
-        private_dir::ensure(&self.dir, "cache_dir")?;
-        let path = self.dir.join(format!("{key}.lock"));
+    async fn lock(&self, key: &str) -> Result<Lock> {
+        let dir = self.folder.make()?;
+        let name = format!("{key}{LOCK}");
         loop {
-            match lock::try_exclusive(&path) {
+            match dir.make_lock(&name) {
                 Ok(Some(held)) => return Ok(held),
                 Ok(None) => tokio::time::sleep(LOOK_AGAIN).await,
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(Error::host("lock", path.display(), error)),
+                Err(error) => return Err(Error::host("lock", dir.at(&name).display(), error)),
             }
         }
     }
 
     /// Reads and checks what is kept; what is damaged is said and removed.
-    async fn read(&self, place: &Path, fit: &Fit) -> Result<Option<Template>> {
-        let (place, fit) = (place.to_owned(), fit.clone());
-        let reading = tokio::task::spawn_blocking(move || match read(&place, &fit) {
-            Ok(template) => Ok(Some(template)),
-            Err(error) if error.kind() == ErrorKind::NotFound && !place.exists() => Ok(None),
-            Err(error) => {
-                log::warn!("template {}: it is damaged ({error}); it is removed", place.display());
-                remove(&place).map_err(|error| Error::host("remove", place.display(), error))?;
-                Ok(None)
+    async fn read(&self, key: &str, fit: &Fit) -> Result<Option<Template>> {
+        let (folder, key, fit) = (self.folder.clone(), key.to_owned(), fit.clone());
+        let reading = tokio::task::spawn_blocking(move || {
+            let Some(dir) = folder.existing()? else { return Ok(None) };
+            let place = match dir.dir(&key) {
+                Ok(place) => place,
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                // Not a folder that this user's processes make: it is neither used nor removed.
+                Err(error) => return Err(Error::host("use a template in", dir.at(&key).display(), error)),
+            };
+            match read(&place, &fit) {
+                Ok(template) => Ok(Some(template)),
+                Err(error) => {
+                    log::warn!("template {}: it is damaged ({error}); it is removed", place.path().display());
+                    remove(&dir, &key)?;
+                    Ok(None)
+                }
             }
         });
         reading.await.map_err(|error| Error::host("read", "a template", error))?
@@ -220,8 +232,8 @@ impl Store {
     /// Makes a template beside its place and moves it there when it is whole.
     async fn make<F>(
         &self,
-        lock: Flock<File>,
-        place: PathBuf,
+        lock: Lock,
+        key: &str,
         fit: Fit,
         make: impl FnOnce(PathBuf) -> F,
         stopped: watch::Receiver<bool>,
@@ -229,20 +241,22 @@ impl Store {
     where
         F: Future<Output = Result<Vec<u8>>>,
     {
-        let making = Making(place.with_extension("new"));
-        let shown = place.display().to_string();
-        let failed = |error: io::Error| Error::host("make a template", &shown, error);
-        remove(&making.0).map_err(failed)?;
-        private_dir::ensure(&making.0, "cache_dir")?;
-        let hello = unless(&stopped, make(making.0.clone())).await?;
-        let (dir, limits) = (self.dir.clone(), self.limits);
+        let dir = self.folder.make()?;
+        let path = dir.at(key);
+        let failed = |error: io::Error| Error::host("make a template", path.display(), error);
+        let making = Making { name: format!("{key}{NEW}"), dir };
+        making.dir.remove_all(&making.name).map_err(failed)?;
+        let new = making.dir.make_dir(&making.name).map_err(failed)?;
+        let hello = unless(&stopped, make(new.path().to_owned())).await?;
+        let (key, limits) = (key.to_owned(), self.limits);
         // The folder and the lock go along: a thread cannot be cancelled, only asked to end.
         let finishing = tokio::task::spawn_blocking(move || -> io::Result<Template> {
             let (_lock, making) = (lock, making);
-            write_manifest(&making.0, &fit, hello, || *stopped.borrow())?;
-            fs::rename(&making.0, &place)?;
-            let template = read(&place, &fit)?;
-            prune(&dir, limits, Some(&place));
+            write_manifest(&new, &fit, hello, || *stopped.borrow())?;
+            let dir = &making.dir;
+            dir.rename(&making.name, dir, &key)?;
+            let template = read(&dir.dir(&key)?, &fit)?;
+            prune(dir, limits, Some(&key));
             Ok(template)
         });
         finishing.await.map_err(|error| Error::host("make", "a template", error))?.map_err(failed)
@@ -250,39 +264,59 @@ impl Store {
 
     /// Removes what dead makers left, and what is too old or too much. Blocking.
     pub fn clean_up(&self) {
-        remove_unfinished(&self.dir);
-        prune(&self.dir, self.limits, None);
+        if let Some(dir) = self.folder.trusted() {
+            remove_unfinished_in(&dir);
+            prune(&dir, self.limits, None);
+        }
     }
 
     /// How many templates are kept, and their bytes on disk. Blocking.
     #[must_use]
     pub fn usage(&self) -> (usize, u64) {
-        let kept = kept(&self.dir);
+        let kept = self.folder.trusted().map_or_else(Vec::new, |dir| kept(&dir));
         (kept.len(), kept.iter().map(|kept| kept.bytes).sum())
     }
 }
 
+fn remove(dir: &Dir, name: &str) -> Result<()> {
+    dir.remove_all(name).map_err(|error| Error::host("remove", dir.at(name).display(), error))
+}
+
+fn is_key(name: &str) -> bool {
+    name.len() == KEY_DIGITS && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 /// Removes from the folder of a store what dead makers left. Blocking.
 pub fn remove_unfinished(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == "new") {
-            if let Ok(Some(_held)) = lock::try_exclusive(&path.with_extension("lock")) {
-                if let Err(error) = remove(&path) {
-                    log::warn!("{}: {error}", path.display());
-                }
+    let Some(cache) = folder.parent() else { return };
+    if let Some(dir) = Folder::new(cache, FOLDER).trusted() {
+        remove_unfinished_in(&dir);
+    }
+}
+
+fn remove_unfinished_in(dir: &Dir) {
+    for entry in dir.entries().unwrap_or_default() {
+        let name = folder::own_folder(&entry).and_then(|name| name.strip_suffix(NEW)).filter(|name| is_key(name));
+        let Some(key) = name else { continue };
+        // Its maker had the lock before it made the folder.
+        if let Ok(Some(_held)) = dir.lock(format!("{key}{LOCK}")) {
+            if let Err(error) = remove(dir, &format!("{key}{NEW}")) {
+                log::warn!("{error}");
             }
         }
     }
 }
 
 /// The folder in which a template is being made; gone when that fails or is given up.
-struct Making(PathBuf);
+struct Making {
+    dir: Dir,
+    name: String,
+}
 
 impl Drop for Making {
     fn drop(&mut self) {
-        if let Err(error) = remove(&self.0) {
-            log::warn!("{}: {error}", self.0.display());
+        if let Err(error) = remove(&self.dir, &self.name) {
+            log::warn!("{error}");
         }
     }
 }
@@ -301,14 +335,22 @@ async fn unless<T>(stopped: &watch::Receiver<bool>, work: impl Future<Output = R
     }
 }
 
-fn write_manifest(new: &Path, fit: &Fit, hello: Vec<u8>, is_stopped: impl Fn() -> bool) -> io::Result<()> {
+fn write_manifest(new: &Dir, fit: &Fit, hello: Vec<u8>, is_stopped: impl Fn() -> bool) -> io::Result<()> {
     let manifest = files::describe_unless(new, fit.clone(), hello, is_stopped)?;
-    let mut file = File::options().write(true).create_new(true).open(new.join(MANIFEST))?;
+    let mut file = new.create(MANIFEST)?;
     file.write_all(&serde_json::to_vec_pretty(&manifest)?)?;
     file.sync_all()
 }
 
-fn read(place: &Path, fit: &Fit) -> io::Result<Template> {
+/// Notes that a template is used now; one that cannot be noted is pruned the sooner.
+fn note_use(place: &Dir) {
+    let noted = place.create_or_open(USED).and_then(|file| file.set_modified(SystemTime::now()));
+    if let Err(error) = noted {
+        log::debug!("{}: {error}", place.at(USED).display());
+    }
+}
+
+fn read(place: &Dir, fit: &Fit) -> io::Result<Template> {
     let check = |bytes: &[u8]| {
         let manifest: Manifest = serde_json::from_slice(bytes)?;
         if manifest.fit == *fit {
@@ -316,46 +358,57 @@ fn read(place: &Path, fit: &Fit) -> io::Result<Template> {
         }
         Err(io::Error::new(ErrorKind::InvalidData, "it was made for something else"))
     };
-    let template = Template::read(place, check, |path, digest| files::seal(path, digest, DISK))?;
-    fs::write(place.join(USED), b"")?;
+    let template = Template::read(place, check, |file, digest| files::seal(&file, digest, DISK))?;
+    note_use(place);
     Ok(template)
 }
 
 struct Kept {
-    path: PathBuf,
+    key: String,
     bytes: u64,
     used: SystemTime,
 }
 
+/// Whether it is a manifest, of whatever version.
+fn is_manifest(bytes: &[u8]) -> bool {
+    let parsed: serde_json::Result<serde_json::Value> = serde_json::from_slice(bytes);
+    let has =
+        |manifest: serde_json::Value| ["fit", "ram", "state", "disk"].iter().all(|key| manifest.get(key).is_some());
+    parsed.is_ok_and(has)
+}
+
 /// The whole templates in a folder, those not used for longest first.
-fn kept(dir: &Path) -> Vec<Kept> {
-    let look = |entry: fs::DirEntry| {
-        let path = entry.path();
-        let used = path.join(USED).metadata().or_else(|_| path.metadata()).ok()?.modified().ok()?;
-        let files = fs::read_dir(&path).ok()?.flatten().filter_map(|file| file.metadata().ok());
-        Some(Kept { bytes: files.map(|meta| meta.blocks() * 512).sum(), path, used })
+fn kept(dir: &Dir) -> Vec<Kept> {
+    let look = |entry| {
+        let key = folder::own_folder(&entry).filter(|name| is_key(name))?.to_owned();
+        let place = dir.dir(&key).ok()?;
+        if !folder::read_manifest(&place).is_ok_and(|bytes| is_manifest(&bytes)) {
+            return None;
+        }
+        let used = place.open(USED).or_else(|_| place.open(MANIFEST)).ok()?.metadata().ok()?.modified().ok()?;
+        Some(Kept { key, bytes: folder::disk_bytes(&place).ok()?, used })
     };
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut kept: Vec<Kept> = entries.filter(|entry| entry.path().extension().is_none()).filter_map(look).collect();
+    let mut kept: Vec<Kept> = dir.entries().unwrap_or_default().into_iter().filter_map(look).collect();
     kept.sort_by_key(|kept| kept.used);
     kept
 }
 
 /// Processes that use a removed template hold it in memory and do not need the files.
-fn prune(dir: &Path, limits: StoreLimits, keep: Option<&Path>) {
+fn prune(dir: &Dir, limits: StoreLimits, keep: Option<&str>) {
     let kept = kept(dir);
     let mut total: u64 = kept.iter().map(|kept| kept.bytes).sum();
-    for Kept { path, bytes, used } in kept.into_iter().filter(|kept| Some(kept.path.as_path()) != keep) {
+    for Kept { key, bytes, used } in kept.into_iter().filter(|kept| Some(kept.key.as_str()) != keep) {
         let old = used.elapsed().is_ok_and(|age| age > limits.max_age);
         if !old && total <= limits.max_bytes {
             continue;
         }
-        match remove(&path) {
+        match remove(dir, &key) {
             Ok(()) => {
                 total -= bytes;
+                let path = dir.at(&key);
                 log::info!("template {}: removed, it was {}", path.display(), if old { "old" } else { "too much" });
             }
-            Err(error) => log::warn!("{}: {error}", path.display()),
+            Err(error) => log::warn!("{error}"),
         }
     }
 }
@@ -365,11 +418,16 @@ mod tests {
     use super::super::manifest::tests::fit;
     use super::super::{RAM, STATE};
     use super::*;
+    use std::fs;
+    use std::os::unix::fs::{chown, symlink, PermissionsExt};
     use tokio::sync::Notify;
+
+    const NOTHING: StoreLimits = StoreLimits { max_bytes: 0, max_age: Duration::ZERO };
+    const KEY: &str = "0123456789abcdef0123456789abcdef";
 
     fn store(name: &str) -> (PathBuf, Arc<Store>) {
         let cache = std::env::temp_dir().join(format!("store-{}-{name}", std::process::id()));
-        private_dir::ensure(&cache, "cache_dir").unwrap();
+        drop(fs::remove_dir_all(&cache));
         let limits = StoreLimits { max_bytes: u64::MAX, max_age: Duration::MAX };
         (cache.clone(), Arc::new(Store::new(&cache, limits)))
     }
@@ -447,6 +505,143 @@ mod tests {
         assert!(one.is_err() && other.is_err());
         assert_eq!(left(&cache), [] as [PathBuf; 0]);
         store.find_or_make(fit(), |dir| async move { Ok(write(&dir)) }).await.unwrap();
+        fs::remove_dir_all(cache).unwrap();
+    }
+
+    fn cache(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("templates-{}-{name}", std::process::id()));
+        drop(fs::remove_dir_all(&path));
+        path
+    }
+
+    async fn made(cache: &Path) -> Result<Arc<Template>> {
+        let limits = StoreLimits { max_bytes: 1 << 30, max_age: Duration::from_secs(3600) };
+        Arc::new(Store::new(cache, limits)).find_or_make(fit(), |place| async move { Ok(write(&place)) }).await
+    }
+
+    async fn found(cache: &Path) -> Result<Arc<Template>> {
+        let none = |_| async { Err(Error::host("find", "a template", "there is none")) };
+        Arc::new(Store::new(cache, NOTHING)).find_or_make(fit(), none).await
+    }
+
+    #[tokio::test]
+    async fn test_cleaning_up_removes_templates_and_what_their_dead_makers_left_and_nothing_else() {
+        let cache = cache("foreign");
+        made(&cache).await.unwrap();
+        let folder = cache.join("templates");
+        // What another program might keep in a folder of this name, put there after the cache was marked.
+        for name in ["admin", "mail.new", "0123", "snapshots"] {
+            fs::create_dir(folder.join(name)).unwrap();
+            fs::write(folder.join(name).join("base.html"), "<html>").unwrap();
+        }
+        let digits = |last: char| format!("{}{last}", &KEY[..31]);
+        let (no_manifest, other_manifest, no_lock) = (digits('a'), digits('b'), format!("{}.new", digits('c')));
+        for name in [&no_manifest, &other_manifest, &no_lock] {
+            fs::create_dir(folder.join(name)).unwrap();
+        }
+        fs::write(folder.join(&no_manifest).join("ram"), "x").unwrap();
+        fs::write(folder.join(&other_manifest).join("manifest"), "{\"name\": \"an app's\"}").unwrap();
+        for name in [KEY, "readme.html", &format!("{}.lock", digits('d'))] {
+            fs::write(folder.join(name), "x").unwrap();
+        }
+        symlink(folder.join("admin"), folder.join(digits('e'))).unwrap();
+        symlink(folder.join("admin"), folder.join(format!("{}.new", digits('d')))).unwrap();
+        // And what is ours: a maker's that died.
+        let dead = folder.join(format!("{}.new", digits('0')));
+        fs::create_dir(&dead).unwrap();
+        fs::set_permissions(&dead, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(folder.join(format!("{}.lock", digits('0'))), "").unwrap();
+        let template = folder.join(fit().key());
+        let list = || {
+            fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect::<std::collections::BTreeSet<_>>()
+        };
+        let mut expected = list();
+        Store::new(&cache, NOTHING).clean_up();
+        remove_unfinished(&folder);
+        assert!(expected.remove(&template) && expected.remove(&dead));
+        assert_eq!(list(), expected);
+        for name in ["admin", "mail.new", "0123", "snapshots"] {
+            assert_eq!(fs::read(folder.join(name).join("base.html")).unwrap(), b"<html>");
+        }
+        fs::remove_dir_all(cache).unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_a_cache_that_is_not_this_users_alone_is_neither_read_nor_cleaned() {
+        let cache = cache("open");
+        made(&cache).await.unwrap();
+        found(&cache).await.unwrap();
+        let (folder, template) = (cache.join("templates"), cache.join("templates").join(fit().key()));
+        for (path, mode) in [(&cache, 0o777), (&cache, 0o770), (&folder, 0o777), (&folder, 0o750), (&template, 0o777)] {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            let error = found(&cache).await.unwrap_err().to_string();
+            assert!(error.contains(&format!("{mode:o}")), "{error}");
+            if path != &template {
+                assert!(error.contains("cache_dir"), "{error}");
+                Store::new(&cache, NOTHING).clean_up();
+            }
+            assert!(template.join("ram").exists(), "{} {mode:o}", path.display());
+            fs::set_permissions(path, fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        for path in [&cache, &folder, &template, &template.join("ram"), &template.join("manifest")] {
+            if chown(path, Some(12345), None).is_err() {
+                eprintln!("skipped: only root may give files away");
+                break;
+            }
+            let outcome = found(&cache).await;
+            drop(chown(path, Some(0), None));
+            let error = outcome.unwrap_err().to_string();
+            if path.starts_with(&template) && path != &template {
+                // Its owner may remove what is damaged; it is not used.
+                assert!(error.contains("there is none") && !template.exists(), "{error}");
+                made(&cache).await.unwrap();
+            } else {
+                assert!(error.contains("12345") && template.exists(), "{error}");
+            }
+        }
+        fs::remove_dir_all(cache).unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_links_are_not_followed() {
+        let (cache, outside) = (cache("links"), cache("links-outside"));
+        made(&cache).await.unwrap();
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("svc.db"), "precious").unwrap();
+        let template = cache.join("templates").join(fit().key());
+        // `used` is written at each use.
+        fs::remove_file(template.join(USED)).unwrap();
+        symlink(outside.join("svc.db"), template.join(USED)).unwrap();
+        found(&cache).await.unwrap();
+        let lock = cache.join("templates").join(format!("{}.lock", fit().key()));
+        fs::remove_file(&lock).unwrap();
+        symlink(outside.join("made"), &lock).unwrap();
+        fs::rename(template.join("ram"), outside.join("ram")).unwrap();
+        symlink(outside.join("ram"), template.join("ram")).unwrap();
+        assert!(made(&cache).await.is_err());
+        assert_eq!(fs::read(outside.join("svc.db")).unwrap(), b"precious");
+        assert!(outside.join("ram").exists() && !outside.join("made").exists());
+        // The folder of templates as a link.
+        fs::rename(cache.join("templates"), outside.join("templates")).unwrap();
+        symlink(outside.join("templates"), cache.join("templates")).unwrap();
+        assert!(found(&cache).await.unwrap_err().to_string().contains("cache_dir"));
+        Store::new(&cache, NOTHING).clean_up();
+        assert!(outside.join("templates").exists());
+        fs::remove_dir_all(cache).unwrap();
+        fs::remove_dir_all(outside).unwrap();
+    }
+
+    #[tokio::test]
+    async fn test_a_cache_with_other_files_is_refused_and_stays_as_it_is() {
+        let cache = cache("project");
+        fs::create_dir_all(cache.join("templates/admin")).unwrap();
+        fs::set_permissions(&cache, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(cache.join("templates/admin/base.html"), "<html>").unwrap();
+        let error = made(&cache).await.unwrap_err();
+        assert!(error.to_string().contains("cache_dir"), "{error}");
+        Store::new(&cache, NOTHING).clean_up();
+        assert_eq!(fs::read(cache.join("templates/admin/base.html")).unwrap(), b"<html>");
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 1);
         fs::remove_dir_all(cache).unwrap();
     }
 }
