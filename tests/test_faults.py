@@ -72,10 +72,16 @@ class SmallDisk(VMTestCase):
         self.assertIn("Input/output error", failed["stdout"])
         told = lambda: [event for event in seen if event.get("what") == "host_disk"]
         self.assertTrue(eventually(told, 20.0), seen)
+        # The guest's kernel knows it, too: of some VMMs it alone does. A program's word for it is not the kernel's.
+        count = lambda: self.result(vm, "health")["disk_write_errors"]
+        self.assertGreater(count(), 0)
         self.assertEqual((self.result(vm, "ping"), vm.get_state().value), ("pong", "running"))
         # Another VM's files need room, too; then both have it.
         fill.unlink()
         self.assertEqual(self.result(vm, "exec", write)["exit_code"], 0)
+        before = count()
+        self.result(vm, "exec", shell("echo '<3>I/O error, dev vda, sector 0 op 0x1:(WRITE)' >/dev/kmsg"))
+        self.assertEqual(count(), before)
 
 
 @unittest.skipUnless(os.geteuid() == 0, "needs root to mount a file system in memory")

@@ -103,6 +103,8 @@ pub struct GuestUse {
     pub oom_kills: u64,
     /// How often a program was refused a process for `max_processes`.
     pub process_limit_hits: u64,
+    /// Writes to its disk of which its kernel has logged the failure; an agent of an earlier version tells none.
+    pub disk_write_errors: u64,
     /// The share of the last 10 s in which some task stalled for cpu, memory or io, per cent; `None` without PSI.
     pub pressure: Option<[f64; 3]>,
 }

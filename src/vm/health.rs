@@ -181,13 +181,15 @@ pub async fn look(running: &Running, state: VmState, deadline: Duration, allowed
         // The vCPUs of a paused VM stand still on request: its silence says nothing.
         (Some(_), VmState::Running) => {
             let (asked, disk) = tokio::join!(ask(running, deadline), disk_io(running, deadline));
-            // A VMM that does not answer has moved what it had.
             let last = running.watch().last.as_ref().map(|last| (last.disk_io_bytes, last.failed_writes));
+            // A VMM that does not answer has moved what it had.
             (health.disk_io_bytes, health.failed_writes) = disk.or(last).unwrap_or_default();
             asked
         }
         _ => (Sign::NotAsked, Heard::default()),
     };
+    let told_before = running.watch().last.as_ref().map_or(0, |last| last.failed_writes);
+    health.failed_writes = failed_writes(health.failed_writes, heard.guest.as_ref(), told_before);
     if let Sign::Given(round_trip_s) = sign {
         health.round_trip_s = Some(round_trip_s);
     }
@@ -211,6 +213,12 @@ pub async fn look(running: &Running, state: VmState, deadline: Duration, allowed
     health.verdict = judge(&look, before);
     health.guest = look.guest;
     health
+}
+
+/// Not every VMM counts the writes that failed: then the guest's kernel, which was told of each, is believed. A look without
+/// an answer forgets none, else the next one would tell of them again.
+fn failed_writes(by_vmm: u64, guest: Option<&GuestUse>, before: u64) -> u64 {
+    by_vmm.max(guest.map_or(0, |guest| guest.disk_write_errors)).max(before)
 }
 
 /// Bytes that the drives moved, and writes that failed.
@@ -273,4 +281,19 @@ async fn listen(running: &Running, deadline: Duration) -> (Sign, Heard) {
         }
     }
     (Sign::None { starved_share }, heard)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_failed_writes_are_the_guests_where_the_vmm_counts_none_and_are_never_forgotten() {
+        let told = |text: &str| serde_json::from_str::<GuestUse>(text).unwrap();
+        let (guest, older) = (told(r#"{"disk_write_errors": 3}"#), told(r#"{"oom_kills": 1}"#));
+        assert_eq!(failed_writes(0, Some(&guest), 0), 3);
+        assert_eq!(failed_writes(5, Some(&guest), 0), 5);
+        assert_eq!((failed_writes(2, Some(&older), 0), failed_writes(0, Some(&older), 0)), (2, 0));
+        assert_eq!((failed_writes(0, None, 3), failed_writes(0, Some(&guest), 3)), (3, 3));
+    }
 }

@@ -34,6 +34,14 @@ pub struct Heartbeat {
     pub misses: u32,
 }
 
+const FAILED_WRITES: fn(&Health) -> Option<u64> = |health| Some(health.failed_writes);
+
+/// By how much a count has grown since the look before. A guest can count as it likes, but only up.
+fn grew(before: Option<&Health>, now: &Health, count: fn(&Health) -> Option<u64>) -> Option<u64> {
+    let before = before.and_then(count).unwrap_or(0);
+    count(now).and_then(|now| now.checked_sub(before)).filter(|more| *more > 0)
+}
+
 /// Looks at the VM once an interval, until it ends.
 pub async fn watch(vm: Weak<MicroVm>, running: Weak<Running>, interval: Duration) {
     let Some(mut exit) = running.upgrade().map(|running| running.exit_receiver()) else { return };
@@ -149,11 +157,7 @@ impl MicroVm {
             }
             self.tell(Happening::Health { from, to, reason }, detail);
         }
-        // A guest can count as it likes, but only up.
-        let grew = |count: fn(&Health) -> Option<u64>| {
-            let before = before.and_then(count).unwrap_or(0);
-            count(now).and_then(|now| now.checked_sub(before)).filter(|more| *more > 0)
-        };
+        let grew = |count| grew(before, now, count);
         if let Some(kills) = grew(|health| Some(health.guest.as_ref()?.oom_kills)) {
             self.tell(
                 Happening::Oom { place: "guest", kills },
@@ -167,7 +171,7 @@ impl MicroVm {
             let detail = format!("max_processes: programs of the guest were refused a process {refused} times");
             self.tell(Happening::Limit { what: "processes" }, detail);
         }
-        if let Some(failed) = grew(|health| Some(health.failed_writes)) {
+        if let Some(failed) = grew(FAILED_WRITES) {
             let detail = format!(
                 "the host could not do {failed} writes to its disk, as when there is no room; the guest was told"
             );
@@ -186,5 +190,19 @@ impl MicroVm {
             }
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_failed_writes_are_told_once_and_only_what_is_new() {
+        let after = |failed_writes| Health { failed_writes, ..Health::of_state(VmState::Running) };
+        assert_eq!(grew(None, &after(3), FAILED_WRITES), Some(3));
+        assert_eq!(grew(Some(&after(3)), &after(3), FAILED_WRITES), None);
+        assert_eq!(grew(Some(&after(3)), &after(4), FAILED_WRITES), Some(1));
+        assert_eq!(grew(Some(&after(3)), &after(0), FAILED_WRITES), None);
     }
 }

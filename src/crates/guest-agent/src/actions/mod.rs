@@ -3,6 +3,7 @@
 mod custom;
 mod execute;
 mod files;
+mod kernel_log;
 mod place;
 mod program;
 mod stream;
@@ -63,6 +64,7 @@ pub struct Guest {
 
 impl Guest {
     pub fn new(own: Own) -> Self {
+        kernel_log::open();
         Self { own }
     }
 

@@ -6,7 +6,7 @@ use microvm_protocol::message::{Code, Failure};
 use serde::Deserialize;
 use serde_json::{json, Value};
 
-use super::{read, Outcome};
+use super::{kernel_log, read, Outcome};
 use crate::boot::{DATA, MEMORY_EVENTS, PROCESS_EVENTS};
 use crate::identity::{self, Names, Own};
 
@@ -89,6 +89,7 @@ pub fn health() -> Outcome {
         "disk_free_bytes": disk_free,
         "oom_kills": counted(MEMORY_EVENTS, "oom_kill").unwrap_or(0),
         "process_limit_hits": counted(PROCESS_EVENTS, "max").unwrap_or(0),
+        "disk_write_errors": kernel_log::disk_write_errors(),
         "pressure": pressure,
     }))
 }
