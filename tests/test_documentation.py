@@ -3,15 +3,21 @@
 import ast
 import inspect
 import pickle
+import re
 import sys
 import unittest
 from pathlib import Path
 from typing import Dict, Iterator, Tuple
 
 from thirstys_waterfall.security import microvm_isolation as package
-from thirstys_waterfall.security.microvm_isolation import IsolationType, MicroVMIsolationManager, VMResourceLimits
+from thirstys_waterfall.security.microvm_isolation import (
+    IsolationType,
+    MicroVMIsolationManager,
+    VMResourceLimits,
+    _errors,
+)
 
-from .support import VMTestCase, eventually
+from .support import ROOT, VMTestCase, eventually
 
 STUB = Path(package.__file__).with_name("_native.pyi")
 # What their base classes document, and every enum and dataclass has.
@@ -52,6 +58,24 @@ class Docstrings(unittest.TestCase):
         shown = {name: inspect.getdoc(value) for name, value in public() if name.split(".")[0] in vars(package._native)}
         self.assertEqual({name: " ".join((text or "").split()) for name, text in shown.items()},
                          {name: " ".join(text.split()) for name, text in of_stub().items()})
+
+
+class Codes(unittest.TestCase):
+    def test_every_code_of_the_core_has_its_class(self) -> None:
+        body = (ROOT / "src" / "error.rs").read_text().partition("pub fn code(&self)")[2].partition("\n    }\n")[0]
+        codes = re.findall(r'=> "([a-z_]+)",', body)
+        self.assertGreater(len(codes), 25)
+        self.assertEqual(set(codes), set(_errors._CLASSES))
+
+    def test_what_a_backend_cannot_do_has_a_class_and_a_row_of_the_readme(self) -> None:
+        error = _errors.make_error("not_supported", "a sentence", {"remedy": "use backend=\"qemu\""})
+        self.assertIs(type(error), package.NotSupportedError)
+        self.assertIsInstance(error, package.MicroVMError)
+        self.assertEqual((error.code, error.details["remedy"]), ("not_supported", "use backend=\"qemu\""))
+        rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `not_supported` |")]
+        self.assertEqual(len(rows), 1)
+        for word in ("`snapshot()`", "`suspend()`", 'backend="qemu"'):
+            self.assertIn(word, rows[0])
 
 
 class Names(unittest.TestCase):

@@ -19,7 +19,8 @@ use crate::error::{Error, Result};
 use crate::host::process_memory::ProcessMemory;
 use crate::image;
 use crate::image::template::{differences, Fit, DISK, RAM, STATE};
-use crate::model::ResourceLimits;
+use crate::model::{Backend, ResourceLimits, VmId};
+use crate::vmm::Capabilities;
 
 /// The files of a copy; what does not change any more is in them before the VM stands still.
 pub struct Copy {
@@ -73,6 +74,18 @@ impl Copy {
     }
 }
 
+fn cannot(vm_id: &VmId, backend: Backend, operation: &'static str, reason: String, remedy: &'static str) -> Error {
+    Error::NotSupported { vm_id: vm_id.clone(), operation, backend, reason, remedy }
+}
+
+fn check_copies(vm_id: &VmId, backend: Backend, able: Capabilities, operation: &'static str) -> Result<()> {
+    let reason = "a VM on it cannot be copied while it runs";
+    match able.copies {
+        true => Ok(()),
+        false => Err(cannot(vm_id, backend, operation, reason.into(), "use backend=\"qemu\"")),
+    }
+}
+
 /// What a copy of a VM depends on: what its template did, or what one would, had it not booted.
 ///
 /// # Errors
@@ -81,10 +94,7 @@ impl Copy {
 /// cannot copy.
 pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings, operation: &'static str) -> Result<Fit> {
     let (vm_id, backend) = (&spec.vm_id, running.backend);
-    let cannot = |reason, remedy| Error::NotSupported { vm_id: vm_id.clone(), operation, backend, reason, remedy };
-    if !running.capabilities.copies {
-        return Err(cannot("a VM on it cannot be copied while it runs".into(), "use backend=\"qemu\""));
-    }
+    check_copies(vm_id, backend, running.capabilities, operation)?;
     let machine = Machine {
         vm_id: spec.vm_id.clone(),
         backend: running.backend,
@@ -103,7 +113,9 @@ pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings, operati
     };
     let here = match here {
         Ok(here) => here,
-        Err(Error::Vmm { reason, .. }) => return Err(cannot(reason, "doctor tells what this host's jail lacks")),
+        Err(Error::Vmm { reason, .. }) => {
+            return Err(cannot(vm_id, backend, operation, reason, "doctor tells what this host's jail lacks"));
+        }
         Err(error) => return Err(refused(vec![error.to_string()])),
     };
     // Where the content of what a template depended on is unknown, any change of the file counts.
@@ -122,5 +134,40 @@ pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings, operati
     match differences.is_empty() {
         true => Ok(here.fit),
         false => Err(refused(differences)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::Wire;
+
+    #[test]
+    fn test_a_backend_without_copies_is_not_supported_by_its_name_and_the_way_out_is_told() {
+        let able = |copies| Capabilities {
+            clones: true,
+            copies,
+            config_drive: true,
+            wire: Wire::Named,
+            max_vcpus: 32,
+            even_vcpus: false,
+        };
+        let vm_id = VmId::parse("plugin-1").unwrap();
+        for operation in ["snapshot()", "suspend()"] {
+            let refused = check_copies(&vm_id, Backend::CloudHypervisor, able(false), operation).unwrap_err();
+            assert_eq!(refused.code(), "not_supported");
+            assert_eq!(
+                refused.details(),
+                serde_json::json!({
+                    "operation": operation,
+                    "backend": "cloud-hypervisor",
+                    "reason": "a VM on it cannot be copied while it runs",
+                    "remedy": "use backend=\"qemu\"",
+                })
+            );
+            let message = refused.to_string();
+            assert!(message.starts_with(&format!("plugin-1: {operation} is not supported by backend")), "{message}");
+            check_copies(&vm_id, Backend::Qemu, able(true), operation).unwrap();
+        }
     }
 }
