@@ -25,6 +25,27 @@ told = {{"report": report, "started": started, "error": error, "info": vm.get_in
 manager.stop()
 print(json.dumps(told))
 """.format(IMPORT)
+LEASED = """
+import json, os, subprocess, sys
+from {0} import *
+report = doctor()
+manager = MicroVMIsolationManager({{"start_timeout_s": 120, "templates": False}})
+vm = manager.get_vm(manager.create_vm("plugin", VMResourceLimits(memory_mb=128, disk_size_mb=64)))
+started = vm.start()
+leases, runtime = "/dev/shm/tw-microvm-uids", "/dev/shm/tw-microvm-0"
+names = lambda folder: sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+held = [name for name in names(leases) if name.isdigit()]
+code = "import json, sys; from {0} import *; channel = CommunicationChannel(sys.argv[1]); "
+code += "print(json.dumps([doctor()['runtime_dir'], channel.connect(30)]))"
+other = subprocess.run([sys.executable, "-c", code, vm.vm_id], stdout=subprocess.PIPE, check=True).stdout
+told = {{"started": started, "error": str(vm.last_error)}}
+told.update({{"verdict": report["verdict"], "runtime_dir": report["runtime_dir"], "vm_id": vm.vm_id, "leases": held}})
+told.update({{"socket": vm.get_info()["socket_path"], "other": json.loads(other)}})
+manager.destroy_all_vms()
+manager.stop()
+told["left"] = names(leases) + names(runtime)
+print(json.dumps(told))
+""".format(IMPORT)
 CACHE = "/var/cache/tw-microvm"
 OURS = "mkdir -p {0} && mount -t tmpfs -o mode=700 tmpfs {0}".format(CACHE)
 
@@ -68,11 +89,27 @@ class Hosts(unittest.TestCase):
         made = "mkdir -p {0} && mount -t tmpfs -o mode=700,size=1m tmpfs {0} && mkdir -m 700 {0}/disks".format(CACHE)
         self.refused(self.told(made + " && " + fill), "No space left on device", "cache_dir", CACHE)
 
-    def test_runtime_folder_on_a_read_only_file_system(self) -> None:
-        # Wherever it is by default here.
-        base = doctor()["runtime_dir"]
-        mounts = "mkdir -p {0}; mount -t tmpfs -o mode=700,ro tmpfs {0}".format(base)
-        self.refused(self.told(OURS + "; " + mounts), "Read-only file system", "runtime_dir")
+    def test_runtime_folders_on_read_only_file_systems(self) -> None:
+        # Wherever it is by default here, and where it would be else.
+        mount = "mkdir -p {0}; mount -t tmpfs -o mode=700,ro tmpfs {0}; "
+        mounts = "".join(mount.format(folder) for folder in ("/run/tw-microvm", "/dev/shm/tw-microvm-0"))
+        self.refused(self.told(OURS + "; " + mounts + "true"), "Read-only file system", "runtime_dir")
+
+    def test_read_only_run_and_a_writable_shared_memory(self) -> None:
+        # With /run in memory, as on most hosts, and on a disk, as in a container.
+        for run in ("mount -t tmpfs -o ro tmpfs /run", "mount --bind /etc /run && mount -o remount,bind,ro /run"):
+            with self.subTest(run):
+                # A /dev/shm of its own, without the leases and VMs of others.
+                shared = "mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
+                told = self.told("{}; {}; {}".format(OURS, run, shared), LEASED)
+                self.assertTrue(told["started"], told["error"])
+                self.assertTrue(told["verdict"]["starts"], told)
+                self.assertEqual(told["runtime_dir"], "/dev/shm/tw-microvm-0")
+                # The client of another process looks for the VM where it is.
+                self.assertEqual(told["socket"], "/dev/shm/tw-microvm-0/" + told["vm_id"] + "/sock")
+                self.assertEqual(told["other"], ["/dev/shm/tw-microvm-0", True])
+                self.assertEqual(len(told["leases"]), 1, told)
+                self.assertEqual(told["left"], [".tw-microvm"] * 2)
 
     def test_package_on_a_file_system_without_exec(self) -> None:
         noexec = "mount --bind {0} {0} && mount -o remount,bind,noexec {0}".format(DATA)

@@ -15,10 +15,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::fcntl::FlockArg;
+use nix::fcntl::{AtFlags, FlockArg, AT_FDCWD};
 use nix::sys::stat::{fstat, SFlag};
 use nix::sys::statfs::{statfs, TMPFS_MAGIC};
-use nix::unistd::{access, geteuid, AccessFlags, Uid, User};
+use nix::sys::statvfs::{statvfs, FsFlags};
+use nix::unistd::{faccessat, geteuid, AccessFlags, Uid, User};
 
 use super::dir::{is_kind, Dir, Entry, Id};
 use super::mark::{self, Mark};
@@ -260,12 +261,23 @@ pub fn check_apart(runtime: &Root, cache: &Root) -> Result<()> {
 /// The runtime folder that every process of this user works out alike: no environment variable has a say.
 ///
 /// In memory if there is any: containers and small hosts have `/run` on their disk, where ext4 looks at every file that was
-/// removed in the last minute before it makes another.
+/// removed in the last minute before it makes another. Where neither can be written, a refusal names the usual one.
 #[must_use]
 pub fn default_runtime() -> PathBuf {
     let uid = geteuid();
     let [shared, usual] = default_runtime_folders(uid);
-    if !usual.parent().is_some_and(is_in_memory) && may_be_base(&shared, uid) {
+    let is_first = usual.parent().is_some_and(is_in_memory) && can_be_written(&usual);
+    if !is_first && may_be_base(&shared, uid) {
+        return shared;
+    }
+    usual
+}
+
+/// Where root's uid leases are: the same for every manager that sees these file systems, whatever its runtime folder.
+#[must_use]
+pub fn leases_folder() -> PathBuf {
+    let [shared, usual] = [SHARED_MEMORY, "/run"].map(|folder| Path::new(folder).join("tw-microvm-uids"));
+    if !can_be_written(&usual) && may_be_base(&shared, geteuid()) {
         return shared;
     }
     usual
@@ -289,10 +301,21 @@ fn is_in_memory(folder: &Path) -> bool {
 
 /// Whether it is there, or can be made, in memory. All may make files beside it: another user's of that name is left alone.
 fn may_be_base(folder: &Path, uid: Uid) -> bool {
-    let Some(parent) = folder.parent().filter(|parent| is_in_memory(parent)) else { return false };
-    match folder.symlink_metadata() {
+    let is_ours = match folder.symlink_metadata() {
         Ok(meta) => meta.is_dir() && meta.uid() == uid.as_raw(),
-        Err(_) => access(parent, AccessFlags::W_OK | AccessFlags::X_OK).is_ok(),
+        Err(_) => true,
+    };
+    is_ours && folder.parent().is_some_and(is_in_memory) && can_be_written(folder)
+}
+
+/// Whether it is there on a file system that can be written, or can be made. One that is there may be closed to its owner
+/// (umask), and that is mended: its mode says nothing.
+fn can_be_written(folder: &Path) -> bool {
+    let flags = AccessFlags::W_OK | AccessFlags::X_OK;
+    match folder.ancestors().find(|above| above.symlink_metadata().is_ok()) {
+        Some(there) if there == folder => statvfs(there).is_ok_and(|fs| !fs.flags().contains(FsFlags::ST_RDONLY)),
+        Some(above) => faccessat(AT_FDCWD, above, flags, AtFlags::AT_EACCESS).is_ok(),
+        None => false,
     }
 }
 
@@ -437,6 +460,8 @@ mod tests {
         let [_, usual] = default_runtime_folders(uid);
         let chosen = default_runtime();
         assert!(chosen == usual || is_in_memory(chosen.parent().unwrap()));
+        assert!(!can_be_written(Path::new("relative")));
+        assert!(can_be_written(&std::env::temp_dir().join("tw/deep")) && can_be_written(Path::new("/dev/shm")));
         assert!(!is_in_memory(Path::new("/proc")) && !may_be_base(Path::new("/proc/tw"), uid));
         let free = Path::new(SHARED_MEMORY).join(format!("tw-microvm-test-{}", std::process::id()));
         assert!(may_be_base(&free, uid), "this host has no /dev/shm");

@@ -4,20 +4,19 @@
 //! locks (containers on one kernel) hardly meet.
 
 use std::io::{self, ErrorKind};
-use std::path::Path;
 use std::sync::Arc;
 
-use super::base::{Base, Kind, Root};
+use super::base::{leases_folder, Base, Kind, Root};
 use super::lock::Lock;
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::host::fork::PerProcess;
 
-/// The same for every manager of root's, whatever its runtime folder: uids are the host's.
+/// Looked for once: uids are the host's, and all leases of a process are in one place.
 static LEASES: PerProcess<Base> = PerProcess::new();
 
 fn leases() -> &'static Base {
-    LEASES.get_or_init(|| Base::new(Kind::Leases, Path::new("/run/tw-microvm-uids").into()))
+    LEASES.get_or_init(|| Base::new(Kind::Leases, leases_folder()))
 }
 
 /// How many uids are tried before the range is called full.
