@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, Optional
+from typing import Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = "qemu-system-x86,python3"

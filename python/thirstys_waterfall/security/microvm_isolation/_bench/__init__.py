@@ -64,7 +64,7 @@ def writable(name: str) -> str:
         if not existed:
             os.unlink(name)
     except OSError as error:
-        raise argparse.ArgumentTypeError("{!r} cannot be written: {}".format(name, error.strerror))
+        raise argparse.ArgumentTypeError("{!r} cannot be written: {}".format(name, error.strerror)) from None
     return name
 
 
