@@ -85,7 +85,8 @@ class Hosts(unittest.TestCase):
         self.refused(self.told(OURS + " && mount -o remount,ro " + CACHE), "Read-only file system", "cache_dir", CACHE)
 
     def test_cache_on_a_full_file_system(self) -> None:
-        fill = "dd if=/dev/zero of={}/full bs=64k 2>/dev/null || true".format(CACHE)
+        # Where a file of the VM's may be: another file in the cache itself would be refused for itself.
+        fill = "dd if=/dev/zero of={}/disks/full bs=64k 2>/dev/null || true".format(CACHE)
         made = "mkdir -p {0} && mount -t tmpfs -o mode=700,size=1m tmpfs {0} && mkdir -m 700 {0}/disks".format(CACHE)
         self.refused(self.told(made + " && " + fill), "No space left on device", "cache_dir", CACHE)
 

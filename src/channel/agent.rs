@@ -236,9 +236,17 @@ pub fn patience(params: &Value, at_least: Duration) -> Duration {
     asked.unwrap_or_default().max(at_least)
 }
 
-/// A response of the guest, which may hold anything.
+/// Times the size of an answer that reading it takes at once: its text, and that as Python's.
+const READ_COSTS: usize = 3;
+
+/// A response of the guest, which may hold anything; an empty one stands for one that there was no memory for.
 pub fn decode(vm_id: &VmId, body: &[u8]) -> Result<Answer> {
     let unreadable = |reason: String| Error::ChannelClosed { vm_id: vm_id.to_string(), reason, sent: true };
+    // What is read takes about as much again; a Vec or String that grows by itself ends the process when there is none.
+    let no_memory = Vec::<u8>::new().try_reserve_exact(READ_COSTS * body.len()).is_err();
+    if body.is_empty() || no_memory {
+        return Err(unreadable("this process has no memory for the answer".into()));
+    }
     if !is_modest(body) {
         return Err(unreadable("the answer holds too many values to be read".into()));
     }

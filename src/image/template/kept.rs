@@ -28,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::image::copy_disk;
 use crate::model::{NetworkConfig, ResourceLimits};
-use crate::store::{Dir, Lock};
+use crate::store::{Dir, Entry, Lock};
 
 const SNAPSHOTS: &str = "snapshots";
 const SUSPENDED: &str = "suspended";
@@ -325,26 +325,42 @@ impl Shelf {
     pub fn clean_up(&self) {
         let Some(dir) = self.folder.trusted() else { return };
         for entry in dir.entries().unwrap_or_default() {
-            let name = match (folder::own_folder(&entry), entry.name.to_str()) {
-                (Some(name), _) if name.starts_with(GONE) || name.starts_with(NEW) => name,
-                (None, Some(name)) if name.starts_with(LOCK) => name,
-                _ => continue,
-            };
-            let removed = if name.starts_with(GONE) {
+            let Some(name) = entry.name.to_str() else { continue };
+            let is_folder = folder::own_folder(&entry).is_some() && is_half_made(&dir, name);
+            let removed = if is_folder && name.strip_prefix(GONE).is_some_and(is_random) {
                 dir.remove_all(name)
-            } else {
-                let of = name.strip_prefix(NEW).or_else(|| name.strip_prefix(LOCK));
-                // Dropping the lock removes its file, too.
-                match of.map(|of| self.hold(of)) {
-                    Some(Ok(Some(_held))) if name.starts_with(NEW) => dir.remove_all(name),
+            } else if let Some(of) = name.strip_prefix(NEW).filter(|_| is_folder) {
+                match self.hold(of) {
+                    Ok(Some(_held)) => dir.remove_all(name),
                     _ => Ok(()),
                 }
+            } else if let Some(of) = name.strip_prefix(LOCK).filter(|_| is_empty_file(&dir, name)) {
+                // Dropping the lock removes its file, too.
+                drop(self.hold(of));
+                Ok(())
+            } else {
+                Ok(())
             };
             if let Err(error) = removed {
                 log::warn!("{}: {error}", dir.at(name).display());
             }
         }
     }
+}
+
+/// Whether a folder holds nothing but what is written into one that is being made. Its name alone proves nothing.
+fn is_half_made(dir: &Dir, name: &str) -> bool {
+    let ours = |entry: Entry| !entry.is_dir && [MANIFEST, RAM, STATE, DISK].iter().any(|file| entry.name == *file);
+    dir.dir(name).and_then(|folder| folder.entries()).is_ok_and(|entries| entries.into_iter().all(ours))
+}
+
+/// Whether digits are those of a name that [`Shelf::remove`] gives.
+fn is_random(digits: &str) -> bool {
+    digits.len() == 16 && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+fn is_empty_file(dir: &Dir, name: &str) -> bool {
+    dir.open(name).and_then(|file| file.metadata()).is_ok_and(|meta| meta.len() == 0)
 }
 
 /// As [`Shelf::clean_up`], for the folder of one. Blocking.
@@ -416,6 +432,8 @@ mod tests {
     use super::super::manifest::tests::fit;
     use super::*;
     use std::fs;
+    use std::fs::DirBuilder;
+    use std::os::unix::fs::DirBuilderExt;
 
     fn shelf(name: &str) -> (PathBuf, Arc<Shelf>) {
         let cache = std::env::temp_dir().join(format!("kept-{}-{name}", std::process::id()));
@@ -562,8 +580,10 @@ mod tests {
     fn test_making_given_up_or_of_a_dead_maker_leaves_nothing() {
         let (cache, shelf) = shelf("given-up");
         drop(shelf.make(shelf.hold("a").unwrap().unwrap(), "a").unwrap());
-        fs::create_dir(cache.join("snapshots/.new-b")).unwrap();
-        fs::create_dir(cache.join("snapshots/.gone-0123456789abcdef")).unwrap();
+        for name in [".new-b", ".gone-0123456789abcdef"] {
+            DirBuilder::new().mode(0o700).create(cache.join("snapshots").join(name)).unwrap();
+            fs::write(cache.join("snapshots").join(name).join(RAM), b"half").unwrap();
+        }
         fs::write(cache.join("snapshots/.lock-b"), b"").unwrap();
         let (held, mine) = (shelf.hold("c").unwrap(), cache.join("snapshots/.new-c"));
         fs::create_dir(&mine).unwrap();

@@ -73,6 +73,8 @@ pub enum ProtocolError {
     UnknownFrame { kind: u8 },
     #[error("message of more than {limit} bytes")]
     MessageTooLarge { limit: usize },
+    #[error("no memory for a message of {bytes} bytes")]
+    OutOfMemory { bytes: usize },
     #[error("more than {limit} exchanges at once")]
     TooManyExchanges { limit: usize },
     #[error("exchange {id}, channel {channel}: more bytes or credit than the window holds")]

@@ -128,6 +128,8 @@ impl Mux {
         if whole > MAX_MESSAGE || *assembling + payload.len() > MAX_ASSEMBLING {
             return Err(ProtocolError::MessageTooLarge { limit: MAX_MESSAGE });
         }
+        // A Vec that grows by itself ends the process when there is no memory.
+        exchange.assembling.try_reserve(payload.len()).map_err(|_| ProtocolError::OutOfMemory { bytes: whole })?;
         exchange.assembling.extend_from_slice(payload);
         *assembling += payload.len();
         if !last {
@@ -163,7 +165,15 @@ impl Mux {
         let body = if exchange.phase == Phase::Cancelled {
             last.then(Vec::new)
         } else {
-            Self::assemble(exchange, &mut self.assembling, last, payload)?
+            match Self::assemble(exchange, &mut self.assembling, last, payload) {
+                // Only this answer is lost: what comes of it is dropped, and its asker gets an empty one.
+                Err(ProtocolError::OutOfMemory { .. }) => {
+                    self.assembling -= std::mem::take(&mut exchange.assembling).len();
+                    exchange.phase = Phase::Cancelled;
+                    last.then(Vec::new)
+                }
+                assembled => assembled?,
+            }
         };
         let Some(body) = body else { return Ok(None) };
         self.exchanges.remove(&id);
