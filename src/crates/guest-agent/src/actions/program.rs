@@ -237,7 +237,6 @@ impl Program<'_> {
                 if libc::write(procs.as_raw_fd(), b"0".as_ptr().cast(), 1) != 1 {
                     return Err(io::Error::last_os_error());
                 }
-                setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
                 setrlimit(Resource::RLIMIT_NPROC, processes, processes)?;
                 if let Some((memory_bytes, cpu_seconds)) = tool {
                     setrlimit(Resource::RLIMIT_AS, memory_bytes, memory_bytes)?;
@@ -249,6 +248,8 @@ impl Program<'_> {
                     let score = open("/proc/self/oom_score_adj", OFlag::O_WRONLY, Mode::empty())?;
                     nix::unistd::write(&score, b"1000")?;
                 }
+                // Last: the agent's own descriptors are open until the exec, and nothing more could be opened beside them.
+                setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
                 Ok(())
             });
         }
