@@ -4,14 +4,18 @@
 """
 
 import argparse
+import os
+import shutil
 import sys
 import unittest
 from pathlib import Path
 from typing import Optional, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
-# Where the VMs were of the ordinary user whom some tests become: empty by now, it would outlive that user.
-USERS_FOLDER = Path("/dev/shm/tw-microvm-61234")
+# The folders of the ordinary user whom some tests become: they would outlive that user. No VM is left in the first by now.
+USER = 61234
+USERS_RUNTIME, USERS_CACHE = Path("/dev/shm/tw-microvm-{}".format(USER)), Path("/tmp/tw-microvm-cache-{}".format(USER))
+MARK = ".tw-microvm"
 
 
 class Counting(unittest.TextTestResult):
@@ -28,6 +32,17 @@ class Counting(unittest.TextTestResult):
         self.passed += 1
 
 
+def remove_users_folders() -> None:
+    """Remove what the tests' ordinary user was given by default, and say what should not be there any more."""
+    for folder in (USERS_RUNTIME, USERS_CACHE):
+        if os.geteuid() != 0 or not folder.is_dir() or folder.is_symlink() or folder.stat().st_uid != USER:
+            continue
+        left = [path.name for path in folder.iterdir() if path.name != MARK]
+        if folder == USERS_RUNTIME and left:
+            print("left behind in {}: {}".format(folder, ", ".join(left)))
+        shutil.rmtree(str(folder))
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--totals", help="write the three numbers to this file, too")
@@ -40,12 +55,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Counting)
     result = runner.run(suite)
     assert isinstance(result, Counting)
-    try:
-        USERS_FOLDER.rmdir()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        print("left behind: {}".format(error))
+    remove_users_folders()
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
     for test, reason in result.skipped:
         print("skipped: {}: {}".format(test, reason))

@@ -5,7 +5,7 @@ from typing import Set
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMInstance, MicroVMIsolationManager
 
-from .support import VMTestCase, limits
+from .support import ROOT, VMTestCase, limits, run_python
 from .test_zygote import zygotes
 
 
@@ -26,6 +26,17 @@ class Shared(VMTestCase):
     config = {"health_interval_s": None}
 
     def test_one_shape_is_in_memory_once_for_managers_and_vms_on_their_own(self) -> None:
+        # In a process of its own: what other tests still hold has memory of its own.
+        done = run_python("from tests.test_shared import Alone; Alone('share').debug(); print('shared')", cwd=str(ROOT))
+        self.assertEqual(done.stdout, "shared\n", done.stderr)
+
+
+class Alone(VMTestCase):
+    """Run by the test above, not by discovery: it has no test of its own name."""
+
+    config = {"health_interval_s": None}
+
+    def share(self) -> None:
         self.running()
         with MicroVMIsolationManager(dict(self.manager.config)) as other:
             vm = other.get_vm(other.create_vm("plugin", limits()))
