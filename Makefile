@@ -28,7 +28,7 @@ help:
 	@echo 'make test    build all and run every test'
 	@echo 'make wheel   build the wheel into dist/'
 	@echo 'make check   format, lints, types, layers, unit and golden tests: no VM'
-	@echo 'make dev     a debug build in the tree; make t T=tests.test_channel.Streams: one test with it'
+	@echo 'make dev     a debug build in the tree; make t T=tests.vm.test_channel.Streams: one test with it'
 	@echo 'make against BEFORE=WHEEL: the starts of two wheels, in turns; N=60'
 	@echo 'make test-nested  the conformance suite on every backend, in a guest with KVM: TIMES=5 MICROVM_TEST_BIN=FOLDER'
 	@echo 'make test-distributions  the example and a life on Debian 13 and sid, with their QEMU: SUITES="trixie sid"'
@@ -71,7 +71,7 @@ check: setup
 	for crate in $(CRATES); do $(CARGO) clippy -q --locked -p $$crate --all-targets -- -D warnings; done; \
 	$(VENV)/bin/ruff check -q python tests examples fuzz; \
 	$(VENV)/bin/mypy -p thirstys_waterfall.security.microvm_isolation; \
-	$(PYTHON) -m unittest -q tests.test_layers; \
+	$(PYTHON) -m unittest -q tests.source.test_layers; \
 	$(CARGO) test -q --locked --no-default-features --lib -- model:: net:: vmm:: channel:: store::; \
 	$(CARGO) test -q --locked -p microvm-protocol; \
 	echo "check: all green in $$SECONDS s"
@@ -164,13 +164,13 @@ test: wheel attackers
 
 # KVM for those who have none: the conformance suite in a guest whose CPU has emulated SVM (tests/nested). The VMMs are
 # taken from the folder MICROVM_TEST_BIN (an absolute path, not below /tmp) or from PATH; who is missing is skipped. Other
-# tests run there, too, with cgroup v2: TESTS='test_jail.py test_network_egress.py'.
+# tests run there, too, with cgroup v2: TESTS='tests.host.test_jail tests.network'.
 test-nested: installed
 	@for ((run = 1; run <= $(or $(TIMES),1); run++)); do \
 	    echo "run $$run of $(or $(TIMES),1)"; \
 	    $(PYTHON) -m tests.nested.lab --timeout $(or $(DEADLINE),1800) --keep $(BUILD)/nested/results -- \
 	        env MICROVM_TEST_MBPS=12 $(BUILD)/venv-demo/bin/python tests/runner.py --totals /run/lab/totals \
-        $(or $(TESTS),'test_conformance_*.py'); done
+        $(or $(TESTS),tests.conformance); done
 
 # Not part of `make test`: it fetches some hundred megabytes.
 test-distributions: installed
@@ -201,25 +201,25 @@ against: installed
 	@[ -f "$(BEFORE)" ] || { echo 'BEFORE=WHEEL names the other wheel' >&2; exit 1; }
 	@rm -rf $(BUILD)/venv-before && $(PYTHON) -m venv $(BUILD)/venv-before
 	@$(BUILD)/venv-before/bin/pip install -q --no-index $(BEFORE)
-	$(PYTHON) tests/against.py $(BUILD)/venv-before/bin/python $(BUILD)/venv-demo/bin/python --n $(or $(N),60) --json $(BUILD)/against.json
+	$(PYTHON) tests/load/against.py $(BUILD)/venv-before/bin/python $(BUILD)/venv-demo/bin/python --n $(or $(N),60) --json $(BUILD)/against.json
 
 # The tests of the channel in the lengths that its issue names.
 traffic: installed
 	MICROVM_CHANNEL_MESSAGES=$(or $(MESSAGES),10048) MICROVM_STREAM_MIB=$(or $(MIB),1024) \
-	    $(BUILD)/venv-demo/bin/python tests/runner.py 'test_channel.py'
+	    $(BUILD)/venv-demo/bin/python tests/runner.py tests.vm.test_channel
 
 # The tests of templates in the lengths that their issue names.
 clones: installed
 	MICROVM_CLONES=$(or $(CLONES),200) MICROVM_KILLS=$(or $(KILLS),50) \
-	    $(BUILD)/venv-demo/bin/python tests/runner.py 'test_templates.py'
+	    $(BUILD)/venv-demo/bin/python tests/runner.py tests.vm.test_templates
 
 # COUNT starts, commands and ends of a VM in a row.
 cycles: installed
-	$(BUILD)/venv-demo/bin/python tests/cycles.py --count $(or $(COUNT),1000)
+	$(BUILD)/venv-demo/bin/python tests/load/cycles.py --count $(or $(COUNT),1000)
 
 # Lives of VMs on 8 threads for SECONDS, and what they leave behind.
 stress: installed
-	$(BUILD)/venv-demo/bin/python tests/stress.py --seconds $(or $(SECONDS),180) --threads $(or $(THREADS),8)
+	$(BUILD)/venv-demo/bin/python tests/load/stress.py --seconds $(or $(SECONDS),180) --threads $(or $(THREADS),8)
 
 # COUNT connected VMs at once in network namespaces of their own, and what they leave behind; needs 70 MiB for each.
 network-many: installed
@@ -243,11 +243,11 @@ chaos-kill: installed
 
 # What the watch over VMS idle VMs costs.
 watch-cost: installed
-	$(BUILD)/venv-demo/bin/python tests/watch_cost.py --vms $(or $(VMS),100) --seconds $(or $(SECONDS),60)
+	$(BUILD)/venv-demo/bin/python tests/load/watch_cost.py --vms $(or $(VMS),100) --seconds $(or $(SECONDS),60)
 
 # VMS busy VMs for MINUTES: lost or crossed answers, round trips, growth. `soak` is the same with VMs that come and go.
 soak load: installed
-	$(BUILD)/venv-demo/bin/python tests/load.py $@ --vms $(or $(VMS),$(if $(filter load,$@),100,20)) \
+	$(BUILD)/venv-demo/bin/python tests/load/load.py $@ --vms $(or $(VMS),$(if $(filter load,$@),100,20)) \
 	    --minutes $(or $(MINUTES),30) --report $(BUILD)/$@.json
 
 clean:

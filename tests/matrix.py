@@ -1,7 +1,7 @@
 """All tests: the Rust crates, the type stubs, then the wheel under every Python that is asked for or found.
 
-The first interpreter runs the whole suite, the others what depends on Python: the module's surface, its errors, processes and
-threads, the examples, the package. What VMs do on the host and inside is the same code below one stable ABI.
+The first interpreter runs the whole suite, the others ``tests/surface``: what VMs do on the host and inside is the same code
+below one stable ABI.
 
 ``make test`` calls it. ``MICROVM_TEST_PYTHONS`` (separated by spaces or colons) names interpreters; without it they are
 python3 and whatever of CPython 3.8 and 3.13 is in PATH or below ``$PYENV_ROOT``.
@@ -20,15 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULE = "thirstys_waterfall.security.microvm_isolation"
 CRATES = ("microvm-protocol", "microvm-jail", "microvm-agent", "microvm-tools")
 WANTED = ("3.8", "3.13")
-SURFACE = (
-    "test_bad_input.py",
-    "test_events.py",
-    "test_examples.py",
-    "test_microvm_isolation.py",
-    "test_mission.py",
-    "test_packaging.py",
-    "test_process.py",
-)
+# What depends on the interpreter: names, errors, processes and threads, the examples, the package.
+SURFACE = ("tests.surface",)
 
 
 class Totals:
@@ -110,16 +103,16 @@ def stubtest(python: str, build: Path, wheel: Path, totals: Totals) -> None:
     totals.add("mypy.stubtest", int(done.returncode == 0), int(done.returncode != 0), 0)
 
 
-def suite(python: str, build: Path, wheel: Path, totals: Totals, patterns: Sequence[str] = ()) -> None:
+def suite(python: str, build: Path, wheel: Path, totals: Totals, names: Sequence[str] = ()) -> None:
     """Run the Python suite, or the parts of it with these names, with one interpreter."""
     numbers = build / "totals"
     if numbers.exists():
         numbers.unlink()
-    call = [python, str(ROOT / "tests" / "runner.py"), "--totals", str(numbers)] + list(patterns)
+    call = [python, str(ROOT / "tests" / "runner.py"), "--totals", str(numbers)] + list(names)
     print("+ " + " ".join(call), flush=True)
     subprocess.run(call, cwd=str(ROOT), env=dict(os.environ, MICROVM_WHEEL=str(wheel)))
     counted = [int(n) for n in numbers.read_text().split()] if numbers.exists() else [0, 1, 0]
-    part = "surface" if patterns else "suite"
+    part = "surface" if names else "suite"
     totals.add("Python {} under {}".format(part, Path(python).parents[1].name), *counted)
 
 

@@ -1,6 +1,7 @@
-"""Runs every test of this folder and prints ``N passed, N failed, N skipped``, with the reason of each skip.
+"""Runs tests and prints ``N passed, N failed, N skipped``, with the reason of each skip.
 
-``python3 tests/runner.py [--totals FILE] [PATTERN ...]``; the wheel must be installed in this interpreter.
+``python3 tests/runner.py [--totals FILE] [NAME ...]``: NAME is a folder, module, class or test, as ``tests.vm`` or
+``tests.vm.test_quota``; without one it is all of this folder. The wheel must be installed in this interpreter.
 """
 
 import argparse
@@ -32,6 +33,14 @@ class Counting(unittest.TextTestResult):
         self.passed += 1
 
 
+def load(name: str) -> unittest.TestSuite:
+    """The tests of a folder, a module, a class or a method, by its dotted name."""
+    folder = ROOT.joinpath(*name.split("."))
+    if folder.is_dir():
+        return unittest.defaultTestLoader.discover(str(folder), "test_*.py", str(ROOT))
+    return unittest.defaultTestLoader.loadTestsFromName(name)
+
+
 def remove_users_folders() -> None:
     """Remove what the tests' ordinary user was given by default, and say what should not be there any more."""
     for folder in (USERS_RUNTIME, USERS_CACHE):
@@ -46,12 +55,10 @@ def remove_users_folders() -> None:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--totals", help="write the three numbers to this file, too")
-    parser.add_argument("patterns", nargs="*", default=["test_*.py"])
+    parser.add_argument("names", nargs="*", default=["tests"])
     options = parser.parse_args(arguments)
     sys.path[0] = str(ROOT)
-    loader = unittest.defaultTestLoader
-    found = [loader.discover(str(ROOT / "tests"), pattern, str(ROOT)) for pattern in options.patterns]
-    suite = unittest.TestSuite(found)
+    suite = unittest.TestSuite(load(name) for name in options.names)
     runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Counting)
     result = runner.run(suite)
     assert isinstance(result, Counting)

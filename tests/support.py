@@ -24,7 +24,7 @@ from thirstys_waterfall.security.microvm_isolation import (
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(package.__file__).resolve().parent / "_data"
 # The code of the description, by the title of its section.
-BLOCKS = dict(re.findall(r"^### ([^\n]+)\n+```python\n(.*?)^```", (ROOT / "tests" / "mission_blocks.md").read_text(), re.M | re.S))
+BLOCKS = dict(re.findall(r"^### ([^\n]+)\n+```python\n(.*?)^```", (ROOT / "tests" / "surface" / "mission_blocks.md").read_text(), re.M | re.S))
 IMPORT = "thirstys_waterfall.security.microvm_isolation"
 
 

@@ -1,0 +1,22 @@
+"""The short forms of the chaos suite; ``make chaos`` and ``make chaos-kill`` are the long ones."""
+
+import os
+import tempfile
+import unittest
+
+from .kill import kills
+from .storm import storm
+
+# Given to find a failure again; CI prints what a run had.
+SEED = int(os.environ.get("MICROVM_CHAOS_SEED", "0")) or int.from_bytes(os.urandom(4), "big")
+
+
+class Chaos(unittest.TestCase):
+    def test_storm_of_faults_breaks_no_invariant(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+            weather = storm(SEED, vms=6, seconds=20.0, connected=False, fill=False, folder=folder)
+        self.assertEqual(weather.wrong, [], "seed {}".format(SEED))
+        self.assertGreater(weather.done["calls"], 20)
+
+    def test_process_killed_at_random_moments_leaves_nothing_after_a_second(self) -> None:
+        self.assertEqual(kills(4, SEED, threads=3), [], "seed {}".format(SEED))

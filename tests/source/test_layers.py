@@ -1,0 +1,72 @@
+"""The layers of the core, held by reading its ``use`` lines: arrows point down, never up, and there is no circle."""
+
+import re
+import unittest
+from pathlib import Path
+from typing import Dict, Set
+
+SRC = Path(__file__).resolve().parent.parent.parent / "src"
+# What each top-level module may use; ARCHITECTURE draws the same picture.
+BELOW = {
+    "error": {"model"},
+    "model": {"error"},
+    "net": {"error", "model"},
+    "host": {"error", "model"},
+    "store": {"error", "model", "host"},
+    "image": {"error", "model", "host", "store"},
+    "channel": {"error", "model", "host", "store"},
+    "vmm": {"error", "model", "host", "store"},
+    "vm": {"error", "model", "net", "host", "store", "image", "channel", "vmm"},
+    "manager": {"error", "model", "host", "store", "image", "vmm", "vm"},
+    "doctor": {"error", "model", "net", "host", "store", "image", "vmm", "vm", "manager"},
+    "py": {"error", "model", "net", "host", "store", "image", "channel", "vmm", "vm", "manager", "doctor"},
+}
+TESTS = "#[cfg(test)]\nmod tests {"
+
+
+def used() -> Dict[str, Dict[str, Set[str]]]:
+    """For each module, what it uses of the others, and in which files; the files' own tests may use anything."""
+    found: Dict[str, Dict[str, Set[str]]] = {}
+    for path in sorted(SRC.rglob("*.rs")):
+        parts = path.relative_to(SRC).with_suffix("").parts
+        if parts[0] in ("crates", "lib"):
+            continue
+        lines = [line for line in path.read_text().split(TESTS)[0].splitlines() if not line.lstrip().startswith("//")]
+        targets = found.setdefault(parts[0], {})
+        text = "\n".join(lines)
+        names = re.findall(r"\bcrate::(\w+)", text)
+        for group in re.findall(r"\buse crate::\{(.*?)\};", text, re.S):
+            names += re.findall(r"(?:^|,)\s*(\w+)", group)
+        for name in names:
+            if name != parts[0]:
+                targets.setdefault(name, set()).add(str(path.relative_to(SRC)))
+    return found
+
+
+class Layers(unittest.TestCase):
+    def test_every_module_has_its_place(self) -> None:
+        self.assertEqual(set(used()) - set(BELOW), set())
+
+    def test_no_module_uses_what_is_above_it(self) -> None:
+        for module, targets in used().items():
+            for target, files in targets.items():
+                with self.subTest(module=module, target=target):
+                    self.assertIn(target, BELOW[module], sorted(files))
+
+    def test_picture_has_no_circle_but_errors_names(self) -> None:
+        def reaches(start: str, goal: str, seen: Set[str]) -> bool:
+            below = BELOW[start] - seen - ({"error"} if start == "model" else set())
+            return goal in below or any(reaches(each, goal, seen | {each}) for each in below)
+
+        self.assertEqual([module for module in BELOW if reaches(module, module, set())], [])
+
+
+class Statics(unittest.TestCase):
+    def test_static_with_a_lock_is_made_anew_by_a_forked_child(self) -> None:
+        wrong = []
+        for path in sorted(SRC.rglob("*.rs")):
+            if path.relative_to(SRC).parts[0] != "crates":
+                text = path.read_text().split(TESTS)[0]
+                found = re.findall(r"static \w+: (?:Mutex|RwLock|Condvar|Once|OnceLock|OnceCell|LazyLock)\b[^;]*", text)
+                wrong += ["{}: {}".format(path.relative_to(SRC), one) for one in found]
+        self.assertEqual(wrong, [], "use host::fork::PerProcess: another thread may hold it at the fork")
