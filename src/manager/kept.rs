@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::{CreateRequest, Manager};
 use crate::error::{Error, Result};
 use crate::image::template::{Outline, Shelf};
-use crate::model::{Backend, IsolationType, NetworkConfig, Reservation, TemplateName, VmId, VmState};
+use crate::model::{Backend, IsolationType, Reservation, TemplateName, VmId, VmState};
 use crate::vm::{self, Ledger, MicroVm, Spec};
 
 /// One thing that is kept.
@@ -39,13 +39,7 @@ pub fn usage(shelf: &Shelf) -> (usize, u64) {
 
 /// What was left open, as the template has it. A network's addresses are a VM's own, where it may go is not.
 pub fn fill(request: CreateRequest, outline: &Outline) -> Result<CreateRequest> {
-    let network = NetworkConfig {
-        tap_device: None,
-        ip_address: None,
-        mac_address: None,
-        gateway: None,
-        ..outline.network.clone()
-    };
+    let network = outline.network.without_addresses();
     let backend = Backend::parse(&outline.backend)?;
     Ok(CreateRequest {
         limits: request.limits.or_else(|| Some(outline.limits.clone())),

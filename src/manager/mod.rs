@@ -356,7 +356,6 @@ impl Manager {
         let limits = request.limits.unwrap_or_else(|| self.config.default_limits.clone());
         limits.check()?;
         let network = request.network.unwrap_or_default();
-        network.check()?;
         let vm_id = match request.vm_id {
             Some(vm_id) => vm_id,
             None => VmId::parse(&format!("{}-{}", request.isolation_type, clock::hex(&clock::random::<6>()?)))?,

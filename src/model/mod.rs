@@ -4,33 +4,32 @@
 
 mod budget;
 mod config;
-mod egress;
 mod event;
 mod health;
 mod id;
 mod ipv4;
 mod kinds;
-mod limits;
-mod network;
 mod policy;
 mod pool;
 mod quota;
 mod shapes;
+mod spec;
 mod state;
 mod text;
 
 pub use budget::{Budget, CPU_PERIOD_US, VMM_CPU_PERCENT};
 pub use config::{ManagerConfig, CONFIG_KEYS};
-pub use egress::{EgressRule, EgressTarget, NamePattern};
 pub use event::{Event, Happening};
 pub use health::{judge, GuestUse, HealthStatus, Look, Reason, Sign, Verdict};
 pub use id::{TemplateName, VmId};
 pub use ipv4::{is_public, Ipv4Net};
 pub use kinds::{Backend, Grade, IsolationType, JailMode};
-pub use limits::ResourceLimits;
-pub use network::{NetworkConfig, DEFAULT_PREFIX};
 pub use policy::{OnFailure, Policies, Policy};
 pub use pool::{Form, PoolSpec, Shape};
 pub use quota::{QuotaLedger, QuotaUse, Reservation};
+pub use spec::{
+    EgressRule, EgressTarget, GuestAddress, MacAddress, NamePattern, NetworkConfig, NetworkText, ResourceLimits,
+    DEFAULT_PREFIX,
+};
 pub use state::VmState;
 pub use text::{printable, said, RECORD_BYTES};

@@ -2,7 +2,6 @@
 
 use std::net::Ipv4Addr;
 
-use crate::error::Result;
 use crate::model::{Ipv4Net, NetworkConfig, DEFAULT_PREFIX};
 
 /// A block holds its own address, the gateway, the VM and a broadcast address that nobody uses.
@@ -19,16 +18,13 @@ pub struct Addresses {
 
 /// Takes what `config` names and chooses the rest, beginning at a place that `seed` picks; `None` with nothing left.
 /// `taken` are the networks of the host's other interfaces: the addresses chosen lie in none of them.
-///
-/// # Errors
-/// [`crate::error::Error::InvalidValue`] as [`NetworkConfig::check`] has it.
-pub fn choose(config: &NetworkConfig, range: Ipv4Net, taken: &[Ipv4Net], seed: u32) -> Result<Option<Addresses>> {
-    let gateway: Option<Ipv4Addr> = config.gateway.as_ref().and_then(|text| text.parse().ok());
-    Ok(match (config.address()?, gateway) {
-        (Some((address, prefix)), gateway) => {
-            let subnet = Ipv4Net::around(address, prefix);
-            let lowest = |subnet: Ipv4Net| [1, 2].into_iter().filter_map(|n| subnet.nth(n)).find(|a| *a != address);
-            gateway.or_else(|| subnet.and_then(lowest)).map(|gateway| Addresses { address, prefix, gateway })
+#[must_use]
+pub fn choose(config: &NetworkConfig, range: Ipv4Net, taken: &[Ipv4Net], seed: u32) -> Option<Addresses> {
+    match (config.ip_address, config.gateway) {
+        (Some(own), gateway) => {
+            let (address, subnet) = (own.address(), own.subnet());
+            let lowest = || [1, 2].into_iter().filter_map(|n| subnet.nth(n)).find(|other| *other != address);
+            gateway.or_else(lowest).map(|gateway| Addresses { address, prefix: subnet.prefix(), gateway })
         }
         (None, Some(gateway)) => {
             let subnet = Ipv4Net::around(gateway, DEFAULT_PREFIX);
@@ -39,7 +35,7 @@ pub fn choose(config: &NetworkConfig, range: Ipv4Net, taken: &[Ipv4Net], seed: u
             })
         }
         (None, None) => free_block(range, taken, seed),
-    })
+    }
 }
 
 /// Why the host cannot have these addresses: one of its other interfaces has a network that holds them.
@@ -70,6 +66,7 @@ fn free_block(range: Ipv4Net, taken: &[Ipv4Net], seed: u32) -> Option<Addresses>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::GuestAddress;
     use proptest::prelude::*;
 
     fn net(text: &str) -> Ipv4Net {
@@ -77,12 +74,13 @@ mod tests {
     }
 
     fn config(ip_address: Option<&str>, gateway: Option<&str>) -> NetworkConfig {
-        let owned = |text: Option<&str>| text.map(str::to_owned);
-        NetworkConfig { ip_address: owned(ip_address), gateway: owned(gateway), ..NetworkConfig::default() }
+        let ip_address = ip_address.map(|text| GuestAddress::parse(text).unwrap());
+        let gateway = gateway.map(|text| text.parse().unwrap());
+        NetworkConfig { ip_address, gateway, ..NetworkConfig::default() }
     }
 
     fn chosen(ip_address: Option<&str>, gateway: Option<&str>) -> Option<(String, u8, String)> {
-        let addresses = choose(&config(ip_address, gateway), net("10.9.0.0/16"), &[], 0).unwrap();
+        let addresses = choose(&config(ip_address, gateway), net("10.9.0.0/16"), &[], 0);
         addresses.map(|a| (a.address.to_string(), a.prefix, a.gateway.to_string()))
     }
 
@@ -100,13 +98,13 @@ mod tests {
     fn test_choose_with_the_range_full_is_none() {
         let range = net("10.9.0.0/29");
         let taken = [net("10.9.0.1"), net("10.9.0.4/30")];
-        assert_eq!(choose(&config(None, None), range, &taken, 7).unwrap(), None);
-        assert!(choose(&config(None, None), range, &taken[..1], 7).unwrap().is_some());
+        assert_eq!(choose(&config(None, None), range, &taken, 7), None);
+        assert!(choose(&config(None, None), range, &taken[..1], 7).is_some());
     }
 
     #[test]
     fn test_conflict_names_the_interface_and_shares_a_gateway() {
-        let chosen = choose(&config(Some("192.168.100.10"), None), net("10.9.0.0/16"), &[], 0).unwrap().unwrap();
+        let chosen = choose(&config(Some("192.168.100.10"), None), net("10.9.0.0/16"), &[], 0).unwrap();
         let taken = |text: &str| vec![("eth0".to_owned(), net(text))];
         assert!(conflict(&chosen, &taken("192.168.0.0/16")).unwrap().contains("eth0"));
         assert!(conflict(&chosen, &taken("192.168.100.10")).is_some());

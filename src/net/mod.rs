@@ -8,7 +8,6 @@ mod dns;
 mod firewall;
 mod fitness;
 mod links;
-mod mac;
 mod rules;
 mod segment;
 
@@ -17,7 +16,6 @@ pub use dns::{Question, Relayed, Transport, Verdict};
 pub use firewall::Firewall;
 pub use fitness::{problems, HostNetwork, Problem};
 pub use links::{Interface, GENERATED_TAP, SHAPER_PREFIX};
-pub use mac::generate as generate_mac;
 pub use rules::{Pinned, Rules, MAX_PINNED};
 pub use segment::{Before, Resolution, Segment, Upstream};
 

@@ -10,8 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use super::rules::is_never;
 use super::{Addresses, Interface};
-use crate::error::Result;
-use crate::model::{EgressRule, EgressTarget, NetworkConfig};
+use crate::model::{EgressRule, EgressTarget, MacAddress, NetworkConfig};
 
 /// What a tap was like that was there before: what it goes back to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,8 +26,7 @@ pub struct Segment {
     pub tap: Interface,
     /// `None`: the tap was made for this, and vanishes by itself.
     pub before: Option<Before>,
-    /// Lower case.
-    pub mac: String,
+    pub mac: MacAddress,
     pub addresses: Addresses,
     pub resolution: Resolution,
     pub egress: Option<Vec<EgressRule>>,
@@ -57,9 +55,9 @@ impl Resolution {
     /// none, or one of them is where no VM may go: an address of the host, a link-local one, an IPv6 one.
     #[must_use]
     pub fn of(config: &NetworkConfig, gateway: Ipv4Addr, is_host: impl Fn(Ipv4Addr) -> bool) -> Self {
-        let servers = config.dns_servers.iter().filter_map(|text| text.parse::<IpAddr>().ok());
         // The gateway as a server means that it shall find one.
-        let servers: Vec<IpAddr> = servers.filter(|server| *server != IpAddr::V4(gateway)).collect();
+        let servers = config.dns_servers.iter().copied().filter(|server| *server != IpAddr::V4(gateway));
+        let servers: Vec<IpAddr> = servers.collect();
         let reached = |server: &IpAddr| match server {
             IpAddr::V4(server) => Some(*server).filter(|server| !is_never(*server) && !is_host(*server)),
             IpAddr::V6(_) => None,
@@ -76,19 +74,17 @@ impl Resolution {
 }
 
 impl Segment {
-    /// # Errors
-    /// [`crate::error::Error::InvalidValue`] as [`NetworkConfig::check`] has it.
+    #[must_use]
     pub fn new(
         config: &NetworkConfig,
         tap: Interface,
         before: Option<Before>,
-        mac: String,
+        mac: MacAddress,
         addresses: Addresses,
         resolution: Resolution,
         bandwidth_mbps: u64,
-    ) -> Result<Self> {
-        let mac = mac.to_ascii_lowercase();
-        Ok(Self { tap, before, mac, addresses, resolution, egress: config.egress_rules()?, bandwidth_mbps })
+    ) -> Self {
+        Self { tap, before, mac, addresses, resolution, egress: config.egress.clone(), bandwidth_mbps }
     }
 
     /// The servers that the guest's `resolv.conf` names.
@@ -113,8 +109,8 @@ pub mod tests {
     /// The description's example, on the interface with index 7.
     pub fn example(egress: Option<&[&str]>) -> Segment {
         let config = NetworkConfig {
-            dns_servers: vec!["8.8.8.8".into(), "8.8.4.4".into()],
-            egress: egress.map(|entries| entries.iter().map(|entry| (*entry).to_owned()).collect()),
+            dns_servers: vec![[8, 8, 8, 8].into(), [8, 8, 4, 4].into()],
+            egress: egress.map(|entries| entries.iter().map(|entry| EgressRule::parse(entry).unwrap()).collect()),
             isolated_network: false,
             ..NetworkConfig::default()
         };
@@ -122,11 +118,12 @@ pub mod tests {
         let addresses = Addresses { address: Ipv4Addr::new(192, 168, 100, 10), prefix: 24, gateway };
         let tap = Interface { name: "tap0".into(), index: 7 };
         let resolution = Resolution::of(&config, gateway, |_| false);
-        Segment::new(&config, tap, None, "52:54:00:12:34:AB".into(), addresses, resolution, 100).unwrap()
+        let mac = MacAddress::parse("52:54:00:12:34:AB").unwrap();
+        Segment::new(&config, tap, None, mac, addresses, resolution, 100)
     }
 
-    fn resolution(servers: &[&str], egress: Option<Vec<String>>) -> Resolution {
-        let dns_servers = servers.iter().map(|server| (*server).to_owned()).collect();
+    fn resolution(servers: &[&str], egress: Option<Vec<EgressRule>>) -> Resolution {
+        let dns_servers = servers.iter().map(|server| server.parse().unwrap()).collect();
         let config = NetworkConfig { dns_servers, egress, ..NetworkConfig::default() };
         Resolution::of(&config, Ipv4Addr::new(10, 0, 0, 1), |address| address == Ipv4Addr::new(10, 5, 5, 5))
     }

@@ -10,7 +10,7 @@ use serde_json::{json, Map, Number, Value};
 use super::errors;
 use crate::error::Error;
 use crate::image::GuestImage;
-use crate::model::{Backend, IsolationType, NetworkConfig, ResourceLimits, TemplateName, VmId, VmState};
+use crate::model::{Backend, IsolationType, NetworkConfig, NetworkText, ResourceLimits, TemplateName, VmId, VmState};
 use crate::store;
 
 const PACKAGE: &str = "thirstys_waterfall.security.microvm_isolation";
@@ -208,7 +208,7 @@ pub fn limits_from(
 /// A network configuration from the eight fields in their order.
 pub fn network_from(values: [&Bound<'_, PyAny>; 8]) -> PyResult<NetworkConfig> {
     let [tap_device, ip_address, mac_address, gateway, dns_servers, isolated_network, egress, ipv6] = values;
-    let network = NetworkConfig {
+    let network = NetworkText {
         tap_device: optional_text("tap_device", tap_device)?,
         ip_address: optional_text("ip_address", ip_address)?,
         mac_address: optional_text("mac_address", mac_address)?,
@@ -221,8 +221,7 @@ pub fn network_from(values: [&Bound<'_, PyAny>; 8]) -> PyResult<NetworkConfig> {
         },
         ipv6: flag("ipv6", ipv6)?,
     };
-    network.check().map_err(|error| errors::raise(tap_device.py(), &error))?;
-    Ok(network)
+    NetworkConfig::parse(network).map_err(|error| errors::raise(tap_device.py(), &error))
 }
 
 fn texts(field: &str, value: &Bound<'_, PyAny>, allowed: &str) -> PyResult<Vec<String>> {

@@ -11,7 +11,7 @@ use super::gate::{self, OnInterrupt, Owned};
 use super::stream::ProcessStream;
 use super::{convert, errors, logging, transfer};
 use crate::manager;
-use crate::model::{Backend, ManagerConfig, NetworkConfig};
+use crate::model::{Backend, ManagerConfig, NetworkConfig, NetworkText};
 use crate::net::{Problem, Segment};
 use crate::vm::{network, Health, MicroVm, Spec};
 
@@ -62,6 +62,7 @@ fn health_info(vm: &MicroVm, health: &Health) -> Value {
 
 /// What the VM got while it is connected, else what it asked for.
 fn network_info(network: &NetworkConfig, segment: Option<&Segment>, problems: &[Problem]) -> Value {
+    let network = NetworkText::from(network.clone());
     let mut info = json!({
         "isolated": network.isolated_network,
         "tap_device": network.tap_device,
@@ -78,7 +79,7 @@ fn network_info(network: &NetworkConfig, segment: Option<&Segment>, problems: &[
         info["tap_device"] = json!(segment.tap.name);
         info["ip_address"] = json!(addresses.address);
         info["prefix_length"] = json!(addresses.prefix);
-        info["mac_address"] = json!(segment.mac);
+        info["mac_address"] = json!(segment.mac.to_string());
         info["gateway"] = json!(addresses.gateway);
         info["dns_servers"] = json!(segment.guest_servers());
     }

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::host::fork::PerProcess;
 use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
 use crate::host::{clock, kernel, privileges};
-use crate::model::{Ipv4Net, NetworkConfig, VmId};
+use crate::model::{Ipv4Net, MacAddress, NetworkConfig, VmId};
 use crate::net::{self, Before, HostNetwork, Interface, Problem, Resolution, Rules, Segment};
 use crate::vmm::{Nic, Wire};
 use relay::Relay;
@@ -214,12 +214,12 @@ fn try_connect(
     let (undo, relay) = raise(&segment, home)?;
     let Segment { mac, addresses, .. } = &*segment;
     let guest = GuestNetwork {
-        mac_address: mac.clone(),
+        mac_address: mac.to_string(),
         address: format!("{}/{}", addresses.address, addresses.prefix),
         gateway: Some(addresses.gateway.to_string()),
         dns_servers: segment.guest_servers().iter().map(ToString::to_string).collect(),
     };
-    let nic = Nic { mac: mac.clone(), tap: Some(Arc::new(tap)) };
+    let nic = Nic { mac: mac.to_string(), tap: Some(Arc::new(tap)) };
     Ok((Connection { segment, _relay: relay, _undo: undo }, nic, guest))
 }
 
@@ -237,7 +237,7 @@ fn plan(
     let taken: Vec<(String, Ipv4Net)> = others.map(|(name, _, net)| (name.clone(), *net)).collect();
     let nets: Vec<Ipv4Net> = taken.iter().map(|(_, net)| *net).collect();
     let seed = home.next_block.fetch_add(1, Ordering::Relaxed);
-    let addresses = net::choose(config, range, &nets, seed)?.ok_or_else(|| {
+    let addresses = net::choose(config, range, &nets, seed).ok_or_else(|| {
         let remedy = "destroy VMs that are done, or set config[\"network_range\"] to a larger range";
         Refusal::new(format!("no address is left in {range}"), remedy)
     })?;
@@ -253,14 +253,11 @@ fn plan(
             Some(Before { up: was_up(&tap.name)?, gateway: hosts.iter().any(its_own) })
         }
     };
-    let mac = match &config.mac_address {
-        Some(mac) => mac.clone(),
-        None => net::generate_mac(clock::random()?),
-    };
+    let mac = config.mac_address.map_or_else(|| clock::random().map(MacAddress::local), Ok)?;
     let is_host = |address| hosts.iter().any(|(_, host, _)| *host == address);
     let resolution = Resolution::of(config, addresses.gateway, is_host);
     let tap = Interface { name: tap.name.clone(), index: tap.index };
-    Ok(Segment::new(config, tap, before, mac, addresses, resolution, bandwidth_mbps)?)
+    Ok(Segment::new(config, tap, before, mac, addresses, resolution, bandwidth_mbps))
 }
 
 /// Makes the host's end of a segment.

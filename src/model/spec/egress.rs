@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use super::Ipv4Net;
 use crate::error::{Error, Result};
+use crate::model::Ipv4Net;
 
 /// One entry of an allow-list, as in `93.184.216.0/24`, `10.0.0.7:443`, `example.com:443` or `*.example.com`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +43,16 @@ impl EgressRule {
         let net = Ipv4Net::parse(target).map(EgressTarget::Net);
         let to = net.or_else(|| NamePattern::parse(target).map(EgressTarget::Name)).ok_or_else(bad)?;
         Ok(Self { to, port })
+    }
+}
+
+impl fmt::Display for EgressRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.to {
+            EgressTarget::Net(net) => write!(f, "{net}")?,
+            EgressTarget::Name(name) => write!(f, "{name}")?,
+        }
+        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
     }
 }
 
@@ -99,7 +109,9 @@ mod tests {
             ("Example.COM", EgressTarget::Name(name("example.com")), None),
             ("*.example.com:443", EgressTarget::Name(name("*.example.com")), Some(443)),
         ] {
-            assert_eq!(EgressRule::parse(text).unwrap(), EgressRule { to, port }, "{text}");
+            let rule = EgressRule::parse(text).unwrap();
+            assert_eq!(rule, EgressRule { to, port }, "{text}");
+            assert_eq!(rule.to_string(), text.to_ascii_lowercase());
         }
     }
 
