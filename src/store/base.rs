@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::{AtFlags, FlockArg, AT_FDCWD};
-use nix::sys::stat::{fstat, SFlag};
+use nix::sys::stat::{fstat, lstat, FileStat, SFlag};
 use nix::sys::statfs::{statfs, TMPFS_MAGIC};
 use nix::sys::statvfs::{statvfs, FsFlags};
 use nix::unistd::{faccessat, geteuid, AccessFlags, Uid, User};
@@ -145,8 +145,8 @@ impl Base {
 
     fn open(&self, make: bool) -> Result<Option<Arc<Root>>> {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        // Another folder may have its name by now, or none: then that is checked anew.
-        if let Some(root) = opened.as_ref().filter(|root| is_at(root.id, &self.path)) {
+        // Another folder may have its name by now, or none, or others were let into it: then all is checked anew.
+        if let Some(root) = opened.as_ref().filter(|root| is_still_at(root.id, &self.path)) {
             return Ok(Some(root.clone()));
         }
         *opened = None;
@@ -212,8 +212,10 @@ impl Base {
     }
 }
 
-fn is_at(id: Id, path: &Path) -> bool {
-    nix::sys::stat::lstat(path).is_ok_and(|stat| Id::of(&stat) == id)
+/// Whether the folder that was checked has the path, the owner and the mode that it had then.
+fn is_still_at(id: Id, path: &Path) -> bool {
+    let is_ours = |stat: &FileStat| stat.st_uid == geteuid().as_raw() && stat.st_mode & 0o077 == 0;
+    lstat(path).is_ok_and(|stat| Id::of(&stat) == id && is_ours(&stat))
 }
 
 /// What an empty folder may hold: a mark half made, and what mkfs makes.
@@ -360,6 +362,8 @@ mod tests {
         assert!(Arc::ptr_eq(&root, &first.root().unwrap()));
         let again = base(Kind::Runtime, scratch.0.join("a/run")).existing().unwrap().unwrap();
         assert_eq!(again.mark_id(), root.mark_id());
+        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(refusal(&first).contains("755"));
         fs::remove_dir_all(scratch.0.join("a/run")).unwrap();
         assert!(first.existing().unwrap().is_none());
         assert_ne!(first.root().unwrap().mark_id(), root.mark_id());

@@ -108,7 +108,12 @@ pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings, operati
     let here = looking.await.map_err(|error| Error::host("look at", "what a copy depends on", error))?;
     let refused = |differences: Vec<String>| {
         let what = format!("a copy of {} could not be started, because what it needs", spec.vm_id);
-        let remedy = "put the former file back, or stop() and start() the VM".to_owned();
+        // Putting it back changes the file's ctime, too, which is all that is known of it where there is no template.
+        let remedy = match running.base {
+            Some(_) => "put the former file back, or stop() and start() the VM",
+            None => "stop() and start() the VM",
+        };
+        let remedy = remedy.to_owned();
         Error::StateMismatch { what, differences: differences.into_iter().chain([remedy]).collect() }
     };
     let here = match here {

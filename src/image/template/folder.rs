@@ -1,4 +1,4 @@
-//! The folders below the cache in which templates and VMs' states are kept, opened anew for each use.
+//! The folders below the cache in which templates and VMs' states are kept.
 //!
 //! Architecture invariant: nothing in the cache is believed, locked or removed but through a [`Dir`] that this module opened:
 //! the cache and its parents were checked then (owner, mode, mark), and the folder is this user's alone. The digests lie beside
@@ -18,7 +18,7 @@ pub const MANIFEST_LIMIT: u64 = 1 << 20;
 /// A folder of the cache, by its name.
 #[derive(Debug)]
 pub struct Folder {
-    cache_dir: PathBuf,
+    cache: Base,
     name: &'static str,
     path: PathBuf,
 }
@@ -28,17 +28,12 @@ impl Folder {
     pub fn new(cache_dir: &Path, name: &'static str) -> Self {
         // A relative one is refused when it is opened.
         let cache_dir = std::path::absolute(cache_dir).unwrap_or_else(|_| cache_dir.to_owned());
-        Self { path: cache_dir.join(name), cache_dir, name }
+        Self { path: cache_dir.join(name), cache: Base::new(Kind::Cache, cache_dir), name }
     }
 
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Not held open: modes and owners are looked at before each use.
-    fn cache(&self) -> Base {
-        Base::new(Kind::Cache, self.cache_dir.clone())
     }
 
     fn refused(&self, error: &io::Error) -> Error {
@@ -55,7 +50,7 @@ impl Folder {
     /// # Errors
     /// [`Error::FolderRefused`].
     pub fn make(&self) -> Result<Dir> {
-        self.cache().root()?.make_or_open_dir(self.name).map_err(|error| self.refused(&error))
+        self.cache.root()?.make_or_open_dir(self.name).map_err(|error| self.refused(&error))
     }
 
     /// The folder, if it is there. Blocking.
@@ -63,7 +58,7 @@ impl Folder {
     /// # Errors
     /// [`Error::FolderRefused`].
     pub fn existing(&self) -> Result<Option<Dir>> {
-        let Some(cache) = self.cache().existing()? else { return Ok(None) };
+        let Some(cache) = self.cache.existing()? else { return Ok(None) };
         match cache.dir(self.name) {
             Ok(dir) => Ok(Some(dir)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
