@@ -11,7 +11,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Manager;
-use crate::model::{Happening, HealthStatus, IsolationType, VmState};
+use crate::model::{EventKind, HealthStatus, IsolationType, VmState};
 use crate::vm::{Health, MicroVm};
 
 type Labels = Vec<(&'static str, String)>;
@@ -87,10 +87,10 @@ fn totals(page: &mut Page, manager: &Manager, vms: &[std::sync::Arc<MicroVm>]) {
     let (_, bytes) = usage.templates;
     page.gauge("templates", Some(Unit::Bytes), "Templates on disk", [(Labels::new(), bytes as f64)]);
     let (counts, dropped) = manager.events().counts();
-    let counts = Happening::KINDS.iter().zip(counts).map(|(kind, count)| (label("kind", *kind), count as f64));
+    let counts = EventKind::NAMES.iter().zip(counts).map(|(kind, count)| (label("kind", *kind), count as f64));
     page.counter("events", None, "Events, by kind", counts);
     let dropped = [(Labels::new(), dropped as f64)];
-    page.counter("events_dropped", None, "Events that a hearer did not take in time", dropped);
+    page.counter("events_dropped", None, "Events dropped from the full queue of a subscriber", dropped);
 }
 
 fn of_each(page: &mut Page, looks: &[(String, Health)]) {

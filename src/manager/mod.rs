@@ -24,7 +24,7 @@ use crate::host::zygote::Zygotes;
 use crate::image::template::{self, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, Happening, IsolationType, JailMode, ManagerConfig, NetworkConfig, QuotaLedger, QuotaUse, Reservation,
+    Backend, EventKind, IsolationType, JailMode, ManagerConfig, NetworkConfig, QuotaLedger, QuotaUse, Reservation,
     ResourceLimits, Shape, TemplateName, VmId, VmState,
 };
 use crate::store::{path, Existing, Folders};
@@ -274,8 +274,8 @@ impl Manager {
         let weak = Arc::downgrade(self);
         tasks.set.spawn(clean_up(weak.clone(), interval));
         if !self.config.policies.is_empty() {
-            let hearer = self.events().listen(POLICY_EVENTS);
-            tasks.set.spawn(policy::enforce(weak.clone(), hearer));
+            let subscriber = self.events().subscribe(POLICY_EVENTS);
+            tasks.set.spawn(policy::enforce(weak.clone(), subscriber));
         }
         if !self.config.prepare.is_empty() {
             tasks.set.spawn(prepare_all(weak.clone()));
@@ -380,8 +380,10 @@ impl Manager {
         let vm = self.vm(spec);
         let admitted = self.admit(&vm);
         match &admitted {
-            Ok(()) => vm.tell(Happening::Created, vm.spec().limits.to_string()),
-            Err(error @ Error::QuotaExceeded { .. }) => vm.tell(Happening::Limit { what: "quota" }, error.to_string()),
+            Ok(()) => vm.publish(EventKind::Created, vm.spec().limits.to_string()),
+            Err(error @ Error::QuotaExceeded { .. }) => {
+                vm.publish(EventKind::Limit { what: "quota" }, error.to_string())
+            }
             Err(_) => {}
         }
         admitted.map(|()| vm)
@@ -477,12 +479,12 @@ impl Manager {
             let mut registry = self.registry();
             let before = registry.vms.len();
             registry.vms.retain(|other| !Arc::ptr_eq(other, vm));
-            // Two callers may destroy the same VM: only the one that took it out tells.
+            // Two callers may destroy the same VM: only the one that took it out publishes the event.
             if registry.vms.len() == before {
                 return;
             }
         }
-        vm.tell(Happening::Removed, "destroyed");
+        vm.publish(EventKind::Removed, "destroyed");
     }
 
     pub async fn destroy_all(&self) {

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use super::{CreateRequest, Manager};
 use crate::error::Error;
-use crate::model::{Event, Happening, OnFailure, Policy, VmId, VmState};
-use crate::vm::{Hearer, MicroVm};
+use crate::model::{Event, EventKind, OnFailure, Policy, VmId, VmState};
+use crate::vm::{MicroVm, Subscriber};
 
 /// Restarts or replacements of one lineage within [`WINDOW`], after which it is left alone.
 const MOST_RESTARTS: usize = 5;
@@ -79,14 +79,14 @@ impl Treatments {
 }
 
 /// Enforces the policies, until the manager is gone or stopped.
-pub async fn enforce(manager: Weak<Manager>, hearer: Arc<Hearer>) {
+pub async fn enforce(manager: Weak<Manager>, subscriber: Arc<Subscriber>) {
     loop {
         let next = {
             let Some(manager) = manager.upgrade() else { return };
             destroy_what_is_due(&manager)
         };
         tokio::select! {
-            event = hearer.next() => {
+            event = subscriber.next() => {
                 let (Some(event), Some(manager)) = (event, manager.upgrade()) else { return };
                 on_event(&manager, &event);
             }
@@ -119,7 +119,7 @@ fn destroy_what_is_due(manager: &Arc<Manager>) -> Duration {
                 _ => format!("nobody has used it for {} s", limit.as_secs_f64()),
             };
             log::info!("{}: destroyed: {said}", vm.id());
-            vm.tell(Happening::Policy { action, replacement: None }, said);
+            vm.publish(EventKind::Policy { action, replacement: None }, said);
             let destroying = manager.clone();
             manager.spawn(async move {
                 destroying.remove(&vm).await;
@@ -137,10 +137,10 @@ fn policy_of(manager: &Manager, vm: &MicroVm) -> Policy {
 }
 
 fn on_event(manager: &Arc<Manager>, event: &Event) {
-    let has_failed = match &event.happening {
-        Happening::State { from: VmState::Running | VmState::Paused, to: VmState::Error } => true,
-        Happening::Health { reason, .. } => reason.is_failure(),
-        Happening::Removed => {
+    let has_failed = match &event.kind {
+        EventKind::State { from: VmState::Running | VmState::Paused, to: VmState::Error } => true,
+        EventKind::Health { reason, .. } => reason.is_failure(),
+        EventKind::Removed => {
             manager.treatments().forget(&event.vm_id);
             false
         }
@@ -183,7 +183,7 @@ async fn treat_until_well(
 
 fn give_up(vm: &MicroVm, said: String) {
     log::error!("{}: {said}", vm.id());
-    vm.tell(Happening::Policy { action: "give_up", replacement: None }, said);
+    vm.publish(EventKind::Policy { action: "give_up", replacement: None }, said);
 }
 
 /// Which VM has the place now, and whether it was brought to run.
@@ -218,7 +218,7 @@ async fn treat(
         OnFailure::Leave => left_alone,
         OnFailure::Restart => {
             log::warn!("{}: started again, as its policy says", vm.id());
-            vm.tell(Happening::Policy { action: "restart", replacement: None }, format!("started again: {why}"));
+            vm.publish(EventKind::Policy { action: "restart", replacement: None }, format!("started again: {why}"));
             let runs = start_at_last(vm, before).await;
             (vm.clone(), runs)
         }
@@ -272,7 +272,7 @@ async fn replace(manager: &Arc<Manager>, vm: &Arc<MicroVm>, why: &str) -> Option
     manager.treatments().hand_over(treatment, other.id());
     log::warn!("{}: replaced by {}, as its policy says", vm.id(), other.id());
     let said = format!("replaced by {}: {why}", other.id());
-    vm.tell(Happening::Policy { action: "replace", replacement: Some(other.id().clone()) }, said);
+    vm.publish(EventKind::Policy { action: "replace", replacement: Some(other.id().clone()) }, said);
     Some(other)
 }
 

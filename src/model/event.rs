@@ -4,9 +4,9 @@ use serde_json::{json, Value};
 
 use super::{HealthStatus, IsolationType, Reason, VmId, VmState};
 
-/// What an event is about, and what is particular to it.
+/// The kind of an event, with the data of that kind.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Happening {
+pub enum EventKind {
     Created,
     /// It is in the registry no more.
     Removed,
@@ -35,30 +35,30 @@ pub enum Happening {
     },
 }
 
-impl Happening {
-    pub const KINDS: [&'static str; 7] = ["created", "removed", "state", "health", "oom", "limit", "policy"];
+impl EventKind {
+    pub const NAMES: [&'static str; 7] = ["created", "removed", "state", "health", "oom", "limit", "policy"];
 
     #[must_use]
-    pub fn kind(&self) -> &'static str {
+    pub fn name(&self) -> &'static str {
         match self {
-            Happening::Created => "created",
-            Happening::Removed => "removed",
-            Happening::State { .. } => "state",
-            Happening::Health { .. } => "health",
-            Happening::Oom { .. } => "oom",
-            Happening::Limit { .. } => "limit",
-            Happening::Policy { .. } => "policy",
+            EventKind::Created => "created",
+            EventKind::Removed => "removed",
+            EventKind::State { .. } => "state",
+            EventKind::Health { .. } => "health",
+            EventKind::Oom { .. } => "oom",
+            EventKind::Limit { .. } => "limit",
+            EventKind::Policy { .. } => "policy",
         }
     }
 }
 
-impl Happening {
-    /// `why`, after what a state or a verdict was and is now.
+impl EventKind {
+    /// `why`, after the old and the new state or health status.
     #[must_use]
     pub fn detail(&self, why: String) -> String {
         let change = match self {
-            Happening::State { from, to } => format!("{from} -> {to}"),
-            Happening::Health { from, to, reason } => {
+            EventKind::State { from, to } => format!("{from} -> {to}"),
+            EventKind::Health { from, to, reason } => {
                 format!("{} -> {} ({})", from.as_str(), to.as_str(), reason.as_str())
             }
             _ => return why,
@@ -79,7 +79,7 @@ pub struct Event {
     pub unix_time_s: f64,
     pub vm_id: VmId,
     pub isolation_type: IsolationType,
-    pub happening: Happening,
+    pub kind: EventKind,
     /// What happened and why, for people.
     pub detail: String,
 }
@@ -90,29 +90,29 @@ impl Event {
         let mut event = json!({
             "sequence": self.sequence,
             "time": self.unix_time_s,
-            "kind": self.happening.kind(),
+            "kind": self.kind.name(),
             "vm_id": self.vm_id.as_str(),
             "isolation_type": self.isolation_type.as_str(),
             "detail": self.detail,
         });
         let mut add = |key: &str, value: Value| event[key] = value;
-        match &self.happening {
-            Happening::Created | Happening::Removed => {}
-            Happening::State { from, to } => {
+        match &self.kind {
+            EventKind::Created | EventKind::Removed => {}
+            EventKind::State { from, to } => {
                 add("from", from.as_str().into());
                 add("to", to.as_str().into());
             }
-            Happening::Health { from, to, reason } => {
+            EventKind::Health { from, to, reason } => {
                 add("from", from.as_str().into());
                 add("to", to.as_str().into());
                 add("reason", reason.as_str().into());
             }
-            Happening::Oom { place, kills } => {
+            EventKind::Oom { place, kills } => {
                 add("place", (*place).into());
                 add("kills", (*kills).into());
             }
-            Happening::Limit { what } => add("what", (*what).into()),
-            Happening::Policy { action, replacement } => {
+            EventKind::Limit { what } => add("what", (*what).into()),
+            EventKind::Policy { action, replacement } => {
                 add("action", (*action).into());
                 add("replacement", replacement.as_ref().map(VmId::as_str).into());
             }

@@ -19,7 +19,7 @@ mod text;
 
 pub use budget::{Budget, CPU_PERIOD_US, VMM_CPU_PERCENT};
 pub use config::{ManagerConfig, CONFIG_KEYS};
-pub use event::{Event, Happening};
+pub use event::{Event, EventKind};
 pub use health::{judge, GuestUse, HealthStatus, Look, Reason, Sign, Verdict};
 pub use id::{TemplateName, VmId};
 pub use ipv4::{is_public, Ipv4Net};

@@ -1,4 +1,4 @@
-//! The handle of one who hears a manager's events.
+//! The Python handle of a subscriber to a manager's events.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -8,38 +8,38 @@ use pyo3::prelude::*;
 use super::gate::Owned;
 use super::{convert, errors};
 use crate::host::fork::PerProcess;
-use crate::vm::{Heard, Hearer};
+use crate::vm::{Recv, Subscriber};
 
 /// How long a signal may wait to be seen.
 const SLICE: Duration = Duration::from_millis(50);
 
-/// Everyone who hears anything in this process: they are told when the interpreter exits.
-static HEARERS: PerProcess<Mutex<Vec<Weak<Hearer>>>> = PerProcess::new();
+/// The subscribers of this process: they are closed when the interpreter exits.
+static SUBSCRIBERS: PerProcess<Mutex<Vec<Weak<Subscriber>>>> = PerProcess::new();
 
 /// A manager's events from its making on: an iterator of dicts, which ends with the manager.
 #[pyclass(frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct EventStream {
-    hearer: Owned<Hearer>,
+    subscriber: Owned<Subscriber>,
     timeout: Option<Duration>,
 }
 
 impl EventStream {
-    pub fn new(hearer: Arc<Hearer>, timeout: Option<Duration>) -> Self {
-        let mut hearers = HEARERS.get().lock().unwrap_or_else(PoisonError::into_inner);
-        hearers.retain(|hearer| hearer.strong_count() > 0);
-        hearers.push(Arc::downgrade(&hearer));
-        Self { hearer: Owned::new("EventStream", hearer), timeout }
+    pub fn new(subscriber: Arc<Subscriber>, timeout: Option<Duration>) -> Self {
+        let mut subscribers = SUBSCRIBERS.get().lock().unwrap_or_else(PoisonError::into_inner);
+        subscribers.retain(|subscriber| subscriber.strong_count() > 0);
+        subscribers.push(Arc::downgrade(&subscriber));
+        Self { subscriber: Owned::new("EventStream", subscriber), timeout }
     }
 
-    fn take(&self, py: Python<'_>, timeout: Option<Duration>) -> PyResult<Heard> {
-        let hearer = self.hearer.get(py)?.clone();
+    fn take(&self, py: Python<'_>, timeout: Option<Duration>) -> PyResult<Recv> {
+        let subscriber = self.subscriber.get(py)?.clone();
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
             let slice = Instant::now() + SLICE;
             let until = deadline.map_or(slice, |deadline| deadline.min(slice));
-            match py.detach(|| hearer.wait(until)) {
-                Heard::Nothing if deadline.is_none_or(|deadline| Instant::now() < deadline) => py.check_signals()?,
-                heard => return Ok(heard),
+            match py.detach(|| subscriber.wait(until)) {
+                Recv::TimedOut if deadline.is_none_or(|deadline| Instant::now() < deadline) => py.check_signals()?,
+                received => return Ok(received),
             }
         }
     }
@@ -53,8 +53,8 @@ impl EventStream {
 
     fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         match self.take(py, self.timeout)? {
-            Heard::Event(event) => convert::from_json(py, &event.to_json()).map(Some),
-            Heard::Nothing | Heard::Closed => Ok(None),
+            Recv::Event(event) => convert::from_json(py, &event.to_json()).map(Some),
+            Recv::TimedOut | Recv::Closed => Ok(None),
         }
     }
 
@@ -64,42 +64,42 @@ impl EventStream {
     fn get<'py>(&self, py: Python<'py>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let timeout = timeout.filter(|t| !t.is_none()).map(|t| convert::seconds("timeout", t)).transpose()?;
         match self.take(py, timeout.or(self.timeout))? {
-            Heard::Event(event) => convert::from_json(py, &event.to_json()).map(Some),
-            Heard::Nothing | Heard::Closed => Ok(None),
+            Recv::Event(event) => convert::from_json(py, &event.to_json()).map(Some),
+            Recv::TimedOut | Recv::Closed => Ok(None),
         }
     }
 
     /// For the thread that serves a callback, which sees no signals and so need not look for any: the next event, `None`
     /// when there will be none.
     fn _wait<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let hearer = self.hearer.get(py)?.clone();
+        let subscriber = self.subscriber.get(py)?.clone();
         loop {
-            match py.detach(|| hearer.wait(Instant::now() + Duration::from_secs(3600))) {
-                Heard::Event(event) => return convert::from_json(py, &event.to_json()).map(Some),
-                Heard::Closed => return Ok(None),
-                Heard::Nothing => {}
+            match py.detach(|| subscriber.wait(Instant::now() + Duration::from_secs(3600))) {
+                Recv::Event(event) => return convert::from_json(py, &event.to_json()).map(Some),
+                Recv::Closed => return Ok(None),
+                Recv::TimedOut => {}
             }
         }
     }
 
     /// Hears no more; what has come can still be taken. May be called twice; does nothing in a forked child.
     fn close(&self) {
-        if self.hearer.is_ours() {
-            self.hearer.peek().close();
+        if self.subscriber.is_ours() {
+            self.subscriber.peek().close();
         }
     }
 
     /// How many events were lost because nobody took them in time.
     #[getter]
     fn dropped(&self, py: Python<'_>) -> PyResult<u64> {
-        Ok(self.hearer.get(py)?.dropped())
+        Ok(self.subscriber.get(py)?.dropped())
     }
 
     fn __repr__(&self) -> String {
-        match self.hearer.is_ours() {
+        match self.subscriber.is_ours() {
             true => {
-                let hearer = self.hearer.peek();
-                format!("<EventStream {} events wait, {} lost>", hearer.waiting(), hearer.dropped())
+                let subscriber = self.subscriber.peek();
+                format!("<EventStream {} events wait, {} lost>", subscriber.waiting(), subscriber.dropped())
             }
             false => "<EventStream of the parent process>".to_owned(),
         }
@@ -139,6 +139,6 @@ pub fn serve<'py>(py: Python<'py>, stream: EventStream, callback: &Bound<'py, Py
 /// Ends every stream of events, so that the threads that wait for one can end: the interpreter exits.
 #[pyfunction]
 pub fn close_events(_py: Python<'_>) {
-    let hearers = std::mem::take(&mut *HEARERS.get().lock().unwrap_or_else(PoisonError::into_inner));
-    hearers.iter().filter_map(Weak::upgrade).for_each(|hearer| hearer.close());
+    let subscribers = std::mem::take(&mut *SUBSCRIBERS.get().lock().unwrap_or_else(PoisonError::into_inner));
+    subscribers.iter().filter_map(Weak::upgrade).for_each(|subscriber| subscriber.close());
 }

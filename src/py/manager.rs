@@ -491,7 +491,7 @@ impl MicroVMIsolationManager {
         let timeout = timeout.filter(|t| !t.is_none()).map(|t| convert::seconds("timeout", t)).transpose()?;
         let capacity = capacity.map(|c| convert::whole_in("capacity", c, 1, MOST_EVENTS)).transpose()?;
         let capacity = usize::try_from(capacity.unwrap_or(EVENTS)).unwrap_or(usize::MAX);
-        Ok(EventStream::new(self.manager.get(py)?.events().listen(capacity), timeout))
+        Ok(EventStream::new(self.manager.get(py)?.events().subscribe(capacity), timeout))
     }
 
     /// Calls `callback` with each event from now on, on a thread of its own, until the subscription is closed.

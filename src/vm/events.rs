@@ -1,7 +1,7 @@
-//! Where events come together, and those who hear them.
+//! The bus of a manager's events, and its subscribers.
 //!
-//! Architecture invariant: whoever tells an event never waits. A hearer that is slow loses its oldest events, and can see
-//! how many; `hub` and `queue` are held for a few instructions, `hub` first, never across an await or a log call.
+//! Architecture invariant: `publish` never waits. A slow subscriber loses its oldest events and can see how many;
+//! `hub` and `queue` are held for a few instructions, `hub` first, never across an await or a log call.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use crate::host::clock;
-use crate::model::{printable, Event, Happening, IsolationType, VmId, RECORD_BYTES};
+use crate::model::{printable, Event, EventKind, IsolationType, VmId, RECORD_BYTES};
 
 #[derive(Debug, Default)]
 struct Hub {
     sequence: u64,
-    counts: [u64; Happening::KINDS.len()],
+    counts: [u64; EventKind::NAMES.len()],
     dropped: u64,
-    hearers: Vec<Weak<Hearer>>,
+    subscribers: Vec<Weak<Subscriber>>,
 }
 
 /// The events of one manager.
@@ -33,22 +33,22 @@ struct Queue {
     closed: bool,
 }
 
-/// One who hears events from now on.
+/// Receives the events that are published after it was made.
 #[derive(Debug)]
-pub struct Hearer {
+pub struct Subscriber {
     queue: Mutex<Queue>,
     capacity: usize,
     arrived: Condvar,
     notify: Notify,
 }
 
-/// What [`Hearer::wait`] came back with.
+/// The outcome of [`Subscriber::wait`].
 #[derive(Debug, Clone, PartialEq)]
-pub enum Heard {
+pub enum Recv {
     Event(Arc<Event>),
-    /// Nothing within the time.
-    Nothing,
-    /// There is and will be nothing more.
+    /// No event before the deadline.
+    TimedOut,
+    /// The bus or the subscriber is closed, and its queue is empty.
     Closed,
 }
 
@@ -57,56 +57,56 @@ impl Events {
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn tell(&self, vm_id: &VmId, isolation_type: IsolationType, happening: Happening, detail: impl Into<String>) {
-        let detail = happening.detail(printable(&detail.into(), RECORD_BYTES).into_owned());
+    pub fn publish(&self, vm_id: &VmId, isolation_type: IsolationType, kind: EventKind, detail: impl Into<String>) {
+        let detail = kind.detail(printable(&detail.into(), RECORD_BYTES).into_owned());
         let vm_id = vm_id.clone();
         let unix_time_s = clock::unix_time_ns() as f64 / 1e9;
         let mut hub = self.hub();
         hub.sequence += 1;
-        let kind = happening.kind();
-        if let Some(index) = Happening::KINDS.iter().position(|known| *known == kind) {
+        let name = kind.name();
+        if let Some(index) = EventKind::NAMES.iter().position(|known| *known == name) {
             hub.counts[index] += 1;
         }
-        let event = Event { sequence: hub.sequence, unix_time_s, vm_id, isolation_type, happening, detail };
+        let event = Event { sequence: hub.sequence, unix_time_s, vm_id, isolation_type, kind, detail };
         let event = Arc::new(event);
         let mut dropped = 0;
-        // Under the lock of the hub, so that everyone hears them in their order.
-        hub.hearers.retain(|hearer| {
-            let Some(hearer) = hearer.upgrade() else { return false };
-            dropped += u64::from(hearer.push(event.clone()));
+        // Under the lock of the hub, so that each subscriber gets them in their order.
+        hub.subscribers.retain(|subscriber| {
+            let Some(subscriber) = subscriber.upgrade() else { return false };
+            dropped += u64::from(subscriber.push(event.clone()));
             true
         });
         hub.dropped += dropped;
     }
 
-    /// Begins to listen; at most `capacity` events wait to be taken.
+    /// Subscribes to what is published from now on; the queue holds at most `capacity` events.
     #[must_use]
-    pub fn listen(&self, capacity: usize) -> Arc<Hearer> {
-        let hearer = Arc::new(Hearer {
+    pub fn subscribe(&self, capacity: usize) -> Arc<Subscriber> {
+        let subscriber = Arc::new(Subscriber {
             queue: Mutex::default(),
             capacity: capacity.max(1),
             arrived: Condvar::new(),
             notify: Notify::new(),
         });
-        self.hub().hearers.push(Arc::downgrade(&hearer));
-        hearer
+        self.hub().subscribers.push(Arc::downgrade(&subscriber));
+        subscriber
     }
 
-    /// Tells every hearer that this was all.
+    /// Closes every subscriber.
     pub fn close(&self) {
-        let hearers = std::mem::take(&mut self.hub().hearers);
-        hearers.iter().filter_map(Weak::upgrade).for_each(|hearer| hearer.close());
+        let subscribers = std::mem::take(&mut self.hub().subscribers);
+        subscribers.iter().filter_map(Weak::upgrade).for_each(|subscriber| subscriber.close());
     }
 
-    /// How many events of each kind there were, in the order of [`Happening::KINDS`], and how many were lost to a hearer.
+    /// How many events of each kind there were, in the order of [`EventKind::NAMES`], and how many were dropped from full queues.
     #[must_use]
-    pub fn counts(&self) -> ([u64; Happening::KINDS.len()], u64) {
+    pub fn counts(&self) -> ([u64; EventKind::NAMES.len()], u64) {
         let hub = self.hub();
         (hub.counts, hub.dropped)
     }
 }
 
-impl Hearer {
+impl Subscriber {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -129,14 +129,14 @@ impl Hearer {
         is_full
     }
 
-    /// Takes no more; what has come can still be taken.
+    /// Accepts no more events; queued ones can still be taken.
     pub fn close(&self) {
         self.queue().closed = true;
         self.arrived.notify_all();
         self.notify.notify_one();
     }
 
-    /// How many events were lost because nobody took them in time.
+    /// How many events were dropped from the full queue.
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.queue().dropped
@@ -148,25 +148,25 @@ impl Hearer {
         self.queue().events.len()
     }
 
-    fn take(queue: &mut Queue) -> Option<Heard> {
+    fn take(queue: &mut Queue) -> Option<Recv> {
         match queue.events.pop_front() {
-            Some(event) => Some(Heard::Event(event)),
-            None if queue.closed => Some(Heard::Closed),
+            Some(event) => Some(Recv::Event(event)),
+            None if queue.closed => Some(Recv::Closed),
             None => None,
         }
     }
 
     /// The next event; blocks the thread at most until `deadline`.
     #[must_use]
-    pub fn wait(&self, deadline: Instant) -> Heard {
+    pub fn wait(&self, deadline: Instant) -> Recv {
         let mut queue = self.queue();
         loop {
-            if let Some(heard) = Self::take(&mut queue) {
-                return heard;
+            if let Some(received) = Self::take(&mut queue) {
+                return received;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left == Duration::ZERO {
-                return Heard::Nothing;
+                return Recv::TimedOut;
             }
             queue = self.arrived.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -176,7 +176,7 @@ impl Hearer {
     pub async fn next(&self) -> Option<Arc<Event>> {
         loop {
             match Self::take(&mut self.queue()) {
-                Some(Heard::Event(event)) => return Some(event),
+                Some(Recv::Event(event)) => return Some(event),
                 Some(_) => return None,
                 None => {}
             }
@@ -189,67 +189,67 @@ impl Hearer {
 mod tests {
     use super::*;
 
-    fn tell(events: &Events, detail: &str) {
-        events.tell(&VmId::parse("vm").unwrap(), IsolationType::Plugin, Happening::Created, detail);
+    fn publish(events: &Events, detail: &str) {
+        events.publish(&VmId::parse("vm").unwrap(), IsolationType::Plugin, EventKind::Created, detail);
     }
 
-    fn details(hearer: &Hearer) -> Vec<String> {
-        std::iter::from_fn(|| match hearer.wait(Instant::now()) {
-            Heard::Event(event) => Some(event.detail.clone()),
+    fn details(subscriber: &Subscriber) -> Vec<String> {
+        std::iter::from_fn(|| match subscriber.wait(Instant::now()) {
+            Recv::Event(event) => Some(event.detail.clone()),
             _ => None,
         })
         .collect()
     }
 
     #[test]
-    fn test_listen_hears_what_comes_after_in_order() {
+    fn test_subscribe_receives_later_events_in_order() {
         let events = Events::default();
-        tell(&events, "before");
-        let hearer = events.listen(10);
+        publish(&events, "before");
+        let subscriber = events.subscribe(10);
         for detail in ["a", "b", "c"] {
-            tell(&events, detail);
+            publish(&events, detail);
         }
-        assert_eq!(details(&hearer), ["a", "b", "c"]);
-        assert_eq!(hearer.wait(Instant::now()), Heard::Nothing);
+        assert_eq!(details(&subscriber), ["a", "b", "c"]);
+        assert_eq!(subscriber.wait(Instant::now()), Recv::TimedOut);
         assert_eq!(events.counts().0[0], 4);
     }
 
     #[test]
     fn test_full_queue_loses_the_oldest_and_counts_it() {
         let events = Events::default();
-        let (slow, fast) = (events.listen(2), events.listen(10));
+        let (slow, fast) = (events.subscribe(2), events.subscribe(10));
         for detail in ["a", "b", "c", "d"] {
-            tell(&events, detail);
+            publish(&events, detail);
         }
         assert_eq!((details(&slow), slow.dropped()), (vec!["c".to_owned(), "d".to_owned()], 2));
         assert_eq!((details(&fast).len(), fast.dropped(), events.counts().1), (4, 0, 2));
     }
 
     #[test]
-    fn test_close_wakes_who_waits_after_the_last_event() {
+    fn test_close_wakes_a_waiting_subscriber_after_the_last_event() {
         let events = Arc::new(Events::default());
-        let hearer = events.listen(2);
+        let subscriber = events.subscribe(2);
         let closing = events.clone();
         let thread = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(50));
-            tell(&closing, "last");
+            publish(&closing, "last");
             closing.close();
-            tell(&closing, "too late");
+            publish(&closing, "too late");
         });
         let far = Instant::now() + Duration::from_secs(20);
-        assert!(matches!(hearer.wait(far), Heard::Event(event) if event.detail == "last"));
-        assert_eq!(hearer.wait(far), Heard::Closed);
+        assert!(matches!(subscriber.wait(far), Recv::Event(event) if event.detail == "last"));
+        assert_eq!(subscriber.wait(far), Recv::Closed);
         thread.join().unwrap();
     }
 
     #[tokio::test]
     async fn test_next_wakes_for_an_event_and_for_the_end() {
         let events = Arc::new(Events::default());
-        let hearer = events.listen(2);
-        let telling = events.clone();
-        let (heard, ()) = tokio::join!(hearer.next(), async move { tell(&telling, "one") });
-        assert_eq!(heard.unwrap().detail, "one");
+        let subscriber = events.subscribe(2);
+        let publishing = events.clone();
+        let (received, ()) = tokio::join!(subscriber.next(), async move { publish(&publishing, "one") });
+        assert_eq!(received.unwrap().detail, "one");
         events.close();
-        assert_eq!(hearer.next().await, None);
+        assert_eq!(subscriber.next().await, None);
     }
 }

@@ -36,7 +36,7 @@ use crate::host::{clock, process};
 use crate::image::template::{Digests, Shelf, Store};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, Grade, Happening, Ipv4Net, IsolationType, JailMode, NetworkConfig, Reservation, ResourceLimits,
+    Backend, EventKind, Grade, Ipv4Net, IsolationType, JailMode, NetworkConfig, Reservation, ResourceLimits,
     TemplateName, VmId, VmState,
 };
 use crate::net::Segment;
@@ -44,7 +44,7 @@ use crate::store::{runtime, Folders};
 use crate::vmm::{Binaries, COST_MIB};
 
 pub use confine::{cgroup_layer, layers};
-pub use events::{Events, Heard, Hearer};
+pub use events::{Events, Recv, Subscriber};
 pub use health::Health;
 pub use monitor::Heartbeat;
 pub use prepare::{try_out, Tried};
@@ -303,9 +303,9 @@ impl MicroVm {
         self.now().1.map(|running| running.agent().idle_for().min(running.since.elapsed()))
     }
 
-    /// Tells those who listen what happened.
-    pub fn tell(&self, happening: Happening, detail: impl Into<String>) {
-        self.settings.events.tell(self.id(), self.spec.isolation_type, happening, detail);
+    /// Publishes an event of this VM.
+    pub fn publish(&self, kind: EventKind, detail: impl Into<String>) {
+        self.settings.events.publish(self.id(), self.spec.isolation_type, kind, detail);
     }
 
     /// Has it hold what was reserved for it.
@@ -365,10 +365,10 @@ impl MicroVm {
         }
     }
 
-    /// Sets the state and tells of it, under the lock: states are told in the order in which they were.
+    /// Sets the state and publishes it under the lock, so that the events keep the order of the states.
     fn enter(&self, cell: &mut Cell, next: VmState, why: impl Into<String>) {
         let from = std::mem::replace(&mut cell.state, next);
-        self.tell(Happening::State { from, to: next }, why);
+        self.publish(EventKind::State { from, to: next }, why);
     }
 
     /// Ends a VM that runs but is of no use any more: it is in ERROR then, for `error`, and holds nothing.

@@ -9,7 +9,7 @@ use super::health::{look, Health};
 use super::running::Running;
 use super::MicroVm;
 use crate::host::{clock, process};
-use crate::model::{Happening, HealthStatus, Reason, VmState};
+use crate::model::{EventKind, HealthStatus, Reason, VmState};
 
 /// How long an agent may take to answer; an emulated guest on a busy host is slow, not ill.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -116,7 +116,7 @@ impl MicroVm {
             }
             let verdict = health.verdict.clone();
             let before = running.watch().note(health.clone());
-            self.tell_health(before.as_ref(), &health);
+            self.publish_health(before.as_ref(), &health);
             if is_second_look || !self.mend(running, verdict.reason).await {
                 return;
             }
@@ -143,7 +143,7 @@ impl MicroVm {
         }
     }
 
-    fn tell_health(&self, before: Option<&Health>, now: &Health) {
+    fn publish_health(&self, before: Option<&Health>, now: &Health) {
         let (from, was) = before.map_or((HealthStatus::Unknown, Reason::NotRunning), |health| {
             (health.verdict.status, health.verdict.reason)
         });
@@ -155,27 +155,30 @@ impl MicroVm {
                 HealthStatus::Healthy => log::info!("{}: healthy again", self.id()),
                 _ => log::warn!("{}: {} ({}): {detail}", self.id(), to.as_str(), reason.as_str()),
             }
-            self.tell(Happening::Health { from, to, reason }, detail);
+            self.publish(EventKind::Health { from, to, reason }, detail);
         }
         let grew = |count| grew(before, now, count);
         if let Some(kills) = grew(|health| Some(health.guest.as_ref()?.oom_kills)) {
-            self.tell(
-                Happening::Oom { place: "guest", kills },
+            self.publish(
+                EventKind::Oom { place: "guest", kills },
                 "the guest's kernel killed programs for want of memory",
             );
         }
         if let Some(kills) = grew(|health| health.group.oom_kills) {
-            self.tell(Happening::Oom { place: "host", kills }, "the host's kernel killed a process of the VM's group");
+            self.publish(
+                EventKind::Oom { place: "host", kills },
+                "the host's kernel killed a process of the VM's group",
+            );
         }
         if let Some(refused) = grew(|health| Some(health.guest.as_ref()?.process_limit_hits)) {
             let detail = format!("max_processes: programs of the guest were refused a process {refused} times");
-            self.tell(Happening::Limit { what: "processes" }, detail);
+            self.publish(EventKind::Limit { what: "processes" }, detail);
         }
         if let Some(failed) = grew(FAILED_WRITES) {
             let detail = format!(
                 "the host could not do {failed} writes to its disk, as when there is no room; the guest was told"
             );
-            self.tell(Happening::Limit { what: "host_disk" }, detail);
+            self.publish(EventKind::Limit { what: "host_disk" }, detail);
         }
     }
 
