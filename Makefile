@@ -190,7 +190,7 @@ bench: installed
 # unsafe code below them, so no sanitizer is needed either.
 fuzz:
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install -q cargo-fuzz
-	@for target in $(or $(TARGETS),frames handshake exchanges documents); do \
+	@for target in $(or $(TARGETS),frames handshake calls documents); do \
 	    echo "fuzzing $$target for $(or $(SECONDS),600) s"; \
 	    RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run -s none $$target -- -max_total_time=$(or $(SECONDS),600) \
 	        -rss_limit_mb=1024 -malloc_limit_mb=256 -timeout=10 -print_final_stats=1 2>&1 \

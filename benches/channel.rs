@@ -64,7 +64,7 @@ impl Bench {
             vm_id: "bench".into(),
             hostname: "bench".into(),
             network: None,
-            keeps_exchanges: false,
+            keeps_calls: false,
         };
         image::create_drive(&dir.join("config"), DRIVE_BYTES as u64, None)?;
         image::write_config_drive(&dir.join("config"), &identity.to_drive()?)?;

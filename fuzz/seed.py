@@ -28,7 +28,7 @@ SEEDS = {
         "offer": RECORDED["OFFER"][2:],
         "future": b"\0\x08\1TWMV\x7e\x7f\0",
     },
-    "exchanges": {"steps": bytes(range(256)) * 4, "requests": b"\0\0\0\0\1\0" * 40 + b"\x0a" * 100},
+    "calls": {"steps": bytes(range(256)) * 4, "requests": b"\0\0\0\0\1\0" * 40 + b"\x0a" * 100},
     "documents": {
         "ping": document({"type": "ping", "id": 1}),
         "command": document({"type": "command", "command": "exec", "params": {"program": "ls"}}),

@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, OwnedSemaphorePermit};
 
-use super::link::{Asker, Link};
+use super::link::{Link, ReplyTo};
 use super::mailbox::Mailbox;
 use super::stream::Stream;
 use crate::error::{Error, Result};
@@ -46,16 +46,16 @@ struct Asking<'a> {
 }
 
 impl Asking<'_> {
-    fn give_up(&mut self) -> bool {
+    fn cancel(&mut self) -> bool {
         self.armed = false;
-        self.link.give_up(self.id)
+        self.link.cancel(self.id)
     }
 }
 
 impl Drop for Asking<'_> {
     fn drop(&mut self) {
         if self.armed {
-            self.give_up();
+            self.cancel();
         }
     }
 }
@@ -108,7 +108,7 @@ impl Agent {
         self.link.idle_for()
     }
 
-    /// Asks for a sign of life, apart from all exchanges: an agent that is busy gives one, too.
+    /// Asks for a sign of life, apart from all calls: an agent that is busy gives one, too.
     ///
     /// # Errors
     /// [`Error::ChannelTimeout`], [`Error::ChannelClosed`].
@@ -134,7 +134,7 @@ impl Agent {
             Err(error) => return Some(Err(error)),
         };
         let until = tokio::time::Instant::now() + deadline;
-        Some(self.exchange(action, body, place, (deadline, until), false).await)
+        Some(self.call(action, body, place, (deadline, until), false).await)
     }
 
     /// Asks the agent for a user's `action` and waits for the answer, at most `deadline`. The names in
@@ -160,10 +160,10 @@ impl Agent {
         let until = tokio::time::Instant::now() + deadline;
         let place = tokio::time::timeout_at(until, self.link.place()).await;
         let place = place.map_err(|_| self.timeout(action, deadline, false))??;
-        self.exchange(action, body, place, (deadline, until), true).await
+        self.call(action, body, place, (deadline, until), true).await
     }
 
-    async fn exchange(
+    async fn call(
         &self,
         action: &str,
         body: Vec<u8>,
@@ -171,13 +171,13 @@ impl Agent {
         (deadline, until): (Duration, tokio::time::Instant),
         is_use: bool,
     ) -> Result<Answer> {
-        let (asker, mut answer) = oneshot::channel();
-        let id = self.link.ask(body, Asker::Once(asker), place, is_use)?;
+        let (reply, mut answer) = oneshot::channel();
+        let id = self.link.ask(body, ReplyTo::Once(reply), place, is_use)?;
         let mut asking = Asking { link: &self.link, id, armed: true };
         let body = match tokio::time::timeout_at(until, &mut answer).await {
             Ok(Ok(body)) => body,
-            Ok(Err(_)) => return Err(self.link.closed(asking.give_up())),
-            Err(_) => return Err(self.timeout(action, deadline, asking.give_up())),
+            Ok(Err(_)) => return Err(self.link.closed(asking.cancel())),
+            Err(_) => return Err(self.timeout(action, deadline, asking.cancel())),
         };
         asking.armed = false;
         decode(&self.link.vm_id, &body)
@@ -192,7 +192,7 @@ impl Agent {
         }
     }
 
-    /// Begins an exchange whose channels stay open: see [`Stream`].
+    /// Begins a call whose channels stay open: see [`Stream`].
     ///
     /// # Errors
     /// As for [`Agent::request`].
@@ -208,7 +208,7 @@ impl Agent {
         };
         let (stream_place, place) = tokio::time::timeout(deadline, places).await.map_err(timeout)??;
         let mailbox = Arc::new(Mailbox::default());
-        let id = self.link.ask(body, Asker::Stream(mailbox.clone()), place, true)?;
+        let id = self.link.ask(body, ReplyTo::Stream(mailbox.clone()), place, true)?;
         Ok(Stream::new(self.link.clone(), id, mailbox, action.to_owned(), stream_place))
     }
 

@@ -1,8 +1,8 @@
 //! The session with one agent, and the tasks that serve it.
 //!
-//! Latency: whoever has something to send seals and writes it on its own thread, without a hop, unless somebody else is
-//! writing already; then that one writes it, too. Only when the transport is full does the writer's task take over. The
-//! reader's task wakes the asker directly.
+//! Latency: a caller seals and writes its own bytes on its own thread, without a hop; a thread that is writing already
+//! writes them, too. Only when the transport is full does the writer's task take over. The reader's task wakes the
+//! caller directly.
 //!
 //! Locks: `writer` before `state`, both held for a few instructions or one `write(2)` that does not block; never across
 //! an await or a log call.
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use microvm_protocol::connection::Connection;
-use microvm_protocol::mux::{Cancelled, Incoming, Mux, MAX_EXCHANGES};
+use microvm_protocol::mux::{Cancelled, Incoming, Mux, MAX_CALLS};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::Session;
 use tokio::net::UnixStream;
@@ -21,7 +21,7 @@ use tokio::sync::{oneshot, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 
 use super::mailbox::Mailbox;
-use super::recess::{Recess, RecessAsker};
+use super::rehandshake::{Rehandshake, RehandshakeReply};
 use crate::error::{Error, Result};
 use crate::model::VmId;
 
@@ -29,40 +29,41 @@ use crate::model::VmId;
 const WRITE_CHUNK: usize = 64 * 1024;
 /// Writes that one caller does for others before it leaves the rest to the writer's task.
 const ROUNDS: usize = 4;
-/// Streams at once; the other exchanges are kept for commands.
-const MAX_STREAMS: usize = MAX_EXCHANGES / 2;
+/// Streams at once; the other places are kept for commands.
+const MAX_STREAMS: usize = MAX_CALLS / 2;
 /// Events that are logged: a hostile guest fills no log.
 const STRANGE_EVENTS: u64 = 8;
 
-/// Who waits for an exchange.
-pub enum Asker {
+/// Where the reply to a call goes.
+pub enum ReplyTo {
     Once(oneshot::Sender<Vec<u8>>),
     Stream(Arc<Mailbox>),
-    Recess(RecessAsker),
-    /// The one who did gave up.
+    Rehandshake(RehandshakeReply),
+    /// The caller cancelled: the reply is discarded.
     Nobody,
 }
 
-pub(super) struct Open {
-    asker: Asker,
-    /// Whether someone uses the VM by it; a look at its health is no use.
+/// A call whose response has not come yet.
+pub(super) struct InFlight {
+    reply_to: ReplyTo,
+    /// Counts as user activity. Health probes do not.
     is_use: bool,
-    /// Given back when the exchange is over, which may be long after its asker gave up.
+    /// Released when the response has come, which may be long after the caller cancelled.
     _place: OwnedSemaphorePermit,
 }
 
-impl Open {
-    pub(super) fn new(asker: Asker, place: OwnedSemaphorePermit, is_use: bool) -> Self {
-        Self { asker, is_use, _place: place }
+impl InFlight {
+    pub(super) fn new(reply_to: ReplyTo, place: OwnedSemaphorePermit, is_use: bool) -> Self {
+        Self { reply_to, is_use, _place: place }
     }
 }
 
 pub(super) struct State {
     pub(super) connection: Connection,
-    pub(super) open: HashMap<u32, Open>,
+    pub(super) in_flight: HashMap<u32, InFlight>,
     /// The guest is frozen, and there is no session.
-    pub(super) recess: Option<Recess>,
-    /// When somebody last began or ended an exchange.
+    pub(super) rehandshake: Option<Rehandshake>,
+    /// When a call of a user last began or ended.
     used: Instant,
     /// Why no answer will come any more.
     pub(super) closed: Option<String>,
@@ -81,13 +82,13 @@ pub struct Link {
     state: Mutex<State>,
     pub(super) writer: Mutex<Writer>,
     blocked: Notify,
-    /// The last exchange is over.
+    /// Notified when no call is in flight.
     pub(super) idle: Notify,
     places: Arc<Semaphore>,
     streams: Arc<Semaphore>,
-    /// Records that came.
+    /// Records received.
     heard: AtomicU64,
-    /// Rings for each of them.
+    /// Notified for each record.
     sign: Notify,
     pings: AtomicU32,
     strange: AtomicU64,
@@ -100,14 +101,15 @@ impl Link {
     pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> Arc<Self> {
         let stream = Arc::new(stream);
         let connection = Connection::new(session);
-        let state = State { connection, open: HashMap::new(), recess: None, used: Instant::now(), closed: None };
+        let state =
+            State { connection, in_flight: HashMap::new(), rehandshake: None, used: Instant::now(), closed: None };
         let link = Arc::new(Self {
             vm_id,
             state: Mutex::new(state),
             writer: Mutex::new(Writer { stream: Some(stream.clone()), bytes: Vec::new(), written: 0 }),
             blocked: Notify::new(),
             idle: Notify::new(),
-            places: Arc::new(Semaphore::new(MAX_EXCHANGES)),
+            places: Arc::new(Semaphore::new(MAX_CALLS)),
             streams: Arc::new(Semaphore::new(MAX_STREAMS)),
             heard: AtomicU64::new(0),
             sign: Notify::new(),
@@ -139,17 +141,17 @@ impl Link {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the session; whoever waits is woken.
+    /// Ends the session and wakes all callers.
     pub fn close(&self, reason: &str) {
-        let askers = {
+        let calls = {
             let mut state = self.state();
             state.closed.get_or_insert_with(|| reason.to_owned());
-            state.recess = None;
-            std::mem::take(&mut state.open)
+            state.rehandshake = None;
+            std::mem::take(&mut state.in_flight)
         };
         self.idle.notify_waiters();
-        for open in askers.into_values() {
-            if let Asker::Stream(mailbox) = open.asker {
+        for call in calls.into_values() {
+            if let ReplyTo::Stream(mailbox) = call.reply_to {
                 mailbox.close();
             }
         }
@@ -168,15 +170,15 @@ impl Link {
         Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: self.closed_reason(), sent }
     }
 
-    /// Records that came so far.
+    /// Records received so far.
     pub fn heard(&self) -> u64 {
         self.heard.load(Ordering::Relaxed)
     }
 
-    /// For how long nobody has used the VM: no exchange of a user's is open, and none was.
+    /// How long ago the last call of a user ended; zero while one is in flight.
     pub fn idle_for(&self) -> Duration {
         let state = self.state();
-        match state.open.values().any(|open| open.is_use) {
+        match state.in_flight.values().any(|call| call.is_use) {
             true => Duration::ZERO,
             false => state.used.elapsed(),
         }
@@ -187,7 +189,7 @@ impl Link {
         let sign = self.sign.notified();
         let token = self.pings.fetch_add(1, Ordering::Relaxed);
         // A PING that was not answered yet will do as well.
-        self.with(|exchanges| exchanges.ping(token));
+        self.with(|calls| calls.ping(token));
         if self.state().closed.is_some() {
             return Err(self.closed(true));
         }
@@ -198,12 +200,12 @@ impl Link {
         }
     }
 
-    /// A place for an exchange, if one is free.
+    /// A place for a call, if one is free.
     pub fn place_now(&self) -> Option<OwnedSemaphorePermit> {
         self.places.clone().try_acquire_owned().ok()
     }
 
-    /// A place for an exchange; waits while all are taken.
+    /// A place for a call; waits while all are taken.
     pub async fn place(&self) -> Result<OwnedSemaphorePermit> {
         self.places.clone().acquire_owned().await.map_err(|_| self.closed(false))
     }
@@ -213,8 +215,8 @@ impl Link {
         self.streams.clone().acquire_owned().await.map_err(|_| self.closed(false))
     }
 
-    /// Begins an exchange and sends what can be sent at once.
-    pub fn ask(&self, body: Vec<u8>, asker: Asker, place: OwnedSemaphorePermit, is_use: bool) -> Result<u32> {
+    /// Begins a call and sends what can be sent at once.
+    pub fn ask(&self, body: Vec<u8>, reply_to: ReplyTo, place: OwnedSemaphorePermit, is_use: bool) -> Result<u32> {
         let id = {
             let mut state = self.state();
             if let Some(reason) = state.closed.clone() {
@@ -222,8 +224,8 @@ impl Link {
             }
             let refused =
                 |error| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: format!("{error}"), sent: false };
-            let id = state.connection.exchanges.request(body).map_err(refused)?;
-            state.open.insert(id, Open::new(asker, place, is_use));
+            let id = state.connection.calls.request(body).map_err(refused)?;
+            state.in_flight.insert(id, InFlight::new(reply_to, place, is_use));
             if is_use {
                 state.used = Instant::now();
             }
@@ -233,15 +235,15 @@ impl Link {
         Ok(id)
     }
 
-    /// Gives an exchange up; returns whether the guest may have begun it.
-    pub fn give_up(&self, id: u32) -> bool {
+    /// Cancels a call; returns whether the guest may have begun it.
+    pub fn cancel(&self, id: u32) -> bool {
         let sent = {
             let mut state = self.state();
-            let sent = state.connection.exchanges.cancel(id) != Ok(Cancelled::NeverSent);
-            if let Some(open) = state.open.get_mut(&id).filter(|_| sent) {
-                open.asker = Asker::Nobody;
+            let sent = state.connection.calls.cancel(id) != Ok(Cancelled::NeverSent);
+            if let Some(call) = state.in_flight.get_mut(&id).filter(|_| sent) {
+                call.reply_to = ReplyTo::Nobody;
             } else {
-                state.open.remove(&id);
+                state.in_flight.remove(&id);
                 self.tell_idle(&state);
             }
             sent
@@ -251,14 +253,14 @@ impl Link {
     }
 
     fn tell_idle(&self, state: &State) {
-        if state.open.is_empty() {
+        if state.in_flight.is_empty() {
             self.idle.notify_waiters();
         }
     }
 
-    /// Does something to the exchanges and sends what comes of it.
+    /// Runs `act` on the calls and sends what it queued.
     pub fn with<T>(&self, act: impl FnOnce(&mut Mux) -> T) -> T {
-        let done = act(&mut self.state().connection.exchanges);
+        let done = act(&mut self.state().connection.calls);
         self.flush();
         done
     }
@@ -311,38 +313,38 @@ impl Link {
         self.heard.fetch_add(1, Ordering::Relaxed);
         self.sign.notify_waiters();
         let mut state = self.state();
-        if let Some(recess) = state.recess.take() {
-            let next = recess.take(record, &mut state.connection)?;
+        if let Some(rehandshake) = state.rehandshake.take() {
+            let next = rehandshake.take(record, &mut state.connection)?;
             // It may have been closed meanwhile.
-            state.recess = next.filter(|_| state.closed.is_none());
+            state.rehandshake = next.filter(|_| state.closed.is_none());
             return Ok(());
         }
         let Some(incoming) = state.connection.receive(record).map_err(|error| error.to_string())? else {
             return Ok(());
         };
-        let mailbox = |state: &State, id: u32| match state.open.get(&id) {
-            Some(Open { asker: Asker::Stream(mailbox), .. }) => Some(mailbox.clone()),
+        let mailbox = |state: &State, id: u32| match state.in_flight.get(&id) {
+            Some(InFlight { reply_to: ReplyTo::Stream(mailbox), .. }) => Some(mailbox.clone()),
             _ => None,
         };
         match incoming {
             Incoming::Response { id, body } => {
-                let Some(open) = state.open.remove(&id) else { return Ok(()) };
+                let Some(call) = state.in_flight.remove(&id) else { return Ok(()) };
                 self.tell_idle(&state);
-                if let Asker::Recess(asker) = open.asker {
-                    return state.begin_recess(&body, asker);
+                if let ReplyTo::Rehandshake(reply) = call.reply_to {
+                    return state.begin_rehandshake(&body, reply);
                 }
-                if open.is_use {
+                if call.is_use {
                     state.used = Instant::now();
                 }
                 drop(state);
-                match open.asker {
-                    // Gave up this very moment: then the answer is dropped.
-                    Asker::Once(asker) => drop(asker.send(body)),
-                    Asker::Stream(mailbox) => mailbox.respond(body),
-                    Asker::Nobody | Asker::Recess(_) => {}
+                match call.reply_to {
+                    // The caller may have cancelled this very moment: then the reply is dropped.
+                    ReplyTo::Once(reply) => drop(reply.send(body)),
+                    ReplyTo::Stream(mailbox) => mailbox.respond(body),
+                    ReplyTo::Nobody | ReplyTo::Rehandshake(_) => {}
                 }
             }
-            // A command that streams is heard by nobody, and gets no more credit.
+            // Data of a call that is no stream is dropped, and gets no more credit.
             Incoming::Data { id, channel, bytes, .. } => {
                 if let Some(mailbox) = mailbox(&state, id) {
                     drop(state);
@@ -371,7 +373,7 @@ impl Link {
         Ok(())
     }
 
-    /// Today's agents say nothing unasked; what another one says is of no consequence.
+    /// EVENT frames are reserved: the host logs the first ones and ignores them.
     fn take_event(&self, body: &[u8]) {
         if self.strange.fetch_add(1, Ordering::Relaxed) < STRANGE_EVENTS {
             let said: String = String::from_utf8_lossy(body).chars().take(200).collect();

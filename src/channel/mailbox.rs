@@ -29,9 +29,9 @@ struct Mail {
 /// The next thing in a mailbox.
 pub enum Taken {
     Piece(Piece),
-    /// Everything was taken, and the exchange is over.
+    /// Everything was taken, and the call is over.
     Response(Vec<u8>),
-    /// The session ended before the exchange did.
+    /// The session ended before the call did.
     Closed,
 }
 
@@ -112,7 +112,7 @@ impl Mailbox {
         }
     }
 
-    /// The payload of STARTED; `None` when the exchange ended without.
+    /// The payload of STARTED; `None` when the call ended without.
     pub async fn started(&self) -> Option<Vec<u8>> {
         self.until(|mail| match mail.started.take() {
             Some(body) => Some(Some(body)),

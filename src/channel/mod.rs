@@ -17,7 +17,7 @@ pub mod framing;
 mod link;
 mod mailbox;
 mod process;
-mod recess;
+mod rehandshake;
 mod stream;
 mod transfer;
 

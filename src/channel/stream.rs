@@ -1,4 +1,4 @@
-//! An exchange whose channels are open: what programs, uploads and downloads are made of.
+//! A call whose channels are open: what programs, uploads and downloads are made of.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -81,7 +81,7 @@ impl Stream {
     }
 
     fn was_sent(&self) -> bool {
-        self.link.with(|exchanges| exchanges.is_sent(self.id)).unwrap_or(true)
+        self.link.with(|calls| calls.is_sent(self.id)).unwrap_or(true)
     }
 
     fn nonsense(&self, reason: &str) -> Error {
@@ -114,7 +114,7 @@ impl Stream {
     pub async fn next<T: DeserializeOwned>(&self) -> Result<Next<T>> {
         match self.mailbox.take().await {
             Taken::Piece(piece) => {
-                self.link.with(|exchanges| exchanges.consumed(self.id, piece.channel, piece.bytes.len()));
+                self.link.with(|calls| calls.consumed(self.id, piece.channel, piece.bytes.len()));
                 Ok(Next::Piece(piece))
             }
             Taken::Response(body) => self.ended(&body).map(Next::End),
@@ -133,8 +133,8 @@ impl Stream {
                 return Err(self.link.closed(true));
             }
             let sent = self.mailbox.until_credited(|| {
-                // An exchange that is over has no room, and never will.
-                match self.link.with(|exchanges| exchanges.send(self.id, channel, bytes)) {
+                // A call that is over has no room, and never will.
+                match self.link.with(|calls| calls.send(self.id, channel, bytes)) {
                     Ok(0) if !self.mailbox.is_over() => None,
                     Ok(0) | Err(_) => Some(None),
                     Ok(taken) => Some(Some(taken)),
@@ -156,7 +156,7 @@ impl Stream {
     /// Ends a channel; the guest reads end-of-file after what was sent.
     pub fn finish(&self, channel: u8) {
         // Gone: it has ended already.
-        self.link.with(|exchanges| exchanges.finish(self.id, channel).ok());
+        self.link.with(|calls| calls.finish(self.id, channel).ok());
     }
 
     /// Tells the guest something about its program; nothing when that has ended.
@@ -165,7 +165,7 @@ impl Stream {
     /// [`Error::ChannelTimeout`] when too much waits to be told already.
     pub fn control(&self, control: &Control) -> Result<()> {
         let body = serde_json::to_vec(control).map_err(|error| self.nonsense(&error.to_string()))?;
-        match self.link.with(|exchanges| exchanges.control(self.id, body)) {
+        match self.link.with(|calls| calls.control(self.id, body)) {
             Ok(()) | Err(Refused::Gone) => Ok(()),
             Err(refused) => Err(Error::ChannelTimeout {
                 vm_id: self.vm_id(),
@@ -184,7 +184,7 @@ impl Stream {
     /// Ends it in the guest: its program is killed, its draft removed.
     pub fn cancel(&self) {
         if !self.mailbox.is_over() {
-            self.link.give_up(self.id);
+            self.link.cancel(self.id);
             self.mailbox.close();
         }
     }

@@ -160,7 +160,7 @@ pub fn identity(vm_id: &VmId, limits: &ResourceLimits, network: Option<GuestNetw
         vm_id: vm_id.to_string(),
         hostname: vm_id.hostname(),
         network,
-        keeps_exchanges: false,
+        keeps_calls: false,
     })
 }
 

@@ -163,7 +163,7 @@ impl MicroVm {
     pub(super) async fn thaw(&self, running: &Running, hello: &[u8], state: VmState) -> Result<()> {
         let thawed = async {
             let mut identity = prepare::identity(self.id(), &self.spec.limits, None, running.ids)?;
-            identity.keeps_exchanges = true;
+            identity.keeps_calls = true;
             let gone = || Error::host("introduce", self.id(), "the VM's files are gone");
             let folder = running.folder().ok_or_else(gone)?;
             running.introduction.tell(&identity, &folder)?;

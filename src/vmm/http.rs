@@ -91,7 +91,7 @@ impl Client {
         C: Future<Output = Result<UnixStream, String>>,
     {
         let named = format!("{} {}", call.method, call.path);
-        let exchange = async {
+        let asked = async {
             let mut place = self.sender.lock().await;
             // Taken out, so that giving up in the middle leaves none.
             let mut sender = match place.take().filter(|sender| !sender.is_closed()) {
@@ -99,11 +99,11 @@ impl Client {
                 None => open(Carrier::new(connect().await?, self.luggage.clone())).await?,
             };
             *self.luggage.lock().unwrap_or_else(PoisonError::into_inner) = fd;
-            let answer = exchange(&mut sender, call).await?;
+            let answer = send(&mut sender, call).await?;
             *place = Some(sender);
             Ok(answer)
         };
-        match tokio::time::timeout(self.deadline, exchange).await {
+        match tokio::time::timeout(self.deadline, asked).await {
             Ok(answer) => answer.map_err(|reason: String| format!("{named}: {reason}")),
             Err(_) => Err(format!("{named}: no answer within {} s", self.deadline.as_secs_f64())),
         }
@@ -126,7 +126,7 @@ async fn open(stream: Carrier) -> Result<SendRequest<Full<Bytes>>, String> {
     Ok(sender)
 }
 
-async fn exchange(sender: &mut SendRequest<Full<Bytes>>, call: Call) -> Result<Answer, String> {
+async fn send(sender: &mut SendRequest<Full<Bytes>>, call: Call) -> Result<Answer, String> {
     sender.ready().await.map_err(|error| chain(&error))?;
     let mut request = Request::builder().method(call.method).uri(&*call.path).header("Host", "localhost");
     if call.body.is_some() {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use microvm_isolation::channel::{Answer, Next, Process};
 use microvm_protocol::frame::{Frame, Kind, MAX_DATA, MAX_PAYLOAD};
-use microvm_protocol::mux::{MAX_EXCHANGES, STDOUT, WINDOW};
+use microvm_protocol::mux::{MAX_CALLS, STDOUT, WINDOW};
 use microvm_protocol::record;
 use serde_json::{json, Value};
 use support::{connect, logged, no_key, resident_bytes, Guest, KEY, OTHER_KEY};
@@ -191,7 +191,7 @@ async fn test_guest_that_never_answers_keeps_its_places_and_later_askers_are_not
     let (agent, guest) = connect("mute", KEY).await;
     let (agent, mut guest) = (agent.unwrap(), guest.unwrap());
     let reading = tokio::spawn(async move { guest.hear_for_ever().await });
-    let asked = (0..MAX_EXCHANGES).map(|_| agent.request("x", Value::Null, SHORT));
+    let asked = (0..MAX_CALLS).map(|_| agent.request("x", Value::Null, SHORT));
     for refused in support::all(asked).await {
         assert_eq!(details(&refused.unwrap_err()), ("channel_timeout", json!({"sent": true})));
     }

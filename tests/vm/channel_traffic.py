@@ -1,7 +1,7 @@
 """One process of the traffic test: 16 channels, each with its own messages of 1 byte to 1 MiB and their answers.
 
 Usage: ``channel_traffic.py SOCKET MESSAGES NUMBER``; MESSAGES is that of all 64 channels of 4 such processes together.
-Prints how many answers came, each checked: to its asker, once, in order.
+Prints how many answers came, each checked: to its caller, once, in order.
 """
 
 import random

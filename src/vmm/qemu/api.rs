@@ -63,7 +63,7 @@ impl Qmp {
         work: impl AsyncFnOnce(&mut Line) -> std::result::Result<T, String>,
     ) -> Result<T> {
         let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation, reason };
-        let exchange = async {
+        let asked = async {
             let mut line = self.line.lock().await;
             let done = work(&mut line).await;
             if line.partial.len() > MAX_LINE_BYTES {
@@ -71,7 +71,7 @@ impl Qmp {
             }
             done
         };
-        match tokio::time::timeout(CONTROL_DEADLINE, exchange).await {
+        match tokio::time::timeout(CONTROL_DEADLINE, asked).await {
             Ok(answer) => answer.map_err(failed),
             Err(_) => Err(failed(format!("QMP did not answer within {} s", CONTROL_DEADLINE.as_secs()))),
         }

@@ -352,7 +352,7 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
         vm_id: name.into(),
         hostname: name.into(),
         network: None,
-        keeps_exchanges: false,
+        keeps_calls: false,
     };
     let mut jail =
         JailPlan::new(&image.launcher, &vmm::host_jail(&image.launcher, UID, Seccomp::AllowList).unwrap(), None, &[])

@@ -196,7 +196,7 @@ pub fn wake(
     let half = port.take_offer(&offer, &identity)?;
     let time = HostTime { unix_time_ns: half.unix_time_ns(), arrived };
     blank.settle(&identity, time)?;
-    if identity.keeps_exchanges {
+    if identity.keeps_calls {
         half.accept_for(&link, &encode(&Outcome::Ready)?)?;
         drop(standstill);
         return Ok((link, server));

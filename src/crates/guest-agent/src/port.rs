@@ -34,18 +34,18 @@ pub struct Port {
     decoder: Decoder,
     handshake: GuestHandshake,
     /// Where the host calls a clone that nobody tells that its template's connection is gone.
-    calls: Option<OwnedFd>,
+    listener: Option<OwnedFd>,
 }
 
 /// Opens the transport.
 pub fn open(set_up_failed: bool) -> Result<Port, String> {
     let handshake = GuestHandshake::new(set_up_failed).map_err(|e| e.to_string())?;
-    let (calls, file) = match boot::machine().vsock_port {
+    let (listener, file) = match boot::machine().vsock_port {
         Some(port) => (Some(listen(port)?), connect(port)?),
         None => (None, open_serial(SERIAL_PORT_NAME)?),
     };
     let reading = duplicate(&file)?;
-    Ok(Port { file, reading, decoder: Decoder::default(), handshake, calls })
+    Ok(Port { file, reading, decoder: Decoder::default(), handshake, listener })
 }
 
 fn duplicate(file: &File) -> Result<File, String> {
@@ -137,8 +137,8 @@ impl Port {
 
     /// Waits for the host's next word; `true`: it comes by another connection.
     fn is_called(&self) -> Result<bool, String> {
-        let Some(calls) = &self.calls else { return Ok(false) };
-        let mut waiting = [calls.as_fd(), self.file.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let Some(listener) = &self.listener else { return Ok(false) };
+        let mut waiting = [listener.as_fd(), self.file.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match poll(&mut waiting, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => Ok(waiting[0].any().unwrap_or(false)),
             Err(e) => Err(format!("poll: {e}")),
@@ -147,8 +147,9 @@ impl Port {
 
     /// The connection that a clone inherited leads nowhere, even if it seems to be open.
     fn take_call(&mut self) -> Result<(), String> {
-        let Some(calls) = &self.calls else { return Ok(()) };
-        let called = socket::accept4(calls.as_raw_fd(), SockFlag::SOCK_CLOEXEC).map_err(|e| format!("accept: {e}"))?;
+        let Some(listener) = &self.listener else { return Ok(()) };
+        let called =
+            socket::accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).map_err(|e| format!("accept: {e}"))?;
         // SAFETY: a new descriptor that nothing else has.
         self.begin_anew(File::from(unsafe { OwnedFd::from_raw_fd(called) }))
     }
@@ -209,13 +210,13 @@ impl Half {
         Ok(Link { sender: Sender(Arc::new(shared)), reading: self.reading, decoder: self.decoder })
     }
 
-    /// Proves the key; the exchanges of `link` go on.
+    /// Proves the key and resumes the calls of `link`.
     pub fn accept_for(self, link: &Link, outcome: &[u8]) -> Result<(), String> {
         let (accept, session) = self.offered.accept(outcome).map_err(failed)?;
         {
             let mut writing = link.sender.writing();
             writing.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
-            link.sender.connection().take_up(session);
+            link.sender.connection().resume(session);
         }
         link.sender.flush()
     }
@@ -252,23 +253,23 @@ impl Sender {
         self.0.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers a request and lays the session down, keys and all: what others have to say waits for the next one.
-    pub fn conclude(&self, id: u32, body: Vec<u8>) -> Result<(), String> {
+    /// Answers a request and suspends the session: it drops the keys, and other frames wait for the next session.
+    pub fn suspend(&self, id: u32, body: Vec<u8>) -> Result<(), String> {
         let mut writing = self.writing();
         writing.bytes.clear();
         {
             let mut connection = self.connection();
-            connection.exchanges.respond(id, body).map_err(|e| e.to_string())?;
-            connection.conclude(id, &mut writing.bytes).map_err(|e| e.to_string())?;
-            connection.lay_down();
+            connection.calls.respond(id, body).map_err(|e| e.to_string())?;
+            connection.seal_last(id, &mut writing.bytes).map_err(|e| e.to_string())?;
+            connection.suspend();
         }
         let Writing { file, bytes } = &mut *writing;
         file.write_all(bytes).map_err(|e| format!("port: {e}"))
     }
 
-    /// Does something to the exchanges and sends what comes of it.
+    /// Runs `act` on the calls and sends what it queued.
     fn with<T>(&self, act: impl FnOnce(&mut Mux) -> T) -> Result<T, String> {
-        let done = act(&mut self.connection().exchanges);
+        let done = act(&mut self.connection().calls);
         self.flush()?;
         Ok(done)
     }
@@ -302,33 +303,33 @@ impl Sender {
     }
 
     pub fn respond(&self, id: u32, body: Vec<u8>) -> Result<(), String> {
-        self.with(|exchanges| exchanges.respond(id, body))?.map_err(|e| format!("answer {id}: {e}"))
+        self.with(|calls| calls.respond(id, body))?.map_err(|e| format!("answer {id}: {e}"))
     }
 
     pub fn started(&self, id: u32, started: &Started) -> Result<(), String> {
         let body = serde_json::to_vec(started).map_err(|e| e.to_string())?;
         // Gone: the host cancelled it meanwhile, which its thread is about to hear.
-        self.with(|exchanges| exchanges.started(id, body)).map(drop)
+        self.with(|calls| calls.started(id, body)).map(drop)
     }
 
     /// How many bytes a channel would take now.
     pub fn room(&self, id: u32, channel: u8) -> usize {
-        self.connection().exchanges.room(id, channel)
+        self.connection().calls.room(id, channel)
     }
 
-    /// Sends as many bytes as the host has given credit for; `None` when the exchange is over.
+    /// Sends as many bytes as the host has given credit for; `None` when the call is over.
     pub fn send(&self, id: u32, channel: u8, bytes: &[u8]) -> Result<Option<usize>, String> {
-        Ok(self.with(|exchanges| exchanges.send(id, channel, bytes))?.ok())
+        Ok(self.with(|calls| calls.send(id, channel, bytes))?.ok())
     }
 
     /// Ends a channel.
     pub fn finish(&self, id: u32, channel: u8) -> Result<(), String> {
-        self.with(|exchanges| exchanges.finish(id, channel)).map(drop)
+        self.with(|calls| calls.finish(id, channel)).map(drop)
     }
 
     /// Lets the host send as many bytes more.
     pub fn consumed(&self, id: u32, channel: u8, bytes: usize) -> Result<(), String> {
-        self.with(|exchanges| exchanges.consumed(id, channel, bytes))
+        self.with(|calls| calls.consumed(id, channel, bytes))
     }
 }
 
@@ -337,12 +338,12 @@ impl Link {
         self.sender.clone()
     }
 
-    /// The port for another handshake, once the session was laid down.
+    /// The port for another handshake, once the session is suspended.
     pub fn port(&self) -> Result<Port, String> {
         let dup = || self.reading.try_clone().map_err(|e| format!("dup: {e}"));
         let (file, reading) = (dup()?, dup()?);
         let handshake = GuestHandshake::new(false).map_err(failed)?;
-        Ok(Port { file, reading, decoder: Decoder::default(), handshake, calls: None })
+        Ok(Port { file, reading, decoder: Decoder::default(), handshake, listener: None })
     }
 
     /// What the host says next; `None` when it closed the port.

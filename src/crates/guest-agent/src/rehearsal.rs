@@ -35,7 +35,7 @@ pub fn rehearse(blank: &Blank) {
         vm_id: "microvm".into(),
         hostname: "microvm".into(),
         network: None,
-        keeps_exchanges: false,
+        keeps_calls: false,
     };
     drop(blank.settle(&identity, HostTime::local()));
     fault_in();
@@ -51,7 +51,7 @@ fn settle_clock() {
     }
 }
 
-/// A whole handshake with itself, and one exchange after it.
+/// A whole handshake with itself, and one call after it.
 fn handshake(credentials: &Credentials) -> Result<(), ProtocolError> {
     let guest = GuestHandshake::new(false)?;
     let mut host = HostHandshake::new(credentials.of_peer());
@@ -60,10 +60,10 @@ fn handshake(credentials: &Credentials) -> Result<(), ProtocolError> {
     let HostStep::Established(peer, _) = host.receive(&record(&accept)?, 0)? else { return Ok(()) };
     let (mut host, mut guest) = (Connection::new(*peer), Connection::new(session));
     let mut bytes = Vec::new();
-    let Ok(id) = host.exchanges.request(b"{}".to_vec()) else { return Ok(()) };
+    let Ok(id) = host.calls.request(b"{}".to_vec()) else { return Ok(()) };
     host.transmit(&mut bytes, usize::MAX)?;
     guest.receive(&record(&bytes)?)?;
-    guest.exchanges.respond(id, b"{}".to_vec()).unwrap_or_default();
+    guest.calls.respond(id, b"{}".to_vec()).unwrap_or_default();
     guest.transmit(&mut bytes, usize::MAX)
 }
 

@@ -25,7 +25,7 @@ const QUICK_BYTES: usize = 4096;
 pub enum End {
     /// The host closed the port.
     Closed,
-    /// The session was laid down, and the programs stand still.
+    /// The session is suspended, and the programs are frozen.
     Frozen(Standstill),
 }
 
@@ -95,7 +95,7 @@ impl Server {
         match self.guest.settle().and_then(|()| freeze::stop_programs()) {
             Ok(standstill) => {
                 let body = serde_json::to_vec(&Response::Ok { result: serde_json::json!({}) });
-                self.sender.conclude(id, body.map_err(|e| e.to_string())?)?;
+                self.sender.suspend(id, body.map_err(|e| e.to_string())?)?;
                 Ok(Accepted::Frozen(standstill))
             }
             Err(error) => {

@@ -9,14 +9,14 @@
 //!
 //! | kind | from | id | payload | LAST |
 //! |---|---|---|---|---|
-//! | 1 REQUEST | host | a new exchange | a piece of its JSON | ends the request |
-//! | 2 RESPONSE | guest | its exchange | a piece of its JSON | ends the exchange |
-//! | 3 CANCEL | host | its exchange | none | |
+//! | 1 REQUEST | host | a new call | a piece of its JSON | ends the request |
+//! | 2 RESPONSE | guest | its call | a piece of its JSON | ends the call |
+//! | 3 CANCEL | host | its call | none | |
 //! | 4 EVENT | guest | 0 | JSON | |
-//! | 5 DATA | both | its exchange | channel u8, bytes | ends this direction of the channel |
-//! | 6 CREDIT | both | its exchange | channel u8, bytes u32 BE | |
-//! | 7 CONTROL | host | its exchange | JSON | |
-//! | 8 STARTED | guest | its exchange | JSON | |
+//! | 5 DATA | both | its call | channel u8, bytes | ends this direction of the channel |
+//! | 6 CREDIT | both | its call | channel u8, bytes u32 BE | |
+//! | 7 CONTROL | host | its call | JSON | |
+//! | 8 STARTED | guest | its call | JSON | |
 //! | 9 PING | host | a token | none | |
 //! | 10 PONG | guest | the token | none | |
 

@@ -75,40 +75,34 @@ impl Conversation {
 
 fn whole() -> Vec<String> {
     let mut talk = Conversation::begin();
-    talk.guest.exchanges.event(br#"{"event":"ready"}"#.to_vec()).unwrap();
+    talk.guest.calls.event(br#"{"event":"ready"}"#.to_vec()).unwrap();
     talk.guest_says("EVENT");
-    let id = talk
-        .host
-        .exchanges
-        .request(br#"{"action":"stream","params":{"program":"cat"},"stream":true}"#.to_vec())
-        .unwrap();
+    let id =
+        talk.host.calls.request(br#"{"action":"stream","params":{"program":"cat"},"stream":true}"#.to_vec()).unwrap();
     talk.host_says("REQUEST");
-    talk.guest.exchanges.started(id, br#"{"started":"program","pid":7}"#.to_vec()).unwrap();
+    talk.guest.calls.started(id, br#"{"started":"program","pid":7}"#.to_vec()).unwrap();
     talk.guest_says("STARTED");
-    talk.host.exchanges.send(id, STDIN, b"to the program").unwrap();
+    talk.host.calls.send(id, STDIN, b"to the program").unwrap();
     talk.host_says("DATA");
-    talk.host.exchanges.control(id, br#"{"control":"signal","signal":15}"#.to_vec()).unwrap();
+    talk.host.calls.control(id, br#"{"control":"signal","signal":15}"#.to_vec()).unwrap();
     talk.host_says("CONTROL");
-    talk.guest.exchanges.send(id, STDOUT, &[0x5a; WINDOW]).unwrap();
+    talk.guest.calls.send(id, STDOUT, &[0x5a; WINDOW]).unwrap();
     // A quarter of the window is credited at once; the digest of the long records is enough of them.
     let mut bulk = Vec::new();
     talk.guest.transmit(&mut bulk, usize::MAX).unwrap();
     for body in records(&bulk) {
         talk.host.receive(&body).unwrap();
     }
-    talk.host.exchanges.consumed(id, STDOUT, WINDOW / 4);
+    talk.host.calls.consumed(id, STDOUT, WINDOW / 4);
     talk.host_says("CREDIT");
-    talk.guest.exchanges.finish(id, STDOUT).unwrap();
+    talk.guest.calls.finish(id, STDOUT).unwrap();
     talk.guest_says("DATA-LAST");
-    talk.host.exchanges.ping(0x01020304);
+    talk.host.calls.ping(0x01020304);
     talk.host_says("PING");
     talk.guest_says("PONG");
-    talk.host.exchanges.cancel(id).unwrap();
+    talk.host.calls.cancel(id).unwrap();
     talk.host_says("CANCEL");
-    talk.guest
-        .exchanges
-        .respond(id, br#"{"status":"error","error":{"code":"cancelled","message":"m"}}"#.to_vec())
-        .unwrap();
+    talk.guest.calls.respond(id, br#"{"status":"error","error":{"code":"cancelled","message":"m"}}"#.to_vec()).unwrap();
     talk.guest_says("RESPONSE");
     talk.lines
 }
@@ -139,7 +133,7 @@ fn test_generation_frozen_requests_are_understood_by_todays_guest() {
     let mut understood = Vec::new();
     for (title, bytes) in &host[1..] {
         if title == "CREDIT" {
-            guest.exchanges.send(1, STDOUT, &[0; WINDOW]).unwrap();
+            guest.calls.send(1, STDOUT, &[0; WINDOW]).unwrap();
             guest.transmit(&mut Vec::new(), usize::MAX).unwrap();
         }
         for body in records(bytes) {

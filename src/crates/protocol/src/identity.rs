@@ -7,7 +7,7 @@
 //!  +---------+---------------+--------+-------+
 //!  fields: key [32] | public key [32] | host's public key [32] | what they agree on [32] | seed [32]
 //!          | machine id [16] | boot id [16] | max file handles u64 BE | max processes u64 BE | vm id: length u8, UTF-8 | host name: length u8, UTF-8 | network: length u16 BE, JSON; 0: none
-//!          | 1 u8, only if the exchanges of the session before go on
+//!          | 1 u8, only if the calls of the session before go on
 //! ```
 //! Not JSON as a whole: it is read at every start, by code that an emulated CPU then runs for the first time. A guest
 //! ignores what follows the fields it knows, so that a frozen one understands a newer host. The host writes the block
@@ -79,9 +79,9 @@ pub struct Identity {
     pub vm_id: String,
     pub hostname: String,
     pub network: Option<GuestNetwork>,
-    /// It is the guest that was frozen, and the exchanges of its session go on in the next one. In a clone, and in a
+    /// It is the guest that was frozen, and the calls of its session go on in the next one. In a clone, and in a
     /// guest that was away, nobody waits for them.
-    pub keeps_exchanges: bool,
+    pub keeps_calls: bool,
 }
 
 /// How the agent configures the one NIC.
@@ -131,7 +131,7 @@ impl Identity {
         };
         drive.extend_from_slice(&u16::try_from(network.len()).map_err(too_long)?.to_be_bytes());
         drive.extend_from_slice(&network);
-        drive.extend(self.keeps_exchanges.then_some(1));
+        drive.extend(self.keeps_calls.then_some(1));
         if drive.len() > DRIVE_BYTES {
             drive.zeroize();
             return Err(ProtocolError::Malformed { what: "identity: larger than the config drive" });
@@ -167,7 +167,7 @@ impl Identity {
             vm_id: fields.text()?,
             hostname: fields.text()?,
             network: fields.network()?,
-            keeps_exchanges: fields.0.first() == Some(&1),
+            keeps_calls: fields.0.first() == Some(&1),
         })
     }
 }
@@ -224,7 +224,7 @@ mod tests {
             vm_id: "tab-1".into(),
             hostname: "tab-1".into(),
             network: None,
-            keeps_exchanges: false,
+            keeps_calls: false,
         }
     }
 
@@ -236,8 +236,8 @@ mod tests {
             gateway: Some("192.168.100.1".into()),
             dns_servers: vec!["8.8.8.8".into()],
         };
-        for (network, keeps_exchanges) in [(None, false), (None, true), (Some(network), true)] {
-            let identity = Identity { network, keeps_exchanges, ..identity() };
+        for (network, keeps_calls) in [(None, false), (None, true), (Some(network), true)] {
+            let identity = Identity { network, keeps_calls, ..identity() };
             let drive = identity.to_drive().unwrap();
             assert_eq!(drive.len(), DRIVE_BYTES);
             assert_eq!(Identity::from_drive(&drive).unwrap(), identity);

@@ -9,7 +9,7 @@
 //!   record     | length u16 BE | body |                                     record.rs
 //!     prelude  | kind u8 | ... |            plaintext, before the session   handshake.rs
 //!     frame    | kind u8 | flags u8 | id u32 BE | payload |   sealed        frame.rs, session.rs
-//!       exchange   a request, its response, the streams between them        mux/
+//!       call       a request, its response, the streams between them        mux/
 //!         JSON     what requests, responses and events say                  message.rs
 //! identity     | magic | length u32 BE | fields | zeros |                   identity.rs
 //! ```
@@ -22,7 +22,7 @@
 //! host  -> guest  REQUEST  1 {"action":"ping","params":null}
 //! guest -> host   RESPONSE 1 {"status":"ok","result":"pong"}
 //! ```
-//! [`connection::Connection`] is the session and its exchanges together: what both sides hold.
+//! [`connection::Connection`] is the session and its calls together: what both sides hold.
 //!
 //! A **generation** is everything above, down to the byte. Generation 1 is frozen by `golden/` and the tests that read
 //! it: an agent in an old template goes on talking to a new host. What changes the bytes is a new generation.
@@ -75,9 +75,9 @@ pub enum ProtocolError {
     MessageTooLarge { limit: usize },
     #[error("no memory for a message of {bytes} bytes")]
     OutOfMemory { bytes: usize },
-    #[error("more than {limit} exchanges at once")]
-    TooManyExchanges { limit: usize },
-    #[error("exchange {id}, channel {channel}: more bytes or credit than the window holds")]
+    #[error("more than {limit} calls at once")]
+    TooManyCalls { limit: usize },
+    #[error("call {id}, channel {channel}: more bytes or credit than the window holds")]
     CreditExceeded { id: u32, channel: u8 },
     #[error("the peer broke a rule: {rule}")]
     RuleBroken { rule: &'static str },

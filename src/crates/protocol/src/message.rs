@@ -13,12 +13,12 @@ pub struct Request {
     pub action: String,
     #[serde(default)]
     pub params: Value,
-    /// The host holds the exchange's channels: [`STREAM`], [`UPLOAD`] and [`DOWNLOAD`] need that.
+    /// The host holds the call's channels: [`STREAM`], [`UPLOAD`] and [`DOWNLOAD`] need that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stream: bool,
 }
 
-/// The action that runs a program with its descriptors on the exchange's channels.
+/// The action that runs a program with its descriptors on the call's channels.
 pub const STREAM: &str = "stream";
 /// The action that writes what comes on channel 0 to a file.
 pub const UPLOAD: &str = "upload";

@@ -1,4 +1,4 @@
-//! A program whose descriptors are the exchange's channels, live.
+//! A program whose descriptors are the call's channels, live.
 
 use std::time::Instant;
 

@@ -1,6 +1,6 @@
 //! Receiving: the rules that a peer must keep, and what each frame means.
 
-use super::{Exchange, Mux, Outward, Phase, CHANNELS, MAX_ASSEMBLING, MAX_EXCHANGES, WINDOW};
+use super::{Call, Mux, Outward, Phase, CHANNELS, MAX_ASSEMBLING, MAX_CALLS, WINDOW};
 use crate::frame::{Frame, Kind};
 use crate::message::MAX_MESSAGE;
 use crate::session::Role;
@@ -11,13 +11,13 @@ use crate::ProtocolError;
 pub enum Incoming {
     /// Guest: a whole request.
     Request { id: u32, body: Vec<u8> },
-    /// Host: the exchange is over. The body is empty when it had been cancelled.
+    /// Host: the call is over. The body is empty when it had been cancelled.
     Response { id: u32, body: Vec<u8> },
-    /// Guest: nobody waits for this exchange any more; it must still be answered.
+    /// Guest: the host waits no more for this call; it must still be answered.
     Cancel { id: u32 },
     /// Guest.
     Control { id: u32, body: Vec<u8> },
-    /// Host: the exchange runs.
+    /// Host: the call runs.
     Started { id: u32, body: Vec<u8> },
     /// Bytes, or the end of the peer's direction of a channel, or both. Give them back by [`Mux::consumed`].
     Data { id: u32, channel: u8, bytes: Vec<u8>, last: bool },
@@ -95,102 +95,102 @@ impl Mux {
         }
     }
 
-    fn open(&mut self, id: u32) -> Option<&mut Exchange> {
-        self.exchanges.get_mut(&id).filter(|exchange| exchange.phase == Phase::Open)
+    fn open(&mut self, id: u32) -> Option<&mut Call> {
+        self.calls.get_mut(&id).filter(|call| call.phase == Phase::Open)
     }
 
-    /// The exchange that a frame belongs to. The host keeps an exchange until its response came, so a frame without one
+    /// The call that a frame belongs to. The host keeps a call until its response came, so a frame without one
     /// is wrong; to the guest it may just be late, and is dropped (`None`).
-    fn exchange_of(&mut self, id: u32) -> Result<Option<&mut Exchange>, ProtocolError> {
+    fn call_of(&mut self, id: u32) -> Result<Option<&mut Call>, ProtocolError> {
         let role = self.role;
-        match self.exchanges.get_mut(&id) {
-            Some(exchange) if exchange.phase != Phase::Asking => Ok(Some(exchange)),
+        match self.calls.get_mut(&id) {
+            Some(call) if call.phase != Phase::Asking => Ok(Some(call)),
             None if role == Role::Guest => Ok(None),
-            _ => Err(broken("a frame belongs to an exchange that was asked for")),
+            _ => Err(broken("a frame belongs to a call that was asked for")),
         }
     }
 
     /// Adds a piece to a message; returns the message when it is whole.
     fn assemble(
-        exchange: &mut Exchange,
+        call: &mut Call,
         assembling: &mut usize,
         last: bool,
         payload: &[u8],
     ) -> Result<Option<Vec<u8>>, ProtocolError> {
-        if last && exchange.assembling.is_empty() {
+        if last && call.assembling.is_empty() {
             return Ok(Some(payload.to_vec()));
         }
         if payload.is_empty() && !last {
             return Err(broken("only the last piece of a message may be empty"));
         }
         // The cap holds over all unfinished messages together: a peer that begins many gains nothing.
-        let whole = exchange.assembling.len() + payload.len();
+        let whole = call.assembling.len() + payload.len();
         if whole > MAX_MESSAGE || *assembling + payload.len() > MAX_ASSEMBLING {
             return Err(ProtocolError::MessageTooLarge { limit: MAX_MESSAGE });
         }
         // A Vec that grows by itself ends the process when there is no memory.
-        exchange.assembling.try_reserve(payload.len()).map_err(|_| ProtocolError::OutOfMemory { bytes: whole })?;
-        exchange.assembling.extend_from_slice(payload);
+        call.assembling.try_reserve(payload.len()).map_err(|_| ProtocolError::OutOfMemory { bytes: whole })?;
+        call.assembling.extend_from_slice(payload);
         *assembling += payload.len();
         if !last {
             return Ok(None);
         }
-        let body = std::mem::take(&mut exchange.assembling);
+        let body = std::mem::take(&mut call.assembling);
         *assembling -= body.len();
         Ok(Some(body))
     }
 
     fn on_request(&mut self, id: u32, last: bool, payload: &[u8]) -> Result<Option<Incoming>, ProtocolError> {
         if id == 0 {
-            return Err(broken("exchanges are numbered from 1"));
+            return Err(broken("calls are numbered from 1"));
         }
-        let full = self.exchanges.len() >= MAX_EXCHANGES && !self.exchanges.contains_key(&id);
+        let full = self.calls.len() >= MAX_CALLS && !self.calls.contains_key(&id);
         if full {
-            return Err(ProtocolError::TooManyExchanges { limit: MAX_EXCHANGES });
+            return Err(ProtocolError::TooManyCalls { limit: MAX_CALLS });
         }
-        let exchange = self.exchanges.entry(id).or_insert_with(Exchange::new);
-        if exchange.phase != Phase::Asking {
-            return Err(broken("an id is used again only when its exchange is over"));
+        let call = self.calls.entry(id).or_insert_with(Call::new);
+        if call.phase != Phase::Asking {
+            return Err(broken("an id is used again only when its call is over"));
         }
-        let Some(body) = Self::assemble(exchange, &mut self.assembling, last, payload)? else { return Ok(None) };
-        exchange.phase = Phase::Open;
+        let Some(body) = Self::assemble(call, &mut self.assembling, last, payload)? else { return Ok(None) };
+        call.phase = Phase::Open;
         Ok(Some(Incoming::Request { id, body }))
     }
 
     fn on_response(&mut self, id: u32, last: bool, payload: &[u8]) -> Result<Option<Incoming>, ProtocolError> {
-        let exchange = match self.exchanges.get_mut(&id) {
-            Some(exchange) if exchange.phase != Phase::Asking => exchange,
-            _ => return Err(broken("a frame belongs to an exchange that was asked for")),
+        let call = match self.calls.get_mut(&id) {
+            Some(call) if call.phase != Phase::Asking => call,
+            _ => return Err(broken("a frame belongs to a call that was asked for")),
         };
-        let body = if exchange.phase == Phase::Cancelled {
+        let body = if call.phase == Phase::Cancelled {
             last.then(Vec::new)
         } else {
-            match Self::assemble(exchange, &mut self.assembling, last, payload) {
-                // Only this answer is lost: what comes of it is dropped, and its asker gets an empty one.
+            match Self::assemble(call, &mut self.assembling, last, payload) {
+                // Only this answer is lost: what comes of it is dropped, and its caller gets an empty one.
                 Err(ProtocolError::OutOfMemory { .. }) => {
-                    self.assembling -= std::mem::take(&mut exchange.assembling).len();
-                    exchange.phase = Phase::Cancelled;
+                    self.assembling -= std::mem::take(&mut call.assembling).len();
+                    call.phase = Phase::Cancelled;
                     last.then(Vec::new)
                 }
                 assembled => assembled?,
             }
         };
         let Some(body) = body else { return Ok(None) };
-        self.exchanges.remove(&id);
+        self.calls.remove(&id);
         Ok(Some(Incoming::Response { id, body }))
     }
 
     fn on_cancel(&mut self, id: u32) -> Option<Incoming> {
-        let exchange = self.exchanges.get_mut(&id)?;
-        match exchange.phase {
+        let call = self.calls.get_mut(&id)?;
+        match call.phase {
             Phase::Asking => {
-                self.assembling -= exchange.assembling.len();
-                self.exchanges.remove(&id);
+                self.assembling -= call.assembling.len();
+                self.calls.remove(&id);
                 None
             }
             Phase::Open => {
-                exchange.phase = Phase::Cancelled;
-                exchange.outward.iter_mut().for_each(Outward::close);
+                call.phase = Phase::Cancelled;
+                call.outward.iter_mut().for_each(Outward::close);
                 Some(Incoming::Cancel { id })
             }
             Phase::Cancelled => None,
@@ -198,11 +198,11 @@ impl Mux {
     }
 
     fn on_started(&mut self, id: u32, payload: &[u8]) -> Result<Option<Incoming>, ProtocolError> {
-        let Some(exchange) = self.exchange_of(id)? else { return Ok(None) };
-        if std::mem::replace(&mut exchange.started, true) {
-            return Err(broken("an exchange starts once"));
+        let Some(call) = self.call_of(id)? else { return Ok(None) };
+        if std::mem::replace(&mut call.started, true) {
+            return Err(broken("a call starts once"));
         }
-        let wanted = exchange.phase == Phase::Open;
+        let wanted = call.phase == Phase::Open;
         Ok(wanted.then(|| Incoming::Started { id, body: payload.to_vec() }))
     }
 
@@ -211,8 +211,8 @@ impl Mux {
         else {
             return Err(ProtocolError::Malformed { what: "DATA" });
         };
-        let Some(exchange) = self.exchange_of(id)? else { return Ok(None) };
-        let inward = &mut exchange.inward[usize::from(channel)];
+        let Some(call) = self.call_of(id)? else { return Ok(None) };
+        let inward = &mut call.inward[usize::from(channel)];
         if inward.ended || (bytes.is_empty() && !last) {
             return Err(broken("a channel carries bytes until its one end"));
         }
@@ -222,7 +222,7 @@ impl Mux {
         inward.window -= bytes.len();
         inward.ended = last;
         // Nobody reads what was cancelled: it gets no more credit and soon ends.
-        let wanted = exchange.phase == Phase::Open;
+        let wanted = call.phase == Phase::Open;
         Ok(wanted.then(|| Incoming::Data { id, channel, bytes: bytes.to_vec(), last }))
     }
 
@@ -232,19 +232,19 @@ impl Mux {
             return Err(ProtocolError::Malformed { what: "CREDIT" });
         }
         let bytes = u32::from_be_bytes([b0, b1, b2, b3]) as usize;
-        let Some(exchange) = self.exchange_of(id)? else { return Ok(None) };
-        let outward = &mut exchange.outward[usize::from(channel)];
+        let Some(call) = self.call_of(id)? else { return Ok(None) };
+        let outward = &mut call.outward[usize::from(channel)];
         if !outward.earn(bytes) {
             return Err(ProtocolError::CreditExceeded { id, channel });
         }
-        let wanted = exchange.phase == Phase::Open && outward.is_open();
+        let wanted = call.phase == Phase::Open && outward.is_open();
         Ok(wanted.then_some(Incoming::Credit { id, channel }))
     }
 
     /// Says that `bytes` of a channel were taken by their user; the peer may send as many more.
     pub fn consumed(&mut self, id: u32, channel: u8, bytes: usize) {
-        let Some(exchange) = self.open(id) else { return };
-        let Some(inward) = exchange.inward.get_mut(usize::from(channel)) else { return };
+        let Some(call) = self.open(id) else { return };
+        let Some(inward) = call.inward.get_mut(usize::from(channel)) else { return };
         // Never more than was received: the sum of window and credit stays WINDOW.
         inward.consumed = (inward.consumed + bytes).min(WINDOW - inward.window);
         // A quarter at a time: a CREDIT for each read would cost more than the data.

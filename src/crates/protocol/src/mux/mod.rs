@@ -1,25 +1,25 @@
-//! Exchanges: many conversations on one connection.
+//! Calls: many conversations on one connection.
 //!
-//! An exchange is one request of the host and its one response. Between the two, both sides may stream bytes on its
+//! A call is one request of the host and its one response. Between the two, both sides may stream bytes on its
 //! channels, and the host may control or cancel it.
 //!
 //! ```text
 //! host                                         guest
-//!   REQUEST ............ REQUEST|LAST  ------->          begins it; many exchanges run side by side
+//!   REQUEST ............ REQUEST|LAST  ------->          begins it; many calls run side by side
 //!           <-------  STARTED                            at most once: it runs, its channels are open
 //!   DATA 0 .. DATA 0|LAST  ------------------->          as far as the guest's CREDIT goes
 //!           <-------  DATA 1, DATA 2 .. |LAST            as far as the host's CREDIT goes
 //!   CONTROL  --------------------------------->          a signal, a window's size
-//!   CANCEL  ---------------------------------->          nobody waits any more
+//!   CANCEL  ---------------------------------->          the caller waits no more
 //!           <-------  RESPONSE ... RESPONSE|LAST         ends it, always, cancelled or not
 //! ```
 //! Flow control: each direction of a channel begins with [`WINDOW`] bytes of credit; what the receiver's user has taken
 //! is given back by CREDIT. A slow reader so holds one window and no more, and delays nobody.
 //!
-//! A CANCEL that overtakes the rest of its own REQUEST undoes it: the guest forgets the exchange and sends no response.
+//! A CANCEL that overtakes the rest of its own REQUEST undoes it: the guest forgets the call and sends no response.
 //!
-//! Scheduling (`outbox.rs`): one frame at a time. What is urgent and tiny goes first; then exchanges with little to send
-//! and exchanges with much take turns, each of them round-robin. A `ping` waits for one frame, not for 16 MiB.
+//! Scheduling (`outbox.rs`): one frame at a time. What is urgent and tiny goes first; then calls with little to send
+//! and calls with much take turns, each of them round-robin. A `ping` waits for one frame, not for 16 MiB.
 
 mod inbox;
 mod outbox;
@@ -34,7 +34,7 @@ pub use inbox::Incoming;
 use inbox::Inward;
 use outbox::{Outbox, Outward};
 
-/// Channels of an exchange, numbered as a program numbers its descriptors.
+/// Channels of a call, numbered as a program numbers its descriptors.
 pub const CHANNELS: usize = 3;
 /// Host to guest: a program's input, a file's bytes.
 pub const STDIN: u8 = 0;
@@ -44,11 +44,11 @@ pub const STDOUT: u8 = 1;
 pub const STDERR: u8 = 2;
 /// The bytes that may be on their way on one direction of a channel.
 pub const WINDOW: usize = 256 * 1024;
-/// Exchanges that may be open at once.
-pub const MAX_EXCHANGES: usize = 128;
+/// Calls that may be open at once.
+pub const MAX_CALLS: usize = 128;
 /// Messages of more than one frame are begun only while all that are begun have no more bytes than this together.
 pub const MAX_ASSEMBLING: usize = 2 * MAX_MESSAGE;
-/// CONTROLs of one exchange that may wait to be sent.
+/// CONTROLs of one call that may wait to be sent.
 const MAX_CONTROLS: usize = 64;
 
 /// Why something was not taken for sending; the connection is well.
@@ -56,9 +56,9 @@ const MAX_CONTROLS: usize = 64;
 pub enum Refused {
     #[error("it is over the limit of {limit} bytes")]
     TooLarge { limit: usize },
-    #[error("{MAX_EXCHANGES} exchanges are open already")]
-    TooManyExchanges,
-    #[error("the exchange is over")]
+    #[error("{MAX_CALLS} calls are open already")]
+    TooManyCalls,
+    #[error("the call is over")]
     Gone,
     #[error("too much waits to be sent already")]
     Full,
@@ -73,19 +73,19 @@ pub enum Cancelled {
     Sent,
 }
 
-/// Where an exchange is.
+/// The phase of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// The request is on its way.
     Asking,
     /// The request is whole, the response is not.
     Open,
-    /// As Open, but nobody waits: its data is dropped.
+    /// As Open, but the caller cancelled: its data is dropped.
     Cancelled,
 }
 
 #[derive(Debug)]
-struct Exchange {
+struct Call {
     phase: Phase,
     started: bool,
     /// The peer's message, as far as it came.
@@ -116,7 +116,7 @@ impl Outgoing {
     }
 }
 
-impl Exchange {
+impl Call {
     fn new() -> Self {
         Self {
             phase: Phase::Asking,
@@ -141,12 +141,12 @@ impl Exchange {
     }
 }
 
-/// All exchanges of one side of a connection. Plaintext frames in, [`Incoming`] out; and the other way round.
+/// All calls of one side of a connection. Plaintext frames in, [`Incoming`] out; and the other way round.
 #[derive(Debug)]
 pub struct Mux {
     role: Role,
     /// Ids are the host's own, so nobody floods one bucket; a guest has fewer instructions to run for the first time.
-    exchanges: FxHashMap<u32, Exchange>,
+    calls: FxHashMap<u32, Call>,
     newest: u32,
     /// Bytes of the peer's unfinished messages.
     assembling: usize,
@@ -158,60 +158,53 @@ pub struct Mux {
 impl Mux {
     #[must_use]
     pub fn new(role: Role) -> Self {
-        Self {
-            role,
-            exchanges: FxHashMap::default(),
-            newest: 0,
-            assembling: 0,
-            outbox: Outbox::default(),
-            pinging: None,
-        }
+        Self { role, calls: FxHashMap::default(), newest: 0, assembling: 0, outbox: Outbox::default(), pinging: None }
     }
 
-    /// Exchanges that are open, cancelled ones included.
+    /// Calls that are open, cancelled ones included.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.exchanges.len()
+        self.calls.len()
     }
 
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.exchanges.is_empty()
+        self.calls.is_empty()
     }
 
-    /// Host: begins an exchange.
+    /// Host: begins a call.
     ///
     /// # Errors
-    /// [`Refused::TooLarge`], [`Refused::TooManyExchanges`].
+    /// [`Refused::TooLarge`], [`Refused::TooManyCalls`].
     pub fn request(&mut self, body: Vec<u8>) -> Result<u32, Refused> {
         debug_assert_eq!(self.role, Role::Host);
         if body.len() > MAX_MESSAGE {
             return Err(Refused::TooLarge { limit: MAX_MESSAGE });
         }
-        if self.exchanges.len() == MAX_EXCHANGES {
-            return Err(Refused::TooManyExchanges);
+        if self.calls.len() == MAX_CALLS {
+            return Err(Refused::TooManyCalls);
         }
         // Ids come round after 2^32 requests; one that is still open is passed over, and 0 belongs to events.
         while {
             self.newest = self.newest.wrapping_add(1);
-            self.newest == 0 || self.exchanges.contains_key(&self.newest)
+            self.newest == 0 || self.calls.contains_key(&self.newest)
         } {}
         let id = self.newest;
-        self.exchanges.insert(id, Exchange { message: Outgoing::new(body), ..Exchange::new() });
+        self.calls.insert(id, Call { message: Outgoing::new(body), ..Call::new() });
         self.enqueue(id);
         Ok(id)
     }
 
-    /// Host: gives an exchange up.
+    /// Host: cancels a call.
     ///
     /// # Errors
     /// [`Refused::Gone`] when it is over: its response came.
     pub fn cancel(&mut self, id: u32) -> Result<Cancelled, Refused> {
-        let exchange = self.exchanges.get_mut(&id).ok_or(Refused::Gone)?;
-        match exchange.phase {
+        let call = self.calls.get_mut(&id).ok_or(Refused::Gone)?;
+        match call.phase {
             Phase::Asking => {
-                let message = exchange.message.take();
-                self.exchanges.remove(&id);
+                let message = call.message.take();
+                self.calls.remove(&id);
                 if let Some(message) = message {
                     self.message_left(&message);
                     // The guest holds a piece of it.
@@ -220,10 +213,10 @@ impl Mux {
                 Ok(Cancelled::NeverSent)
             }
             Phase::Open => {
-                exchange.phase = Phase::Cancelled;
-                self.assembling -= std::mem::take(&mut exchange.assembling).len();
-                exchange.outward.iter_mut().for_each(Outward::close);
-                exchange.notes.clear();
+                call.phase = Phase::Cancelled;
+                self.assembling -= std::mem::take(&mut call.assembling).len();
+                call.outward.iter_mut().for_each(Outward::close);
+                call.notes.clear();
                 self.outbox.cancels.push_back(id);
                 Ok(Cancelled::Sent)
             }
@@ -231,16 +224,16 @@ impl Mux {
         }
     }
 
-    /// Host: whether the request left whole; `None` when the exchange is over.
+    /// Host: whether the request left whole; `None` when the call is over.
     #[must_use]
     pub fn is_sent(&self, id: u32) -> Option<bool> {
-        self.exchanges.get(&id).map(|exchange| exchange.phase != Phase::Asking)
+        self.calls.get(&id).map(|call| call.phase != Phase::Asking)
     }
 
-    /// Whether this side's message of an exchange is on its way.
+    /// Whether this side's message of a call is on its way.
     #[must_use]
     pub fn is_saying(&self, id: u32) -> bool {
-        self.exchanges.get(&id).is_some_and(|exchange| exchange.message.is_some())
+        self.calls.get(&id).is_some_and(|call| call.message.is_some())
     }
 
     /// Host: a CONTROL for the program that runs.
@@ -252,14 +245,14 @@ impl Mux {
         self.note(id, body)
     }
 
-    /// Guest: the exchange runs. To be said at most once.
+    /// Guest: the call runs. To be said at most once.
     ///
     /// # Errors
     /// [`Refused::Gone`], [`Refused::Full`] when it was said already, [`Refused::TooLarge`].
     pub fn started(&mut self, id: u32, body: Vec<u8>) -> Result<(), Refused> {
         debug_assert_eq!(self.role, Role::Guest);
-        let exchange = self.exchanges.get_mut(&id).ok_or(Refused::Gone)?;
-        if std::mem::replace(&mut exchange.started, true) {
+        let call = self.calls.get_mut(&id).ok_or(Refused::Gone)?;
+        if std::mem::replace(&mut call.started, true) {
             return Err(Refused::Full);
         }
         self.note(id, body)
@@ -269,17 +262,17 @@ impl Mux {
         if body.len() > crate::frame::MAX_PAYLOAD {
             return Err(Refused::TooLarge { limit: crate::frame::MAX_PAYLOAD });
         }
-        let exchange = self.exchanges.get_mut(&id).filter(|exchange| exchange.may_talk(self.role));
-        let exchange = exchange.ok_or(Refused::Gone)?;
-        if exchange.notes.len() == MAX_CONTROLS {
+        let call = self.calls.get_mut(&id).filter(|call| call.may_talk(self.role));
+        let call = call.ok_or(Refused::Gone)?;
+        if call.notes.len() == MAX_CONTROLS {
             return Err(Refused::Full);
         }
-        exchange.notes.push_back(body);
+        call.notes.push_back(body);
         self.enqueue(id);
         Ok(())
     }
 
-    /// Guest: ends an exchange, after whatever its channels still hold.
+    /// Guest: ends a call, after whatever its channels still hold.
     ///
     /// # Errors
     /// [`Refused::TooLarge`], [`Refused::Gone`] when it was answered already.
@@ -288,11 +281,11 @@ impl Mux {
         if body.len() > MAX_MESSAGE {
             return Err(Refused::TooLarge { limit: MAX_MESSAGE });
         }
-        let exchange = self.exchanges.get_mut(&id).ok_or(Refused::Gone)?;
-        if exchange.phase == Phase::Asking || exchange.message.is_some() {
+        let call = self.calls.get_mut(&id).ok_or(Refused::Gone)?;
+        if call.phase == Phase::Asking || call.message.is_some() {
             return Err(Refused::Gone);
         }
-        exchange.message = Outgoing::new(body);
+        call.message = Outgoing::new(body);
         self.enqueue(id);
         Ok(())
     }
@@ -326,7 +319,7 @@ impl Mux {
     /// Queues bytes on a channel, as many as the peer's credit allows; returns how many.
     ///
     /// # Errors
-    /// [`Refused::Gone`] when the exchange is over or cancelled, or the channel was finished.
+    /// [`Refused::Gone`] when the call is over or cancelled, or the channel was finished.
     pub fn send(&mut self, id: u32, channel: u8, bytes: &[u8]) -> Result<usize, Refused> {
         let taken = self.outward_mut(id, channel)?.push(bytes);
         if taken > 0 {
@@ -346,13 +339,13 @@ impl Mux {
     }
 
     fn outward(&self, id: u32, channel: u8) -> Option<&Outward> {
-        let exchange = self.exchanges.get(&id).filter(|exchange| exchange.may_talk(self.role))?;
-        exchange.outward.get(usize::from(channel)).filter(|outward| outward.is_open())
+        let call = self.calls.get(&id).filter(|call| call.may_talk(self.role))?;
+        call.outward.get(usize::from(channel)).filter(|outward| outward.is_open())
     }
 
     fn outward_mut(&mut self, id: u32, channel: u8) -> Result<&mut Outward, Refused> {
-        let exchange = self.exchanges.get_mut(&id).filter(|exchange| exchange.may_talk(self.role));
-        let outward = exchange.and_then(|exchange| exchange.outward.get_mut(usize::from(channel)));
+        let call = self.calls.get_mut(&id).filter(|call| call.may_talk(self.role));
+        let outward = call.and_then(|call| call.outward.get_mut(usize::from(channel)));
         outward.filter(|outward| outward.is_open()).ok_or(Refused::Gone)
     }
 }

@@ -2,25 +2,25 @@
 
 use std::collections::VecDeque;
 
-use super::{Exchange, Mux, Outgoing, Phase, Refused, CHANNELS, MAX_ASSEMBLING, WINDOW};
+use super::{Call, Mux, Outgoing, Phase, Refused, CHANNELS, MAX_ASSEMBLING, WINDOW};
 use crate::frame::{encode_header, Kind, MAX_DATA, MAX_PAYLOAD};
 use crate::session::Role;
 
-/// An exchange with no more bytes than this to send counts as one with little.
+/// A call with no more bytes than this to send counts as one with little.
 const LITTLE: usize = 4096;
 /// Events that may wait.
 const MAX_EVENTS: usize = 64;
 
-/// What waits to be sent; bodies and bytes are with their exchanges.
+/// What waits to be sent; bodies and bytes are with their calls.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     /// A PING of the host or a PONG of the guest; of several unanswered PINGs only the newest counts.
     pub beat: Option<u32>,
     pub cancels: VecDeque<u32>,
-    /// Exchange and channel.
+    /// Call and channel.
     pub credits: VecDeque<(u32, u8)>,
     events: VecDeque<Vec<u8>>,
-    /// Exchanges with little to send, and those with much.
+    /// Calls with little to send, and those with much.
     little: VecDeque<u32>,
     much: VecDeque<u32>,
     /// The last one was one with little: if there is one with much, it is its turn.
@@ -43,7 +43,7 @@ impl Outbox {
         Ok(())
     }
 
-    fn next_exchange(&mut self) -> Option<u32> {
+    fn next_call(&mut self) -> Option<u32> {
         let (first, second) = match self.much_next {
             true => (&mut self.much, &mut self.little),
             false => (&mut self.little, &mut self.much),
@@ -132,17 +132,16 @@ impl Mux {
                 && out.much.is_empty())
     }
 
-    /// Puts an exchange that has something to send into its queue.
+    /// Puts a call that has something to send into its queue.
     pub(super) fn enqueue(&mut self, id: u32) {
-        let Some(exchange) = self.exchanges.get_mut(&id).filter(|exchange| !exchange.queued) else { return };
-        let message = exchange.message.as_ref().map_or(0, |message| message.body.len() - message.sent);
-        let waiting = message + exchange.outward.iter().map(|outward| outward.queue.len()).sum::<usize>();
-        let any =
-            exchange.message.is_some() || !exchange.notes.is_empty() || exchange.outward.iter().any(Outward::has_frame);
+        let Some(call) = self.calls.get_mut(&id).filter(|call| !call.queued) else { return };
+        let message = call.message.as_ref().map_or(0, |message| message.body.len() - message.sent);
+        let waiting = message + call.outward.iter().map(|outward| outward.queue.len()).sum::<usize>();
+        let any = call.message.is_some() || !call.notes.is_empty() || call.outward.iter().any(Outward::has_frame);
         if !any {
             return;
         }
-        exchange.queued = true;
+        call.queued = true;
         let queue = if waiting <= LITTLE { &mut self.outbox.little } else { &mut self.outbox.much };
         queue.push_back(id);
     }
@@ -155,7 +154,7 @@ impl Mux {
         self.outbox.begun -= message.body.len();
         while let Some(&id) = self.outbox.held.front() {
             // None: it was cancelled while it was held.
-            let held = self.exchanges.get_mut(&id).and_then(|exchange| exchange.message.as_mut());
+            let held = self.calls.get_mut(&id).and_then(|call| call.message.as_mut());
             if let Some(held) = held {
                 if self.outbox.begun + held.body.len() > MAX_ASSEMBLING {
                     return;
@@ -181,8 +180,8 @@ impl Mux {
             return true;
         }
         while let Some((id, channel)) = self.outbox.credits.pop_front() {
-            let Some(exchange) = self.exchanges.get_mut(&id).filter(|e| e.phase == Phase::Open) else { continue };
-            let Some(inward) = exchange.inward.get_mut(usize::from(channel)) else { continue };
+            let Some(call) = self.calls.get_mut(&id).filter(|e| e.phase == Phase::Open) else { continue };
+            let Some(inward) = call.inward.get_mut(usize::from(channel)) else { continue };
             let bytes = u32::try_from(inward.give_back()).unwrap_or(0);
             encode_header(Kind::Credit, false, id, out);
             out.push(channel);
@@ -194,7 +193,7 @@ impl Mux {
             out.extend_from_slice(&body);
             return true;
         }
-        while let Some(id) = self.outbox.next_exchange() {
+        while let Some(id) = self.outbox.next_call() {
             if self.frame_of(id, out) {
                 return true;
             }
@@ -202,13 +201,13 @@ impl Mux {
         false
     }
 
-    /// The next frame of one exchange. The host's order: request, controls, data. The guest's: started, data, response.
+    /// The next frame of one call. The host's order: request, controls, data. The guest's: started, data, response.
     fn frame_of(&mut self, id: u32, out: &mut Vec<u8>) -> bool {
-        let Some(exchange) = self.exchanges.get_mut(&id) else { return false };
-        exchange.queued = false;
+        let Some(call) = self.calls.get_mut(&id) else { return false };
+        call.queued = false;
         let is_host = self.role == Role::Host;
-        let asks_first = is_host && exchange.message.is_some();
-        let sent = !asks_first && (exchange.note_frame(is_host, id, out) || exchange.data_frame(id, out));
+        let asks_first = is_host && call.message.is_some();
+        let sent = !asks_first && (call.note_frame(is_host, id, out) || call.data_frame(id, out));
         if !sent {
             return self.message_frame(id, out);
         }
@@ -218,12 +217,12 @@ impl Mux {
 
     fn message_frame(&mut self, id: u32, out: &mut Vec<u8>) -> bool {
         let is_host = self.role == Role::Host;
-        let Some(exchange) = self.exchanges.get_mut(&id) else { return false };
-        let Some(message) = &mut exchange.message else { return false };
+        let Some(call) = self.calls.get_mut(&id) else { return false };
+        let Some(message) = &mut call.message else { return false };
         let length = message.body.len();
         if length > MAX_PAYLOAD && !message.begun {
             if !self.outbox.held.is_empty() || self.outbox.begun + length > MAX_ASSEMBLING {
-                exchange.queued = true;
+                call.queued = true;
                 self.outbox.held.push_back(id);
                 return false;
             }
@@ -239,20 +238,20 @@ impl Mux {
             self.enqueue(id);
             return true;
         }
-        if let Some(message) = exchange.message.take() {
-            exchange.phase = Phase::Open;
+        if let Some(message) = call.message.take() {
+            call.phase = Phase::Open;
             self.message_left(&message);
         }
         if is_host {
             self.enqueue(id);
         } else {
-            self.exchanges.remove(&id);
+            self.calls.remove(&id);
         }
         true
     }
 }
 
-impl Exchange {
+impl Call {
     fn note_frame(&mut self, is_host: bool, id: u32, out: &mut Vec<u8>) -> bool {
         let Some(body) = self.notes.pop_front() else { return false };
         encode_header(if is_host { Kind::Control } else { Kind::Started }, false, id, out);

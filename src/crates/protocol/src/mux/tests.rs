@@ -42,7 +42,7 @@ impl Pair {
         (host_in, guest_in)
     }
 
-    /// An exchange whose request the guest has.
+    /// A call whose request the guest has.
     fn opened(&mut self) -> u32 {
         let id = self.host.request(b"{}".to_vec()).unwrap();
         let (_, guest_in) = self.settle();
@@ -65,7 +65,7 @@ fn kinds(mux: &mut Mux, count: usize) -> Vec<(u8, u32)> {
 }
 
 #[test]
-fn test_exchange_request_and_response_arrive_whole() {
+fn test_call_request_and_response_arrive_whole() {
     let mut pair = Pair::new();
     let (question, reply) = (vec![7; 3 * MAX_PAYLOAD + 5], vec![9; MAX_PAYLOAD]);
     let id = pair.host.request(question.clone()).unwrap();
@@ -224,16 +224,16 @@ fn test_ping_is_answered_once_and_not_repeated_before() {
 }
 
 #[test]
-fn test_exchanges_are_capped_on_both_sides() {
+fn test_calls_are_capped_on_both_sides() {
     let mut host = Mux::new(Role::Host);
     let mut guest = Mux::new(Role::Guest);
-    for id in 1..=MAX_EXCHANGES as u32 {
+    for id in 1..=MAX_CALLS as u32 {
         host.request(vec![]).unwrap();
         guest.receive(&frame(Kind::Request, true, id, b"{}")).unwrap();
     }
-    assert_eq!(host.request(vec![]), Err(Refused::TooManyExchanges));
+    assert_eq!(host.request(vec![]), Err(Refused::TooManyCalls));
     let one_more = guest.receive(&frame(Kind::Request, true, 9999, b"{}"));
-    assert_eq!(one_more, Err(ProtocolError::TooManyExchanges { limit: MAX_EXCHANGES }));
+    assert_eq!(one_more, Err(ProtocolError::TooManyCalls { limit: MAX_CALLS }));
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn test_ids_come_round_past_those_still_open() {
     assert_eq!(host.request(vec![]), Ok(2));
 }
 
-/// A host with exchange 1 open (its request is out) and exchange 2 still asking.
+/// A host with call 1 open (its request is out) and call 2 still asking.
 fn host_of_two() -> Mux {
     let mut host = Mux::new(Role::Host);
     host.request(b"{}".to_vec()).unwrap();
@@ -312,7 +312,7 @@ fn test_guest_rules_broken_end_the_connection() {
     }
 }
 
-/// What a test does next, to the exchange that `which` points at among those open.
+/// What a test does next, to the call that `which` points at among those open.
 #[derive(Debug, Clone)]
 enum Step {
     Ask(usize),
@@ -358,7 +358,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
     /// Whatever two honest sides do, and however their frames interleave, neither calls the other a liar; each response
-    /// comes once, to its asker; each stream arrives in order, without a gap.
+    /// comes once, to its caller; each stream arrives in order, without a gap.
     #[test]
     fn test_honest_sides_always_agree(steps in prop::collection::vec(step(), 1..200)) {
         let mut pair = Pair::new();

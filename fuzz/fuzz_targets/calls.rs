@@ -1,10 +1,10 @@
-//! The host's exchanges: what its users do, and whatever frames a guest sends between.
+//! The host's calls: what its users do, and whatever frames a guest sends between.
 #![no_main]
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use microvm_protocol::message::MAX_MESSAGE;
-use microvm_protocol::mux::{Incoming, Mux, MAX_EXCHANGES};
+use microvm_protocol::mux::{Incoming, Mux, MAX_CALLS};
 use microvm_protocol::session::Role;
 
 #[derive(Debug, Arbitrary)]
@@ -97,7 +97,7 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
             Ok(_) => {}
             Err(_) => return,
         }
-        assert!(host.len() <= MAX_EXCHANGES);
+        assert!(host.len() <= MAX_CALLS);
         assert!(unread <= 4096 * 65_535);
     }
 });

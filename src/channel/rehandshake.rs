@@ -1,7 +1,8 @@
-//! A recess: the session is laid down while the guest is frozen, and another one taken up; the exchanges wait.
+//! Re-handshake across a freeze: the Noise session is suspended while the guest is frozen, and the calls in flight go on
+//! in the session that replaces it.
 //!
-//! Whoever asks meanwhile notices nothing but the time it takes: requests wait in the exchanges, as they do behind a slow
-//! transport. The reader's task itself does what a record leads to, so nothing that follows an ACCEPT is missed.
+//! Requests made meanwhile wait in the mux, as they do behind a slow transport. The reader's task itself does what a
+//! record leads to, so nothing that follows an ACCEPT is missed.
 
 use std::future::Future;
 use std::sync::PoisonError;
@@ -16,33 +17,33 @@ use tokio::sync::oneshot;
 use tokio::time::{timeout, Instant};
 
 use super::agent::Agent;
-use super::link::{Asker, Link, Open, State};
+use super::link::{InFlight, Link, ReplyTo, State};
 use crate::error::{Error, Result};
 use crate::host::clock;
 
-/// What a guest without a session is to say next.
-pub(super) enum Recess {
-    /// Nothing: whatever it says is out of turn.
+/// What a guest without a session must say next.
+pub(super) enum Rehandshake {
+    /// Nothing: any record is out of turn.
     Quiet,
     Hello(oneshot::Sender<Vec<u8>>),
     Accept(Box<HostHandshake>, oneshot::Sender<Vec<u8>>),
 }
 
-impl Recess {
-    /// Takes a record, and says how the recess goes on; `None`: it is over. The error is the end of the session.
+impl Rehandshake {
+    /// Takes a record; returns the next state, `None` when the new session is established. An error ends the session.
     pub(super) fn take(self, record: &[u8], connection: &mut Connection) -> std::result::Result<Option<Self>, String> {
         match self {
-            Recess::Quiet => Err("the agent spoke out of turn".into()),
-            Recess::Hello(asker) => {
-                // Gave up this very moment: its recess ends in an error anyway.
-                drop(asker.send(record.to_vec()));
-                Ok(Some(Recess::Quiet))
+            Rehandshake::Quiet => Err("the agent spoke out of turn".into()),
+            Rehandshake::Hello(reply) => {
+                // The caller may have timed out this very moment: then its freeze ends in an error anyway.
+                drop(reply.send(record.to_vec()));
+                Ok(Some(Rehandshake::Quiet))
             }
-            Recess::Accept(mut handshake, asker) => {
+            Rehandshake::Accept(mut handshake, reply) => {
                 match handshake.receive(record, clock::unix_time_ns()).map_err(|error| error.to_string())? {
                     HostStep::Established(session, said) => {
-                        connection.take_up(*session);
-                        drop(asker.send(said));
+                        connection.resume(*session);
+                        drop(reply.send(said));
                         Ok(None)
                     }
                     HostStep::Send(_) => Err("the agent did not accept".into()),
@@ -52,70 +53,74 @@ impl Recess {
     }
 }
 
-/// Who asked for a recess: it hears whether there is one.
-pub(super) type RecessAsker = oneshot::Sender<std::result::Result<(), Failure>>;
+/// Tells the caller of a freeze whether the guest agreed.
+pub(super) type RehandshakeReply = oneshot::Sender<std::result::Result<(), Failure>>;
 
 impl State {
-    /// The guest's answer: a recess, or the session goes on.
-    pub(super) fn begin_recess(&mut self, body: &[u8], asker: RecessAsker) -> std::result::Result<(), String> {
+    /// Takes the guest's answer to FREEZE: the session is suspended, or goes on.
+    pub(super) fn begin_rehandshake(
+        &mut self,
+        body: &[u8],
+        reply: RehandshakeReply,
+    ) -> std::result::Result<(), String> {
         let answer = match serde_json::from_slice(body).map_err(|error| format!("the answer to {FREEZE:?}: {error}"))? {
             Response::Ok { .. } => {
-                self.connection.lay_down();
-                self.recess = Some(Recess::Quiet);
+                self.connection.suspend();
+                self.rehandshake = Some(Rehandshake::Quiet);
                 Ok(())
             }
             Response::Error { error } => {
-                self.connection.go_on();
+                self.connection.cancel_suspend();
                 Err(error)
             }
         };
-        drop(asker.send(answer));
+        drop(reply.send(answer));
         Ok(())
     }
 }
 
 impl Link {
-    /// Asks for a recess with the last record of this session.
-    async fn ask_for_recess(&self) -> Result<oneshot::Receiver<std::result::Result<(), Failure>>> {
+    /// Sends FREEZE as the last record of this session.
+    async fn request_rehandshake(&self) -> Result<oneshot::Receiver<std::result::Result<(), Failure>>> {
         let refused = |reason: String| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason, sent: false };
         let place = self.place().await?;
         let request = Request { action: FREEZE.to_owned(), params: Value::Null, stream: false };
         let body = serde_json::to_vec(&request).map_err(|error| refused(error.to_string()))?;
-        let (asker, answer) = oneshot::channel();
+        let (reply, answer) = oneshot::channel();
         {
             let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
             let mut state = self.state();
             if let Some(reason) = state.closed.clone() {
                 return Err(refused(reason));
             }
-            let id = state.connection.exchanges.request(body).map_err(|error| refused(error.to_string()))?;
-            state.open.insert(id, Open::new(Asker::Recess(asker), place, false));
+            let id = state.connection.calls.request(body).map_err(|error| refused(error.to_string()))?;
+            state.in_flight.insert(id, InFlight::new(ReplyTo::Rehandshake(reply), place, false));
             // After what is sealed already and not yet written.
-            let concluded = state.connection.conclude(id, &mut writer.bytes);
-            concluded.map_err(|error| refused(error.to_string()))?;
+            let sealed = state.connection.seal_last(id, &mut writer.bytes);
+            sealed.map_err(|error| refused(error.to_string()))?;
         }
         self.flush();
         Ok(answer)
     }
 
-    /// Writes a prelude's record: nothing else is written during a recess.
-    fn say(&self, record: &[u8], next: Recess) {
+    /// Writes a record of the handshake: nothing else is written meanwhile.
+    fn say(&self, record: &[u8], next: Rehandshake) {
         {
             let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
             writer.bytes.extend_from_slice(record);
-            self.state().recess = Some(next);
+            self.state().rehandshake = Some(next);
         }
         self.flush();
     }
 
-    /// Waits until nothing is under way.
+    /// Waits until no call is in flight.
     async fn idle(&self) {
         loop {
             let became = self.idle.notified();
             tokio::pin!(became);
             // From here on a notification counts, also one that comes before the next line.
             became.as_mut().enable();
-            if self.state().open.is_empty() {
+            if self.state().in_flight.is_empty() {
                 return;
             }
             became.await;
@@ -124,23 +129,23 @@ impl Link {
 }
 
 impl Agent {
-    /// Waits until no request is under way, at most `deadline`; says how many are then.
+    /// Waits until no call is in flight, at most `deadline`; returns how many still are.
     pub async fn idle(&self, deadline: Duration) -> usize {
         match timeout(deadline, self.link.idle()).await {
             Ok(()) => 0,
-            Err(_) => self.link.state().open.len(),
+            Err(_) => self.link.state().in_flight.len(),
         }
     }
 
-    /// Has the guest stop its programs and wait for another OFFER; returns the HELLO that this goes on from. What is
-    /// under way waits.
+    /// Has the guest stop its programs and wait for another OFFER; returns the HELLO that [`Agent::thaw`] goes on from.
+    /// Calls in flight wait.
     ///
     /// # Errors
     /// [`Error::Guest`] with the code `busy`, and nothing changed. After any other the session is closed.
     pub async fn freeze(&self, deadline: Duration) -> Result<Vec<u8>> {
         let until = Instant::now() + deadline;
         let frozen = async {
-            let answer = self.link.ask_for_recess().await?.await.map_err(|_| self.link.closed(true))?;
+            let answer = self.link.request_rehandshake().await?.await.map_err(|_| self.link.closed(true))?;
             answer.map_err(|failure| Error::Guest {
                 vm_id: self.link.vm_id.to_string(),
                 what: "freeze".into(),
@@ -148,14 +153,14 @@ impl Agent {
                 message: failure.message,
             })?;
             let again = Ask::Again.encode().map_err(|error| Error::host("encode", "a record", error))?;
-            let (asker, hello) = oneshot::channel();
-            self.link.say(&again, Recess::Hello(asker));
+            let (reply, hello) = oneshot::channel();
+            self.link.say(&again, Rehandshake::Hello(reply));
             hello.await.map_err(|_| self.link.closed(true))
         };
         self.or_close("freeze the guest", until, deadline, frozen).await
     }
 
-    /// Shakes hands with a guest that was frozen; what waited goes on.
+    /// Shakes hands with a frozen guest; the calls in flight go on.
     ///
     /// # Errors
     /// [`Error::HandshakeFailed`], [`Error::ChannelTimeout`], [`Error::ChannelClosed`]; the session is closed then.
@@ -166,8 +171,8 @@ impl Agent {
             let mut handshake = HostHandshake::new(credentials);
             let step = handshake.receive(hello, clock::unix_time_ns()).map_err(|error| refused(error.to_string()))?;
             let HostStep::Send(offer) = step else { return Err(refused("HELLO led to no OFFER".into())) };
-            let (asker, said) = oneshot::channel();
-            self.link.say(&offer, Recess::Accept(Box::new(handshake), asker));
+            let (reply, said) = oneshot::channel();
+            self.link.say(&offer, Rehandshake::Accept(Box::new(handshake), reply));
             let said = said.await.map_err(|_| self.link.closed(true))?;
             match serde_json::from_slice(&said) {
                 Ok(Outcome::Ready) => Ok(()),
