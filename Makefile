@@ -20,7 +20,7 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils bzip2 nftables iproute2 openssl util-linux python3-venv make gcc
 
-.PHONY: help check dev t against setup guest jail zygote janitor attackers wheel installed demo test test-nested test-distributions bench fuzz traffic clones cycles stress network-many \
+.PHONY: help check dev stub t against setup guest jail zygote janitor attackers wheel installed demo test test-nested test-distributions bench fuzz traffic clones cycles stress network-many \
     network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo 'make wheel   build the wheel into dist/'
 	@echo 'make check   format, lints, types, layers, unit and golden tests: no VM'
 	@echo 'make dev     a debug build in the tree; make t T=tests.vm.test_channel.Streams: one test with it'
+	@echo 'make stub    after a change of a doc comment in src/py: the docstrings of the type stub'
 	@echo 'make against BEFORE=WHEEL: the starts of two wheels, in turns; N=60'
 	@echo 'make test-nested  the conformance suite on every backend, in a guest with KVM: TIMES=5 MICROVM_TEST_BIN=FOLDER'
 	@echo 'make test-distributions  the example and a life on Debian 13 and sid, with their QEMU: SUITES="trixie sid"'
@@ -81,6 +82,10 @@ dev: setup
 	@[ -d $(DATA) ] || { echo 'the guest and its helpers are not built: run `make wheel` once' >&2; exit 1; }
 	$(CARGO) build -q
 	@install -m 755 $(TARGET_DIR)/debug/libmicrovm_isolation.so $(DATA)/../_native.abi3.so
+
+# The docstrings of the core, which are doc comments in src/py, into its type stub.
+stub: dev
+	PYTHONPATH=python $(PYTHON) src/stub-docs.py
 
 t: dev
 	PYTHONPATH=python $(PYTHON) -m unittest -v $(T)

@@ -16,7 +16,28 @@ use crate::store::{self, runtime};
 /// How long a message may take to be written; the broker reads as fast as its VM answers.
 const SEND_DEADLINE: Duration = Duration::from_secs(30);
 
-/// A connection to one VM's agent, from any process of the same user.
+/// A connection to the agent of one VM, from any process of the VM's user or of root.
+///
+/// It talks to the socket of the VM's broker; docs/channel.md has the framing. Properties do not block,
+/// and neither does the constructor, which connects to nothing. Methods release the GIL and see Ctrl-C
+/// within 50 ms.
+///
+/// Errors under "Errors" are logged once and kept as `last_error`, and the method returns `False` or
+/// `None`. Errors under "Raises" are always raised, and so is `ForkedProcessError` in a forked child.
+///
+/// Args:
+///     vm_id: The id of a running VM.
+///     socket_path: The path of its socket; where left out, the one that the VM has with the default
+///         `runtime_dir`. With another one it is `info["socket_path"]`.
+///
+/// Raises:
+///     InvalidTypeError: An argument has the wrong type.
+///     InvalidValueError: An argument is malformed.
+///
+/// Example:
+///     >>> with CommunicationChannel(vm_id) as channel:
+///     ...     channel.send_message({"type": "ping"}), channel.receive_message(timeout=5)
+///     (True, {'type': 'pong'})
 #[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct CommunicationChannel {
     vm_id: String,
@@ -53,10 +74,23 @@ impl CommunicationChannel {
         })
     }
 
-    /// Connects to the VM's broker, within `timeout` seconds; anew if it was connected.
+    /// Connects to the VM's broker, anew if it was connected.
     ///
-    /// `False` with `last_error` when the VM does not run in a process of this user, or does not answer (`channel_closed`,
-    /// `channel_timeout`).
+    /// Blocks for at most `timeout`.
+    ///
+    /// Args:
+    ///     timeout: Seconds to wait, 0 to 86400.
+    ///
+    /// Returns:
+    ///     `True` when it is connected, else `False`.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: `timeout` is not a number.
+    ///     InvalidValueError: `timeout` is out of range.
+    ///
+    /// Errors:
+    ///     ChannelError: The VM does not run (`channel_closed`), does not answer (`channel_timeout`), or
+    ///         another user listens at the socket (`foreign_socket`).
     #[pyo3(signature = (timeout=None), text_signature = "($self, timeout=5.0)")]
     fn connect(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         let timeout = timeout.map(|t| convert::seconds("timeout", t)).transpose()?.unwrap_or(Duration::from_secs(5));
@@ -65,9 +99,21 @@ impl CommunicationChannel {
         Ok(self.settle(py, connected)?.is_some())
     }
 
-    /// Sends one message, a dict of plain JSON types such as `{"type": "ping"}`; docs/channel.md lists them.
+    /// Sends one message to the VM.
     ///
-    /// Blocks for at most 30 s, as long as the broker takes no more. `False` with `last_error` when it was not sent.
+    /// Blocks for at most 30 s while the broker takes no more.
+    ///
+    /// Args:
+    ///     message: A dict of plain JSON types, such as `{"type": "ping"}`; docs/channel.md lists the types.
+    ///
+    /// Returns:
+    ///     `True` when it was sent, else `False`.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: `message` is not a dict, or holds what JSON cannot.
+    ///
+    /// Errors:
+    ///     ChannelError: It was not sent (`channel_closed`, `channel_timeout`, `message_too_large`).
     fn send_message(&self, py: Python<'_>, message: &Bound<'_, PyAny>) -> PyResult<bool> {
         let message = Value::Object(convert::object("message", message)?);
         let client = self.client.get(py)?.clone();
@@ -75,8 +121,20 @@ impl CommunicationChannel {
         Ok(self.settle(py, sent)?.is_some())
     }
 
-    /// The next message within `timeout` seconds; `None` with `last_error` when none came (`channel_timeout`) or the
-    /// connection ended (`channel_closed`).
+    /// Returns the next message of the VM, or `None`.
+    ///
+    /// Blocks for at most `timeout`.
+    ///
+    /// Args:
+    ///     timeout: Seconds to wait, 0 to 86400.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: `timeout` is not a number.
+    ///     InvalidValueError: `timeout` is out of range.
+    ///
+    /// Errors:
+    ///     ChannelError: No message came in time (`channel_timeout`, which is not logged), or the connection
+    ///         ended (`channel_closed`).
     #[pyo3(signature = (timeout=None), text_signature = "($self, timeout=1.0)")]
     fn receive_message<'py>(
         &self,
@@ -96,7 +154,10 @@ impl CommunicationChannel {
         received.map(|document| convert::from_json(py, &document)).transpose()
     }
 
-    /// Ends the connection. May be called twice; does nothing in a forked child of the process that made the channel.
+    /// Ends the connection.
+    ///
+    /// Does not block, except while another thread sends or receives on the channel. May be called twice.
+    /// Does nothing in a forked child of the process that made the channel.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         // A forked child closes nothing of its parent's.
         if !self.client.is_ours() {
@@ -130,19 +191,21 @@ impl CommunicationChannel {
         &self.vm_id
     }
 
-    /// Where the VM's broker listens, or will.
+    /// The path at which the VM's broker listens while the VM runs.
     #[getter]
     fn socket_path(&self) -> String {
         self.socket_path.display().to_string()
     }
 
-    /// The package's logger, `thirstys_waterfall.security.microvm_isolation`; it has no handlers of its own.
+    /// The logger of the package, `thirstys_waterfall.security.microvm_isolation`; the package adds no
+    /// handler that prints.
     #[getter]
     fn logger<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         logging::logger(py)
     }
 
-    /// The reason of the last failure, with a stable `code`; `None` when there was none. A success does not clear it.
+    /// The error of the last failure, with a stable `code`; `None` before the first. A success does not
+    /// clear it.
     #[getter]
     fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let error = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();

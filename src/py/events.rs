@@ -16,7 +16,18 @@ const SLICE: Duration = Duration::from_millis(50);
 /// The subscribers of this process: they are closed when the interpreter exits.
 static SUBSCRIBERS: PerProcess<Mutex<Vec<Weak<Subscriber>>>> = PerProcess::new();
 
-/// A manager's events from its making on: an iterator of dicts, which ends with the manager.
+/// The events of a manager from now on: an iterator of dicts, which ends with the manager.
+///
+/// Made by `MicroVMIsolationManager.events`. Iterating blocks until there is an event, at most for the
+/// stream's `timeout`; Ctrl-C is seen within 50 ms. Properties do not block. Raises `ForkedProcessError`
+/// in a forked child.
+///
+/// Example:
+///     >>> with manager.events() as events:
+///     ...     vm.pause(), vm.resume()
+///     ...     [(event["from"], event["to"]) for event in [next(events), next(events)]]
+///     (True, True)
+///     [('running', 'paused'), ('paused', 'running')]
 #[pyclass(frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct EventStream {
     subscriber: Owned<Subscriber>,
@@ -58,8 +69,16 @@ impl EventStream {
         }
     }
 
-    /// The next event, a dict; `None` when none came within `timeout` seconds (the stream's own where left out), or when there
-    /// will be none.
+    /// Returns the next event, or `None` when none comes in time or the stream has ended.
+    ///
+    /// Blocks until there is an event.
+    ///
+    /// Args:
+    ///     timeout: Seconds to wait, 0 to 86400; the stream's own where left out.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: `timeout` is not a number.
+    ///     InvalidValueError: `timeout` is out of range.
     #[pyo3(signature = (timeout=None))]
     fn get<'py>(&self, py: Python<'py>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let timeout = timeout.filter(|t| !t.is_none()).map(|t| convert::seconds("timeout", t)).transpose()?;
@@ -82,14 +101,16 @@ impl EventStream {
         }
     }
 
-    /// Hears no more; what has come can still be taken. May be called twice; does nothing in a forked child.
+    /// Takes no more events; those that have come can still be taken.
+    ///
+    /// Does not block. May be called twice. Does nothing in a forked child.
     fn close(&self) {
         if self.subscriber.is_ours() {
             self.subscriber.peek().close();
         }
     }
 
-    /// How many events were lost because nobody took them in time.
+    /// How many events were dropped because nobody took them in time.
     #[getter]
     fn dropped(&self, py: Python<'_>) -> PyResult<u64> {
         Ok(self.subscriber.get(py)?.dropped())

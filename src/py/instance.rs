@@ -15,7 +15,38 @@ use crate::model::{Backend, ManagerConfig, NetworkConfig, NetworkText};
 use crate::net::{Problem, Segment};
 use crate::vm::{network, Health, MicroVm, Spec};
 
-/// One microVM: `start`, `stop`, `pause`, `resume`, commands and health. Usable on its own, without a manager.
+/// One microVM: its life, its commands, its files and its health.
+///
+/// Made by `MicroVMIsolationManager.get_vm`, or on its own without a manager. Every method may be called
+/// from any thread; one that blocks releases the GIL and sees Ctrl-C within 50 ms. Properties do not
+/// block, and neither does the constructor, which starts no process.
+///
+/// Errors under "Errors" are logged once and kept as `last_error`, and the method returns `False` or
+/// `None`; they are raised instead where the manager has `raise_on_error`. Errors under "Raises" are
+/// always raised, and so is `ForkedProcessError` in a forked child of the process that made the VM.
+///
+/// No privilege is needed, except CAP_NET_ADMIN for a VM with a network (capabilities(7)), and read and
+/// write access to `/dev/kvm` for hardware virtualization.
+///
+/// Args:
+///     vm_id: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter or digit.
+///     backend: The VMM.
+///     isolation_type: What the VM is for.
+///     resource_limits: What the VM may have.
+///     network_config: The VM's network; none where left out.
+///     kernel_path: A kernel for the VM, as in `MicroVMIsolationManager.create_vm`.
+///     rootfs_path: An image for the VM, as in `MicroVMIsolationManager.create_vm`.
+///     template: The name of a template, as in `MicroVMIsolationManager.create_vm`.
+///
+/// Raises:
+///     InvalidTypeError: An argument has the wrong type.
+///     InvalidValueError: An argument is out of range or malformed; the message names it.
+///
+/// Example:
+///     >>> limits = VMResourceLimits(memory_mb=128, disk_size_mb=64)
+///     >>> single = MicroVMInstance("single", "qemu", "plugin", limits)
+///     >>> single.start(), single.get_state(), single.stop()
+///     (True, <VMState.RUNNING: 'running'>, True)
 #[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct MicroVMInstance {
     vm: Owned<MicroVm>,
@@ -226,53 +257,110 @@ impl MicroVMInstance {
         Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings), None, None), false))
     }
 
-    /// Boots the VM, or clones a template, and waits for its agent; `True` at once when it runs.
+    /// Starts the VM, as a clone of a template where there is one, and waits for its agent.
     ///
-    /// Blocks for 30 to 300 ms as a clone, for seconds where there is no template yet, at most for `start_timeout_s`.
-    /// Ctrl-C undoes it. Starting a stopped or failed VM gives it a new disk. A connected VM needs CAP_NET_ADMIN.
+    /// Blocks for 30 to 300 ms for a clone, for seconds where the template must be made first, and at most
+    /// for `start_timeout_s`; returns at once when the VM runs. Ctrl-C undoes the start. A stopped or failed
+    /// VM that is started gets a new disk. A VM with a network needs CAP_NET_ADMIN (capabilities(7)).
     ///
     /// Returns:
-    ///     `False` with `last_error`: the state does not allow it (`invalid_state`) or quota is exhausted (`quota_exceeded`), and
-    ///     nothing has changed; or it did not come up (`start_failed`, `start_timeout`, `backend_unavailable`,
-    ///     `isolation_unavailable`, `network_unavailable`, `image_invalid`, ...), and it is in ERROR, with nothing running.
+    ///     `True` when the VM runs. `False` after `VmStateError` or `QuotaExceededError`, and nothing has
+    ///     changed; `False` after any other error, and the VM is in ERROR with nothing running.
+    ///
+    /// Errors:
+    ///     VmStateError: The state does not allow it (`invalid_state`).
+    ///     QuotaExceededError: The quota is exhausted (`quota_exceeded`).
+    ///     StartError: The VM did not come up; `details` has the stage and the tails of the guest's console
+    ///         and of the VMM's stderr (`start_failed`, `start_timeout`).
+    ///     BackendUnavailableError: The VMM cannot run on this host (`backend_unavailable`).
+    ///     IsolationUnavailableError: The host does not give what `min_isolation` or `jail="strict"` ask for
+    ///         (`isolation_unavailable`).
+    ///     NetworkUnavailableError: The VM cannot be connected (`network_unavailable`).
+    ///     ImageError: The kernel or the image cannot be used (`image_unreadable`, `image_invalid`).
+    ///     TemplateError: The VM's template cannot be used (`template_not_found`, `state_damaged`,
+    ///         `state_mismatch`).
+    ///     HostError: A system call failed, or a limit of this process leaves too little (`host_error`,
+    ///         `limit_too_low`).
+    ///
+    /// Example:
+    ///     >>> vm.start(), vm.get_state().name
+    ///     (True, 'RUNNING')
     fn start(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Abandon, |vm| async move { vm.start().await })
     }
 
-    /// Shuts the VM down: the guest is asked, then the VMM told, then killed; `True` at once when it is stopped.
+    /// Shuts the VM down: the guest is asked, then the VMM is told, then its process is killed.
     ///
-    /// Blocks for at most 10 s. What is on its disk is gone; a suspended VM's state is thrown away. Its quota stays
-    /// reserved, but for a VM that was suspended. `False` with `last_error` when it was never started or is destroyed (`invalid_state`).
+    /// Blocks for at most 10 s; returns at once when the VM is stopped. What is on the VM's disk is lost, and
+    /// so is the state of a suspended VM. The VM's quota stays reserved, except that of a suspended VM.
+    ///
+    /// Returns:
+    ///     `True` when the VM is stopped, else `False`.
+    ///
+    /// Errors:
+    ///     VmStateError: The VM was never started or is destroyed (`invalid_state`).
     fn stop(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.stop().await })
     }
 
-    /// Stops the vCPUs; memory and disk stay. `False` with `last_error` unless it runs (`invalid_state`).
+    /// Stops the vCPUs; memory and disk stay.
+    ///
+    /// Blocks for milliseconds.
+    ///
+    /// Returns:
+    ///     `True` when the VM is paused, else `False`.
+    ///
+    /// Errors:
+    ///     VmStateError: The VM does not run (`invalid_state`).
+    ///
+    /// Example:
+    ///     >>> vm.pause(), vm.resume()
+    ///     (True, True)
     fn pause(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.pause().await })
     }
 
-    /// Lets a paused VM go on and sets its clock, or brings a suspended one back; see `MicroVMIsolationManager.resume_vm`.
+    /// Resumes a paused VM and sets its clock, or brings a suspended one back from disk.
+    ///
+    /// Blocks for milliseconds for a paused VM, for the time of a start for a suspended one;
+    /// `MicroVMIsolationManager.resume_vm` has the details.
+    ///
+    /// Returns:
+    ///     `True` when the VM runs, else `False`.
+    ///
+    /// Errors:
+    ///     VmStateError: The VM is neither paused nor suspended (`invalid_state`).
+    ///     MicroVMError: Every other error of `MicroVMIsolationManager.resume_vm`.
     fn resume(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.resume().await })
     }
 
-    /// Makes a template of the VM as it is now: memory, running programs, disk.
+    /// Makes a template of the VM as it is now: memory, running programs and disk.
     ///
-    /// The VM goes on: it stands still for some milliseconds, and for as long as what is on its disk takes to be copied
-    /// where the file system cannot share it; commands and streams that are under way get their answers. A paused VM is
-    /// woken for a moment. Clones begin where the VM stood, each with an identity of its own; requests that were under
-    /// way are cancelled in them. They share all that the VM's memory held: docs/templates.md says what that means.
+    /// Blocks for the time that it takes to write the memory that is in use, and at most 10 s for the guest
+    /// to get ready. The VM goes on afterwards: it stands still for some milliseconds, and for as long as the
+    /// copy of its disk takes where the file system cannot share it (FICLONE, ioctl_ficlone(2)). Commands and
+    /// streams that are under way get their answers. A paused VM is woken for a moment.
+    ///
+    /// Clones begin where the VM stood, each with an identity of its own; requests that were under way are
+    /// cancelled in them. Clones share all secrets that the VM's memory held: docs/templates.md.
     ///
     /// Args:
     ///     name: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter, digit or `_`.
     ///
     /// Raises:
     ///     InvalidValueError: The name is malformed.
-    ///     VmStateError: The VM is neither running nor paused, or it is suspended.
-    ///     TemplateError: The name is taken (`template_taken`).
-    ///     CommandError: A program in the guest cannot be stopped (`busy`); the VM goes on.
-    ///     HostError: The state could not be written; the VM goes on, and nothing of the template is left.
+    ///     VmStateError: The VM is neither running nor paused, or it is suspended (`invalid_state`).
+    ///     NotSupportedError: The backend or the jail cannot do it; only QEMU can (`not_supported`).
+    ///     TemplateError: The name is taken (`template_taken`), or a file that the VM needs was replaced
+    ///         since its start (`state_mismatch`).
+    ///     CommandError: A program in the guest cannot be stopped (`busy`).
+    ///     HostError: The state could not be written (`host_error`); nothing of the template is left.
+    ///
+    /// Example:
+    ///     >>> vm.snapshot("logged-in")
+    ///     >>> manager.delete_template("logged-in")
+    ///     True
     fn snapshot(&self, py: Python<'_>, name: &Bound<'_, PyAny>) -> PyResult<()> {
         let (vm, name) = (self.vm.get(py)?.clone(), convert::template("name", name)?);
         let taken = gate::wait(py, OnInterrupt::Finish, async move { vm.snapshot(&name).await })?;
@@ -281,38 +369,58 @@ impl MicroVMInstance {
 
     /// Writes the VM's state to disk, below `cache_dir`, and ends its process.
     ///
-    /// The VM is PAUSED then, with `info["suspended"]` true and `pid` `None`; what it had reserved of the manager's
-    /// quota is given back. It stays suspended when its manager stops. Waits up to 5 s for commands and streams to end.
+    /// Blocks for at most 5 s while commands and streams end, then for the time of the writing. The VM is
+    /// PAUSED afterwards, with `info["suspended"]` true and no `pid`; its share of the manager's quota is
+    /// given back. It stays suspended when its manager stops.
     ///
     /// Returns:
-    ///     `False` with `last_error` when it is neither running nor paused (`invalid_state`), commands or streams do not
-    ///     end (`busy`), or the state could not be written (`host_error`); the VM goes on then.
+    ///     `True` when the VM is suspended. `False` after an error, and the VM goes on.
+    ///
+    /// Errors:
+    ///     VmStateError: The VM is neither running nor paused (`invalid_state`).
+    ///     NotSupportedError: The backend or the jail cannot do it; only QEMU can (`not_supported`).
+    ///     TemplateError: A file that the VM needs was replaced since its start (`state_mismatch`).
+    ///     CommandError: Commands or streams do not end (`busy`).
+    ///     HostError: The state could not be written (`host_error`).
     fn suspend(&self, py: Python<'_>) -> PyResult<bool> {
         self.change(py, OnInterrupt::Finish, |vm| async move { vm.suspend().await })
     }
 
-    /// Where the VM is in its life. Does not block.
+    /// Returns the VM's state.
+    ///
+    /// Does not block.
     fn get_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         convert::member(py, "VMState", self.vm.get(py)?.state().as_str())
     }
 
-    /// Asks the agent in the guest; blocks until it answers.
+    /// Sends a command to the agent in the guest and returns its answer.
+    ///
+    /// Blocks until the agent answers.
     ///
     /// Args:
-    ///     command: Such as `ping`, `exec`, `read_file`; docs/channel.md lists them.
-    ///     params: The command's own; plain JSON types, and bytes for data.
-    ///     timeout: Seconds to wait, up to 86400; `command_timeout_s` where left out, or what `params` allows a program.
+    ///     command: The name of the command, such as `ping`, `exec` or `read_file`; docs/commands.md lists
+    ///         them with their parameters and results.
+    ///     params: The parameters of the command: plain JSON types.
+    ///     timeout: Seconds to wait for the answer, 0 to 86400. Where left out, `command_timeout_s`, or
+    ///         longer if the command's own `timeout` in `params` is.
     ///
     /// Returns:
-    ///     `{"status": "ok", "result": ...}` or `{"status": "error", "error": {"code", "message", ...}}`, as the guest says; `None`
-    ///     with `last_error` when there was no answer: the VM does not run (`invalid_state`), died (`vm_died`), or the channel
-    ///     failed (`channel_timeout`, `channel_closed`; `details["sent"]` says whether it may have been done).
+    ///     What the guest says: `{"status": "ok", "result": ...}`, or
+    ///     `{"status": "error", "error": {"code": ..., "message": ...}}`. `None` when there was no answer.
     ///
     /// Raises:
-    ///     TypeError, ValueError: An argument is none that can be sent.
+    ///     InvalidTypeError: An argument has the wrong type, or `params` holds what JSON cannot.
+    ///     InvalidValueError: An argument is out of range.
+    ///
+    /// Errors:
+    ///     VmStateError: The VM does not run (`invalid_state`).
+    ///     VmDiedError: The VM died meanwhile (`vm_died`).
+    ///     ChannelError: The channel failed (`channel_timeout`, `channel_closed`, `message_too_large`);
+    ///         `details["sent"]` says whether the command may have run.
+    ///     CommandError: The library keeps the command to itself (`reserved_action`).
     ///
     /// Example:
-    ///     >>> vm.send_command("exec", {"program": "/bin/echo", "args": ["hello"]})["result"]["stdout"]  # doctest: +SKIP
+    ///     >>> vm.send_command("exec", {"program": "/bin/echo", "args": ["hello"]})["result"]["stdout"]
     ///     'hello\n'
     #[pyo3(signature = (command, params=None, timeout=None))]
     fn send_command<'py>(
@@ -325,8 +433,35 @@ impl MicroVMInstance {
         ask(py, self.vm.get(py)?, self.raising, command, params, timeout)
     }
 
-    /// Runs a program live; see `ProcessStream`. `timeout` is how long it may run, seconds. Raises when it does not start,
-    /// or when the guest does not begin within `command_timeout_s`.
+    /// Starts a program in the guest and returns a handle to its input and output.
+    ///
+    /// Blocks until the program runs, at most for `command_timeout_s`.
+    ///
+    /// Args:
+    ///     program: The path of the program in the guest, or a name that is looked up on its `PATH`.
+    ///     args: Its arguments.
+    ///     env: Environment variables, beside the usual ones and in their place (docs/guest.md).
+    ///     cwd: Its working directory; `/` where left out.
+    ///     stdin: Its whole input; where left out, `ProcessStream.write` gives it.
+    ///     pty: Whether it runs on a terminal (pty(7)); stderr comes with stdout then.
+    ///     uid: The user that it runs as, 0 to 4294967294 (setuid(2)); 0, which is root, where left out.
+    ///     timeout: Seconds that it may run, more than 0 and at most 86400; no limit where left out.
+    ///     rows: The terminal's height in characters, 1 to 65535; 24 where left out.
+    ///     columns: The terminal's width in characters, 1 to 65535; 80 where left out.
+    ///     on_output: A function that `ProcessStream.wait` calls with `"stdout"` or `"stderr"` and bytes.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: An argument has the wrong type.
+    ///     InvalidValueError: An argument is out of range.
+    ///     VmStateError: The VM does not run (`invalid_state`).
+    ///     CommandError: The guest does not start it (`program_not_found`, `permission_denied`,
+    ///         `bad_params`).
+    ///     ChannelError: The guest did not answer (`channel_timeout`, `channel_closed`).
+    ///
+    /// Example:
+    ///     >>> with vm.stream("/bin/sh", ["-c", "echo hello"]) as program:
+    ///     ...     list(program), program.exit_code
+    ///     ([('stdout', b'hello\n')], 0)
     #[pyo3(signature = (program, args=None, env=None, cwd=None, stdin=None, pty=false, uid=None, timeout=None, rows=None, columns=None, on_output=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn stream(
@@ -383,9 +518,38 @@ impl MicroVMInstance {
         Ok(stream)
     }
 
-    /// Writes a file of the guest from a path or an object with `read`. An existing file keeps its mode and owner; a new one
-    /// gets the source's permission bits (0644 for an object); `mode` sets others. Raises when it fails, or when the guest
-    /// takes nothing for `timeout` seconds (by default `command_timeout_s`).
+    /// Writes a file of the guest from a path or an object with `read`.
+    ///
+    /// Blocks until the whole file is written. Holds one window (256 KiB) of it in memory. A new file takes
+    /// its place when it is whole. An existing file keeps its mode and owner; a new one gets the permission
+    /// bits of its source, 0644 for an object.
+    ///
+    /// Args:
+    ///     source: A path on the host, or an object whose `read(size)` returns at most that many bytes.
+    ///     guest_path: The path in the guest.
+    ///     offset: Position in bytes, 0 to 2**62, from which `source` is read and the file is written in
+    ///         place; what arrived is kept after a failure, and another call with the file's size resumes.
+    ///         Where left out, the whole file is replaced.
+    ///     mode: Permission bits of the file, 0 to 0o7777 (chmod(2)).
+    ///     progress: A function that is called with the bytes sent so far, and with the size in bytes, or
+    ///         `None` where that is not known.
+    ///     timeout: Seconds that the guest may take nothing, 0 to 86400; `command_timeout_s` where left out.
+    ///
+    /// Returns:
+    ///     `bytes`, how many this call sent, and `crc32`, their checksum, which both sides compared
+    ///     (`zlib.crc32`).
+    ///
+    /// Raises:
+    ///     InvalidTypeError: An argument has the wrong type.
+    ///     InvalidValueError: An argument is out of range.
+    ///     VmStateError: The VM does not run (`invalid_state`).
+    ///     CommandError: The guest refuses the file, with the guest's own code.
+    ///     ChannelError: The transfer failed (`channel_timeout`, `channel_closed`, `checksum_mismatch`).
+    ///     HostError: `source` cannot be read (`host_error`).
+    ///
+    /// Example:
+    ///     >>> vm.upload(io.BytesIO(b"hello"), "/data/hello")
+    ///     {'bytes': 5, 'crc32': 907060870}
     #[pyo3(signature = (source, guest_path, offset=None, mode=None, progress=None, timeout=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn upload<'py>(
@@ -406,10 +570,40 @@ impl MicroVMInstance {
         transfer::upload(self.vm.get(py)?, source, guest_path, offset, mode, progress, stall)
     }
 
-    /// Reads a file of the guest into a path or an object with `write`. An existing file keeps its mode and owner; a new one
-    /// gets the guest file's permission bits, less the umask. Raises when it fails, when the guest sends nothing for `timeout`
-    /// seconds (by default `command_timeout_s`), or more than `max_bytes` (by default, what the VM's disk, memory and image
-    /// can hold).
+    /// Reads a file of the guest into a path or an object with `write`.
+    ///
+    /// Blocks until the whole file is read. Holds one window (256 KiB) of it in memory. A new file takes its
+    /// place when it is whole. An existing file keeps its mode and owner; a new one gets the permission bits
+    /// of the guest's file, less the umask.
+    ///
+    /// Args:
+    ///     guest_path: The path in the guest.
+    ///     destination: A path on the host, or an object with `write(data)`.
+    ///     offset: Position in bytes, 0 to 2**62, from which the guest's file is read and the other is
+    ///         written in place. Where left out, the whole file is replaced.
+    ///     progress: A function that is called with the bytes received so far and the size in bytes.
+    ///     max_bytes: The most bytes that are taken, 0 to 2**62; where left out, what the VM's disk, memory
+    ///         and image can hold.
+    ///     timeout: Seconds that the guest may send nothing, 0 to 86400; `command_timeout_s` where left out.
+    ///
+    /// Returns:
+    ///     `bytes`, how many this call received, and `crc32`, their checksum, which both sides compared
+    ///     (`zlib.crc32`).
+    ///
+    /// Raises:
+    ///     InvalidTypeError: An argument has the wrong type.
+    ///     InvalidValueError: An argument is out of range.
+    ///     VmStateError: The VM does not run (`invalid_state`).
+    ///     CommandError: The guest refuses the file, with the guest's own code, or it is larger than
+    ///         `max_bytes` (`too_large`).
+    ///     ChannelError: The transfer failed (`channel_timeout`, `channel_closed`, `checksum_mismatch`).
+    ///     HostError: `destination` cannot be written (`host_error`).
+    ///
+    /// Example:
+    ///     >>> content = io.BytesIO()
+    ///     >>> received = vm.download("/etc/hostname", content)
+    ///     >>> received["bytes"] == len(content.getvalue())
+    ///     True
     #[pyo3(signature = (guest_path, destination, offset=None, progress=None, max_bytes=None, timeout=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn download<'py>(
@@ -430,18 +624,34 @@ impl MicroVMInstance {
         transfer::download(self.vm.get(py)?, guest_path, destination, offset, progress, max_bytes, stall)
     }
 
-    /// Looks at the VM now: its process, its drives and its agent. Blocks for at most 2 s where the guest does not answer.
+    /// Measures the VM's health now: its process, its drives and its agent.
+    ///
+    /// Blocks for at most 2 s if the guest does not answer. CPU time and memory are those of the VMM's
+    /// process (proc_pid_stat(5)).
+    ///
+    /// Example:
+    ///     >>> vm.get_health_metrics().health_status
+    ///     'healthy'
     fn get_health_metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vm = self.vm.get(py)?.clone();
         let health = gate::wait(py, OnInterrupt::Abandon, async move { vm.health().await })?;
         convert::model(py, "VMHealthMetrics", &health_json(&health))
     }
 
-    /// Everything there is to know about the VM, as plain JSON types; looks at it as `get_health_metrics` does.
+    /// Returns everything there is to know about the VM, as plain JSON types.
     ///
-    /// `vm_id`, `backend`, `isolation_type`, `state`, `suspended`, `pid`, `start` (how it came to be, and how long each stage took),
-    /// `resource_limits`, `network_config`, `jail` and `limits` (what confines it, and what could not be had), `health_metrics`,
-    /// `health`, `socket_path`, `last_error`, ...
+    /// Blocks for at most 2 s if the guest does not answer: it measures the VM's health as
+    /// `get_health_metrics` does. Sizes called `mb` are MiB, `bytes` are bytes, `seconds` are seconds, and
+    /// `time`, `since` and `last_health_check` are Unix seconds.
+    ///
+    /// Returns:
+    ///     `VMInfo`. `start` says how the VM came to be and how long each stage took; `jail` and `limits` say
+    ///     what confines it, how, and why a layer is missing.
+    ///
+    /// Example:
+    ///     >>> info = vm.get_info()
+    ///     >>> info["state"], info["backend"], info["isolation_grade"] in ("emulated", "hardware")
+    ///     ('running', 'qemu', True)
     pub fn get_info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vm = self.vm.get(py)?.clone();
         convert::from_json(py, &gate::wait(py, OnInterrupt::Abandon, info(vm))?)
@@ -453,7 +663,7 @@ impl MicroVMInstance {
         self.vm().id().as_str()
     }
 
-    /// The VMM that was asked for; QEMU where the best was. `get_info()["backend"]` says which one runs.
+    /// The VMM that was asked for; QEMU where the best one was. `get_info()["backend"]` says which one runs.
     #[getter]
     fn backend<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         convert::member(py, "VMBackend", self.vm().spec().backend.unwrap_or(Backend::Qemu).as_str())
@@ -465,7 +675,7 @@ impl MicroVMInstance {
         convert::member(py, "IsolationType", self.vm().spec().isolation_type.as_str())
     }
 
-    /// What the VM may have: a copy, changing it changes nothing.
+    /// What the VM may have: a copy, so that changing it changes nothing.
     #[getter]
     fn resource_limits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         convert::model(py, "VMResourceLimits", &convert::limits_json(&self.vm().spec().limits))
@@ -477,25 +687,27 @@ impl MicroVMInstance {
         convert::model(py, "VMNetworkConfig", &convert::network_json(&self.vm().spec().network))
     }
 
-    /// The kernel of the VM's own; `None`: the one that comes with the package.
+    /// The kernel that the VM was given; `None` for the kernel of this package.
     #[getter]
     fn kernel_path(&self) -> Option<String> {
         self.vm().spec().kernel_path.as_ref().map(|path| path.display().to_string())
     }
 
-    /// The image of the VM's own; `None`: the guest that comes with the package.
+    /// The image that the VM was given; `None` for the guest of this package.
     #[getter]
     fn rootfs_path(&self) -> Option<String> {
         self.vm().spec().rootfs_path.as_ref().map(|path| path.display().to_string())
     }
 
-    /// The package's logger, `thirstys_waterfall.security.microvm_isolation`; it has no handlers of its own.
+    /// The logger of the package, `thirstys_waterfall.security.microvm_isolation`; the package adds no
+    /// handler that prints.
     #[getter]
     fn logger<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         logging::logger(py)
     }
 
-    /// The reason of the last failure, with a stable `code`; `None` when there was none. A success does not clear it.
+    /// The error of the last failure, with a stable `code`; `None` before the first. A success does not
+    /// clear it.
     #[getter]
     fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         self.vm.get(py)?.last_error().map(|error| errors::exception(py, &error)).transpose()

@@ -22,17 +22,33 @@ use crate::vm::MicroVm;
 const EVENTS: u64 = 1024;
 const MOST_EVENTS: u64 = 1 << 20;
 
-/// Creates, finds and destroys microVMs within one quota. All methods may be called from any thread, and release the GIL
-/// while they wait.
+/// Creates, finds and destroys microVMs within one quota.
+///
+/// Every method may be called from any thread; one that blocks releases the GIL and sees Ctrl-C within
+/// 50 ms. Properties do not block, and neither does the constructor, which reads the configuration only.
+///
+/// Errors under "Errors" are logged once and kept as `last_error`, and the method returns `False` or
+/// `None`; with `config={"raise_on_error": True}` they are raised instead. Errors under "Raises" are
+/// always raised, and so is `ForkedProcessError` in a forked child of the process that made the manager.
+///
+/// No privilege is needed, except CAP_NET_ADMIN for VMs with a network (capabilities(7)), and read and
+/// write access to `/dev/kvm` for hardware virtualization. Root gets more layers of the jail:
+/// docs/security.md.
 ///
 /// Args:
-///     config: A dict; the README lists its keys. An unknown key or a wrong value raises. With `"raise_on_error": True`
-///         methods raise what they otherwise keep as `last_error` behind `False` or `None`.
+///     config: Settings by name; docs/configuration.md has their units, ranges and defaults.
+///
+/// Raises:
+///     InvalidTypeError: A value has the wrong type.
+///     InvalidValueError: A key is unknown or a value is not allowed; the message names both.
 ///
 /// Example:
-///     >>> with MicroVMIsolationManager() as manager:  # doctest: +SKIP
-///     ...     vm = manager.get_vm(manager.create_vm("browser_tab"))
-///     ...     vm.start(), vm.send_command("ping")
+///     >>> with MicroVMIsolationManager({"raise_on_error": True}) as manager:
+///     ...     vm_id = manager.create_vm("browser_tab", VMResourceLimits(memory_mb=128))
+///     ...     manager.start_vm(vm_id)
+///     ...     manager.send_command_to_vm(vm_id, "ping")
+///     True
+///     {'result': 'pong', 'status': 'ok'}
 #[pyclass(subclass, frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct MicroVMIsolationManager {
     manager: Owned<Manager>,
@@ -126,20 +142,26 @@ impl MicroVMIsolationManager {
         })
     }
 
-    /// Begins to clean up dead VMs, to enforce `policies` and to fill the `pool`, and removes what dead processes left behind.
+    /// Starts the clean-up of dead VMs, the `policies` and the `pool`, and removes what dead processes left.
     ///
-    /// Blocks for milliseconds, longer where much is left. May be called twice. What cannot be removed is logged. A `runtime_dir` or
-    /// `cache_dir` that is refused (`host_error`) is the `last_error`, raised with `raise_on_error`, and nothing is begun then.
+    /// Blocks for milliseconds, longer where dead processes left much. May be called twice. What cannot be
+    /// removed is logged.
+    ///
+    /// Errors:
+    ///     HostError: `runtime_dir` or `cache_dir` is refused (`host_error`); nothing is started then.
+    ///
+    /// Example:
+    ///     >>> manager.start()
     fn start(&self, py: Python<'_>) -> PyResult<()> {
         let manager = self.manager.get(py)?.clone();
         let started = gate::wait(py, OnInterrupt::Finish, async move { manager.start().await })?;
         self.settle(py, started).map(drop)
     }
 
-    /// Destroys every VM and ends what `start` began; suspended VMs stay on disk.
+    /// Destroys every VM and ends what `start` started; suspended VMs stay on disk and event streams end.
     ///
-    /// Blocks until nothing is left, up to some seconds. May be called twice; does nothing in a forked child of the process that made
-    /// the manager. Streams of events end.
+    /// Blocks until nothing is left, up to some seconds. May be called twice. Does nothing in a forked
+    /// child of the process that made the manager.
     fn stop(&self, py: Python<'_>) -> PyResult<()> {
         // A forked child that leaves a `with` block, or stops what it inherited, ends nothing of its parent's.
         if !self.manager.is_ours() {
@@ -169,28 +191,42 @@ impl MicroVMIsolationManager {
         Ok(false)
     }
 
-    /// Reserves quota for a VM and names it; starts no process, and works before `start`.
+    /// Reserves quota for a VM and names it; starts no process and works before `start`.
+    ///
+    /// Does not block, except to read the description of a `template` from disk.
     ///
     /// Args:
     ///     isolation_type: What the VM is for; generated ids contain its value.
-    ///     resource_limits: What it may have; `default_...` of the configuration where left out.
-    ///     backend: The VMM; the best that this host can run where left out.
-    ///     network_config: Isolated where left out.
+    ///     resource_limits: What the VM may have; the `default_*` settings where left out.
+    ///     backend: The VMM; the best one that this host can run where left out (docs/backends.md).
+    ///     network_config: The VM's network; none where left out.
     ///     vm_id: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter or digit.
-    ///     kernel_path: A kernel of one's own, uncompressed with a PVH entry.
-    ///     rootfs_path: An ext4 image; it is never written to.
-    ///     template: A name that was given to `MicroVMInstance.snapshot`: the VM starts as a clone of that VM, with its
-    ///         programs running and its disk. What is left out here is the template's; vCPUs, memory, disk size,
-    ///         backend, kernel, image and whether there is a network cannot be otherwise.
+    ///     kernel_path: A Linux kernel for the VM: an uncompressed ELF image with a PVH entry point
+    ///         (CONFIG_PVH). The kernel of this package where left out.
+    ///     rootfs_path: An ext4 image as the root file system; it is never written to. The guest of this
+    ///         package where left out.
+    ///     template: A name that was given to `MicroVMInstance.snapshot`: the VM starts as a clone of that
+    ///         VM, with its programs running and its disk. Arguments that are left out are the template's.
+    ///         vCPUs, memory, disk size, backend, kernel, image and whether there is a network cannot
+    ///         differ from it.
     ///
     /// Returns:
-    ///     The id; `None` with `last_error` when quota or the host's memory is exhausted (`quota_exceeded`), the id is taken
-    ///     (`vm_id_taken`), or the template is missing (`template_not_found`), damaged (`state_damaged`) or of another shape
-    ///     (`state_mismatch`, naming each difference).
+    ///     The id of the VM, or `None`.
     ///
     /// Raises:
-    ///     TypeError: An argument has the wrong type.
-    ///     ValueError: An argument is out of range or malformed; the message names it.
+    ///     InvalidTypeError: An argument has the wrong type.
+    ///     InvalidValueError: An argument is out of range or malformed; the message names it.
+    ///
+    /// Errors:
+    ///     QuotaExceededError: The quota or the host's memory has no room (`quota_exceeded`).
+    ///     VmIdTakenError: Another VM has the id (`vm_id_taken`).
+    ///     TemplateError: The template is missing (`template_not_found`), damaged (`state_damaged`) or
+    ///         differs from the arguments (`state_mismatch`, naming each difference).
+    ///
+    /// Example:
+    ///     >>> made = manager.create_vm(IsolationType.PLUGIN, VMResourceLimits(memory_mb=128))
+    ///     >>> made.startswith("plugin-"), manager.destroy_vm(made)
+    ///     (True, True)
     #[pyo3(signature = (isolation_type, resource_limits=None, backend=None, network_config=None, vm_id=None, kernel_path=None, rootfs_path=None, template=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn create_vm(
@@ -224,30 +260,79 @@ impl MicroVMIsolationManager {
         Ok(Some(id))
     }
 
-    /// `MicroVMInstance.start` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`).
+    /// Starts a VM: `MicroVMInstance.start` by id.
+    ///
+    /// Blocks as `MicroVMInstance.start` does.
+    ///
+    /// Args:
+    ///     vm_id: The id of a VM of this manager.
+    ///
+    /// Returns:
+    ///     `True` when the VM runs, else `False`.
+    ///
+    /// Errors:
+    ///     VmNotFoundError: The manager has no such VM (`vm_not_found`).
+    ///     MicroVMError: Every error of `MicroVMInstance.start`.
     fn start_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Abandon, |vm| async move { vm.start().await })
     }
 
-    /// `MicroVMInstance.stop` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`).
+    /// Stops a VM: `MicroVMInstance.stop` by id.
+    ///
+    /// Blocks for at most 10 s.
+    ///
+    /// Args:
+    ///     vm_id: The id of a VM of this manager.
+    ///
+    /// Returns:
+    ///     `True` when the VM is stopped, else `False`.
+    ///
+    /// Errors:
+    ///     VmNotFoundError: The manager has no such VM (`vm_not_found`).
+    ///     MicroVMError: Every error of `MicroVMInstance.stop`.
     fn stop_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.stop().await })
     }
 
-    /// `MicroVMInstance.pause` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`).
+    /// Pauses a VM: `MicroVMInstance.pause` by id.
+    ///
+    /// Blocks for milliseconds.
+    ///
+    /// Args:
+    ///     vm_id: The id of a VM of this manager.
+    ///
+    /// Returns:
+    ///     `True` when the VM is paused, else `False`.
+    ///
+    /// Errors:
+    ///     VmNotFoundError: The manager has no such VM (`vm_not_found`).
+    ///     MicroVMError: Every error of `MicroVMInstance.pause`.
     fn pause_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.pause().await })
     }
 
-    /// Lets a paused VM go on, or brings a suspended one back, also one that another manager or process suspended.
+    /// Resumes a paused VM, or a suspended one, also one that another manager or process suspended.
     ///
-    /// Blocks for a start's time. A suspended VM comes back under its id, with its disk, its programs where they were,
-    /// the right time and new session keys; its state on disk is gone then. Of several callers that resume the same
-    /// VM one does, the others get `vm_id_taken` or `vm_not_found`. A resume that fails leaves the state as it was; it can fail with
-    /// `quota_exceeded`, for quota is reserved anew.
+    /// Blocks for milliseconds for a paused VM, for the time of a start for a suspended one. A suspended VM
+    /// comes back once, under its id, with its disk, its programs where they were, the right time and new
+    /// session keys; its state on disk is removed then. If the resume fails, that state stays as it was.
+    ///
+    /// Args:
+    ///     vm_id: The id of a VM of this manager, or one of `list_suspended()`.
+    ///
+    /// Returns:
+    ///     `True` when the VM runs, else `False`.
+    ///
+    /// Errors:
+    ///     VmNotFoundError: There is no such VM (`vm_not_found`).
+    ///     VmIdTakenError: Another caller resumes the same VM (`vm_id_taken`).
+    ///     VmStateError: The VM is neither paused nor suspended (`invalid_state`).
+    ///     QuotaExceededError: The quota, which is reserved anew, has no room (`quota_exceeded`).
+    ///     TemplateError: The state on disk is damaged (`state_damaged`) or does not fit this host
+    ///         (`state_mismatch`).
     fn resume_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = convert::text("vm_id", vm_id)?;
         let manager = self.manager.get(py)?.clone();
@@ -257,36 +342,56 @@ impl MicroVMIsolationManager {
         Ok(true)
     }
 
-    /// `MicroVMInstance.suspend` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`).
+    /// Suspends a VM to disk: `MicroVMInstance.suspend` by id.
+    ///
+    /// Blocks as `MicroVMInstance.suspend` does.
+    ///
+    /// Args:
+    ///     vm_id: The id of a VM of this manager.
+    ///
+    /// Returns:
+    ///     `True` when the VM is suspended, else `False`.
+    ///
+    /// Errors:
+    ///     VmNotFoundError: The manager has no such VM (`vm_not_found`).
+    ///     MicroVMError: Every error of `MicroVMInstance.suspend`.
     fn suspend_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.on_vm(py, vm_id, OnInterrupt::Finish, |vm| async move { vm.suspend().await })
     }
 
-    /// The suspended VMs of this user and `cache_dir`, whichever process suspended them: `vm_id`, `created` (Unix
-    /// seconds), `disk_bytes`, `isolation_type`, `resource_limits`, `damaged`, ...
+    /// Lists the suspended VMs of this user in `cache_dir`, also those that other processes suspended.
     ///
-    /// `usable` says whether each could be resumed on this host as the host is now; if not, `differences` names what has
-    /// changed since, the old and the new. Blocks; reads an image that has changed.
+    /// Blocks while it reads the cache folder, and each image that has changed since its VM was suspended.
+    ///
+    /// Returns:
+    ///     A dict for each VM, with `disk_bytes` in bytes and `created` in Unix seconds. `usable` says
+    ///     whether the VM can be resumed on this host as it is now; `differences` names what has changed,
+    ///     the old and the new.
     fn list_suspended<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get(py)?.clone();
         kept_list(py, "vm_id", move || manager.list_suspended())
     }
 
-    /// Copies the disk of a suspended VM to a new file: raw ext4, its holes kept. Blocks for the time of the copy.
+    /// Copies the disk of a suspended VM to a new file: a raw ext4 file system, its holes kept.
     ///
-    /// Works also for a VM that cannot be resumed any more, because its VMM or its image was replaced.
+    /// Blocks for the time of the copy. Works also for a VM that cannot be resumed any more because its VMM
+    /// or its image was replaced.
     ///
     /// Args:
-    ///     vm_id: A VM of `list_suspended()`, whichever process suspended it.
-    ///     path: A path at which there is no file yet; the file has mode 0600.
+    ///     vm_id: The id of a VM of `list_suspended()`.
+    ///     path: A path at which there is no file yet; the new file has mode 0600.
     ///
     /// Returns:
-    ///     `bytes`, and `verified`: whether the copy has the digest that was noted when the VM was suspended. `None` with
-    ///     `last_error` when there is no such VM, or it runs.
+    ///     `bytes`, the size in bytes, and `verified`: whether the copy has the digest that was noted when
+    ///     the VM was suspended. `None` after an error.
     ///
     /// Raises:
     ///     InvalidValueError: There is a file at `path`.
+    ///
+    /// Errors:
+    ///     VmNotFoundError: There is no such suspended VM (`vm_not_found`), for example because it runs.
+    ///     HostError: The copy cannot be read or written (`host_error`).
     fn export_disk<'py>(
         &self,
         py: Python<'py>,
@@ -301,28 +406,52 @@ impl MicroVMIsolationManager {
         self.settle(py, exported)?.map(told).transpose()
     }
 
-    /// The templates made by `MicroVMInstance.snapshot`: `name`, `source_vm_id`, `created` (Unix seconds),
-    /// `disk_bytes`, `resource_limits`, `isolated_network`, `backend`, `damaged`, `usable`, `differences` (as in
-    /// `list_suspended`), ...
+    /// Lists the templates that `MicroVMInstance.snapshot` made for this user in `cache_dir`.
+    ///
+    /// Blocks while it reads the cache folder, and each image that has changed since its template was made.
+    ///
+    /// Returns:
+    ///     A dict for each template, with `disk_bytes` in bytes and `created` in Unix seconds; `usable` and
+    ///     `differences` as in `list_suspended`.
     fn list_templates<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get(py)?.clone();
         kept_list(py, "name", move || manager.list_templates())
     }
 
-    /// Removes a template of one's own; its clones run on. `False` with `last_error` when there is none.
+    /// Deletes a template that `MicroVMInstance.snapshot` made; its clones run on.
+    ///
+    /// Blocks for milliseconds.
+    ///
+    /// Args:
+    ///     name: The name of the template.
+    ///
+    /// Returns:
+    ///     `True` when the template is deleted, else `False`.
     ///
     /// Raises:
-    ///     ValueError: The name is malformed.
+    ///     InvalidValueError: The name is malformed.
+    ///
+    /// Errors:
+    ///     TemplateError: There is no such template (`template_not_found`).
     fn delete_template(&self, py: Python<'_>, name: &Bound<'_, PyAny>) -> PyResult<bool> {
         let (manager, name) = (self.manager.get(py)?.clone(), convert::template("name", name)?);
         let deleted = gate::wait(py, OnInterrupt::Finish, async move { manager.delete_template(&name).await })?;
         Ok(self.settle(py, deleted)?.is_some())
     }
 
-    /// Removes a VM, in whatever state, every trace of it and its suspended state; gives its quota back.
+    /// Destroys a VM in any state, with its files and its suspended state, and gives its quota back.
     ///
-    /// Blocks for some 100 ms. A start that is under way is cancelled. `False` with `last_error` when there is no such VM
-    /// (`vm_not_found`), or it is suspended and resumed by another caller at this moment (`vm_id_taken`).
+    /// Blocks for about 100 ms. Cancels a start that is under way.
+    ///
+    /// Args:
+    ///     vm_id: The id of a VM of this manager, or one of `list_suspended()`.
+    ///
+    /// Returns:
+    ///     `True` when the VM is gone, else `False`.
+    ///
+    /// Errors:
+    ///     VmNotFoundError: There is no such VM (`vm_not_found`).
+    ///     VmIdTakenError: Another caller resumes the suspended VM at this moment (`vm_id_taken`).
     fn destroy_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<bool> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         let (manager, id) = (self.manager.get(py)?.clone(), vm_id.to_owned());
@@ -333,7 +462,9 @@ impl MicroVMIsolationManager {
         Ok(self.settle(py, destroyed)?.is_some())
     }
 
-    /// Destroys every VM of this manager, side by side; suspended VMs stay on disk.
+    /// Destroys every VM of this manager, all at the same time; suspended VMs stay on disk.
+    ///
+    /// Blocks until all are gone, up to some seconds.
     fn destroy_all_vms(&self, py: Python<'_>) -> PyResult<()> {
         let manager = self.manager.get(py)?.clone();
         gate::wait(py, OnInterrupt::Finish, async move { manager.destroy_all().await })?;
@@ -341,19 +472,38 @@ impl MicroVMIsolationManager {
         Ok(())
     }
 
-    /// The VM of this id, the same object each time; `None` when there is none.
+    /// Returns the VM of this id, the same object each time, or `None` when there is none.
+    ///
+    /// Does not block.
+    ///
+    /// Args:
+    ///     vm_id: The id of a VM of this manager.
     ///
     /// Raises:
-    ///     TypeError: The id is no string.
+    ///     InvalidTypeError: The id is not a string.
+    ///
+    /// Example:
+    ///     >>> manager.get_vm(vm_id) is manager.get_vm(vm_id)
+    ///     True
     fn get_vm(&self, py: Python<'_>, vm_id: &Bound<'_, PyAny>) -> PyResult<Option<Py<MicroVMInstance>>> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         self.manager.get(py)?.get(vm_id).map(|vm| self.handle(py, vm)).transpose()
     }
 
-    /// The ids of the VMs of a type and in a state, all of them by default, in the order of their creation.
+    /// Lists the ids of the VMs, in the order in which they were created.
+    ///
+    /// Does not block.
+    ///
+    /// Args:
+    ///     isolation_type: Only VMs of this type; VMs of every type where left out.
+    ///     state: Only VMs in this state; VMs in every state where left out.
     ///
     /// Raises:
-    ///     ValueError: There is no such type or state.
+    ///     InvalidValueError: There is no such type or state.
+    ///
+    /// Example:
+    ///     >>> vm_id in manager.list_vms(state=VMState.RUNNING)
+    ///     True
     #[pyo3(signature = (isolation_type=None, state=None))]
     fn list_vms(
         &self,
@@ -367,7 +517,15 @@ impl MicroVMIsolationManager {
         Ok(vms.iter().map(|vm| vm.id().as_str().to_owned()).collect())
     }
 
-    /// `MicroVMInstance.get_info` by id; `None` when there is no such VM.
+    /// Returns everything there is to know about a VM: `MicroVMInstance.get_info` by id.
+    ///
+    /// Blocks for at most 2 s if the guest does not answer.
+    ///
+    /// Args:
+    ///     vm_id: The id of a VM of this manager.
+    ///
+    /// Returns:
+    ///     A dict of plain JSON types; `None` when there is no such VM.
     fn get_vm_info<'py>(&self, py: Python<'py>, vm_id: &Bound<'_, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         let Some(vm) = self.manager.get(py)?.get(vm_id) else { return Ok(None) };
@@ -375,7 +533,9 @@ impl MicroVMIsolationManager {
         convert::from_json(py, &info).map(Some)
     }
 
-    /// `MicroVMInstance.get_info` of every VM, by id; all are asked at the same time.
+    /// Returns `MicroVMInstance.get_info` of every VM, by id.
+    ///
+    /// Blocks for at most 2 s if a guest does not answer; all VMs are asked at the same time.
     fn get_all_vms_info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vms = self.manager.get(py)?.list(None, None);
         let all = gate::wait(py, OnInterrupt::Abandon, async move {
@@ -388,7 +548,31 @@ impl MicroVMIsolationManager {
         convert::from_json(py, &Value::Object(all))
     }
 
-    /// `MicroVMInstance.send_command` by id; `None` with `last_error` also when there is no such VM (`vm_not_found`).
+    /// Sends a command to the agent in a VM: `MicroVMInstance.send_command` by id.
+    ///
+    /// Blocks until the agent answers.
+    ///
+    /// Args:
+    ///     vm_id: The id of a VM of this manager.
+    ///     command: The name of the command; docs/commands.md lists them.
+    ///     params: The parameters of the command.
+    ///     timeout: Seconds to wait for the answer, 0 to 86400; as in `MicroVMInstance.send_command` where
+    ///         left out.
+    ///
+    /// Returns:
+    ///     The answer of the guest, or `None`.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: An argument has the wrong type.
+    ///     InvalidValueError: An argument is out of range.
+    ///
+    /// Errors:
+    ///     VmNotFoundError: The manager has no such VM (`vm_not_found`).
+    ///     MicroVMError: Every error of `MicroVMInstance.send_command`.
+    ///
+    /// Example:
+    ///     >>> manager.send_command_to_vm(vm_id, "ping")["result"]
+    ///     'pong'
     #[pyo3(signature = (vm_id, command, params=None, timeout=None))]
     fn send_command_to_vm<'py>(
         &self,
@@ -407,11 +591,20 @@ impl MicroVMIsolationManager {
         Ok(answer)
     }
 
-    /// What there is and what is reserved, as a dict.
+    /// Returns what the quota has, what is reserved of it, and what lies in the cache folder.
     ///
-    /// `total_vms`; `vcpus_allocated`, `vcpus_available`, `memory_allocated_mb`, `memory_available_mb` (of the quota, MiB);
-    /// `vms_by_type`, `vms_by_state`; `pool`, for each entry `ready` of `wanted`; `templates`, `own_templates` and `suspended`, each
-    /// `count` and `disk_bytes`. Suspended VMs reserve nothing. Looks at the cache folder, so it may take milliseconds.
+    /// Blocks for milliseconds while it looks at the cache folder. Sizes called `mb` are MiB, `disk_bytes`
+    /// are bytes. Suspended VMs reserve nothing.
+    ///
+    /// Returns:
+    ///     `total_vms`; of the quota `vcpus_allocated`, `vcpus_available`, `memory_allocated_mb` and
+    ///     `memory_available_mb`; counts `vms_by_type` and `vms_by_state`; for each entry of the `pool` how
+    ///     many VMs are `ready` of those `wanted`; `count` and `disk_bytes` of `templates` (of the library),
+    ///     `own_templates` (by `MicroVMInstance.snapshot`) and `suspended` VMs.
+    ///
+    /// Example:
+    ///     >>> manager.get_resource_usage()["vms_by_state"]
+    ///     {'running': 1}
     fn get_resource_usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get(py)?;
         let usage = py.detach(|| manager.usage());
@@ -431,10 +624,21 @@ impl MicroVMIsolationManager {
         convert::from_json(py, &report)
     }
 
-    /// Makes the template of VMs of this kind ahead of time, so that the first one, too, starts as a clone.
+    /// Makes the template of a kind of VM ahead of time, so that the first VM, too, starts as a clone.
     ///
-    /// Blocks for a boot's time, seconds without hardware virtualization; at once when it is there. Reserves no quota. `False` with
-    /// `last_error` as for a start that fails.
+    /// Blocks for the time of a boot, which is seconds without hardware virtualization; returns at once when
+    /// the template is there. Reserves no quota.
+    ///
+    /// Args:
+    ///     resource_limits: The limits of such VMs; the `default_*` settings where left out.
+    ///     kernel_path: Their kernel, as in `create_vm`.
+    ///     rootfs_path: Their image, as in `create_vm`.
+    ///
+    /// Returns:
+    ///     `True` when the template is there, else `False`.
+    ///
+    /// Errors:
+    ///     MicroVMError: Every error of `MicroVMInstance.start`.
     #[pyo3(signature = (resource_limits=None, kernel_path=None, rootfs_path=None))]
     fn prepare(
         &self,
@@ -454,9 +658,17 @@ impl MicroVMIsolationManager {
         Ok(self.settle(py, prepared)?.is_some())
     }
 
-    /// Looks at every VM now: `total_vms`, `healthy_vms`, `unhealthy_vms` (dead ones, too), and `resource_usage`.
+    /// Measures the health of every VM now, and counts the healthy and the unhealthy ones.
     ///
-    /// Blocks for at most 2 s where a guest does not answer.
+    /// Blocks for at most 2 s if a guest does not answer; all VMs are asked at the same time.
+    ///
+    /// Returns:
+    ///     `total_vms`, `healthy_vms`, `unhealthy_vms` (dead ones included) and `resource_usage`, as
+    ///     `get_resource_usage` returns it.
+    ///
+    /// Example:
+    ///     >>> manager.get_health_status()["healthy_vms"]
+    ///     1
     fn get_health_status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vms = self.manager.get(py)?.list(None, None);
         let total = vms.len();
@@ -476,11 +688,25 @@ impl MicroVMIsolationManager {
         Ok(report.into_any())
     }
 
-    /// What happens from now on, as an iterator of dicts; it ends with the manager, or when `timeout` passes without one.
+    /// Returns an iterator of what happens to the VMs from now on; it ends with the manager.
+    ///
+    /// Does not block; the iterator does (see `EventStream`).
     ///
     /// Args:
-    ///     timeout: Seconds to wait for each event, up to 86400; without end where left out.
-    ///     capacity: Events that wait to be taken, 1 to 1048576; the oldest are lost after that (`EventStream.dropped`).
+    ///     timeout: Seconds that the iterator waits for each event before it ends, 0 to 86400; no limit
+    ///         where left out.
+    ///     capacity: Number of events that may wait to be taken, 1 to 1048576; when more come, the oldest
+    ///         are dropped (`EventStream.dropped`).
+    ///
+    /// Raises:
+    ///     InvalidTypeError: An argument has the wrong type.
+    ///     InvalidValueError: An argument is out of range.
+    ///
+    /// Example:
+    ///     >>> with manager.events(timeout=5) as events:
+    ///     ...     made = manager.create_vm("plugin", VMResourceLimits(memory_mb=128))
+    ///     ...     next(events)["kind"], manager.destroy_vm(made)
+    ///     ('created', True)
     #[pyo3(signature = (timeout=None, capacity=None), text_signature = "($self, timeout=None, capacity=1024)")]
     fn events(
         &self,
@@ -494,12 +720,22 @@ impl MicroVMIsolationManager {
         Ok(EventStream::new(self.manager.get(py)?.events().subscribe(capacity), timeout))
     }
 
-    /// Calls `callback` with each event from now on, on a thread of its own, until the subscription is closed.
+    /// Calls `callback` with each event from now on, on a thread of its own, until it is closed.
     ///
-    /// An exception of the callback is logged and the next event delivered. `capacity` as in `events`.
+    /// Does not block. An exception of the callback is logged and the next event is delivered.
+    ///
+    /// Args:
+    ///     callback: A function of one argument, the event: a dict.
+    ///     capacity: Number of events that may wait to be delivered, 1 to 1048576; when more come, the
+    ///         oldest are dropped (`EventSubscription.dropped`).
     ///
     /// Raises:
-    ///     TypeError: `callback` is not callable.
+    ///     InvalidTypeError: `callback` is not callable.
+    ///     InvalidValueError: `capacity` is out of range.
+    ///
+    /// Example:
+    ///     >>> subscription = manager.on_event(print)
+    ///     >>> subscription.close()
     #[pyo3(signature = (callback, capacity=None), text_signature = "($self, callback, capacity=1024)")]
     fn on_event<'py>(
         &self,
@@ -510,7 +746,14 @@ impl MicroVMIsolationManager {
         events::serve(py, self.events(py, None, capacity)?, callback)
     }
 
-    /// The manager and its VMs as OpenMetrics text; asks no VM anything: figures are those of the last look at each.
+    /// Returns the metrics of the manager and its VMs as OpenMetrics text, for Prometheus.
+    ///
+    /// Does not block: it asks no VM, and its figures are those of the last measurement of each VM. The
+    /// format is that of the OpenMetrics 1.0 specification; each metric has a line of help.
+    ///
+    /// Example:
+    ///     >>> manager.metrics().endswith("# EOF\n")
+    ///     True
     fn metrics(&self, py: Python<'_>) -> PyResult<String> {
         let manager = self.manager.get(py)?.clone();
         Ok(py.detach(|| manager.metrics()))
@@ -522,13 +765,15 @@ impl MicroVMIsolationManager {
         self.config.clone_ref(py)
     }
 
-    /// The package's logger, `thirstys_waterfall.security.microvm_isolation`; it has no handlers of its own.
+    /// The logger of the package, `thirstys_waterfall.security.microvm_isolation`; the package adds no
+    /// handler that prints.
     #[getter]
     fn logger<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         logging::logger(py)
     }
 
-    /// The reason of the last failure, with a stable `code`; `None` when there was none. A success does not clear it.
+    /// The error of the last failure, with a stable `code`; `None` before the first. A success does not
+    /// clear it.
     #[getter]
     fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let error = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();

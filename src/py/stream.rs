@@ -18,8 +18,17 @@ use crate::vm::Live;
 
 type Output<'py> = (Bound<'py, PyString>, Bound<'py, PyBytes>);
 
-/// A running program: an iterator of `("stdout" | "stderr", bytes)`. Leaving its `with` block, or dropping it, kills it.
-/// Ctrl-C in one of its methods raises and leaves it running.
+/// A program that runs in a guest: an iterator of `("stdout" or "stderr", bytes)`.
+///
+/// Made by `MicroVMInstance.stream`. Iterating blocks until there is output; it ends with the output.
+/// Leaving the `with` block, or dropping the object, kills the program with all its descendants. Ctrl-C
+/// in a method raises `KeyboardInterrupt` and leaves the program running, as with `subprocess.Popen`.
+/// Properties do not block. Every error is raised; `ForkedProcessError` in a forked child.
+///
+/// Example:
+///     >>> with vm.stream("cat") as program:
+///     ...     program.write(b"hello"), program.close_stdin(), list(program), program.exit_code
+///     (True, None, [('stdout', b'hello')], 0)
 #[pyclass(frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct ProcessStream {
     process: Owned<Live<Process>>,
@@ -83,9 +92,20 @@ impl ProcessStream {
         Ok(self.take(py, None)?.flatten().map(|piece| output(py, &piece)))
     }
 
-    /// Writes to the program's input, as fast as it reads; `False` when it reads no more. Blocks while the program does not
-    /// read, so also while it waits for its own output to be taken: take that on another thread, or write less than a pipe
-    /// holds (64 KiB) at a time.
+    /// Writes to the program's input.
+    ///
+    /// Blocks while the program does not read, so also while it waits for its own output to be taken: take
+    /// that on another thread, or write at most 64 KiB, which a pipe holds (pipe(7)), at a time.
+    ///
+    /// Args:
+    ///     data: The bytes to write.
+    ///
+    /// Returns:
+    ///     `True` when everything was written; `False` when the program reads no more.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: `data` is not bytes.
+    ///     ChannelError: The channel failed (`channel_closed`).
     fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<bool> {
         let bytes = convert::bytes("data", data)?;
         let process = self.process.get(py)?.clone();
@@ -94,18 +114,41 @@ impl ProcessStream {
     }
 
     /// Ends the program's input.
+    ///
+    /// Does not block.
     fn close_stdin(&self, py: Python<'_>) -> PyResult<()> {
         self.process.get(py)?.inner.close_stdin();
         Ok(())
     }
 
-    /// Sends a signal, 1 to 64, to the program's process group; SIGKILL ends all its descendants.
+    /// Sends a signal to the program's process group; SIGKILL ends all its descendants.
+    ///
+    /// Does not block.
+    ///
+    /// Args:
+    ///     number: The number of the signal, 1 to 64 (signal(7)).
+    ///
+    /// Raises:
+    ///     InvalidTypeError: `number` is not an int.
+    ///     InvalidValueError: `number` is out of range.
+    ///     ChannelError: The channel failed (`channel_closed`).
     fn signal(&self, py: Python<'_>, number: &Bound<'_, PyAny>) -> PyResult<()> {
         let signal = convert::whole_in("number", number, 1, 64)?;
         self.control(py, &Control::Signal { signal: signal as i32 })
     }
 
-    /// Tells the program's terminal its size; `ValueError` for a program that was started without `pty`.
+    /// Sets the size of the program's terminal (TIOCSWINSZ, ioctl_tty(2)).
+    ///
+    /// Does not block.
+    ///
+    /// Args:
+    ///     rows: The height in characters, 1 to 65535.
+    ///     columns: The width in characters, 1 to 65535.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: An argument is not an int.
+    ///     InvalidValueError: An argument is out of range, or the program was started without `pty`.
+    ///     ChannelError: The channel failed (`channel_closed`).
     fn resize(&self, py: Python<'_>, rows: &Bound<'_, PyAny>, columns: &Bound<'_, PyAny>) -> PyResult<()> {
         let rows = convert::whole_in("rows", rows, 1, 65_535)? as u16;
         let columns = convert::whole_in("columns", columns, 1, 65_535)? as u16;
@@ -117,9 +160,23 @@ impl ProcessStream {
         self.control(py, &Control::Resize { rows, columns })
     }
 
-    /// Waits for the program's end and gives its exit code, `-n` after signal `n`, -9 after `kill()`. Output that was not taken
-    /// goes to `on_output`, or is dropped. A program that its `timeout` ended raises `CommandError` once (`timeout`), then
-    /// gives -9. Ctrl-C raises and leaves the program running: `wait()` again, `kill()` it, or leave its `with` block.
+    /// Waits for the program's end; output that was not taken goes to `on_output`, or is dropped.
+    ///
+    /// Blocks until the program ends. Ctrl-C raises and leaves the program running.
+    ///
+    /// Args:
+    ///     timeout: Seconds to wait, 0 to 86400; no limit where left out.
+    ///
+    /// Returns:
+    ///     The exit code; `-n` after signal `n`, -9 after `kill`, as `subprocess.Popen.returncode`.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: `timeout` is not a number.
+    ///     InvalidValueError: `timeout` is out of range.
+    ///     CommandError: The program ran longer than the `timeout` of `MicroVMInstance.stream` and was
+    ///         killed (`timeout`); raised once, later calls return -9.
+    ///     ChannelError: The program did not end in time (`channel_timeout`), or the channel failed
+    ///         (`channel_closed`).
     #[pyo3(signature = (timeout=None))]
     fn wait(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<Option<i32>> {
         let timeout: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
@@ -139,7 +196,12 @@ impl ProcessStream {
         }
     }
 
-    /// Kills the program and all its descendants; `wait()` then gives -9. Nothing when it has ended.
+    /// Kills the program and all its descendants; `wait` then returns -9.
+    ///
+    /// Does not block. Does nothing when the program has ended.
+    ///
+    /// Raises:
+    ///     ForkedProcessError: The calling process is a forked child.
     fn kill(&self, py: Python<'_>) -> PyResult<()> {
         self.process.get(py)?.inner.kill();
         Ok(())
@@ -179,8 +241,8 @@ impl ProcessStream {
         Ok(false)
     }
 
-    /// The exit code, the negative number of the signal that ended the program, or `None` while its output was not taken
-    /// to the end.
+    /// The exit code, or the negative number of the signal that ended the program; `None` until its output
+    /// was taken to the end.
     #[getter]
     fn exit_code(&self, py: Python<'_>) -> PyResult<Option<i32>> {
         let Some(Ok(exit)) = self.process.get(py)?.inner.ended() else { return Ok(None) };

@@ -1,13 +1,16 @@
-"""What help() shows, and that type checkers' stubs say the same."""
+"""What help() shows, that the stub says the same, and that its examples are true."""
 
-import ast
+import doctest
+import enum
 import inspect
+import io
 import pickle
 import re
+import runpy
 import sys
 import unittest
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import (
@@ -22,9 +25,22 @@ from ..support import ROOT, VMTestCase, eventually
 STUB = Path(package.__file__).with_name("_native.pyi")
 # What their base classes document, and every enum and dataclass has.
 INHERITED = {"with_traceback", "add_note", "args", "name", "value", "count", "index"}
+# What the description of an argument of such a name must say, and that of one that is a number beside it.
+UNITS = {
+    r"(timeout|_s|_seconds|_check)$": r"[Ss]econd",
+    r"_mb$": r"MiB",
+    r"_mbps$": r"Mbit/s",
+    r"(bytes|^offset)": r"[Bb]ytes",
+    r"_ops_": r"operations",
+    r"_percent$": r"percent",
+    r"^(rows|columns)$": r"characters",
+    r"^capacity$": r"Number of events",
+}
+RANGE = r"\d[\d*]* to [\d*x]+|more than \d+ and at most \d+"
+BLOCKS = re.compile(r"\b(Blocks|Does not block)\b")
 
 
-def public() -> Iterator[Tuple[str, object]]:
+def public() -> Iterator[Tuple[str, Any]]:
     """Every public name of the package, and of its classes."""
     for name in package.__all__:
         value = getattr(package, name)
@@ -37,27 +53,93 @@ def public() -> Iterator[Tuple[str, object]]:
                     yield "{}.{}".format(name, member), raw
 
 
-def of_stub() -> Dict[str, str]:
-    """The docstrings of the stub, by the names of what they describe."""
-    found = {}
-    for node in ast.parse(STUB.read_text()).body:
-        for inner in [node, *getattr(node, "body", [])]:
-            if isinstance(inner, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(inner) is not None:
-                name = inner.name if inner is node else "{}.{}".format(node.name, inner.name)
-                found[name] = ast.get_docstring(inner) or ""
-    return found
+def calls() -> Iterator[Tuple[str, Any]]:
+    """The functions and methods among them."""
+    return ((name, value) for name, value in public() if inspect.isroutine(value))
+
+
+def constructors() -> Iterator[Tuple[str, Any]]:
+    """The classes among them with a constructor of their own; those of the core have no signature before CPython 3.10."""
+    for name, value in public():
+        if inspect.isclass(value) and not issubclass(value, enum.Enum):
+            if inspect.isfunction(vars(value).get("__init__")) or value.__text_signature__:
+                yield name, value
+
+
+def parameters(call: Any) -> List[str]:
+    return [name for name in inspect.signature(call).parameters if name != "self"]
+
+
+def described(value: Any) -> Dict[str, str]:
+    """What the section "Args" of a docstring says of each argument."""
+    section = (inspect.getdoc(value) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
 
 
 class Docstrings(unittest.TestCase):
     def test_every_public_name_has_one(self) -> None:
         names = list(public())
         self.assertGreater(len(names), 80)
-        self.assertEqual([name for name, value in names if not (inspect.getdoc(value) or "").strip()], [])
+        # Not inspect.getdoc(), which gives a class the docstring of its base.
+        self.assertEqual([name for name, value in names if not (value.__doc__ or "").strip()], [])
 
-    def test_stub_shows_what_help_shows(self) -> None:
-        shown = {name: inspect.getdoc(value) for name, value in public() if name.split(".")[0] in vars(package._native)}
-        self.assertEqual({name: " ".join((text or "").split()) for name, text in shown.items()},
-                         {name: " ".join(text.split()) for name, text in of_stub().items()})
+    def test_every_one_begins_with_a_sentence(self) -> None:
+        firsts = {name: (inspect.getdoc(value) or "").partition("\n\n")[0] for name, value in public()}
+        self.assertEqual([name for name, first in firsts.items() if not re.match(r"[A-Z`].*[.:]\Z", first, re.DOTALL)], [])
+
+    def test_every_call_says_whether_it_blocks(self) -> None:
+        names = list(calls())
+        self.assertGreater(len(names), 50)
+        self.assertEqual([name for name, value in names if not BLOCKS.search(inspect.getdoc(value) or "")], [])
+
+    def test_every_class_with_properties_says_whether_they_block(self) -> None:
+        classes = {name.split(".")[0] for name, value in public() if inspect.isdatadescriptor(value)}
+        self.assertGreater(len(classes), 4)
+        docs = {name: " ".join((inspect.getdoc(getattr(package, name)) or "").split()) for name in classes}
+        silent = [name for name, doc in docs.items() if "Properties do not block" not in doc]
+        self.assertEqual(silent, [])
+
+    def test_every_argument_is_described_and_no_other(self) -> None:
+        self.assertGreater(len(list(constructors())), 4)
+        for name, value in [*calls(), *constructors()]:
+            with self.subTest(name):
+                self.assertEqual(list(described(value)), parameters(value))
+
+    def test_every_argument_with_a_unit_tells_it_and_its_range(self) -> None:
+        told = [(name, *one) for name, value in [*calls(), *constructors()] for one in described(value).items()]
+        checked = [(name, argument, text, unit) for name, argument, text in told
+                   for pattern, unit in UNITS.items() if re.search(pattern, argument)]
+        self.assertGreater(len(checked), 30)
+        self.assertEqual([one for one in checked if not re.search(one[3], one[2])], [])
+        # Measurements have no range.
+        asked = [one for one in checked if one[0] != "VMHealthMetrics"]
+        self.assertEqual([one for one in asked if not re.search(RANGE, one[2])], [])
+
+    def test_stub_is_what_make_stub_writes(self) -> None:
+        with_docs = runpy.run_path(str(ROOT / "src" / "stub-docs.py"))["with_docs"]
+        stub = STUB.read_text()
+        self.assertGreater(len(BLOCKS.findall(stub)), 50)
+        self.assertEqual(stub, with_docs(stub, package._native))
+
+
+class Examples(VMTestCase):
+    # A heartbeat's event between two others would be one too many for the examples.
+    config = {"health_interval_s": None}
+
+    def test_every_example_of_a_docstring_says_what_happens(self) -> None:
+        names = {name: getattr(package, name) for name in package.__all__}
+        vm = self.running()
+        names.update(io=io, manager=self.manager, vm=vm, vm_id=vm.vm_id)
+        tests = [doctest.DocTestParser().get_doctest(inspect.getdoc(value) or "", names, name, None, 0)
+                 for name, value in public()]
+        tests = [test for test in tests if test.examples]
+        self.assertGreater(len(tests), 25)
+        for test in tests:
+            with self.subTest(test.name):
+                said = io.StringIO()
+                result = doctest.DocTestRunner(verbose=False).run(test, out=said.write)
+                self.assertEqual(result.failed, 0, said.getvalue())
 
 
 class Codes(unittest.TestCase):

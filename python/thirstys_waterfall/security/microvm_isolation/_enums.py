@@ -20,7 +20,17 @@ class _Named(Enum):
 
 
 class VMBackend(_Named):
-    """A virtual machine monitor that can run a VM."""
+    """A virtual machine monitor (VMM) that can run a VM; docs/backends.md has what differs.
+
+    Attributes:
+        FIRECRACKER: Firecracker; needs KVM.
+        QEMU: QEMU with the machine ``microvm``; on KVM, or emulated (TCG) without it.
+        CLOUD_HYPERVISOR: Cloud Hypervisor; needs KVM.
+
+    Example:
+        >>> VMBackend("Cloud_Hypervisor")
+        <VMBackend.CLOUD_HYPERVISOR: 'cloud-hypervisor'>
+    """
 
     FIRECRACKER = "firecracker"
     QEMU = "qemu"
@@ -28,7 +38,22 @@ class VMBackend(_Named):
 
 
 class VMState(_Named):
-    """Where a VM is in its life."""
+    """Where a VM is in its life.
+
+    Attributes:
+        CREATED: It has a name and a share of the quota, and was never started.
+        STARTING: Its VMM is being started.
+        RUNNING: Its agent answers commands.
+        PAUSED: Its vCPUs are stopped, or it is suspended to disk (``info["suspended"]``).
+        STOPPING: It is being shut down.
+        STOPPED: It was shut down, or the guest shut itself down; it can be started again.
+        ERROR: It did not start, or it died; ``last_error`` says why, and it can be started again.
+        DESTROYED: Nothing is left of it.
+
+    Example:
+        >>> VMState("running").name
+        'RUNNING'
+    """
 
     CREATED = "created"
     STARTING = "starting"
@@ -41,7 +66,18 @@ class VMState(_Named):
 
 
 class IsolationType(_Named):
-    """What of the browser a VM holds."""
+    """What a VM is for: policies are set by it, and generated ids contain it.
+
+    Attributes:
+        BROWSER_TAB: One tab.
+        EXTENSION: One extension.
+        SESSION: One session.
+        PLUGIN: One plugin.
+
+    Example:
+        >>> [kind.value for kind in IsolationType]
+        ['browser_tab', 'extension', 'session', 'plugin']
+    """
 
     BROWSER_TAB = "browser_tab"
     EXTENSION = "extension"

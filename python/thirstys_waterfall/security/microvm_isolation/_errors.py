@@ -1,14 +1,26 @@
-"""What can go wrong, as classes. Branch on the class or on ``code``; the message is for people and may change."""
+"""The exceptions of the package. Branch on the class or on ``code``; the message is for people and may change."""
 
 from typing import Any, Dict, Optional, Tuple, Type
 
 
 class MicroVMError(Exception):
-    """Base of every error of this package.
+    """Base of every exception of this package.
 
     Attributes:
-        code: A stable name of what went wrong, such as ``"quota_exceeded"``.
-        details: What a program may want to read besides the message, such as the tail of the guest's console.
+        code: A stable name of the failure, such as ``"quota_exceeded"``.
+        details: Facts for programs beside the message, such as the tail of the guest's console.
+
+    Args:
+        message: What failed, on what, and what to do: for people.
+        code: The stable name.
+        details: The facts; copied.
+
+    Example:
+        >>> try:
+        ...     VMResourceLimits(memory_mb=1)
+        ... except MicroVMError as error:
+        ...     error.code
+        'invalid_value'
     """
 
     code: str
@@ -36,19 +48,19 @@ class QuotaExceededError(MicroVMError):
 
 
 class VmIdTakenError(MicroVMError):
-    """Another VM, here or in another process of the same user, has this id (``vm_id_taken``)."""
+    """Another VM of this user, in this or another process, has the id (``vm_id_taken``)."""
 
 
 class VmNotFoundError(MicroVMError):
-    """The manager knows no VM of this id (``vm_not_found``)."""
+    """The manager has no VM of this id (``vm_not_found``)."""
 
 
 class TemplateError(MicroVMError):
-    """A template of one's own, or a suspended VM's state, cannot be made or used.
+    """A template of a snapshot, or the state of a suspended VM, cannot be made or used.
 
-    Codes: ``template_not_found``, ``template_taken`` (the name), ``state_mismatch`` (``details["differences"]`` names what
-    differs: the limits, the backend, the VMM's version, the CPU), ``state_damaged`` (its digests do not match: it is never
-    used).
+    Codes: ``template_not_found``; ``template_taken``, the name is in use; ``state_mismatch``, with
+    ``details["differences"]`` naming what differs, such as limits, backend, the VMM's version or the CPU;
+    ``state_damaged``, its digests do not match, and it is never used.
     """
 
 
@@ -65,11 +77,11 @@ class NotSupportedError(MicroVMError):
 
 
 class IsolationUnavailableError(MicroVMError):
-    """The host cannot give the isolation that ``min_isolation`` asks for (``isolation_unavailable``)."""
+    """The host does not give what ``min_isolation`` or ``jail="strict"`` ask for (``isolation_unavailable``)."""
 
 
 class NetworkUnavailableError(MicroVMError):
-    """The VM cannot be connected to a network on this host (``network_unavailable``)."""
+    """The VM cannot be connected to a network on this host, and the message says why (``network_unavailable``)."""
 
 
 class ImageError(MicroVMError):
@@ -77,7 +89,10 @@ class ImageError(MicroVMError):
 
 
 class StartError(MicroVMError):
-    """The VM did not start; ``details`` has the stage and both tails (``start_failed``, ``start_timeout``)."""
+    """The VM did not start (``start_failed``, ``start_timeout``).
+
+    ``details`` has the stage that failed and the tails of the guest's console and of the VMM's stderr.
+    """
 
 
 class VmDiedError(MicroVMError):
@@ -87,10 +102,11 @@ class VmDiedError(MicroVMError):
 class ChannelError(MicroVMError):
     """The channel to the guest failed.
 
-    Codes: ``channel_closed``, ``channel_timeout``, ``handshake_failed``, ``message_too_large``, ``checksum_mismatch``,
-    ``foreign_socket`` (another user listens at the VM's socket; nothing was sent).
-    ``details["sent"]`` of the first two, and of ``message_too_large``, tells what may have happened: false, nothing
-    reached the guest and the command can safely be sent again; true, it was sent and its outcome is unknown.
+    Codes: ``channel_closed``, ``channel_timeout``, ``handshake_failed``, ``message_too_large``,
+    ``checksum_mismatch``, ``foreign_socket`` (another user listens at the VM's socket; nothing was sent).
+    ``details["sent"]`` of ``channel_closed``, ``channel_timeout`` and ``message_too_large`` is ``False`` when
+    nothing reached the guest, so that the command can safely be sent again, and ``True`` when it was sent
+    and may have run.
     """
 
 
@@ -99,16 +115,18 @@ class CommandError(MicroVMError):
 
 
 class HostError(MicroVMError):
-    """A system call or the VMM failed on the host (``host_error``, ``vmm_error``), or a limit of this process, which
-    ``details`` names, leaves a VMM too little (``limit_too_low``)."""
+    """A system call or the VMM failed on the host (``host_error``, ``vmm_error``, ``limit_too_low``).
+
+    ``limit_too_low`` is a limit of this process (getrlimit(2)), named in ``details``, that leaves a VMM too little.
+    """
 
 
 class ForkedProcessError(MicroVMError):
-    """A handle made in a parent process was used in a forked child (``forked_process``)."""
+    """A handle of a parent process was used in a forked child (``forked_process``); make a new one there."""
 
 
 class OperationCancelledError(MicroVMError):
-    """The operation was cancelled before it ended (``cancelled``): the VM was destroyed meanwhile, or the wait interrupted."""
+    """The VM was destroyed while the operation ran, or its wait was interrupted (``cancelled``)."""
 
 
 # Their first names. Not of `import *`, where they would take the place of asyncio's.

@@ -21,11 +21,23 @@ _live: "weakref.WeakSet[EventSubscription]" = weakref.WeakSet()
 
 
 class EventSubscription:
-    """Calls a function with each event of a manager, in their order, until it is closed.
+    """Calls a function with each event of a manager, in order, until it is closed.
 
-    An exception of the function is logged and the next event is delivered; so is ``SystemExit``, which would end only
-    this thread, and ``KeyboardInterrupt``, which is Python's word for the main thread. Made by
-    ``MicroVMIsolationManager.on_event``.
+    Made by ``MicroVMIsolationManager.on_event``. The function runs on a thread of the subscription. Its
+    exceptions, ``SystemExit`` and ``KeyboardInterrupt`` included, are logged, and the next event is
+    delivered. Properties do not block, and neither does the constructor.
+
+    Args:
+        stream: The events to deliver; the subscription closes it.
+        callback: A function of one argument, the event: a dict.
+
+    Example:
+        >>> kinds = []
+        >>> with manager.on_event(lambda event: kinds.append(event["kind"])) as subscription:
+        ...     vm.pause(), vm.resume()
+        (True, True)
+        >>> kinds, subscription.active
+        (['state', 'state'], False)
     """
 
     def __init__(self, stream: "_native.EventStream", callback: Callable[[Dict[str, Any]], Any]) -> None:
@@ -38,7 +50,7 @@ class EventSubscription:
 
     @property
     def dropped(self) -> int:
-        """Events that were lost because the function was too slow to take them."""
+        """How many events were dropped because the function was too slow."""
         return self._stream.dropped
 
     @property
@@ -47,7 +59,11 @@ class EventSubscription:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Deliver what has come so far, and no more; waits at most 2 s for that. May be called twice, and from the callback."""
+        """Delivers the events that have come so far, and no more.
+
+        Blocks for at most 2 s, while a call of the function ends. May be called twice, and from the
+        function.
+        """
         self._stream.close()
         if threading.current_thread() is not self._thread:
             self._thread.join(_JOIN_S)

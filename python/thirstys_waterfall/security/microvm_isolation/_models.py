@@ -8,21 +8,26 @@ from . import _native
 
 @dataclass(unsafe_hash=True)
 class VMResourceLimits:
-    """How much one VM may have. Equal limits have equal hashes, so they serve as keys; one that is a key is left as it is.
+    """How much one VM may have.
+
+    Equal limits have equal hashes, so they serve as keys; do not change limits that are a key.
+    ``info["limits"]`` says where and how each limit of a running VM is enforced.
 
     Args:
-        vcpu_count: Virtual CPUs, 1 to 32.
-        memory_mb: Guest memory in MiB, at least 64.
-        disk_size_mb: The VM's own scratch disk in MiB, at least 8; sparse, gone with the VM.
-        network_bandwidth_mbps: Network limit in Mbit/s, each way.
-        max_file_handles: Open files in the guest.
-        max_processes: Processes in the guest.
-        disk_bytes_per_s: Bytes that the VM's disk moves in a second, reads and writes together; None: no limit.
-        disk_ops_per_s: Operations on the VM's disk in a second; None: no limit.
+        vcpu_count: Virtual CPUs, 1 to 32 (NR_CPUS of the guest's kernel, and Firecracker's limit).
+        memory_mb: Guest memory in MiB, 64 to 1048576.
+        disk_size_mb: The VM's own disk in MiB, 8 to 1048576; sparse, and removed with the VM.
+        network_bandwidth_mbps: Limit of the network in each direction, 1 to 100000 Mbit/s.
+        max_file_handles: Open files of each program in the guest, 16 to 1048576 (RLIMIT_NOFILE,
+            getrlimit(2)).
+        max_processes: Processes in the guest, 1 to 1048576 (RLIMIT_NPROC, and ``pids.max`` of cgroups(7)).
+        disk_bytes_per_s: Limit of the VM's disk, reads and writes together, 65536 to 2**40 bytes per
+            second; ``None`` for no limit.
+        disk_ops_per_s: Limit of the VM's disk, 10 to 2**40 operations per second; ``None`` for no limit.
 
     Raises:
-        TypeError: A value is not an ``int`` (``bool`` is none here).
-        ValueError: A value is out of range; the message names the field, the value and the range.
+        InvalidTypeError: A value is not an ``int``; a ``bool`` is not one here.
+        InvalidValueError: A value is out of range; the message names the field, the value and the range.
 
     Example:
         >>> VMResourceLimits(vcpu_count=2, memory_mb=256).disk_size_mb
@@ -53,26 +58,28 @@ class VMResourceLimits:
 
 @dataclass
 class VMNetworkConfig:
-    """How one VM is, or is not, on a network. Isolated, the default, means that the VM has no network device.
+    """The network of one VM, or that it has none: an isolated VM, the default, has no network device.
 
-    What a connected VM is not given is chosen for it: a tap, addresses from ``config["network_range"]``, a MAC, and
-    the host's own name servers behind the gateway.
+    A field of a connected VM that is left out is chosen for it: a tap, addresses from
+    ``config["network_range"]``, a MAC address, and the host's own name servers behind the gateway.
+    Starting a connected VM needs CAP_NET_ADMIN; docs/network.md has the rules.
 
     Args:
-        tap_device: Name of the host's TAP interface, at most 15 characters; made if it is not there.
-        ip_address: The VM's IPv4 address, with ``/prefix`` or without (then /24).
-        mac_address: A unicast MAC address.
-        gateway: An IPv4 address inside the VM's subnet: the host's end.
+        tap_device: Name of the TAP interface on the host, 1 to 15 characters (IFNAMSIZ, netdevice(7));
+            made if it does not exist.
+        ip_address: The VM's IPv4 address, with ``/prefix`` of 1 to 30 bits, or without for /24.
+        mac_address: A unicast MAC address, as in ``52:54:00:12:34:56``.
+        gateway: The IPv4 address of the host's end, inside the VM's subnet.
         dns_servers: IP addresses of name servers.
-        isolated_network: No network at all when true.
-        egress: Where the VM may go, and nowhere else: IPv4 addresses or networks, host names or ``*.NAME``, each with
-            ``:PORT`` or without. A name stands for public addresses; a private one must be listed itself. ``None``:
-            wherever the policy of all VMs lets it.
-        ipv6: IPv6, too. This release refuses it at start.
+        isolated_network: ``True`` for no network at all.
+        egress: The only places that the VM may reach, at most 256: IPv4 addresses or networks, host names
+            or ``*.NAME``, each with ``:PORT`` (1 to 65535) or without. A name stands for public addresses;
+            a private one must be listed itself. ``None`` for every place that the rules of all VMs allow.
+        ipv6: ``True`` for IPv6, too; this release refuses it at start.
 
     Raises:
-        TypeError: A value has the wrong type.
-        ValueError: A value is malformed or does not fit the others; the message names the field.
+        InvalidTypeError: A value has the wrong type.
+        InvalidValueError: A value is malformed or does not fit the others; the message names the field.
 
     Example:
         >>> VMNetworkConfig().isolated_network
@@ -103,17 +110,22 @@ class VMNetworkConfig:
 
 @dataclass
 class VMHealthMetrics:
-    """One measurement of a VM.
+    """One measurement of a VM, as ``MicroVMInstance.get_health_metrics`` returns it.
 
     Args:
-        cpu_usage_percent: CPU time of the VM's process since the last measurement; 100 is one host CPU.
-        memory_usage_mb: Host memory that the VM holds, in MiB.
-        disk_io_bytes: Bytes read and written on the VM's disks.
-        network_rx_bytes: Bytes that the VM received.
-        network_tx_bytes: Bytes that the VM sent.
-        uptime_seconds: Since the VM became ready.
-        last_health_check: Unix time of the measurement, in seconds; 0 when there was none.
-        health_status: ``unknown``, ``healthy``, ``unhealthy`` or ``dead``.
+        cpu_usage_percent: CPU time of the VMM's process since the last measurement, in percent of one
+            host CPU (proc_pid_stat(5)).
+        memory_usage_mb: Resident memory of the VMM's process, in MiB.
+        disk_io_bytes: Bytes read and written on the VM's disks, as its VMM counts them.
+        network_rx_bytes: Bytes that the VM received, as its tap counts them.
+        network_tx_bytes: Bytes that the VM sent, as its tap counts them.
+        uptime_seconds: Seconds since the VM became ready.
+        last_health_check: Unix seconds of the measurement; 0 when there was none.
+        health_status: ``unknown``, ``healthy``, ``unhealthy`` or ``dead``; docs/reliability.md says when.
+
+    Example:
+        >>> VMHealthMetrics().health_status
+        'unknown'
     """
 
     cpu_usage_percent: float = 0.0

@@ -45,17 +45,33 @@ class _Transferred(TypedDict):
 
 @disjoint_base
 class MicroVMIsolationManager:
-    """Creates, finds and destroys microVMs within one quota. All methods may be called from any thread, and release the GIL
-    while they wait.
+    """Creates, finds and destroys microVMs within one quota.
+
+    Every method may be called from any thread; one that blocks releases the GIL and sees Ctrl-C within
+    50 ms. Properties do not block, and neither does the constructor, which reads the configuration only.
+
+    Errors under "Errors" are logged once and kept as `last_error`, and the method returns `False` or
+    `None`; with `config={"raise_on_error": True}` they are raised instead. Errors under "Raises" are
+    always raised, and so is `ForkedProcessError` in a forked child of the process that made the manager.
+
+    No privilege is needed, except CAP_NET_ADMIN for VMs with a network (capabilities(7)), and read and
+    write access to `/dev/kvm` for hardware virtualization. Root gets more layers of the jail:
+    docs/security.md.
 
     Args:
-        config: A dict; the README lists its keys. An unknown key or a wrong value raises. With `"raise_on_error": True`
-            methods raise what they otherwise keep as `last_error` behind `False` or `None`.
+        config: Settings by name; docs/configuration.md has their units, ranges and defaults.
+
+    Raises:
+        InvalidTypeError: A value has the wrong type.
+        InvalidValueError: A key is unknown or a value is not allowed; the message names both.
 
     Example:
-        >>> with MicroVMIsolationManager() as manager:  # doctest: +SKIP
-        ...     vm = manager.get_vm(manager.create_vm("browser_tab"))
-        ...     vm.start(), vm.send_command("ping")
+        >>> with MicroVMIsolationManager({"raise_on_error": True}) as manager:
+        ...     vm_id = manager.create_vm("browser_tab", VMResourceLimits(memory_mb=128))
+        ...     manager.start_vm(vm_id)
+        ...     manager.send_command_to_vm(vm_id, "ping")
+        True
+        {'result': 'pong', 'status': 'ok'}
     """
 
     @property
@@ -63,10 +79,14 @@ class MicroVMIsolationManager:
         """The configuration as it was given, copied."""
     @property
     def logger(self) -> logging.Logger:
-        """The package's logger, `thirstys_waterfall.security.microvm_isolation`; it has no handlers of its own."""
+        """The logger of the package, `thirstys_waterfall.security.microvm_isolation`; the package adds no
+        handler that prints.
+        """
     @property
     def last_error(self) -> Optional[MicroVMError]:
-        """The reason of the last failure, with a stable `code`; `None` when there was none. A success does not clear it."""
+        """The error of the last failure, with a stable `code`; `None` before the first. A success does not
+        clear it.
+        """
     @property
     def _max_vcpus(self) -> int: ...
     @property
@@ -82,16 +102,22 @@ class MicroVMIsolationManager:
         traceback: Optional[TracebackType],
     ) -> bool: ...
     def start(self) -> None:
-        """Begins to clean up dead VMs, to enforce `policies` and to fill the `pool`, and removes what dead processes left behind.
+        """Starts the clean-up of dead VMs, the `policies` and the `pool`, and removes what dead processes left.
 
-        Blocks for milliseconds, longer where much is left. May be called twice. What cannot be removed is logged. A `runtime_dir` or
-        `cache_dir` that is refused (`host_error`) is the `last_error`, raised with `raise_on_error`, and nothing is begun then.
+        Blocks for milliseconds, longer where dead processes left much. May be called twice. What cannot be
+        removed is logged.
+
+        Errors:
+            HostError: `runtime_dir` or `cache_dir` is refused (`host_error`); nothing is started then.
+
+        Example:
+            >>> manager.start()
         """
     def stop(self) -> None:
-        """Destroys every VM and ends what `start` began; suspended VMs stay on disk.
+        """Destroys every VM and ends what `start` started; suspended VMs stay on disk and event streams end.
 
-        Blocks until nothing is left, up to some seconds. May be called twice; does nothing in a forked child of the process that made
-        the manager. Streams of events end.
+        Blocks until nothing is left, up to some seconds. May be called twice. Does nothing in a forked
+        child of the process that made the manager.
         """
     def create_vm(
         self,
@@ -104,107 +130,252 @@ class MicroVMIsolationManager:
         rootfs_path: Optional[_Path] = None,
         template: Optional[str] = None,
     ) -> Optional[str]:
-        """Reserves quota for a VM and names it; starts no process, and works before `start`.
+        """Reserves quota for a VM and names it; starts no process and works before `start`.
+
+        Does not block, except to read the description of a `template` from disk.
 
         Args:
             isolation_type: What the VM is for; generated ids contain its value.
-            resource_limits: What it may have; `default_...` of the configuration where left out.
-            backend: The VMM; the best that this host can run where left out.
-            network_config: Isolated where left out.
+            resource_limits: What the VM may have; the `default_*` settings where left out.
+            backend: The VMM; the best one that this host can run where left out (docs/backends.md).
+            network_config: The VM's network; none where left out.
             vm_id: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter or digit.
-            kernel_path: A kernel of one's own, uncompressed with a PVH entry.
-            rootfs_path: An ext4 image; it is never written to.
-            template: A name that was given to `MicroVMInstance.snapshot`: the VM starts as a clone of that VM, with its
-                programs running and its disk. What is left out here is the template's; vCPUs, memory, disk size,
-                backend, kernel, image and whether there is a network cannot be otherwise.
+            kernel_path: A Linux kernel for the VM: an uncompressed ELF image with a PVH entry point
+                (CONFIG_PVH). The kernel of this package where left out.
+            rootfs_path: An ext4 image as the root file system; it is never written to. The guest of this
+                package where left out.
+            template: A name that was given to `MicroVMInstance.snapshot`: the VM starts as a clone of that
+                VM, with its programs running and its disk. Arguments that are left out are the template's.
+                vCPUs, memory, disk size, backend, kernel, image and whether there is a network cannot
+                differ from it.
 
         Returns:
-            The id; `None` with `last_error` when quota or the host's memory is exhausted (`quota_exceeded`), the id is taken
-            (`vm_id_taken`), or the template is missing (`template_not_found`), damaged (`state_damaged`) or of another shape
-            (`state_mismatch`, naming each difference).
+            The id of the VM, or `None`.
 
         Raises:
-            TypeError: An argument has the wrong type.
-            ValueError: An argument is out of range or malformed; the message names it.
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range or malformed; the message names it.
+
+        Errors:
+            QuotaExceededError: The quota or the host's memory has no room (`quota_exceeded`).
+            VmIdTakenError: Another VM has the id (`vm_id_taken`).
+            TemplateError: The template is missing (`template_not_found`), damaged (`state_damaged`) or
+                differs from the arguments (`state_mismatch`, naming each difference).
+
+        Example:
+            >>> made = manager.create_vm(IsolationType.PLUGIN, VMResourceLimits(memory_mb=128))
+            >>> made.startswith("plugin-"), manager.destroy_vm(made)
+            (True, True)
         """
     def start_vm(self, vm_id: str) -> bool:
-        """`MicroVMInstance.start` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`)."""
-    def stop_vm(self, vm_id: str) -> bool:
-        """`MicroVMInstance.stop` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`)."""
-    def pause_vm(self, vm_id: str) -> bool:
-        """`MicroVMInstance.pause` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`)."""
-    def resume_vm(self, vm_id: str) -> bool:
-        """Lets a paused VM go on, or brings a suspended one back, also one that another manager or process suspended.
+        """Starts a VM: `MicroVMInstance.start` by id.
 
-        Blocks for a start's time. A suspended VM comes back under its id, with its disk, its programs where they were,
-        the right time and new session keys; its state on disk is gone then. Of several callers that resume the same
-        VM one does, the others get `vm_id_taken` or `vm_not_found`. A resume that fails leaves the state as it was; it can fail with
-        `quota_exceeded`, for quota is reserved anew.
-        """
-    def suspend_vm(self, vm_id: str) -> bool:
-        """`MicroVMInstance.suspend` by id. `False` with `last_error` also when there is no such VM (`vm_not_found`)."""
-    def list_suspended(self) -> List[Dict[str, Any]]:
-        """The suspended VMs of this user and `cache_dir`, whichever process suspended them: `vm_id`, `created` (Unix
-        seconds), `disk_bytes`, `isolation_type`, `resource_limits`, `damaged`, ...
-
-        `usable` says whether each could be resumed on this host as the host is now; if not, `differences` names what has
-        changed since, the old and the new. Blocks; reads an image that has changed.
-        """
-    def export_disk(self, vm_id: str, path: _Path) -> Optional[Dict[str, Any]]:
-        """Copies the disk of a suspended VM to a new file: raw ext4, its holes kept. Blocks for the time of the copy.
-
-        Works also for a VM that cannot be resumed any more, because its VMM or its image was replaced.
+        Blocks as `MicroVMInstance.start` does.
 
         Args:
-            vm_id: A VM of `list_suspended()`, whichever process suspended it.
-            path: A path at which there is no file yet; the file has mode 0600.
+            vm_id: The id of a VM of this manager.
 
         Returns:
-            `bytes`, and `verified`: whether the copy has the digest that was noted when the VM was suspended. `None` with
-            `last_error` when there is no such VM, or it runs.
+            `True` when the VM runs, else `False`.
+
+        Errors:
+            VmNotFoundError: The manager has no such VM (`vm_not_found`).
+            MicroVMError: Every error of `MicroVMInstance.start`.
+        """
+    def stop_vm(self, vm_id: str) -> bool:
+        """Stops a VM: `MicroVMInstance.stop` by id.
+
+        Blocks for at most 10 s.
+
+        Args:
+            vm_id: The id of a VM of this manager.
+
+        Returns:
+            `True` when the VM is stopped, else `False`.
+
+        Errors:
+            VmNotFoundError: The manager has no such VM (`vm_not_found`).
+            MicroVMError: Every error of `MicroVMInstance.stop`.
+        """
+    def pause_vm(self, vm_id: str) -> bool:
+        """Pauses a VM: `MicroVMInstance.pause` by id.
+
+        Blocks for milliseconds.
+
+        Args:
+            vm_id: The id of a VM of this manager.
+
+        Returns:
+            `True` when the VM is paused, else `False`.
+
+        Errors:
+            VmNotFoundError: The manager has no such VM (`vm_not_found`).
+            MicroVMError: Every error of `MicroVMInstance.pause`.
+        """
+    def resume_vm(self, vm_id: str) -> bool:
+        """Resumes a paused VM, or a suspended one, also one that another manager or process suspended.
+
+        Blocks for milliseconds for a paused VM, for the time of a start for a suspended one. A suspended VM
+        comes back once, under its id, with its disk, its programs where they were, the right time and new
+        session keys; its state on disk is removed then. If the resume fails, that state stays as it was.
+
+        Args:
+            vm_id: The id of a VM of this manager, or one of `list_suspended()`.
+
+        Returns:
+            `True` when the VM runs, else `False`.
+
+        Errors:
+            VmNotFoundError: There is no such VM (`vm_not_found`).
+            VmIdTakenError: Another caller resumes the same VM (`vm_id_taken`).
+            VmStateError: The VM is neither paused nor suspended (`invalid_state`).
+            QuotaExceededError: The quota, which is reserved anew, has no room (`quota_exceeded`).
+            TemplateError: The state on disk is damaged (`state_damaged`) or does not fit this host
+                (`state_mismatch`).
+        """
+    def suspend_vm(self, vm_id: str) -> bool:
+        """Suspends a VM to disk: `MicroVMInstance.suspend` by id.
+
+        Blocks as `MicroVMInstance.suspend` does.
+
+        Args:
+            vm_id: The id of a VM of this manager.
+
+        Returns:
+            `True` when the VM is suspended, else `False`.
+
+        Errors:
+            VmNotFoundError: The manager has no such VM (`vm_not_found`).
+            MicroVMError: Every error of `MicroVMInstance.suspend`.
+        """
+    def list_suspended(self) -> List[Dict[str, Any]]:
+        """Lists the suspended VMs of this user in `cache_dir`, also those that other processes suspended.
+
+        Blocks while it reads the cache folder, and each image that has changed since its VM was suspended.
+
+        Returns:
+            A dict for each VM, with `disk_bytes` in bytes and `created` in Unix seconds. `usable` says
+            whether the VM can be resumed on this host as it is now; `differences` names what has changed,
+            the old and the new.
+        """
+    def export_disk(self, vm_id: str, path: _Path) -> Optional[Dict[str, Any]]:
+        """Copies the disk of a suspended VM to a new file: a raw ext4 file system, its holes kept.
+
+        Blocks for the time of the copy. Works also for a VM that cannot be resumed any more because its VMM
+        or its image was replaced.
+
+        Args:
+            vm_id: The id of a VM of `list_suspended()`.
+            path: A path at which there is no file yet; the new file has mode 0600.
+
+        Returns:
+            `bytes`, the size in bytes, and `verified`: whether the copy has the digest that was noted when
+            the VM was suspended. `None` after an error.
 
         Raises:
             InvalidValueError: There is a file at `path`.
+
+        Errors:
+            VmNotFoundError: There is no such suspended VM (`vm_not_found`), for example because it runs.
+            HostError: The copy cannot be read or written (`host_error`).
         """
     def list_templates(self) -> List[Dict[str, Any]]:
-        """The templates made by `MicroVMInstance.snapshot`: `name`, `source_vm_id`, `created` (Unix seconds),
-        `disk_bytes`, `resource_limits`, `isolated_network`, `backend`, `damaged`, `usable`, `differences` (as in
-        `list_suspended`), ...
+        """Lists the templates that `MicroVMInstance.snapshot` made for this user in `cache_dir`.
+
+        Blocks while it reads the cache folder, and each image that has changed since its template was made.
+
+        Returns:
+            A dict for each template, with `disk_bytes` in bytes and `created` in Unix seconds; `usable` and
+            `differences` as in `list_suspended`.
         """
     def delete_template(self, name: str) -> bool:
-        """Removes a template of one's own; its clones run on. `False` with `last_error` when there is none.
+        """Deletes a template that `MicroVMInstance.snapshot` made; its clones run on.
+
+        Blocks for milliseconds.
+
+        Args:
+            name: The name of the template.
+
+        Returns:
+            `True` when the template is deleted, else `False`.
 
         Raises:
-            ValueError: The name is malformed.
+            InvalidValueError: The name is malformed.
+
+        Errors:
+            TemplateError: There is no such template (`template_not_found`).
         """
     def destroy_vm(self, vm_id: str) -> bool:
-        """Removes a VM, in whatever state, every trace of it and its suspended state; gives its quota back.
+        """Destroys a VM in any state, with its files and its suspended state, and gives its quota back.
 
-        Blocks for some 100 ms. A start that is under way is cancelled. `False` with `last_error` when there is no such VM
-        (`vm_not_found`), or it is suspended and resumed by another caller at this moment (`vm_id_taken`).
+        Blocks for about 100 ms. Cancels a start that is under way.
+
+        Args:
+            vm_id: The id of a VM of this manager, or one of `list_suspended()`.
+
+        Returns:
+            `True` when the VM is gone, else `False`.
+
+        Errors:
+            VmNotFoundError: There is no such VM (`vm_not_found`).
+            VmIdTakenError: Another caller resumes the suspended VM at this moment (`vm_id_taken`).
         """
     def destroy_all_vms(self) -> None:
-        """Destroys every VM of this manager, side by side; suspended VMs stay on disk."""
+        """Destroys every VM of this manager, all at the same time; suspended VMs stay on disk.
+
+        Blocks until all are gone, up to some seconds.
+        """
     def get_vm(self, vm_id: str) -> Optional[MicroVMInstance]:
-        """The VM of this id, the same object each time; `None` when there is none.
+        """Returns the VM of this id, the same object each time, or `None` when there is none.
+
+        Does not block.
+
+        Args:
+            vm_id: The id of a VM of this manager.
 
         Raises:
-            TypeError: The id is no string.
+            InvalidTypeError: The id is not a string.
+
+        Example:
+            >>> manager.get_vm(vm_id) is manager.get_vm(vm_id)
+            True
         """
     def list_vms(
         self,
         isolation_type: Union[IsolationType, str, None] = None,
         state: Union[VMState, str, None] = None,
     ) -> List[str]:
-        """The ids of the VMs of a type and in a state, all of them by default, in the order of their creation.
+        """Lists the ids of the VMs, in the order in which they were created.
+
+        Does not block.
+
+        Args:
+            isolation_type: Only VMs of this type; VMs of every type where left out.
+            state: Only VMs in this state; VMs in every state where left out.
 
         Raises:
-            ValueError: There is no such type or state.
+            InvalidValueError: There is no such type or state.
+
+        Example:
+            >>> vm_id in manager.list_vms(state=VMState.RUNNING)
+            True
         """
     def get_vm_info(self, vm_id: str) -> Optional[Dict[str, Any]]:
-        """`MicroVMInstance.get_info` by id; `None` when there is no such VM."""
+        """Returns everything there is to know about a VM: `MicroVMInstance.get_info` by id.
+
+        Blocks for at most 2 s if the guest does not answer.
+
+        Args:
+            vm_id: The id of a VM of this manager.
+
+        Returns:
+            A dict of plain JSON types; `None` when there is no such VM.
+        """
     def get_all_vms_info(self) -> Dict[str, Dict[str, Any]]:
-        """`MicroVMInstance.get_info` of every VM, by id; all are asked at the same time."""
+        """Returns `MicroVMInstance.get_info` of every VM, by id.
+
+        Blocks for at most 2 s if a guest does not answer; all VMs are asked at the same time.
+        """
     def send_command_to_vm(
         self,
         vm_id: str,
@@ -212,79 +383,200 @@ class MicroVMIsolationManager:
         params: Optional[Mapping[str, Any]] = None,
         timeout: Optional[float] = None,
     ) -> Optional[Dict[str, Any]]:
-        """`MicroVMInstance.send_command` by id; `None` with `last_error` also when there is no such VM (`vm_not_found`)."""
+        """Sends a command to the agent in a VM: `MicroVMInstance.send_command` by id.
+
+        Blocks until the agent answers.
+
+        Args:
+            vm_id: The id of a VM of this manager.
+            command: The name of the command; docs/commands.md lists them.
+            params: The parameters of the command.
+            timeout: Seconds to wait for the answer, 0 to 86400; as in `MicroVMInstance.send_command` where
+                left out.
+
+        Returns:
+            The answer of the guest, or `None`.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range.
+
+        Errors:
+            VmNotFoundError: The manager has no such VM (`vm_not_found`).
+            MicroVMError: Every error of `MicroVMInstance.send_command`.
+
+        Example:
+            >>> manager.send_command_to_vm(vm_id, "ping")["result"]
+            'pong'
+        """
     def prepare(
         self,
         resource_limits: Optional[VMResourceLimits] = None,
         kernel_path: Optional[_Path] = None,
         rootfs_path: Optional[_Path] = None,
     ) -> bool:
-        """Makes the template of VMs of this kind ahead of time, so that the first one, too, starts as a clone.
+        """Makes the template of a kind of VM ahead of time, so that the first VM, too, starts as a clone.
 
-        Blocks for a boot's time, seconds without hardware virtualization; at once when it is there. Reserves no quota. `False` with
-        `last_error` as for a start that fails.
-        """
-    def get_resource_usage(self) -> Dict[str, Any]:
-        """What there is and what is reserved, as a dict.
-
-        `total_vms`; `vcpus_allocated`, `vcpus_available`, `memory_allocated_mb`, `memory_available_mb` (of the quota, MiB);
-        `vms_by_type`, `vms_by_state`; `pool`, for each entry `ready` of `wanted`; `templates`, `own_templates` and `suspended`, each
-        `count` and `disk_bytes`. Suspended VMs reserve nothing. Looks at the cache folder, so it may take milliseconds.
-        """
-    def get_health_status(self) -> Dict[str, Any]:
-        """Looks at every VM now: `total_vms`, `healthy_vms`, `unhealthy_vms` (dead ones, too), and `resource_usage`.
-
-        Blocks for at most 2 s where a guest does not answer.
-        """
-    def events(self, timeout: Optional[float] = None, capacity: int = 1024) -> EventStream:
-        """What happens from now on, as an iterator of dicts; it ends with the manager, or when `timeout` passes without one.
+        Blocks for the time of a boot, which is seconds without hardware virtualization; returns at once when
+        the template is there. Reserves no quota.
 
         Args:
-            timeout: Seconds to wait for each event, up to 86400; without end where left out.
-            capacity: Events that wait to be taken, 1 to 1048576; the oldest are lost after that (`EventStream.dropped`).
-        """
-    def on_event(self, callback: Callable[[Dict[str, Any]], Any], capacity: int = 1024) -> EventSubscription:
-        """Calls `callback` with each event from now on, on a thread of its own, until the subscription is closed.
+            resource_limits: The limits of such VMs; the `default_*` settings where left out.
+            kernel_path: Their kernel, as in `create_vm`.
+            rootfs_path: Their image, as in `create_vm`.
 
-        An exception of the callback is logged and the next event delivered. `capacity` as in `events`.
+        Returns:
+            `True` when the template is there, else `False`.
+
+        Errors:
+            MicroVMError: Every error of `MicroVMInstance.start`.
+        """
+    def get_resource_usage(self) -> Dict[str, Any]:
+        """Returns what the quota has, what is reserved of it, and what lies in the cache folder.
+
+        Blocks for milliseconds while it looks at the cache folder. Sizes called `mb` are MiB, `disk_bytes`
+        are bytes. Suspended VMs reserve nothing.
+
+        Returns:
+            `total_vms`; of the quota `vcpus_allocated`, `vcpus_available`, `memory_allocated_mb` and
+            `memory_available_mb`; counts `vms_by_type` and `vms_by_state`; for each entry of the `pool` how
+            many VMs are `ready` of those `wanted`; `count` and `disk_bytes` of `templates` (of the library),
+            `own_templates` (by `MicroVMInstance.snapshot`) and `suspended` VMs.
+
+        Example:
+            >>> manager.get_resource_usage()["vms_by_state"]
+            {'running': 1}
+        """
+    def get_health_status(self) -> Dict[str, Any]:
+        """Measures the health of every VM now, and counts the healthy and the unhealthy ones.
+
+        Blocks for at most 2 s if a guest does not answer; all VMs are asked at the same time.
+
+        Returns:
+            `total_vms`, `healthy_vms`, `unhealthy_vms` (dead ones included) and `resource_usage`, as
+            `get_resource_usage` returns it.
+
+        Example:
+            >>> manager.get_health_status()["healthy_vms"]
+            1
+        """
+    def events(self, timeout: Optional[float] = None, capacity: int = 1024) -> EventStream:
+        """Returns an iterator of what happens to the VMs from now on; it ends with the manager.
+
+        Does not block; the iterator does (see `EventStream`).
+
+        Args:
+            timeout: Seconds that the iterator waits for each event before it ends, 0 to 86400; no limit
+                where left out.
+            capacity: Number of events that may wait to be taken, 1 to 1048576; when more come, the oldest
+                are dropped (`EventStream.dropped`).
 
         Raises:
-            TypeError: `callback` is not callable.
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range.
+
+        Example:
+            >>> with manager.events(timeout=5) as events:
+            ...     made = manager.create_vm("plugin", VMResourceLimits(memory_mb=128))
+            ...     next(events)["kind"], manager.destroy_vm(made)
+            ('created', True)
+        """
+    def on_event(self, callback: Callable[[Dict[str, Any]], Any], capacity: int = 1024) -> EventSubscription:
+        """Calls `callback` with each event from now on, on a thread of its own, until it is closed.
+
+        Does not block. An exception of the callback is logged and the next event is delivered.
+
+        Args:
+            callback: A function of one argument, the event: a dict.
+            capacity: Number of events that may wait to be delivered, 1 to 1048576; when more come, the
+                oldest are dropped (`EventSubscription.dropped`).
+
+        Raises:
+            InvalidTypeError: `callback` is not callable.
+            InvalidValueError: `capacity` is out of range.
+
+        Example:
+            >>> subscription = manager.on_event(print)
+            >>> subscription.close()
         """
     def metrics(self) -> str:
-        """The manager and its VMs as OpenMetrics text; asks no VM anything: figures are those of the last look at each."""
+        """Returns the metrics of the manager and its VMs as OpenMetrics text, for Prometheus.
+
+        Does not block: it asks no VM, and its figures are those of the last measurement of each VM. The
+        format is that of the OpenMetrics 1.0 specification; each metric has a line of help.
+
+        Example:
+            >>> manager.metrics().endswith("# EOF\\n")
+            True
+        """
 
 @disjoint_base
 class MicroVMInstance:
-    """One microVM: `start`, `stop`, `pause`, `resume`, commands and health. Usable on its own, without a manager."""
+    """One microVM: its life, its commands, its files and its health.
+
+    Made by `MicroVMIsolationManager.get_vm`, or on its own without a manager. Every method may be called
+    from any thread; one that blocks releases the GIL and sees Ctrl-C within 50 ms. Properties do not
+    block, and neither does the constructor, which starts no process.
+
+    Errors under "Errors" are logged once and kept as `last_error`, and the method returns `False` or
+    `None`; they are raised instead where the manager has `raise_on_error`. Errors under "Raises" are
+    always raised, and so is `ForkedProcessError` in a forked child of the process that made the VM.
+
+    No privilege is needed, except CAP_NET_ADMIN for a VM with a network (capabilities(7)), and read and
+    write access to `/dev/kvm` for hardware virtualization.
+
+    Args:
+        vm_id: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter or digit.
+        backend: The VMM.
+        isolation_type: What the VM is for.
+        resource_limits: What the VM may have.
+        network_config: The VM's network; none where left out.
+        kernel_path: A kernel for the VM, as in `MicroVMIsolationManager.create_vm`.
+        rootfs_path: An image for the VM, as in `MicroVMIsolationManager.create_vm`.
+        template: The name of a template, as in `MicroVMIsolationManager.create_vm`.
+
+    Raises:
+        InvalidTypeError: An argument has the wrong type.
+        InvalidValueError: An argument is out of range or malformed; the message names it.
+
+    Example:
+        >>> limits = VMResourceLimits(memory_mb=128, disk_size_mb=64)
+        >>> single = MicroVMInstance("single", "qemu", "plugin", limits)
+        >>> single.start(), single.get_state(), single.stop()
+        (True, <VMState.RUNNING: 'running'>, True)
+    """
 
     @property
     def vm_id(self) -> str:
         """The VM's name."""
     @property
     def backend(self) -> VMBackend:
-        """The VMM that was asked for; QEMU where the best was. `get_info()["backend"]` says which one runs."""
+        """The VMM that was asked for; QEMU where the best one was. `get_info()["backend"]` says which one runs."""
     @property
     def isolation_type(self) -> IsolationType:
         """What the VM is for."""
     @property
     def resource_limits(self) -> VMResourceLimits:
-        """What the VM may have: a copy, changing it changes nothing."""
+        """What the VM may have: a copy, so that changing it changes nothing."""
     @property
     def network_config(self) -> VMNetworkConfig:
         """The network that was asked for: a copy. `get_info()["network_config"]` says what a running VM got."""
     @property
     def kernel_path(self) -> Optional[str]:
-        """The kernel of the VM's own; `None`: the one that comes with the package."""
+        """The kernel that the VM was given; `None` for the kernel of this package."""
     @property
     def rootfs_path(self) -> Optional[str]:
-        """The image of the VM's own; `None`: the guest that comes with the package."""
+        """The image that the VM was given; `None` for the guest of this package."""
     @property
     def logger(self) -> logging.Logger:
-        """The package's logger, `thirstys_waterfall.security.microvm_isolation`; it has no handlers of its own."""
+        """The logger of the package, `thirstys_waterfall.security.microvm_isolation`; the package adds no
+        handler that prints.
+        """
     @property
     def last_error(self) -> Optional[MicroVMError]:
-        """The reason of the last failure, with a stable `code`; `None` when there was none. A success does not clear it."""
+        """The error of the last failure, with a stable `code`; `None` before the first. A success does not
+        clear it.
+        """
     def __new__(
         cls,
         vm_id: str,
@@ -297,78 +589,166 @@ class MicroVMInstance:
         template: Optional[str] = None,
     ) -> Self: ...
     def start(self) -> bool:
-        """Boots the VM, or clones a template, and waits for its agent; `True` at once when it runs.
+        """Starts the VM, as a clone of a template where there is one, and waits for its agent.
 
-        Blocks for 30 to 300 ms as a clone, for seconds where there is no template yet, at most for `start_timeout_s`.
-        Ctrl-C undoes it. Starting a stopped or failed VM gives it a new disk. A connected VM needs CAP_NET_ADMIN.
+        Blocks for 30 to 300 ms for a clone, for seconds where the template must be made first, and at most
+        for `start_timeout_s`; returns at once when the VM runs. Ctrl-C undoes the start. A stopped or failed
+        VM that is started gets a new disk. A VM with a network needs CAP_NET_ADMIN (capabilities(7)).
 
         Returns:
-            `False` with `last_error`: the state does not allow it (`invalid_state`) or quota is exhausted (`quota_exceeded`), and
-            nothing has changed; or it did not come up (`start_failed`, `start_timeout`, `backend_unavailable`,
-            `isolation_unavailable`, `network_unavailable`, `image_invalid`, ...), and it is in ERROR, with nothing running.
+            `True` when the VM runs. `False` after `VmStateError` or `QuotaExceededError`, and nothing has
+            changed; `False` after any other error, and the VM is in ERROR with nothing running.
+
+        Errors:
+            VmStateError: The state does not allow it (`invalid_state`).
+            QuotaExceededError: The quota is exhausted (`quota_exceeded`).
+            StartError: The VM did not come up; `details` has the stage and the tails of the guest's console
+                and of the VMM's stderr (`start_failed`, `start_timeout`).
+            BackendUnavailableError: The VMM cannot run on this host (`backend_unavailable`).
+            IsolationUnavailableError: The host does not give what `min_isolation` or `jail="strict"` ask for
+                (`isolation_unavailable`).
+            NetworkUnavailableError: The VM cannot be connected (`network_unavailable`).
+            ImageError: The kernel or the image cannot be used (`image_unreadable`, `image_invalid`).
+            TemplateError: The VM's template cannot be used (`template_not_found`, `state_damaged`,
+                `state_mismatch`).
+            HostError: A system call failed, or a limit of this process leaves too little (`host_error`,
+                `limit_too_low`).
+
+        Example:
+            >>> vm.start(), vm.get_state().name
+            (True, 'RUNNING')
         """
     def stop(self) -> bool:
-        """Shuts the VM down: the guest is asked, then the VMM told, then killed; `True` at once when it is stopped.
+        """Shuts the VM down: the guest is asked, then the VMM is told, then its process is killed.
 
-        Blocks for at most 10 s. What is on its disk is gone; a suspended VM's state is thrown away. Its quota stays
-        reserved, but for a VM that was suspended. `False` with `last_error` when it was never started or is destroyed (`invalid_state`).
+        Blocks for at most 10 s; returns at once when the VM is stopped. What is on the VM's disk is lost, and
+        so is the state of a suspended VM. The VM's quota stays reserved, except that of a suspended VM.
+
+        Returns:
+            `True` when the VM is stopped, else `False`.
+
+        Errors:
+            VmStateError: The VM was never started or is destroyed (`invalid_state`).
         """
     def pause(self) -> bool:
-        """Stops the vCPUs; memory and disk stay. `False` with `last_error` unless it runs (`invalid_state`)."""
-    def resume(self) -> bool:
-        """Lets a paused VM go on and sets its clock, or brings a suspended one back; see `MicroVMIsolationManager.resume_vm`."""
-    def snapshot(self, name: str) -> None:
-        """Makes a template of the VM as it is now: memory, running programs, disk.
+        """Stops the vCPUs; memory and disk stay.
 
-        The VM goes on: it stands still for some milliseconds, and for as long as what is on its disk takes to be copied
-        where the file system cannot share it; commands and streams that are under way get their answers. A paused VM is
-        woken for a moment. Clones begin where the VM stood, each with an identity of its own; requests that were under
-        way are cancelled in them. They share all that the VM's memory held: docs/templates.md says what that means.
+        Blocks for milliseconds.
+
+        Returns:
+            `True` when the VM is paused, else `False`.
+
+        Errors:
+            VmStateError: The VM does not run (`invalid_state`).
+
+        Example:
+            >>> vm.pause(), vm.resume()
+            (True, True)
+        """
+    def resume(self) -> bool:
+        """Resumes a paused VM and sets its clock, or brings a suspended one back from disk.
+
+        Blocks for milliseconds for a paused VM, for the time of a start for a suspended one;
+        `MicroVMIsolationManager.resume_vm` has the details.
+
+        Returns:
+            `True` when the VM runs, else `False`.
+
+        Errors:
+            VmStateError: The VM is neither paused nor suspended (`invalid_state`).
+            MicroVMError: Every other error of `MicroVMIsolationManager.resume_vm`.
+        """
+    def snapshot(self, name: str) -> None:
+        """Makes a template of the VM as it is now: memory, running programs and disk.
+
+        Blocks for the time that it takes to write the memory that is in use, and at most 10 s for the guest
+        to get ready. The VM goes on afterwards: it stands still for some milliseconds, and for as long as the
+        copy of its disk takes where the file system cannot share it (FICLONE, ioctl_ficlone(2)). Commands and
+        streams that are under way get their answers. A paused VM is woken for a moment.
+
+        Clones begin where the VM stood, each with an identity of its own; requests that were under way are
+        cancelled in them. Clones share all secrets that the VM's memory held: docs/templates.md.
 
         Args:
             name: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter, digit or `_`.
 
         Raises:
             InvalidValueError: The name is malformed.
-            VmStateError: The VM is neither running nor paused, or it is suspended.
-            TemplateError: The name is taken (`template_taken`).
-            CommandError: A program in the guest cannot be stopped (`busy`); the VM goes on.
-            HostError: The state could not be written; the VM goes on, and nothing of the template is left.
+            VmStateError: The VM is neither running nor paused, or it is suspended (`invalid_state`).
+            NotSupportedError: The backend or the jail cannot do it; only QEMU can (`not_supported`).
+            TemplateError: The name is taken (`template_taken`), or a file that the VM needs was replaced
+                since its start (`state_mismatch`).
+            CommandError: A program in the guest cannot be stopped (`busy`).
+            HostError: The state could not be written (`host_error`); nothing of the template is left.
+
+        Example:
+            >>> vm.snapshot("logged-in")
+            >>> manager.delete_template("logged-in")
+            True
         """
     def suspend(self) -> bool:
         """Writes the VM's state to disk, below `cache_dir`, and ends its process.
 
-        The VM is PAUSED then, with `info["suspended"]` true and `pid` `None`; what it had reserved of the manager's
-        quota is given back. It stays suspended when its manager stops. Waits up to 5 s for commands and streams to end.
+        Blocks for at most 5 s while commands and streams end, then for the time of the writing. The VM is
+        PAUSED afterwards, with `info["suspended"]` true and no `pid`; its share of the manager's quota is
+        given back. It stays suspended when its manager stops.
 
         Returns:
-            `False` with `last_error` when it is neither running nor paused (`invalid_state`), commands or streams do not
-            end (`busy`), or the state could not be written (`host_error`); the VM goes on then.
+            `True` when the VM is suspended. `False` after an error, and the VM goes on.
+
+        Errors:
+            VmStateError: The VM is neither running nor paused (`invalid_state`).
+            NotSupportedError: The backend or the jail cannot do it; only QEMU can (`not_supported`).
+            TemplateError: A file that the VM needs was replaced since its start (`state_mismatch`).
+            CommandError: Commands or streams do not end (`busy`).
+            HostError: The state could not be written (`host_error`).
         """
     def get_state(self) -> VMState:
-        """Where the VM is in its life. Does not block."""
+        """Returns the VM's state.
+
+        Does not block.
+        """
     def get_health_metrics(self) -> VMHealthMetrics:
-        """Looks at the VM now: its process, its drives and its agent. Blocks for at most 2 s where the guest does not answer."""
+        """Measures the VM's health now: its process, its drives and its agent.
+
+        Blocks for at most 2 s if the guest does not answer. CPU time and memory are those of the VMM's
+        process (proc_pid_stat(5)).
+
+        Example:
+            >>> vm.get_health_metrics().health_status
+            'healthy'
+        """
     def send_command(
         self, command: str, params: Optional[Mapping[str, Any]] = None, timeout: Optional[float] = None
     ) -> Optional[Dict[str, Any]]:
-        """Asks the agent in the guest; blocks until it answers.
+        """Sends a command to the agent in the guest and returns its answer.
+
+        Blocks until the agent answers.
 
         Args:
-            command: Such as `ping`, `exec`, `read_file`; docs/channel.md lists them.
-            params: The command's own; plain JSON types, and bytes for data.
-            timeout: Seconds to wait, up to 86400; `command_timeout_s` where left out, or what `params` allows a program.
+            command: The name of the command, such as `ping`, `exec` or `read_file`; docs/commands.md lists
+                them with their parameters and results.
+            params: The parameters of the command: plain JSON types.
+            timeout: Seconds to wait for the answer, 0 to 86400. Where left out, `command_timeout_s`, or
+                longer if the command's own `timeout` in `params` is.
 
         Returns:
-            `{"status": "ok", "result": ...}` or `{"status": "error", "error": {"code", "message", ...}}`, as the guest says; `None`
-            with `last_error` when there was no answer: the VM does not run (`invalid_state`), died (`vm_died`), or the channel
-            failed (`channel_timeout`, `channel_closed`; `details["sent"]` says whether it may have been done).
+            What the guest says: `{"status": "ok", "result": ...}`, or
+            `{"status": "error", "error": {"code": ..., "message": ...}}`. `None` when there was no answer.
 
         Raises:
-            TypeError, ValueError: An argument is none that can be sent.
+            InvalidTypeError: An argument has the wrong type, or `params` holds what JSON cannot.
+            InvalidValueError: An argument is out of range.
+
+        Errors:
+            VmStateError: The VM does not run (`invalid_state`).
+            VmDiedError: The VM died meanwhile (`vm_died`).
+            ChannelError: The channel failed (`channel_timeout`, `channel_closed`, `message_too_large`);
+                `details["sent"]` says whether the command may have run.
+            CommandError: The library keeps the command to itself (`reserved_action`).
 
         Example:
-            >>> vm.send_command("exec", {"program": "/bin/echo", "args": ["hello"]})["result"]["stdout"]  # doctest: +SKIP
+            >>> vm.send_command("exec", {"program": "/bin/echo", "args": ["hello"]})["result"]["stdout"]
             'hello\\n'
         """
     def stream(
@@ -385,8 +765,35 @@ class MicroVMInstance:
         columns: Optional[int] = None,
         on_output: Optional[Callable[[_Channel, bytes], Any]] = None,
     ) -> ProcessStream:
-        """Runs a program live; see `ProcessStream`. `timeout` is how long it may run, seconds. Raises when it does not start,
-        or when the guest does not begin within `command_timeout_s`.
+        """Starts a program in the guest and returns a handle to its input and output.
+
+        Blocks until the program runs, at most for `command_timeout_s`.
+
+        Args:
+            program: The path of the program in the guest, or a name that is looked up on its `PATH`.
+            args: Its arguments.
+            env: Environment variables, beside the usual ones and in their place (docs/guest.md).
+            cwd: Its working directory; `/` where left out.
+            stdin: Its whole input; where left out, `ProcessStream.write` gives it.
+            pty: Whether it runs on a terminal (pty(7)); stderr comes with stdout then.
+            uid: The user that it runs as, 0 to 4294967294 (setuid(2)); 0, which is root, where left out.
+            timeout: Seconds that it may run, more than 0 and at most 86400; no limit where left out.
+            rows: The terminal's height in characters, 1 to 65535; 24 where left out.
+            columns: The terminal's width in characters, 1 to 65535; 80 where left out.
+            on_output: A function that `ProcessStream.wait` calls with `"stdout"` or `"stderr"` and bytes.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range.
+            VmStateError: The VM does not run (`invalid_state`).
+            CommandError: The guest does not start it (`program_not_found`, `permission_denied`,
+                `bad_params`).
+            ChannelError: The guest did not answer (`channel_timeout`, `channel_closed`).
+
+        Example:
+            >>> with vm.stream("/bin/sh", ["-c", "echo hello"]) as program:
+            ...     list(program), program.exit_code
+            ([('stdout', b'hello\\n')], 0)
         """
     def upload(
         self,
@@ -397,9 +804,38 @@ class MicroVMInstance:
         progress: Optional[Callable[[int, Optional[int]], Any]] = None,
         timeout: Optional[float] = None,
     ) -> _Transferred:
-        """Writes a file of the guest from a path or an object with `read`. An existing file keeps its mode and owner; a new one
-        gets the source's permission bits (0644 for an object); `mode` sets others. Raises when it fails, or when the guest
-        takes nothing for `timeout` seconds (by default `command_timeout_s`).
+        """Writes a file of the guest from a path or an object with `read`.
+
+        Blocks until the whole file is written. Holds one window (256 KiB) of it in memory. A new file takes
+        its place when it is whole. An existing file keeps its mode and owner; a new one gets the permission
+        bits of its source, 0644 for an object.
+
+        Args:
+            source: A path on the host, or an object whose `read(size)` returns at most that many bytes.
+            guest_path: The path in the guest.
+            offset: Position in bytes, 0 to 2**62, from which `source` is read and the file is written in
+                place; what arrived is kept after a failure, and another call with the file's size resumes.
+                Where left out, the whole file is replaced.
+            mode: Permission bits of the file, 0 to 0o7777 (chmod(2)).
+            progress: A function that is called with the bytes sent so far, and with the size in bytes, or
+                `None` where that is not known.
+            timeout: Seconds that the guest may take nothing, 0 to 86400; `command_timeout_s` where left out.
+
+        Returns:
+            `bytes`, how many this call sent, and `crc32`, their checksum, which both sides compared
+            (`zlib.crc32`).
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range.
+            VmStateError: The VM does not run (`invalid_state`).
+            CommandError: The guest refuses the file, with the guest's own code.
+            ChannelError: The transfer failed (`channel_timeout`, `channel_closed`, `checksum_mismatch`).
+            HostError: `source` cannot be read (`host_error`).
+
+        Example:
+            >>> vm.upload(io.BytesIO(b"hello"), "/data/hello")
+            {'bytes': 5, 'crc32': 907060870}
         """
     def download(
         self,
@@ -410,29 +846,77 @@ class MicroVMInstance:
         max_bytes: Optional[int] = None,
         timeout: Optional[float] = None,
     ) -> _Transferred:
-        """Reads a file of the guest into a path or an object with `write`. An existing file keeps its mode and owner; a new one
-        gets the guest file's permission bits, less the umask. Raises when it fails, when the guest sends nothing for `timeout`
-        seconds (by default `command_timeout_s`), or more than `max_bytes` (by default, what the VM's disk, memory and image
-        can hold).
+        """Reads a file of the guest into a path or an object with `write`.
+
+        Blocks until the whole file is read. Holds one window (256 KiB) of it in memory. A new file takes its
+        place when it is whole. An existing file keeps its mode and owner; a new one gets the permission bits
+        of the guest's file, less the umask.
+
+        Args:
+            guest_path: The path in the guest.
+            destination: A path on the host, or an object with `write(data)`.
+            offset: Position in bytes, 0 to 2**62, from which the guest's file is read and the other is
+                written in place. Where left out, the whole file is replaced.
+            progress: A function that is called with the bytes received so far and the size in bytes.
+            max_bytes: The most bytes that are taken, 0 to 2**62; where left out, what the VM's disk, memory
+                and image can hold.
+            timeout: Seconds that the guest may send nothing, 0 to 86400; `command_timeout_s` where left out.
+
+        Returns:
+            `bytes`, how many this call received, and `crc32`, their checksum, which both sides compared
+            (`zlib.crc32`).
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range.
+            VmStateError: The VM does not run (`invalid_state`).
+            CommandError: The guest refuses the file, with the guest's own code, or it is larger than
+                `max_bytes` (`too_large`).
+            ChannelError: The transfer failed (`channel_timeout`, `channel_closed`, `checksum_mismatch`).
+            HostError: `destination` cannot be written (`host_error`).
+
+        Example:
+            >>> content = io.BytesIO()
+            >>> received = vm.download("/etc/hostname", content)
+            >>> received["bytes"] == len(content.getvalue())
+            True
         """
     def get_info(self) -> Dict[str, Any]:
-        """Everything there is to know about the VM, as plain JSON types; looks at it as `get_health_metrics` does.
+        """Returns everything there is to know about the VM, as plain JSON types.
 
-        `vm_id`, `backend`, `isolation_type`, `state`, `suspended`, `pid`, `start` (how it came to be, and how long each stage took),
-        `resource_limits`, `network_config`, `jail` and `limits` (what confines it, and what could not be had), `health_metrics`,
-        `health`, `socket_path`, `last_error`, ...
+        Blocks for at most 2 s if the guest does not answer: it measures the VM's health as
+        `get_health_metrics` does. Sizes called `mb` are MiB, `bytes` are bytes, `seconds` are seconds, and
+        `time`, `since` and `last_health_check` are Unix seconds.
+
+        Returns:
+            `VMInfo`. `start` says how the VM came to be and how long each stage took; `jail` and `limits` say
+            what confines it, how, and why a layer is missing.
+
+        Example:
+            >>> info = vm.get_info()
+            >>> info["state"], info["backend"], info["isolation_grade"] in ("emulated", "hardware")
+            ('running', 'qemu', True)
         """
 
 @final
 class ProcessStream:
-    """A running program: an iterator of `("stdout" | "stderr", bytes)`. Leaving its `with` block, or dropping it, kills it.
-    Ctrl-C in one of its methods raises and leaves it running.
+    """A program that runs in a guest: an iterator of `("stdout" or "stderr", bytes)`.
+
+    Made by `MicroVMInstance.stream`. Iterating blocks until there is output; it ends with the output.
+    Leaving the `with` block, or dropping the object, kills the program with all its descendants. Ctrl-C
+    in a method raises `KeyboardInterrupt` and leaves the program running, as with `subprocess.Popen`.
+    Properties do not block. Every error is raised; `ForkedProcessError` in a forked child.
+
+    Example:
+        >>> with vm.stream("cat") as program:
+        ...     program.write(b"hello"), program.close_stdin(), list(program), program.exit_code
+        (True, None, [('stdout', b'hello')], 0)
     """
 
     @property
     def exit_code(self) -> Optional[int]:
-        """The exit code, the negative number of the signal that ended the program, or `None` while its output was not taken
-        to the end.
+        """The exit code, or the negative number of the signal that ended the program; `None` until its output
+        was taken to the end.
         """
     @property
     def pid(self) -> int:
@@ -447,31 +931,100 @@ class ProcessStream:
         traceback: Optional[TracebackType],
     ) -> bool: ...
     def write(self, data: _Bytes) -> bool:
-        """Writes to the program's input, as fast as it reads; `False` when it reads no more. Blocks while the program does not
-        read, so also while it waits for its own output to be taken: take that on another thread, or write less than a pipe
-        holds (64 KiB) at a time.
+        """Writes to the program's input.
+
+        Blocks while the program does not read, so also while it waits for its own output to be taken: take
+        that on another thread, or write at most 64 KiB, which a pipe holds (pipe(7)), at a time.
+
+        Args:
+            data: The bytes to write.
+
+        Returns:
+            `True` when everything was written; `False` when the program reads no more.
+
+        Raises:
+            InvalidTypeError: `data` is not bytes.
+            ChannelError: The channel failed (`channel_closed`).
         """
     def close_stdin(self) -> None:
-        """Ends the program's input."""
+        """Ends the program's input.
+
+        Does not block.
+        """
     def signal(self, number: int) -> None:
-        """Sends a signal, 1 to 64, to the program's process group; SIGKILL ends all its descendants."""
+        """Sends a signal to the program's process group; SIGKILL ends all its descendants.
+
+        Does not block.
+
+        Args:
+            number: The number of the signal, 1 to 64 (signal(7)).
+
+        Raises:
+            InvalidTypeError: `number` is not an int.
+            InvalidValueError: `number` is out of range.
+            ChannelError: The channel failed (`channel_closed`).
+        """
     def resize(self, rows: int, columns: int) -> None:
-        """Tells the program's terminal its size; `ValueError` for a program that was started without `pty`."""
+        """Sets the size of the program's terminal (TIOCSWINSZ, ioctl_tty(2)).
+
+        Does not block.
+
+        Args:
+            rows: The height in characters, 1 to 65535.
+            columns: The width in characters, 1 to 65535.
+
+        Raises:
+            InvalidTypeError: An argument is not an int.
+            InvalidValueError: An argument is out of range, or the program was started without `pty`.
+            ChannelError: The channel failed (`channel_closed`).
+        """
     def wait(self, timeout: Optional[float] = None) -> Optional[int]:
-        """Waits for the program's end and gives its exit code, `-n` after signal `n`, -9 after `kill()`. Output that was not taken
-        goes to `on_output`, or is dropped. A program that its `timeout` ended raises `CommandError` once (`timeout`), then
-        gives -9. Ctrl-C raises and leaves the program running: `wait()` again, `kill()` it, or leave its `with` block.
+        """Waits for the program's end; output that was not taken goes to `on_output`, or is dropped.
+
+        Blocks until the program ends. Ctrl-C raises and leaves the program running.
+
+        Args:
+            timeout: Seconds to wait, 0 to 86400; no limit where left out.
+
+        Returns:
+            The exit code; `-n` after signal `n`, -9 after `kill`, as `subprocess.Popen.returncode`.
+
+        Raises:
+            InvalidTypeError: `timeout` is not a number.
+            InvalidValueError: `timeout` is out of range.
+            CommandError: The program ran longer than the `timeout` of `MicroVMInstance.stream` and was
+                killed (`timeout`); raised once, later calls return -9.
+            ChannelError: The program did not end in time (`channel_timeout`), or the channel failed
+                (`channel_closed`).
         """
     def kill(self) -> None:
-        """Kills the program and all its descendants; `wait()` then gives -9. Nothing when it has ended."""
+        """Kills the program and all its descendants; `wait` then returns -9.
+
+        Does not block. Does nothing when the program has ended.
+
+        Raises:
+            ForkedProcessError: The calling process is a forked child.
+        """
 
 @final
 class EventStream:
-    """A manager's events from its making on: an iterator of dicts, which ends with the manager."""
+    """The events of a manager from now on: an iterator of dicts, which ends with the manager.
+
+    Made by `MicroVMIsolationManager.events`. Iterating blocks until there is an event, at most for the
+    stream's `timeout`; Ctrl-C is seen within 50 ms. Properties do not block. Raises `ForkedProcessError`
+    in a forked child.
+
+    Example:
+        >>> with manager.events() as events:
+        ...     vm.pause(), vm.resume()
+        ...     [(event["from"], event["to"]) for event in [next(events), next(events)]]
+        (True, True)
+        [('running', 'paused'), ('paused', 'running')]
+    """
 
     @property
     def dropped(self) -> int:
-        """How many events were lost because nobody took them in time."""
+        """How many events were dropped because nobody took them in time."""
     def __iter__(self) -> Self: ...
     def __next__(self) -> Dict[str, Any]: ...
     def __enter__(self) -> Self: ...
@@ -482,29 +1035,66 @@ class EventStream:
         traceback: Optional[TracebackType],
     ) -> bool: ...
     def get(self, timeout: Optional[float] = None) -> Optional[Dict[str, Any]]:
-        """The next event, a dict; `None` when none came within `timeout` seconds (the stream's own where left out), or when there
-        will be none.
+        """Returns the next event, or `None` when none comes in time or the stream has ended.
+
+        Blocks until there is an event.
+
+        Args:
+            timeout: Seconds to wait, 0 to 86400; the stream's own where left out.
+
+        Raises:
+            InvalidTypeError: `timeout` is not a number.
+            InvalidValueError: `timeout` is out of range.
         """
     def close(self) -> None:
-        """Hears no more; what has come can still be taken. May be called twice; does nothing in a forked child."""
+        """Takes no more events; those that have come can still be taken.
+
+        Does not block. May be called twice. Does nothing in a forked child.
+        """
     def _wait(self) -> Optional[Dict[str, Any]]: ...
 
 @disjoint_base
 class CommunicationChannel:
-    """A connection to one VM's agent, from any process of the same user."""
+    """A connection to the agent of one VM, from any process of the VM's user or of root.
+
+    It talks to the socket of the VM's broker; docs/channel.md has the framing. Properties do not block,
+    and neither does the constructor, which connects to nothing. Methods release the GIL and see Ctrl-C
+    within 50 ms.
+
+    Errors under "Errors" are logged once and kept as `last_error`, and the method returns `False` or
+    `None`. Errors under "Raises" are always raised, and so is `ForkedProcessError` in a forked child.
+
+    Args:
+        vm_id: The id of a running VM.
+        socket_path: The path of its socket; where left out, the one that the VM has with the default
+            `runtime_dir`. With another one it is `info["socket_path"]`.
+
+    Raises:
+        InvalidTypeError: An argument has the wrong type.
+        InvalidValueError: An argument is malformed.
+
+    Example:
+        >>> with CommunicationChannel(vm_id) as channel:
+        ...     channel.send_message({"type": "ping"}), channel.receive_message(timeout=5)
+        (True, {'type': 'pong'})
+    """
 
     @property
     def vm_id(self) -> str:
         """The name of the VM."""
     @property
     def socket_path(self) -> str:
-        """Where the VM's broker listens, or will."""
+        """The path at which the VM's broker listens while the VM runs."""
     @property
     def logger(self) -> logging.Logger:
-        """The package's logger, `thirstys_waterfall.security.microvm_isolation`; it has no handlers of its own."""
+        """The logger of the package, `thirstys_waterfall.security.microvm_isolation`; the package adds no
+        handler that prints.
+        """
     @property
     def last_error(self) -> Optional[MicroVMError]:
-        """The reason of the last failure, with a stable `code`; `None` when there was none. A success does not clear it."""
+        """The error of the last failure, with a stable `code`; `None` before the first. A success does not
+        clear it.
+        """
     def __new__(cls, vm_id: str, socket_path: Optional[_Path] = None) -> Self: ...
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -514,22 +1104,63 @@ class CommunicationChannel:
         traceback: Optional[TracebackType],
     ) -> bool: ...
     def connect(self, timeout: float = 5.0) -> bool:
-        """Connects to the VM's broker, within `timeout` seconds; anew if it was connected.
+        """Connects to the VM's broker, anew if it was connected.
 
-        `False` with `last_error` when the VM does not run in a process of this user, or does not answer (`channel_closed`,
-        `channel_timeout`).
+        Blocks for at most `timeout`.
+
+        Args:
+            timeout: Seconds to wait, 0 to 86400.
+
+        Returns:
+            `True` when it is connected, else `False`.
+
+        Raises:
+            InvalidTypeError: `timeout` is not a number.
+            InvalidValueError: `timeout` is out of range.
+
+        Errors:
+            ChannelError: The VM does not run (`channel_closed`), does not answer (`channel_timeout`), or
+                another user listens at the socket (`foreign_socket`).
         """
     def send_message(self, message: Mapping[str, Any]) -> bool:
-        """Sends one message, a dict of plain JSON types such as `{"type": "ping"}`; docs/channel.md lists them.
+        """Sends one message to the VM.
 
-        Blocks for at most 30 s, as long as the broker takes no more. `False` with `last_error` when it was not sent.
+        Blocks for at most 30 s while the broker takes no more.
+
+        Args:
+            message: A dict of plain JSON types, such as `{"type": "ping"}`; docs/channel.md lists the types.
+
+        Returns:
+            `True` when it was sent, else `False`.
+
+        Raises:
+            InvalidTypeError: `message` is not a dict, or holds what JSON cannot.
+
+        Errors:
+            ChannelError: It was not sent (`channel_closed`, `channel_timeout`, `message_too_large`).
         """
     def receive_message(self, timeout: float = 1.0) -> Optional[Dict[str, Any]]:
-        """The next message within `timeout` seconds; `None` with `last_error` when none came (`channel_timeout`) or the
-        connection ended (`channel_closed`).
+        """Returns the next message of the VM, or `None`.
+
+        Blocks for at most `timeout`.
+
+        Args:
+            timeout: Seconds to wait, 0 to 86400.
+
+        Raises:
+            InvalidTypeError: `timeout` is not a number.
+            InvalidValueError: `timeout` is out of range.
+
+        Errors:
+            ChannelError: No message came in time (`channel_timeout`, which is not logged), or the connection
+                ended (`channel_closed`).
         """
     def close(self) -> None:
-        """Ends the connection. May be called twice; does nothing in a forked child of the process that made the channel."""
+        """Ends the connection.
+
+        Does not block, except while another thread sends or receives on the channel. May be called twice.
+        Does nothing in a forked child of the process that made the channel.
+        """
 
 def check_resource_limits(
     vcpu_count: int,
@@ -553,10 +1184,26 @@ def check_network_config(
 ) -> None: ...
 def check_vm_id(text: str) -> None: ...
 def doctor() -> Dict[str, Any]:
-    """Tells what this host can run: looks at backends, accelerators and privileges, and makes and removes what a start makes
-    before its VMM runs, with the default configuration. Blocks for a second, or some where KVM hangs.
+    """Reports what this host can run, and what to do about what is missing.
+
+    Blocks for about a second, longer where KVM hangs. It looks at backends, accelerators and privileges,
+    and makes and removes what a start makes before its VMM runs, with the default configuration. Needs no
+    privilege, and reports those that are missing.
+
+    Returns:
+        A dict of plain JSON types: `verdict` (`starts` says whether VMs start here), `platform`,
+        `privileges`, `network`, `jail`, `kvm`, `backends`, `guest_image`, `runtime_dir`, `problems` and
+        `hints`, each of the last two with a `remedy`.
+
+    Example:
+        >>> doctor()["verdict"]["starts"]
+        True
     """
-def next_log_records(timeout: float) -> Optional[List[Tuple[str, str, str]]]: ...
-def close_events() -> None: ...
-def close_log() -> None: ...
-def shutdown() -> None: ...
+def next_log_records(timeout: float) -> Optional[List[Tuple[str, str, str]]]:
+    """Waits up to `timeout` seconds for records; `None` once the log is closed."""
+def close_events() -> None:
+    """Ends every stream of events, so that the threads that wait for one can end: the interpreter exits."""
+def close_log() -> None:
+    """Takes no more records and wakes whoever waits for them."""
+def shutdown() -> None:
+    """Destroys every VM of this process and refuses new work; called when the interpreter exits."""
