@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use microvm_protocol::identity::Identity;
 
 use super::confine::Confinement;
-use super::introduction::Introduction;
+use super::identity_delivery::IdentityDelivery;
 use super::network::Connection;
 use super::prepare::{self, prepare, Ids, Prepared, Seen};
 use super::running::{Base, Running};
@@ -211,7 +211,7 @@ pub struct Launching {
     seen: Vec<Seen>,
     limits: ResourceLimits,
     identity: Identity,
-    introduction: Introduction,
+    identity_delivery: IdentityDelivery,
     jailed: Jailed,
     transport: Transport,
     control: Box<dyn Control>,
@@ -245,7 +245,7 @@ impl Launching {
         let origin = template.as_ref().map_or(Origin::Boot, |template| Origin::Clone { ram: template.ram.clone() });
         let launched = vmm.launch(&plan, &origin, Box::new(held))?;
         let Launched { jailed, agent: transport, control, tails, identity: port } = launched;
-        let introduction = Introduction::by(port);
+        let identity_delivery = IdentityDelivery::by(port);
         // The tap is the VMM's from here on: it goes when the VMM does.
         plan.nic = None;
         let connection = network.map(|network| network.connection);
@@ -259,7 +259,7 @@ impl Launching {
             seen,
             limits,
             identity,
-            introduction,
+            identity_delivery,
             jailed,
             transport,
             control,
@@ -330,7 +330,7 @@ impl Launching {
             plan,
             seen,
             identity,
-            introduction,
+            identity_delivery,
             jailed,
             transport,
             control,
@@ -355,12 +355,12 @@ impl Launching {
                 None => Agent::hello(vm_id, &mut transport).await?,
             };
             progress.at("handshake");
-            introduction.tell(&identity, dir.path())?;
+            identity_delivery.deliver(&identity, dir.path())?;
             Agent::connect(vm_id.clone(), transport, identity.credentials.of_peer(), &hello).await
         };
         let agent = Arc::new(attempt.race(in_guest).await?);
         progress.at("done");
-        introduction.wipe(dir.path())?;
+        identity_delivery.wipe(dir.path())?;
         Ok(Running {
             vm_id: vm_id.clone(),
             backend: vmm.backend(),
@@ -372,7 +372,7 @@ impl Launching {
             seen,
             confinement,
             ids: Ids { machine_id: identity.machine_id, boot_id: identity.boot_id },
-            introduction,
+            identity_delivery,
             origin: if template.is_some() { "clone" } else { "boot" },
             base: template
                 .map(|template| Box::new(Base { ram: template.ram.clone(), fit: template.manifest.fit.clone() })),

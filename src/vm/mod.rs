@@ -10,7 +10,7 @@ mod confine;
 mod copy;
 mod events;
 mod health;
-mod introduction;
+mod identity_delivery;
 pub mod janitor;
 mod monitor;
 pub mod network;

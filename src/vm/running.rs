@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::confine::Confinement;
 use super::health::Watch;
-use super::introduction::Introduction;
+use super::identity_delivery::IdentityDelivery;
 use super::network::Connection;
 use super::prepare::{Ids, Seen};
 use super::{Facts, Settings, Spec};
@@ -58,7 +58,7 @@ pub struct Running {
     pub(super) seen: Vec<Seen>,
     pub(super) confinement: Confinement,
     pub(super) ids: Ids,
-    pub(super) introduction: Introduction,
+    pub(super) identity_delivery: IdentityDelivery,
     /// `None`: it booted.
     pub(super) base: Option<Box<Base>>,
     /// `boot`, `clone`, `pool` or `resume`.

@@ -164,12 +164,12 @@ impl MicroVm {
         let thawed = async {
             let mut identity = prepare::identity(self.id(), &self.spec.limits, None, running.ids)?;
             identity.keeps_calls = true;
-            let gone = || Error::host("introduce", self.id(), "the VM's files are gone");
+            let gone = || Error::host("deliver the identity of", self.id(), "the VM's files are gone");
             let folder = running.folder().ok_or_else(gone)?;
-            running.introduction.tell(&identity, &folder)?;
+            running.identity_delivery.deliver(&identity, &folder)?;
             running.control().resume().await?;
             running.agent().thaw(identity.credentials.of_peer(), hello, FREEZE_DEADLINE).await?;
-            running.introduction.wipe(&folder)?;
+            running.identity_delivery.wipe(&folder)?;
             match state {
                 VmState::Paused => running.control().pause().await,
                 _ => Ok(()),

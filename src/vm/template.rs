@@ -12,7 +12,7 @@ use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS
 use tokio::io::AsyncWriteExt;
 
 use super::boot::{Attempt, Progress, TEMPLATE};
-use super::introduction::Introduction;
+use super::identity_delivery::IdentityDelivery;
 use super::prepare::{self, file_size, Prepared, Sources};
 use super::{Settings, Spec};
 use crate::channel::Agent;
@@ -238,7 +238,7 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     let vm_id = &plan.vm_id;
     let launched = prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let Launched { jailed, agent, control, tails, identity } = launched;
-    let introduction = Introduction::by(identity);
+    let identity_delivery = IdentityDelivery::by(identity);
     let (limit, vmm) = (settings.start_timeout * TEMPLATE_STARTS, prepared.vmm.as_ref());
     let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit, vmm };
     let state = File::options().write(true).create_new(true).open(dir.join(STATE));
@@ -254,7 +254,7 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
         }
         for _ in 0..REHEARSALS {
             tokio::time::sleep(BETWEEN).await;
-            introduction.rehearse()?;
+            identity_delivery.rehearse()?;
             transport.write_all(&freeze).await.map_err(|error| Error::host("write", "the agent's port", error))?;
             hello = Agent::hello(vm_id, &mut transport).await?;
         }

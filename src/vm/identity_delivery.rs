@@ -1,4 +1,4 @@
-//! How a guest hears who it is: apart from the transport on which it then proves that it has heard it.
+//! How a guest gets its identity: apart from the transport on which it then proves that it has it.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -9,34 +9,34 @@ use microvm_protocol::identity::{Identity, CONFIG_SERIAL, DRIVE_BYTES};
 use crate::error::{Error, Result};
 use crate::image;
 
-/// The way to one guest.
+/// The way by which one guest gets its identity.
 #[derive(Debug)]
-pub enum Introduction {
-    /// A port of the VMM's beside the agent's: what the guest has read is nowhere any more.
+pub enum IdentityDelivery {
+    /// A second port beside the agent's. A port keeps no copy of what the guest has read.
     Port(UnixStream),
     /// The config drive, for a VMM without ports.
     Drive,
 }
 
-impl Introduction {
-    /// By `port`, where the VMM has one.
+impl IdentityDelivery {
+    /// The port where the VMM has one, else the config drive.
     #[must_use]
     pub fn by(port: Option<UnixStream>) -> Self {
         port.map_or(Self::Drive, Self::Port)
     }
 
-    /// Tells the guest, which looks when the OFFER comes; `dir` has its drives.
+    /// Delivers `identity`, which the guest reads when the OFFER comes; `dir` holds its drives.
     ///
     /// # Errors
     /// [`Error::Host`].
-    pub fn tell(&self, identity: &Identity, dir: &Path) -> Result<()> {
+    pub fn deliver(&self, identity: &Identity, dir: &Path) -> Result<()> {
         let mut block = identity.to_drive().map_err(|error| Error::host("encode", "an identity", error))?;
-        let told = match self {
+        let delivered = match self {
             Self::Port(port) => write(port, &block),
             Self::Drive => image::write_config_drive(&dir.join(CONFIG_SERIAL), &block),
         };
         block.fill(0);
-        told
+        delivered
     }
 
     /// Says nothing in as many bytes, to a guest that rehearses.
@@ -51,7 +51,7 @@ impl Introduction {
         }
     }
 
-    /// Wipes what the guest has been told.
+    /// Wipes the identity from the config drive.
     ///
     /// # Errors
     /// [`Error::Host`].
