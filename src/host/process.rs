@@ -27,8 +27,8 @@ use super::pidfd;
 use super::zygote::Zygotes;
 use crate::error::{Error, Result};
 
-/// How long a rehearsed launch may take; it takes milliseconds.
-const REHEARSAL_DEADLINE_S: i64 = 10;
+/// How long a trial launch may take; it takes milliseconds.
+const TRIAL_DEADLINE_S: i64 = 10;
 
 /// How a jailed process ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -343,15 +343,15 @@ fn send_spec(launcher: &Path, control: &OwnedFd, spec: &LaunchSpec, fds: &[Borro
 ///
 /// # Errors
 /// [`Error::Host`] when the launcher does not start or hangs; a launch that fails is an [`Exit::Failed`].
-pub fn rehearse(launcher: &Path, spec: &LaunchSpec) -> Result<(Option<Confined>, Exit)> {
+pub fn try_launch(launcher: &Path, spec: &LaunchSpec) -> Result<(Option<Confined>, Exit)> {
     let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
     let (control, mut child) = spawn(launcher, None)?;
-    let deadline = nix::sys::time::TimeVal::new(REHEARSAL_DEADLINE_S, 0);
+    let deadline = nix::sys::time::TimeVal::new(TRIAL_DEADLINE_S, 0);
     let talk = || -> Result<(Option<Confined>, Exit)> {
         setsockopt(&control, sockopt::ReceiveTimeout, &deadline).map_err(|e| failed("SO_RCVTIMEO", &e))?;
         send_spec(launcher, &control, spec, &[])?;
         let (mut confined, mut exit) = (None, None);
-        while let Some((event, _)) = receive(&control).map_err(|e| failed("rehearse a launch with", &e))? {
+        while let Some((event, _)) = receive(&control).map_err(|e| failed("try a launch with", &e))? {
             match event {
                 JailEvent::Started { confined: told } => confined = Some(told),
                 JailEvent::Failed { stage, errno, message } => {

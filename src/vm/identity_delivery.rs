@@ -39,14 +39,14 @@ impl IdentityDelivery {
         delivered
     }
 
-    /// Says nothing in as many bytes, to a guest that rehearses.
+    /// Delivers zeros of the same length, to a guest that warms up for its clones.
     ///
     /// # Errors
     /// [`Error::Host`].
-    pub fn rehearse(&self) -> Result<()> {
+    pub fn warm_up(&self) -> Result<()> {
         match self {
             Self::Port(port) => write(port, &[0; DRIVE_BYTES]),
-            // It says nothing as it is.
+            // The drive is all zeros already.
             Self::Drive => Ok(()),
         }
     }

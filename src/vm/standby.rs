@@ -19,7 +19,7 @@ use crate::model::Form;
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// So long that the guest's timers have run out when it wakes.
-const REHEARSED_PAUSE: Duration = Duration::from_millis(100);
+const WARM_UP_PAUSE: Duration = Duration::from_millis(100);
 
 /// A VM without a user.
 pub enum Standby {
@@ -51,13 +51,13 @@ impl Standby {
             return Ok(Standby::Restored(launching));
         }
         let running = launching.bring_up().await?;
-        // What is done here for the first time need not be when it is taken: the way out of a pause, too.
+        // Warms up what happens only the first time, the way out of a pause included.
         for is_last in [false, true] {
             running.adopt(spec).await?;
             running.agent().request("ping", Value::Null, ADOPT_DEADLINE).await?;
             running.control().pause().await?;
             if !is_last {
-                tokio::time::sleep(REHEARSED_PAUSE).await;
+                tokio::time::sleep(WARM_UP_PAUSE).await;
                 running.control().resume().await?;
             }
         }

@@ -23,12 +23,12 @@ use crate::image::{self, GuestImage};
 use crate::model::{Backend, NetworkConfig, ResourceLimits, VmId};
 use crate::vmm::{self, Drive, JailPlan, LaunchPlan, Launched, Nic, Origin, Vmm, Wish, RAM_PLACE};
 
-/// HELLOs asked for before the guest is frozen: it rehearses before each.
-const REHEARSALS: usize = 3;
+/// HELLOs requested before the guest is frozen: it warms up before each.
+const WARM_UPS: usize = 3;
 /// Time for the kernel to do what it has put off.
 const BETWEEN: Duration = Duration::from_millis(20);
 
-/// A template has this many times as long as a start: it is booted, rehearsed, written and read.
+/// A template has this many times as long as a start: it is booted, warmed up, written and read.
 const TEMPLATE_STARTS: u32 = 4;
 /// Of the time of a start, the part for which it waits for a template; in the rest it boots.
 const WAITS: u32 = 2;
@@ -252,9 +252,9 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
             // A boot of the VM itself will say what.
             return Err(Error::host("freeze", vm_id, "the guest could not be set up"));
         }
-        for _ in 0..REHEARSALS {
+        for _ in 0..WARM_UPS {
             tokio::time::sleep(BETWEEN).await;
-            identity_delivery.rehearse()?;
+            identity_delivery.warm_up()?;
             transport.write_all(&freeze).await.map_err(|error| Error::host("write", "the agent's port", error))?;
             hello = Agent::hello(vm_id, &mut transport).await?;
         }

@@ -165,7 +165,7 @@ pub struct HostJail {
     pub no_proc: Option<String>,
     /// A uid for each VM.
     pub identity: Layer,
-    /// What the rehearsed program got; `None` when not even the weakest jail could be made.
+    /// What confined the program of a trial launch; `None` when not even the weakest jail could be made.
     pub confined: Option<Confined>,
 }
 
@@ -226,12 +226,12 @@ pub fn host_jail(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<Arc<Host
     if let Some(found) = known.get(&key) {
         return Ok(found.clone());
     }
-    let found = Arc::new(rehearse(launcher, uid, seccomp)?);
+    let found = Arc::new(probe(launcher, uid, seccomp)?);
     known.insert(key, found.clone());
     Ok(found)
 }
 
-fn rehearse(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<HostJail> {
+fn probe(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<HostJail> {
     let root = nix::unistd::geteuid().is_root();
     let mut reasons = Vec::new();
     for (identity, own_root) in [(true, true), (false, true), (false, false)] {
@@ -297,11 +297,11 @@ fn attempt(
     let shape = if own_root { Layer::Given(String::new()) } else { none.clone() };
     let host = HostJail { namespaces: shape, no_proc: None, identity: none, confined: None };
     let mut plan = JailPlan::new(launcher, &host, None, &[])?;
-    let program = plan.show("package data", launcher, "/vmm/rehearsal", Access::Execute)?;
+    let program = plan.show("package data", launcher, "/vmm/trial", Access::Execute)?;
     plan.identity = identity;
     let argv = vec![program.display().to_string()];
     let spec = LaunchSpec { proc, ..plan.spec(argv, Vec::new(), seccomp) };
-    process::rehearse(launcher, &spec)
+    process::try_launch(launcher, &spec)
 }
 
 #[cfg(test)]

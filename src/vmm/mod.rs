@@ -166,7 +166,7 @@ pub struct Launched {
     pub agent: Transport,
     pub control: Box<dyn Control>,
     pub tails: LiveTails,
-    /// The host's end of the port by which the guest hears who it is; `None`: by its config drive.
+    /// The host's end of the port that delivers the guest's identity; `None`: by its config drive.
     pub identity: Option<UnixStream>,
 }
 
@@ -222,7 +222,7 @@ pub struct Capabilities {
     pub clones: bool,
     /// A VM that runs can be copied: its state is written while it stands still, and it goes on.
     pub copies: bool,
-    /// A guest hears who it is from a drive; else by [`Launched::identity`].
+    /// A guest reads its identity from a drive; else by [`Launched::identity`].
     pub config_drive: bool,
     pub wire: Wire,
     pub max_vcpus: u64,

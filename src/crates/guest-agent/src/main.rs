@@ -16,9 +16,9 @@ mod memory;
 mod network;
 mod pool;
 mod port;
-mod rehearsal;
 mod serve;
 mod users;
+mod warm_up;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,7 +52,7 @@ fn run() -> Result<(), String> {
     let (is_ready, mut outcome) = (outcome == Outcome::Ready, encode(&outcome)?);
     // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
     port.say_hello()?;
-    let (offer, arrived) = port.wait_for_offer(|| rehearsal::rehearse(&blank))?;
+    let (offer, arrived) = port.wait_for_offer(|| warm_up::warm_up(&blank))?;
     let identity = blank.read_identity()?;
     if let Some(network) = identity.network.as_ref().filter(|_| is_ready) {
         let joined = device.as_ref().map_or(Err("there is no network device".into()), |device| device.join(network));

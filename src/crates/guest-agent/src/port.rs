@@ -102,16 +102,16 @@ impl Port {
         self.file.write_all(&hello).map_err(|e| format!("HELLO: {e}"))
     }
 
-    /// Waits for the host's OFFER; a guest without an identity stands here for as long as its template is kept. `rehearse`
+    /// Waits for the host's OFFER; a guest without an identity waits here for as long as its template exists. `warm_up`
     /// runs before it is frozen.
-    pub fn wait_for_offer(&mut self, rehearse: impl Fn()) -> Result<(Vec<u8>, Instant), String> {
+    pub fn wait_for_offer(&mut self, warm_up: impl Fn()) -> Result<(Vec<u8>, Instant), String> {
         loop {
             match self.decoder.next_record().map_err(|e| e.to_string())? {
                 Some(record) => match Ask::decode(record) {
                     None => return Ok((record.to_vec(), Instant::now())),
                     Some(ask) => {
                         if ask == Ask::Freeze {
-                            rehearse();
+                            warm_up();
                         }
                         self.say_hello()?;
                     }

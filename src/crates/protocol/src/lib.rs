@@ -51,7 +51,7 @@ pub const GENERATION_MAX: u8 = 1;
 pub const VSOCK_PORT: u32 = 5005;
 /// The name of the agent's virtio-serial port, as it appears in `/sys/class/virtio-ports/*/name`.
 pub const SERIAL_PORT_NAME: &str = "microvm.agent";
-/// The name of the port by which a guest without a config drive hears who it is.
+/// The name of the port that delivers the identity to a guest without a config drive.
 pub const IDENTITY_PORT_NAME: &str = "microvm.identity";
 
 /// Why a peer's bytes were refused. After any of these the connection cannot go on.

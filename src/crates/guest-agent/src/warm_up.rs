@@ -1,7 +1,7 @@
-//! What a guest does before it is frozen, so that its clones need not.
+//! What a guest does once before it is frozen, so that its clones need not.
 //!
 //! Everything that happens only the first time (lazy set-up, page faults, allocator arenas) is done once here, with
-//! names and keys that are thrown away.
+//! names and keys that are discarded.
 
 use std::fs;
 use std::thread;
@@ -19,8 +19,8 @@ const CLOCK_SOURCE: &str = "/sys/devices/system/clocksource/clocksource0/current
 /// How long the kernel may take to trust its clock: about a second after it has booted on QEMU's TCG.
 const CLOCK_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Failures are of no interest: the real performance has them, too, and says so.
-pub fn rehearse(blank: &Blank) {
+/// Failures are ignored: a clone meets them, too, and reports them.
+pub fn warm_up(blank: &Blank) {
     settle_clock();
     drop(blank.read_identity());
     let credentials = Credentials { key: Key([0; 32]), public: [0; 32], peer: [0; 32], shared: Key([0; 32]) };
