@@ -12,8 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
-use crate::door::Door;
-use crate::job::Bell;
+use crate::fork_gate::ForkGate;
+use crate::notifier::Notifier;
 
 /// How a child ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub enum Ended {
 /// A child that someone waits for.
 struct Child {
     ended: Option<Ended>,
-    bell: Arc<Bell>,
+    notifier: Arc<Notifier>,
 }
 
 /// The reaper calls little and keeps nothing.
@@ -37,8 +37,8 @@ struct Table {
     spawned: u64,
 }
 
-/// Open unless the guest is frozen.
-pub static DOOR: Door = Door::new();
+/// Closed while the guest is frozen.
+pub static FORK_GATE: ForkGate = ForkGate::new();
 static TABLE: Mutex<Table> = Mutex::new(Table { children: BTreeMap::new(), spawned: 0 });
 /// There is a child to wait for.
 static SPAWNED: Condvar = Condvar::new();
@@ -90,7 +90,7 @@ fn reap(pid: i32) {
     };
     if let Some(child) = guard.children.get_mut(&pid) {
         child.ended = Some(ended);
-        child.bell.ring();
+        child.notifier.notify();
     }
 }
 
@@ -137,12 +137,12 @@ pub struct Spawned {
     group: Group,
 }
 
-/// Spawns `command`, which must make the child join `group`, and rings `bell` when the child has ended.
-pub fn spawn(command: &mut Command, group: Group, bell: &Arc<Bell>) -> io::Result<(process::Child, Spawned)> {
+/// Spawns `command`, which must make the child join `group`, and notifies `notifier` when the child has ended.
+pub fn spawn(command: &mut Command, group: Group, notifier: &Arc<Notifier>) -> io::Result<(process::Child, Spawned)> {
     let mut table = table();
     let child = command.spawn()?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
-    table.children.insert(pid, Child { ended: None, bell: bell.clone() });
+    table.children.insert(pid, Child { ended: None, notifier: notifier.clone() });
     table.spawned += 1;
     drop(table);
     SPAWNED.notify_all();

@@ -15,8 +15,8 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::actions::Guest;
 use crate::boot::CGROUPS;
-use crate::children::DOOR;
-use crate::door::Shut;
+use crate::children::FORK_GATE;
+use crate::fork_gate::ClosedGate;
 use crate::identity::{Blank, HostTime};
 use crate::network::Device;
 use crate::port::Link;
@@ -32,7 +32,7 @@ const PF_KTHREAD: u64 = 0x0020_0000;
 
 /// No program runs, and none is begun, for as long as this lives.
 pub struct Standstill {
-    _shut: Shut<'static>,
+    _closed: ClosedGate<'static>,
     /// The groups that ran before: what the guest's own user froze stays so.
     frozen: Vec<PathBuf>,
 }
@@ -64,8 +64,8 @@ fn write_state(group: &Path, state: &str) -> io::Result<()> {
 pub fn stop_programs() -> Result<Standstill, Failure> {
     let busy = |message| Failure { code: Code::Busy, message };
     let late = |what| busy(format!("{what} within {} s", STOP_DEADLINE.as_secs()));
-    let shut = DOOR.shut(STOP_DEADLINE).ok_or_else(|| late("a program could not be begun".into()))?;
-    let mut standstill = Standstill { _shut: shut, frozen: Vec::new() };
+    let closed = FORK_GATE.close(STOP_DEADLINE).ok_or_else(|| late("a program could not be begun".into()))?;
+    let mut standstill = Standstill { _closed: closed, frozen: Vec::new() };
     let end = Instant::now() + STOP_DEADLINE;
     let failed = |error: io::Error| busy(format!("{CGROUPS}: {error}"));
     // A program that still runs may move, make groups or thaw them: done is a round that found all of them standing.

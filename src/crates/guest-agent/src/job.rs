@@ -1,49 +1,17 @@
 //! One request that runs, and what the host says to it meanwhile.
 //!
-//! The thread that reads the port notes what came and rings the bell; the request's own thread waits for the bell alone,
-//! or together with a program's pipes.
+//! The thread that reads the port notes what came and notifies the request's own thread, which waits for the notifier
+//! alone or together with a program's pipes.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use microvm_protocol::message::{Code, Control, Failure, Started};
 use microvm_protocol::mux::STDIN;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::children::Spawned;
+use crate::notifier::Notifier;
 use crate::port::Sender;
-
-/// Wakes one thread, which may also wait for other descriptors.
-pub struct Bell(EventFd);
-
-impl Bell {
-    pub fn new() -> Result<Arc<Self>, Failure> {
-        let made = EventFd::from_flags(EfdFlags::EFD_CLOEXEC);
-        let failed = |e| Failure { code: Code::Busy, message: format!("eventfd: {e}") };
-        made.map(|fd| Arc::new(Self(fd))).map_err(failed)
-    }
-
-    pub fn ring(&self) {
-        // The counter would have to stand near 2^64 for this to fail.
-        if let Err(error) = self.0.write(1) {
-            eprintln!("microvm-agent: eventfd: {error}");
-        }
-    }
-
-    /// Waits until it rings, unless it did since the last wait.
-    pub fn wait(&self) {
-        if let Err(error) = self.0.read() {
-            eprintln!("microvm-agent: eventfd: {error}");
-        }
-    }
-}
-
-impl AsFd for Bell {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
 
 #[derive(Default)]
 struct Said {
@@ -67,20 +35,20 @@ pub struct Job {
     id: u32,
     sender: Sender,
     said: Mutex<Said>,
-    bell: Arc<Bell>,
+    notifier: Arc<Notifier>,
 }
 
 impl Job {
     pub fn new(id: u32, sender: Sender) -> Result<Arc<Self>, Failure> {
-        Ok(Arc::new(Self { id, sender, said: Mutex::default(), bell: Bell::new()? }))
+        Ok(Arc::new(Self { id, sender, said: Mutex::default(), notifier: Notifier::new()? }))
     }
 
     fn said(&self) -> MutexGuard<'_, Said> {
         self.said.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn bell(&self) -> &Arc<Bell> {
-        &self.bell
+    pub fn notifier(&self) -> &Arc<Notifier> {
+        &self.notifier
     }
 
     pub fn cancel(&self) {
@@ -92,7 +60,7 @@ impl Job {
         if let Some(program) = program {
             program.kill();
         }
-        self.bell.ring();
+        self.notifier.notify();
     }
 
     pub fn is_cancelled(&self) -> bool {
@@ -118,7 +86,7 @@ impl Job {
             }
             Control::Resize { rows, columns } => {
                 self.said().resize = Some((rows, columns));
-                self.bell.ring();
+                self.notifier.notify();
             }
         }
     }
@@ -136,7 +104,7 @@ impl Job {
         }
         said.input_ended |= last;
         drop(said);
-        self.bell.ring();
+        self.notifier.notify();
     }
 
     pub fn input(&self) -> Input {

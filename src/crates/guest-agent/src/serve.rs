@@ -48,7 +48,7 @@ pub fn serve(link: &mut Link, server: &Arc<Server>) -> Result<End, String> {
             }
             Incoming::Cancel { id } => server.tell(id, |job| job.cancel()),
             Incoming::Data { id, bytes, last, .. } => server.tell(id, |job| job.feed(bytes, last)),
-            Incoming::Credit { id, .. } => server.tell(id, |job| job.bell().ring()),
+            Incoming::Credit { id, .. } => server.tell(id, |job| job.notifier().notify()),
             Incoming::Control { id, body } => match serde_json::from_slice(&body) {
                 Ok(control) => server.tell(id, |job| job.control(control)),
                 Err(error) => eprintln!("microvm-agent: control of {id}: {error}"),

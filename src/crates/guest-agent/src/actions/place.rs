@@ -46,7 +46,7 @@ impl Waiter for Job {
             if self.is_cancelled() {
                 return Err(cancelled("a file"));
             }
-            let mut fds = vec![PollFd::new(self.bell().as_fd(), PollFlags::POLLIN)];
+            let mut fds = vec![PollFd::new(self.notifier().as_fd(), PollFlags::POLLIN)];
             fds.extend(fd.map(|fd| PollFd::new(fd, events)));
             match poll(&mut fds, timeout) {
                 Ok(0) => return Ok(()),
@@ -56,7 +56,7 @@ impl Waiter for Job {
             }
             let seen: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
             if seen.first() == Some(&true) {
-                self.bell().wait();
+                self.notifier().wait();
             }
             if seen.get(1) == Some(&true) {
                 return Ok(());

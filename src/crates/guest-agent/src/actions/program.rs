@@ -22,7 +22,7 @@ use nix::unistd::{fchown, Gid, Uid};
 
 use super::fail;
 use crate::boot;
-use crate::children::{self, Ended, Group, Spawned, DOOR};
+use crate::children::{self, Ended, Group, Spawned, FORK_GATE};
 use crate::job::{cancelled, Job};
 use crate::users::{self, User};
 
@@ -253,13 +253,13 @@ impl Program<'_> {
                 Ok(())
             });
         }
-        let passage = DOOR.pass();
-        // While it waited at the door this guest may have become another VM.
+        let permit = FORK_GATE.enter();
+        // While this thread waited at the gate the guest may have become another VM.
         if job.is_cancelled() {
             return Err(cancelled(self.shown()));
         }
-        let spawning = children::spawn(&mut command, group, job.bell());
-        drop(passage);
+        let spawning = children::spawn(&mut command, group, job.notifier());
+        drop(permit);
         let (mut child, spawned) = spawning.map_err(|error| {
             let code = match error.kind() {
                 ErrorKind::NotFound => Code::ProgramNotFound,
@@ -433,10 +433,10 @@ impl Running<'_> {
         }
     }
 
-    /// Waits until something can be done: the bell rings, too, when the program has ended. Says whether the program's
+    /// Waits until something can be done: the end of the program notifies, too. Says whether the program's
     /// input can be written; the outputs note it for themselves.
     fn wait(&mut self, wants_stdin: bool, deadline: Option<Instant>) -> Result<bool, Failure> {
-        let mut fds = vec![PollFd::new(self.job.bell().as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![PollFd::new(self.job.notifier().as_fd(), PollFlags::POLLIN)];
         let listened = |output: &&Output| output.room > 0;
         fds.extend(self.outputs.iter().filter(listened).map(|o| PollFd::new(o.file.as_fd(), PollFlags::POLLIN)));
         let stdin = self.stdin.as_ref().filter(|_| wants_stdin);
@@ -453,7 +453,7 @@ impl Running<'_> {
         let seen: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
         let mut seen = seen.into_iter();
         if seen.next() == Some(true) {
-            self.job.bell().wait();
+            self.job.notifier().wait();
         }
         for output in &mut self.outputs {
             output.is_ready = output.room > 0 && seen.next() == Some(true);

@@ -67,7 +67,7 @@ pub fn upload(params: Value, job: &Job) -> Outcome {
             }
             Input::Ended => break,
             Input::Empty if job.is_cancelled() => return Err(cancelled(&params.path)),
-            Input::Empty => job.bell().wait(),
+            Input::Empty => job.notifier().wait(),
         }
     }
     destination.finish(mode)?;
@@ -96,7 +96,7 @@ pub fn download(params: Value, job: &Job) -> Outcome {
         while !rest.is_empty() {
             match job.send(STDOUT, rest)? {
                 None => return Err(cancelled(&params.path)),
-                Some(0) => job.bell().wait(),
+                Some(0) => job.notifier().wait(),
                 Some(taken) => rest = rest.get(taken..).unwrap_or_default(),
             }
         }
