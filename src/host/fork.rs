@@ -1,7 +1,7 @@
 //! What a forked child must not have of its parent's: descriptors, and state behind locks.
 //!
 //! Close-on-exec does not help against a child that never executes anything (multiprocessing): it would hold a VM's
-//! leash and lock for as long as it lives, and the VM would outlive its owner. So a handler that runs in every forked
+//! lifeline and lock for as long as it lives, and the VM would outlive its owner. So a handler that runs in every forked
 //! child puts `/dev/null` in their place. It may do only what is async-signal-safe: the table is an array of atomics.
 //!
 //! A lock that another thread holds at the fork is never let go in the child. So a static that has locks or threads is a
@@ -115,18 +115,18 @@ impl<T: Send + Sync + 'static> PerProcess<T> {
 
 /// Keeps a descriptor from forked children until it is dropped; drop it before the descriptor is closed.
 #[derive(Debug)]
-pub struct Concealed(Option<usize>);
+pub struct ForkGuard(Option<usize>);
 
-/// Notes `fd`.
+/// Guards `fd`.
 #[must_use]
-pub fn conceal(fd: &impl AsRawFd) -> Concealed {
+pub fn guard(fd: &impl AsRawFd) -> ForkGuard {
     install();
     let fd = fd.as_raw_fd();
     let take = |slot: &AtomicI32| slot.compare_exchange(FREE, fd, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-    Concealed(TABLE.iter().position(take))
+    ForkGuard(TABLE.iter().position(take))
 }
 
-impl Drop for Concealed {
+impl Drop for ForkGuard {
     fn drop(&mut self) {
         if let Some(slot) = self.0.and_then(|index| TABLE.get(index)) {
             slot.store(FREE, Ordering::Release);
@@ -181,9 +181,9 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn test_conceal_a_forked_child_does_not_hold_the_socket() {
+    fn test_guard_a_forked_child_does_not_hold_the_socket() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let concealed = conceal(&ours);
+        let guard = guard(&ours);
         // SAFETY: the child only sleeps and exits.
         let child = unsafe { libc::fork() };
         if child == 0 {
@@ -193,7 +193,7 @@ mod tests {
                 libc::_exit(0);
             }
         }
-        drop(concealed);
+        drop(guard);
         drop(ours);
         theirs.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
         let read = theirs.read(&mut [0]);

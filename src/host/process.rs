@@ -1,6 +1,6 @@
 //! A process in its jail: launched by posix_spawn through the launcher, watched over one socket.
 //!
-//! The socket is the leash: when this side closes, for whatever reason, the launcher's supervisor kills all it holds.
+//! The socket is the lifeline: when this side closes, for whatever reason, the launcher's supervisor kills all it holds.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -22,7 +22,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::sync::watch;
 
-use super::fork::{self, Concealed};
+use super::fork::{self, ForkGuard};
 use super::pidfd;
 use super::zygote::Zygotes;
 use crate::error::{Error, Result};
@@ -122,7 +122,7 @@ pub struct Jailed {
     exit: watch::Receiver<Option<Exit>>,
     gone: watch::Receiver<bool>,
     is_forked: bool,
-    _leash: Concealed,
+    _fork_guard: ForkGuard,
 }
 
 impl Jailed {
@@ -159,8 +159,8 @@ impl Jailed {
         let is_forked = matches!(child, Child::Forked(_));
         // From here on the task owns the child: it is reaped whatever happens next.
         tokio::spawn(watch_jail(control.clone(), child, told.clone(), pid_tx, exit_tx, gone_tx, held));
-        let _leash = fork::conceal(control.get_ref());
-        let jailed = Self { control, told, pid, exit, gone, is_forked, _leash };
+        let _fork_guard = fork::guard(control.get_ref());
+        let jailed = Self { control, told, pid, exit, gone, is_forked, _fork_guard };
         send_spec(program, jailed.control.get_ref(), &spec(is_forked)?, fds)?;
         Ok(jailed)
     }
@@ -225,7 +225,7 @@ impl Jailed {
         self.signals().send(signal);
     }
 
-    /// Lets go of the leash: the supervisor reads end-of-file and kills everything.
+    /// Lets go of the lifeline: the supervisor reads end-of-file and kills everything.
     pub fn kill(&self) {
         if let Err(error) = shutdown(self.control.as_raw_fd(), Shutdown::Write) {
             log::debug!("the jail's socket was closed already: {error}");

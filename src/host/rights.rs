@@ -22,39 +22,39 @@ pub fn send_with(stream: &UnixStream, bytes: &[u8], fd: &OwnedFd) -> io::Result<
 }
 
 /// Where a descriptor waits for the next bytes that are written.
-pub type Luggage = Arc<Mutex<Option<OwnedFd>>>;
+pub type PendingFd = Arc<Mutex<Option<OwnedFd>>>;
 
-/// A socket for code that knows nothing of descriptors.
+/// A socket whose next write carries the pending descriptor along.
 #[derive(Debug)]
-pub struct Carrier {
+pub struct FdStream {
     stream: UnixStream,
-    luggage: Luggage,
+    pending_fd: PendingFd,
 }
 
-impl Carrier {
+impl FdStream {
     #[must_use]
-    pub fn new(stream: UnixStream, luggage: Luggage) -> Self {
-        Self { stream, luggage }
+    pub fn new(stream: UnixStream, pending_fd: PendingFd) -> Self {
+        Self { stream, pending_fd }
     }
 }
 
-impl AsyncRead for Carrier {
+impl AsyncRead for FdStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
-impl AsyncWrite for Carrier {
+impl AsyncWrite for FdStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let luggage = self.luggage.clone();
-        let mut luggage = luggage.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(fd) = luggage.as_ref() else { return Pin::new(&mut self.stream).poll_write(cx, bytes) };
+        let pending_fd = self.pending_fd.clone();
+        let mut pending_fd = pending_fd.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(fd) = pending_fd.as_ref() else { return Pin::new(&mut self.stream).poll_write(cx, bytes) };
         loop {
             ready!(self.stream.poll_write_ready(cx))?;
             match self.stream.try_io(Interest::WRITABLE, || send_with(&self.stream, bytes, fd)) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 sent => {
-                    *luggage = None;
+                    *pending_fd = None;
                     return Poll::Ready(sent);
                 }
             }
@@ -79,12 +79,12 @@ mod tests {
     use tokio::io::AsyncWriteExt;
 
     #[tokio::test]
-    async fn test_carrier_sends_the_descriptor_once_with_the_first_bytes() {
+    async fn test_fd_stream_sends_the_descriptor_once_with_the_first_bytes() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let luggage = Luggage::default();
-        let mut carrier = Carrier::new(ours, luggage.clone());
-        *luggage.lock().unwrap() = Some(std::fs::File::open("/dev/null").unwrap().into());
-        carrier.write_all(b"ab").await.unwrap();
+        let pending_fd = PendingFd::default();
+        let mut stream = FdStream::new(ours, pending_fd.clone());
+        *pending_fd.lock().unwrap() = Some(std::fs::File::open("/dev/null").unwrap().into());
+        stream.write_all(b"ab").await.unwrap();
         let received = |theirs: &UnixStream| {
             let (mut bytes, mut space) = ([0; 8], nix::cmsg_space!([i32; 2]));
             let mut slices = [IoSliceMut::new(&mut bytes)];
@@ -105,7 +105,7 @@ mod tests {
         assert_eq!((length, fds.len()), (2, 1));
         // SAFETY: the kernel has just made this descriptor; nothing else owns it.
         drop(unsafe { OwnedFd::from_raw_fd(fds[0]) });
-        carrier.write_all(b"c").await.unwrap();
+        stream.write_all(b"c").await.unwrap();
         theirs.readable().await.unwrap();
         assert_eq!(received(&theirs), (1, Vec::new()));
     }

@@ -21,7 +21,7 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 
-use super::fork::{self, Concealed, PerProcess};
+use super::fork::{self, ForkGuard, PerProcess};
 
 /// How long a zygote may take to load, and to fork; it takes milliseconds.
 const DEADLINE_S: i64 = 5;
@@ -33,7 +33,7 @@ const TITLE_BYTES: usize = 16 * 1024;
 struct Zygote {
     socket: OwnedFd,
     child: Child,
-    _concealed: Concealed,
+    _fork_guard: ForkGuard,
 }
 
 #[derive(Debug)]
@@ -153,8 +153,8 @@ impl Zygote {
         let child = fork::inherit_nothing(&mut command).spawn()?;
         // Its end of the socket.
         drop(command);
-        let _concealed = fork::conceal(&ours);
-        let zygote = Self { socket: ours, child, _concealed };
+        let _fork_guard = fork::guard(&ours);
+        let zygote = Self { socket: ours, child, _fork_guard };
         match zygote.receive::<1>()? {
             [1] => Ok(zygote),
             _ => Err(std::io::ErrorKind::InvalidData.into()),

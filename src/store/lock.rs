@@ -11,12 +11,12 @@ use nix::fcntl::{openat, Flock, FlockArg, OFlag};
 use nix::sys::stat::{fstat, Mode};
 
 use super::dir::{Dir, Id};
-use crate::host::fork::{self, Concealed};
+use crate::host::fork::{self, ForkGuard};
 
 /// A lock on a file; no fork takes it along.
 #[derive(Debug)]
 pub struct Lock {
-    _concealed: Concealed,
+    _fork_guard: ForkGuard,
     file: Flock<File>,
 }
 
@@ -27,7 +27,7 @@ impl Lock {
     /// What flock(2) failed with.
     pub fn try_on(file: File) -> io::Result<Option<Self>> {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => Ok(Some(Self { _concealed: fork::conceal(&*file), file })),
+            Ok(file) => Ok(Some(Self { _fork_guard: fork::guard(&*file), file })),
             Err((_, Errno::EWOULDBLOCK)) => Ok(None),
             Err((_, errno)) => Err(errno.into()),
         }
@@ -42,7 +42,7 @@ impl Lock {
 /// A turn at a folder, until it is dropped; no fork takes it along.
 #[derive(Debug)]
 pub struct Turn {
-    _concealed: Concealed,
+    _fork_guard: ForkGuard,
     _lock: Flock<File>,
 }
 
@@ -84,7 +84,7 @@ impl Dir {
         let mut file = File::from(openat(self, ".", flags, Mode::empty())?);
         loop {
             match Flock::lock(file, kind) {
-                Ok(lock) => return Ok(Turn { _concealed: fork::conceal(&*lock), _lock: lock }),
+                Ok(lock) => return Ok(Turn { _fork_guard: fork::guard(&*lock), _lock: lock }),
                 Err((again, Errno::EINTR)) => file = again,
                 Err((_, errno)) => return Err(errno.into()),
             }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{network, Settings};
 use crate::error::{Error, Result};
-use crate::host::fork::{self, Concealed, PerProcess};
+use crate::host::fork::{self, ForkGuard, PerProcess};
 use crate::host::{cgroup, messages, process};
 use crate::image::template;
 use crate::store::{disk, lease, runtime, Kind, Root};
@@ -55,8 +55,8 @@ impl PartialEq for Told {
 /// The janitor of this process.
 struct Kept {
     child: Child,
-    leash: OwnedFd,
-    _concealed: Concealed,
+    lifeline: OwnedFd,
+    _fork_guard: ForkGuard,
     told: Vec<Told>,
 }
 
@@ -106,29 +106,29 @@ fn try_keep(kept: &mut Option<Kept>, program: &Path, places: Told) -> Result<()>
         if kept.told.contains(&places) {
             continue;
         }
-        tell(&kept.leash, &places).map_err(|error| Error::host("tell", "the janitor", error))?;
+        tell(&kept.lifeline, &places).map_err(|error| Error::host("tell", "the janitor", error))?;
         kept.told.push(places);
     }
     Ok(())
 }
 
-fn tell(leash: &OwnedFd, told: &Told) -> std::io::Result<()> {
+fn tell(lifeline: &OwnedFd, told: &Told) -> std::io::Result<()> {
     let Told { runtime, cache, has_templates } = told;
     let (runtime_path, cache_path) = (runtime.path().to_owned(), cache.path().to_owned());
     let text = serde_json::to_vec(&Places { runtime: runtime_path, cache: cache_path, has_templates: *has_templates })?;
-    messages::send(leash, &text, &[runtime.as_fd(), cache.as_fd()])
+    messages::send(lifeline, &text, &[runtime.as_fd(), cache.as_fd()])
 }
 
 /// The next message; `None` when its sender is gone.
-fn hear(leash: &impl AsFd) -> std::io::Result<Option<(Places, Vec<OwnedFd>)>> {
-    let Some((text, folders)) = messages::receive(leash, MESSAGE)? else { return Ok(None) };
+fn hear(lifeline: &impl AsFd) -> std::io::Result<Option<(Places, Vec<OwnedFd>)>> {
+    let Some((text, folders)) = messages::receive(lifeline, MESSAGE)? else { return Ok(None) };
     Ok(Some((serde_json::from_slice(&text)?, folders)))
 }
 
 fn spawn(program: &Path) -> Result<Kept> {
     let failed = |error: std::io::Error| Error::host("start", program.display(), error);
     // In messages: each carries the descriptors of its folders.
-    let (leash, theirs) = messages::pair().map_err(failed)?;
+    let (lifeline, theirs) = messages::pair().map_err(failed)?;
     let mut command = Command::new(program);
     command
         .stdin(Stdio::from(theirs))
@@ -138,8 +138,8 @@ fn spawn(program: &Path) -> Result<Kept> {
         // Ctrl-C is for those who have a terminal.
         .process_group(0);
     let child = fork::inherit_nothing(&mut command).spawn().map_err(failed)?;
-    let _concealed = fork::conceal(&leash);
-    Ok(Kept { child, leash, _concealed, told: Vec::new() })
+    let _fork_guard = fork::guard(&lifeline);
+    Ok(Kept { child, lifeline, _fork_guard, told: Vec::new() })
 }
 
 /// The janitor itself: hears of folders on its standard input until that ends, then removes what is left.

@@ -17,7 +17,7 @@ use serde::Serialize;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
-use crate::host::rights::{Carrier, Luggage};
+use crate::host::rights::{FdStream, PendingFd};
 
 /// Answers are some kilobytes; no VMM gets to fill this process's memory.
 const MAX_ANSWER_BYTES: usize = 4 << 20;
@@ -71,14 +71,14 @@ pub struct Answer {
 /// The API of one VMM.
 pub struct Client {
     sender: Mutex<Option<SendRequest<Full<Bytes>>>>,
-    luggage: Luggage,
+    pending_fd: PendingFd,
     deadline: Duration,
 }
 
 impl Client {
     #[must_use]
     pub fn new(deadline: Duration) -> Self {
-        Self { sender: Mutex::new(None), luggage: Luggage::default(), deadline }
+        Self { sender: Mutex::new(None), pending_fd: PendingFd::default(), deadline }
     }
 
     /// Asks, over the connection that is there or one that `connect` makes. After an error the next call connects anew:
@@ -96,9 +96,9 @@ impl Client {
             // Taken out, so that giving up in the middle leaves none.
             let mut sender = match place.take().filter(|sender| !sender.is_closed()) {
                 Some(sender) => sender,
-                None => open(Carrier::new(connect().await?, self.luggage.clone())).await?,
+                None => open(FdStream::new(connect().await?, self.pending_fd.clone())).await?,
             };
-            *self.luggage.lock().unwrap_or_else(PoisonError::into_inner) = fd;
+            *self.pending_fd.lock().unwrap_or_else(PoisonError::into_inner) = fd;
             let answer = send(&mut sender, call).await?;
             *place = Some(sender);
             Ok(answer)
@@ -116,7 +116,7 @@ impl std::fmt::Debug for Client {
     }
 }
 
-async fn open(stream: Carrier) -> Result<SendRequest<Full<Bytes>>, String> {
+async fn open(stream: FdStream) -> Result<SendRequest<Full<Bytes>>, String> {
     let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
     tokio::spawn(async move {
         if let Err(error) = connection.await {

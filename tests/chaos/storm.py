@@ -282,7 +282,7 @@ class Storm:
         left = lambda: self.host.left(known - janitor)
         if not eventually(lambda: not left(), 2.0):
             self.complain("left at the end: {}".format(left()))
-        # The runtime's own descriptors, the janitor's leash.
+        # The runtime's own descriptors, the janitor's lifeline.
         if not eventually(lambda: open_files() <= self.files + 16, 5.0):
             self.complain("descriptors grew from {} to {}".format(self.files, open_files()))
         if dropped:

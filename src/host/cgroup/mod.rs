@@ -23,7 +23,7 @@ use nix::sys::stat::Mode;
 use nix::sys::statfs::{fstatfs, CGROUP2_SUPER_MAGIC, CGROUP_SUPER_MAGIC};
 use nix::unistd::{unlinkat, Pid, UnlinkatFlags};
 
-use super::fork::{self, Concealed};
+use super::fork::{self, ForkGuard};
 use super::pidfd;
 use crate::error::{Error, Result};
 use hierarchy::Hierarchies;
@@ -97,7 +97,7 @@ pub type Outcome = (Controller, std::result::Result<String, String>);
 pub struct Groups {
     folders: Vec<PathBuf>,
     outcomes: Vec<Outcome>,
-    held: Option<(Concealed, Flock<File>)>,
+    held: Option<(ForkGuard, Flock<File>)>,
 }
 
 impl Groups {
@@ -186,7 +186,7 @@ impl Groups {
     fn hold(&mut self) {
         let first = self.folders.first().and_then(|folder| File::open(folder).ok());
         let lock = first.and_then(|folder| Flock::lock(folder, FlockArg::LockExclusiveNonblock).ok());
-        self.held = lock.map(|lock| (fork::conceal(&*lock), lock));
+        self.held = lock.map(|lock| (fork::guard(&*lock), lock));
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::{facts, Refusal};
-use crate::host::fork::{self, Concealed};
+use crate::host::fork::{self, ForkGuard};
 
 /// The clone device; tuntap.rst.
 const DEVICE: &str = "/dev/net/tun";
@@ -21,7 +21,7 @@ const TUNSETOWNER: libc::c_ulong = 0x4004_54cc;
 #[derive(Debug)]
 pub struct Tap {
     // Let go of before the descriptor is closed.
-    _concealed: Concealed,
+    _fork_guard: ForkGuard,
     pub fd: OwnedFd,
     pub name: String,
     pub index: u32,
@@ -56,7 +56,7 @@ impl Tap {
         for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
             *place = byte as libc::c_char;
         }
-        let _concealed = fork::conceal(&device);
+        let _fork_guard = fork::guard(&device);
         // Without a virtio header every frame from the guest is a plain one, which the host need not take apart.
         let headers = if headers { libc::IFF_VNET_HDR } else { 0 };
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | headers) as libc::c_short;
@@ -81,7 +81,7 @@ impl Tap {
         let name = String::from_utf8_lossy(&bytes).into_owned();
         let gone = || Refusal::new(format!("tap {name:?} vanished as soon as it was made"), "try again");
         let index = facts::index_of(&name).ok_or_else(gone)?;
-        Ok(Self { _concealed, fd: device.into(), name, index, existed })
+        Ok(Self { _fork_guard, fd: device.into(), name, index, existed })
     }
 
     /// Lets a process of `owner` open this tap by its name once this descriptor is closed: it lasts until it is deleted.

@@ -369,7 +369,7 @@ fn test_killed_supervisor_takes_the_vmm_along() {
 }
 
 #[test]
-fn test_killed_launcher_leaves_the_jail_on_its_leash() {
+fn test_killed_launcher_leaves_the_jail_on_its_lifeline() {
     // The supervisor loses its parent; without this it would be left to whoever reaps orphans here, or does not.
     nix::sys::prctl::set_child_subreaper(true).unwrap();
     let (mut jail, supervisor, vmm) = Jail::started(&sleeper(), &[]);

@@ -433,8 +433,8 @@ impl Running<'_> {
         }
     }
 
-    /// Waits until something can be done: the end of the program notifies, too. Says whether the program's
-    /// input can be written; the outputs note it for themselves.
+    /// Waits until something can be done: the end of the program notifies, too. Returns whether the
+    /// program's input can be written; the outputs note it for themselves.
     fn wait(&mut self, wants_stdin: bool, deadline: Option<Instant>) -> Result<bool, Failure> {
         let mut fds = vec![PollFd::new(self.job.notifier().as_fd(), PollFlags::POLLIN)];
         let listened = |output: &&Output| output.room > 0;

@@ -117,11 +117,11 @@ impl Vmm {
 
 fn supervise(control: &Control, children: &SignalFd, vmm: &Vmm, mut audit: Option<Audit>) -> i32 {
     // Held: the manager is there and C listens. Once let go, C only waits for the VMM's death.
-    let mut leash_held = true;
+    let mut lifeline_held = true;
     loop {
-        match step(control, children, vmm, leash_held, &mut audit) {
+        match step(control, children, vmm, lifeline_held, &mut audit) {
             Ok(Step::Watching) => {}
-            Ok(Step::Released) => leash_held = false,
+            Ok(Step::Released) => lifeline_held = false,
             Ok(Step::Ended(how)) => {
                 return match control.send(&how.to_event()) {
                     Ok(()) => how.exit_code(),
@@ -131,12 +131,12 @@ fn supervise(control: &Control, children: &SignalFd, vmm: &Vmm, mut audit: Optio
             }
             Err(failure) => {
                 control.report(&failure);
-                if !leash_held || vmm.kill().is_err() {
+                if !lifeline_held || vmm.kill().is_err() {
                     // Twice in a row, or a kill that fails: what remains is to die, and have the kernel do the rest (the
                     // PID namespace's end, or the VMM's parent-death signal).
                     return SETUP_FAILED;
                 }
-                leash_held = false;
+                lifeline_held = false;
             }
         }
     }
@@ -154,13 +154,13 @@ fn step(
     control: &Control,
     children: &SignalFd,
     vmm: &Vmm,
-    leash_held: bool,
+    lifeline_held: bool,
     audit: &mut Option<Audit>,
 ) -> Result<Step, Failure> {
     let failed = |errno, what: &str| Failure::errno(Stage::Supervise, errno, what);
     let mut fds = vec![PollFd::new(children.as_fd(), PollFlags::POLLIN)];
     // A closed socket is ready for ever: once let go, it is not asked any more.
-    fds.extend(leash_held.then(|| PollFd::new(control.as_fd(), PollFlags::POLLIN)));
+    fds.extend(lifeline_held.then(|| PollFd::new(control.as_fd(), PollFlags::POLLIN)));
     fds.extend(audit.as_ref().map(Audit::source).map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
     match poll(&mut fds, PollTimeout::NONE) {
         Ok(_) => {}
@@ -170,7 +170,7 @@ fn step(
     // Anything that poll says is a reason to look; nothing below waits for what is not there.
     let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect::<Vec<_>>().into_iter();
     let child_ready = ready.next().unwrap_or(true);
-    let control_ready = leash_held && ready.next().unwrap_or(true);
+    let control_ready = lifeline_held && ready.next().unwrap_or(true);
     let audit_ready = ready.next().unwrap_or(false);
     if let Some(audit) = audit.as_mut().filter(|_| audit_ready) {
         for would_deny in audit.answer()? {
