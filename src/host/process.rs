@@ -78,15 +78,15 @@ pub struct Finding {
     pub what: String,
 }
 
-/// What a jail has told so far.
+/// What the launcher of a jail has reported so far.
 #[derive(Debug, Default)]
-struct Told {
+struct JailReport {
     confined: Option<Confined>,
     findings: Vec<Finding>,
 }
 
-fn lock(told: &Mutex<Told>) -> std::sync::MutexGuard<'_, Told> {
-    told.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(report: &Mutex<JailReport>) -> std::sync::MutexGuard<'_, JailReport> {
+    report.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Another process, whose end can be waited for.
@@ -117,7 +117,7 @@ impl Watched {
 #[derive(Debug)]
 pub struct Jailed {
     control: Arc<AsyncFd<OwnedFd>>,
-    told: Arc<Mutex<Told>>,
+    report: Arc<Mutex<JailReport>>,
     pid: watch::Receiver<Option<i32>>,
     exit: watch::Receiver<Option<Exit>>,
     gone: watch::Receiver<bool>,
@@ -134,7 +134,7 @@ impl Jailed {
         Self::launch_by(&Launcher { program: launcher, zygote: None }, |_| Ok(spec.clone()), fds, held)
     }
 
-    /// As [`Jailed::launch`]; `spec` is told whether the program is forked, and so has opened its own files by then.
+    /// As [`Jailed::launch`]; `spec` learns whether the program is forked, and so has opened its own files by then.
     ///
     /// # Errors
     /// [`Error::Host`] when the launcher does not start; those of `spec`.
@@ -155,12 +155,12 @@ impl Jailed {
         let (pid_tx, pid) = watch::channel(None);
         let (exit_tx, exit) = watch::channel(None);
         let (gone_tx, gone) = watch::channel(false);
-        let told = Arc::<Mutex<Told>>::default();
+        let report = Arc::<Mutex<JailReport>>::default();
         let is_forked = matches!(child, Child::Forked(_));
         // From here on the task owns the child: it is reaped whatever happens next.
-        tokio::spawn(watch_jail(control.clone(), child, told.clone(), pid_tx, exit_tx, gone_tx, held));
+        tokio::spawn(watch_jail(control.clone(), child, report.clone(), pid_tx, exit_tx, gone_tx, held));
         let _fork_guard = fork::guard(control.get_ref());
-        let jailed = Self { control, told, pid, exit, gone, is_forked, _fork_guard };
+        let jailed = Self { control, report, pid, exit, gone, is_forked, _fork_guard };
         send_spec(program, jailed.control.get_ref(), &spec(is_forked)?, fds)?;
         Ok(jailed)
     }
@@ -168,7 +168,7 @@ impl Jailed {
     /// Which of the layers that depend on the kernel the program got, once it runs.
     #[must_use]
     pub fn confined(&self) -> Option<Confined> {
-        lock(&self.told).confined.clone()
+        lock(&self.report).confined.clone()
     }
 
     /// Whether it came out of a zygote, whose layout in memory it shares.
@@ -180,7 +180,7 @@ impl Jailed {
     /// What an audit has found so far.
     #[must_use]
     pub fn findings(&self) -> Vec<Finding> {
-        lock(&self.told).findings.clone()
+        lock(&self.report).findings.clone()
     }
 
     /// The program's process id on this host, once it runs.
@@ -353,7 +353,7 @@ pub fn try_launch(launcher: &Path, spec: &LaunchSpec) -> Result<(Option<Confined
         let (mut confined, mut exit) = (None, None);
         while let Some((event, _)) = receive(&control).map_err(|e| failed("try a launch with", &e))? {
             match event {
-                JailEvent::Started { confined: told } => confined = Some(told),
+                JailEvent::Started { confined: found } => confined = Some(found),
                 JailEvent::Failed { stage, errno, message } => {
                     exit.get_or_insert(Exit::failed(stage, errno, &message));
                 }
@@ -382,7 +382,7 @@ pub async fn wait_exit(mut exit: watch::Receiver<Option<Exit>>) -> Exit {
 async fn watch_jail(
     control: Arc<AsyncFd<OwnedFd>>,
     mut child: Child,
-    told: Arc<Mutex<Told>>,
+    report: Arc<Mutex<JailReport>>,
     pid: watch::Sender<Option<i32>>,
     exit: watch::Sender<Option<Exit>>,
     gone: watch::Sender<bool>,
@@ -392,12 +392,12 @@ async fn watch_jail(
     loop {
         match control.async_io(Interest::READABLE, receive).await {
             Ok(Some((JailEvent::Started { confined }, sender))) => {
-                lock(&told).confined = Some(confined);
+                lock(&report).confined = Some(confined);
                 pid.send_replace(sender);
             }
             Ok(Some((JailEvent::WouldDeny { layer, what }, _))) => {
                 log::warn!("audit: {layer} would have denied {what}");
-                lock(&told).findings.push(Finding { layer, what });
+                lock(&report).findings.push(Finding { layer, what });
             }
             Ok(Some((JailEvent::Failed { stage, errno, message }, _))) => {
                 ended = Some(Exit::failed(stage, errno, &message));

@@ -25,13 +25,13 @@ const DEATH: Duration = Duration::from_secs(5);
 /// What a VMM that is still dying holds is free at the second or third look.
 const PASSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(200)];
 
-/// What the janitor is told beside the folders' descriptors; each path is one of at most 4096 bytes.
+/// A message beside the folders' descriptors; each path is one of at most 4096 bytes.
 const MESSAGE: usize = 16 * 1024;
 
 /// The folders that the VMs of one manager have in use. Its descriptors are what the janitor works on; the paths are for
 /// messages.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Places {
+struct RootsMessage {
     runtime: PathBuf,
     cache: PathBuf,
     has_templates: bool,
@@ -39,28 +39,28 @@ struct Places {
 
 /// A manager's folders, and whether it keeps templates.
 #[derive(Debug, Clone)]
-struct Told {
+struct Roots {
     runtime: Arc<Root>,
     cache: Arc<Root>,
     has_templates: bool,
 }
 
-impl PartialEq for Told {
+impl PartialEq for Roots {
     fn eq(&self, other: &Self) -> bool {
-        let ids = |told: &Self| (told.runtime.mark_id().to_owned(), told.cache.mark_id().to_owned());
+        let ids = |roots: &Self| (roots.runtime.mark_id().to_owned(), roots.cache.mark_id().to_owned());
         ids(self) == ids(other) && self.has_templates == other.has_templates
     }
 }
 
 /// The janitor of this process.
-struct Kept {
+struct JanitorProcess {
     child: Child,
     lifeline: OwnedFd,
     _fork_guard: ForkGuard,
-    told: Vec<Told>,
+    sent: Vec<Roots>,
 }
 
-static KEPT: PerProcess<Mutex<Option<Kept>>> = PerProcess::new();
+static JANITOR: PerProcess<Mutex<Option<JanitorProcess>>> = PerProcess::new();
 
 /// Removes what dead processes left in and for the folders of VMs; returns the names of their VMs. Blocking.
 #[must_use]
@@ -83,49 +83,50 @@ pub fn sweep(runtime: Option<&Root>, cache: Option<&Root>, cgroup_parent: Option
 /// [`Error::FolderRefused`].
 pub fn keep(settings: &Settings) -> Result<()> {
     let (runtime, cache) = settings.folders.roots()?;
-    let told = Told { runtime, cache, has_templates: settings.templates.is_some() };
-    let mut kept = KEPT.get().lock().unwrap_or_else(PoisonError::into_inner);
-    let told = try_keep(&mut kept, &settings.image.janitor, told);
-    drop(kept);
-    if let Err(error) = told {
+    let roots = Roots { runtime, cache, has_templates: settings.templates.is_some() };
+    let mut janitor = JANITOR.get().lock().unwrap_or_else(PoisonError::into_inner);
+    let kept = try_keep(&mut janitor, &settings.image.janitor, roots);
+    drop(janitor);
+    if let Err(error) = kept {
         log::warn!("{error}; if this process is killed, only the next manager's start cleans up after it");
     }
     Ok(())
 }
 
-fn try_keep(kept: &mut Option<Kept>, program: &Path, places: Told) -> Result<()> {
-    let is_of_use = kept.as_mut().is_some_and(|kept| matches!(kept.child.try_wait(), Ok(None)));
-    let mut told = Vec::new();
-    if !is_of_use {
-        told = kept.take().map(|kept| kept.told).unwrap_or_default();
-        *kept = Some(spawn(program)?);
+fn try_keep(janitor: &mut Option<JanitorProcess>, program: &Path, roots: Roots) -> Result<()> {
+    let is_alive = janitor.as_mut().is_some_and(|janitor| matches!(janitor.child.try_wait(), Ok(None)));
+    let mut unsent = Vec::new();
+    if !is_alive {
+        unsent = janitor.take().map(|janitor| janitor.sent).unwrap_or_default();
+        *janitor = Some(spawn(program)?);
     }
-    let Some(kept) = kept.as_mut() else { return Ok(()) };
-    told.push(places);
-    for places in told {
-        if kept.told.contains(&places) {
+    let Some(janitor) = janitor.as_mut() else { return Ok(()) };
+    unsent.push(roots);
+    for roots in unsent {
+        if janitor.sent.contains(&roots) {
             continue;
         }
-        tell(&kept.lifeline, &places).map_err(|error| Error::host("tell", "the janitor", error))?;
-        kept.told.push(places);
+        send(&janitor.lifeline, &roots).map_err(|error| Error::host("tell", "the janitor", error))?;
+        janitor.sent.push(roots);
     }
     Ok(())
 }
 
-fn tell(lifeline: &OwnedFd, told: &Told) -> std::io::Result<()> {
-    let Told { runtime, cache, has_templates } = told;
+fn send(lifeline: &OwnedFd, roots: &Roots) -> std::io::Result<()> {
+    let Roots { runtime, cache, has_templates } = roots;
     let (runtime_path, cache_path) = (runtime.path().to_owned(), cache.path().to_owned());
-    let text = serde_json::to_vec(&Places { runtime: runtime_path, cache: cache_path, has_templates: *has_templates })?;
+    let text =
+        serde_json::to_vec(&RootsMessage { runtime: runtime_path, cache: cache_path, has_templates: *has_templates })?;
     messages::send(lifeline, &text, &[runtime.as_fd(), cache.as_fd()])
 }
 
 /// The next message; `None` when its sender is gone.
-fn hear(lifeline: &impl AsFd) -> std::io::Result<Option<(Places, Vec<OwnedFd>)>> {
+fn receive(lifeline: &impl AsFd) -> std::io::Result<Option<(RootsMessage, Vec<OwnedFd>)>> {
     let Some((text, folders)) = messages::receive(lifeline, MESSAGE)? else { return Ok(None) };
     Ok(Some((serde_json::from_slice(&text)?, folders)))
 }
 
-fn spawn(program: &Path) -> Result<Kept> {
+fn spawn(program: &Path) -> Result<JanitorProcess> {
     let failed = |error: std::io::Error| Error::host("start", program.display(), error);
     // In messages: each carries the descriptors of its folders.
     let (lifeline, theirs) = messages::pair().map_err(failed)?;
@@ -139,21 +140,23 @@ fn spawn(program: &Path) -> Result<Kept> {
         .process_group(0);
     let child = fork::inherit_nothing(&mut command).spawn().map_err(failed)?;
     let _fork_guard = fork::guard(&lifeline);
-    Ok(Kept { child, lifeline, _fork_guard, told: Vec::new() })
+    Ok(JanitorProcess { child, lifeline, _fork_guard, sent: Vec::new() })
 }
 
-/// The janitor itself: hears of folders on its standard input until that ends, then removes what is left.
+/// The janitor itself: receives folders on its standard input until that ends, then removes what is left.
 ///
 /// # Errors
 /// [`Error::Host`] when it cannot tell whose janitor it is.
 pub fn serve() -> Result<()> {
     let master = process::Watched::parent()?;
     let mut places = Vec::new();
-    while let Some((told, fds)) = hear(&std::io::stdin()).map_err(|error| Error::host("hear", "of folders", error))? {
+    while let Some((message, fds)) =
+        receive(&std::io::stdin()).map_err(|error| Error::host("receive", "the folders to clean up", error))?
+    {
         let [runtime, cache] = &fds[..] else { continue };
-        let runtime = Root::received(Kind::Runtime, runtime, &told.runtime);
-        match (runtime, Root::received(Kind::Cache, cache, &told.cache)) {
-            (Ok(runtime), Ok(cache)) => places.push((runtime, cache, told.has_templates)),
+        let runtime = Root::received(Kind::Runtime, runtime, &message.runtime);
+        match (runtime, Root::received(Kind::Cache, cache, &message.cache)) {
+            (Ok(runtime), Ok(cache)) => places.push((runtime, cache, message.has_templates)),
             (Err(error), _) | (_, Err(error)) => log::warn!("{error}"),
         }
     }
@@ -167,7 +170,7 @@ pub fn serve() -> Result<()> {
             if *has_templates {
                 template::remove_unfinished(&cache.at("templates"));
             }
-            ["snapshots", "suspended"].iter().for_each(|shelf| template::clean_up_folder(&cache.at(shelf)));
+            ["snapshots", "suspended"].iter().for_each(|store| template::clean_up_folder(&cache.at(store)));
         }
     }
     Ok(())
@@ -179,22 +182,25 @@ mod tests {
     use crate::store::Folders;
 
     #[test]
-    fn test_the_janitor_hears_of_folders_with_their_descriptors() {
+    fn test_receive_gets_folders_with_their_descriptors() {
         let scratch = std::env::temp_dir().join(format!("janitor-{}", std::process::id()));
         let folders = Folders::new(Some(scratch.join("run")), Some(scratch.join("cache")));
         let (runtime, cache) = folders.roots().unwrap();
-        let told = Told { runtime, cache, has_templates: true };
+        let roots = Roots { runtime, cache, has_templates: true };
         let (ours, theirs) = messages::pair().unwrap();
-        tell(&ours, &told).unwrap();
+        send(&ours, &roots).unwrap();
         drop(ours);
         // The descriptors lead to the folders, wherever these are by now.
         std::fs::rename(scratch.join("run"), scratch.join("moved")).unwrap();
-        let (places, fds) = hear(&theirs).unwrap().unwrap();
+        let (message, fds) = receive(&theirs).unwrap().unwrap();
         let [runtime, cache] = &fds[..] else { panic!("{fds:?}") };
-        assert_eq!(Root::received(Kind::Runtime, runtime, &places.runtime).unwrap().mark_id(), told.runtime.mark_id());
-        assert_eq!(Root::received(Kind::Cache, cache, &places.cache).unwrap().mark_id(), told.cache.mark_id());
-        assert!(Root::received(Kind::Runtime, cache, &places.cache).is_err());
-        assert!(hear(&theirs).unwrap().is_none());
+        assert_eq!(
+            Root::received(Kind::Runtime, runtime, &message.runtime).unwrap().mark_id(),
+            roots.runtime.mark_id()
+        );
+        assert_eq!(Root::received(Kind::Cache, cache, &message.cache).unwrap().mark_id(), roots.cache.mark_id());
+        assert!(Root::received(Kind::Runtime, cache, &message.cache).is_err());
+        assert!(receive(&theirs).unwrap().is_none());
         std::fs::remove_dir_all(scratch).unwrap();
     }
 }

@@ -65,15 +65,15 @@ struct Stopper {
     stopped: AtomicBool,
 }
 
-/// Sums over the counters: each line tells what was added since the one before. It writes one a minute, too, so someone
-/// reads all the time.
+/// Running totals. Each metrics line is a delta since the previous flush; Firecracker also flushes every 60 s, so the pipe
+/// must be drained continuously.
 struct Counters {
-    told: watch::Receiver<Told>,
+    totals: watch::Receiver<Totals>,
     reading: JoinHandle<()>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Told {
+struct Totals {
     lines: u64,
     sum: DiskIo,
 }
@@ -95,8 +95,8 @@ impl Api {
         stops: bool,
     ) -> Self {
         let vm_id = plan.vm_id.clone();
-        let (telling, told) = watch::channel(Told::default());
-        let reading = tokio::spawn(read_counters(vm_id.clone(), metrics, telling, signals.clone()));
+        let (sender, totals) = watch::channel(Totals::default());
+        let reading = tokio::spawn(read_counters(vm_id.clone(), metrics, sender, signals.clone()));
         Self {
             vm_id,
             sockets,
@@ -106,7 +106,7 @@ impl Api {
             disk_limit: bodies::limit_disk(plan),
             ram: if let Origin::Record { ram } = origin { ram.clone() } else { PathBuf::new() },
             is_loaded_only: AtomicBool::new(false),
-            counters: Counters { told, reading },
+            counters: Counters { totals, reading },
             stopper: signals.filter(|_| stops).map(|signals| Stopper { signals, stopped: AtomicBool::new(false) }),
         }
     }
@@ -237,23 +237,24 @@ impl Control for Api {
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>> {
         Box::pin(async {
             let operation = "read the counters";
-            let mut told = self.counters.told.clone();
+            let mut totals = self.counters.totals.clone();
             if self.stopper.as_ref().is_some_and(|stopper| stopper.stopped.load(Ordering::Relaxed)) {
                 // Nothing moves meanwhile.
-                return Ok(told.borrow().sum);
+                return Ok(totals.borrow().sum);
             }
-            let before = told.borrow().lines;
+            let before = totals.borrow().lines;
             self.ask(operation, bodies::flush_metrics()).await?;
-            let sum = match tokio::time::timeout(CONTROL_DEADLINE, told.wait_for(|told| told.lines > before)).await {
-                Ok(Ok(told)) => Some(told.sum),
-                Ok(Err(_)) | Err(_) => None,
-            };
+            let sum =
+                match tokio::time::timeout(CONTROL_DEADLINE, totals.wait_for(|totals| totals.lines > before)).await {
+                    Ok(Ok(totals)) => Some(totals.sum),
+                    Ok(Err(_)) | Err(_) => None,
+                };
             sum.ok_or_else(|| self.failed(operation, "it wrote no counters into its pipe".into()))
         })
     }
 }
 
-async fn read_counters(vm_id: VmId, metrics: pipe::Receiver, telling: watch::Sender<Told>, signals: Option<Signals>) {
+async fn read_counters(vm_id: VmId, metrics: pipe::Receiver, sender: watch::Sender<Totals>, signals: Option<Signals>) {
     let mut lines = BufReader::new(metrics);
     let mut line = Vec::new();
     loop {
@@ -267,11 +268,11 @@ async fn read_counters(vm_id: VmId, metrics: pipe::Receiver, telling: watch::Sen
             Err(error) => return log::warn!("{vm_id}: Firecracker's counters cannot be read: {error}"),
         }
         match added(&line) {
-            Ok(more) => telling.send_modify(|told| {
-                told.lines += 1;
-                told.sum.read_bytes += more.read_bytes;
-                told.sum.written_bytes += more.written_bytes;
-                told.sum.failed_writes += more.failed_writes;
+            Ok(more) => sender.send_modify(|totals| {
+                totals.lines += 1;
+                totals.sum.read_bytes += more.read_bytes;
+                totals.sum.written_bytes += more.written_bytes;
+                totals.sum.failed_writes += more.failed_writes;
             }),
             Err(reason) => log::debug!("{vm_id}: {reason}"),
         }
@@ -366,11 +367,11 @@ mod tests {
         let api = api(&fake);
         let line = "{\"block\":{\"read_bytes\":7,\"write_bytes\":1,\"invalid_reqs_count\":0}}\n";
         let pipe = fake.path().join(bodies::METRICS);
-        let (told, ()) = tokio::join!(api.disk_io(), async {
+        let (read, ()) = tokio::join!(api.disk_io(), async {
             let mut pipe = pipe::OpenOptions::new().open_sender(&pipe).unwrap();
             tokio::io::AsyncWriteExt::write_all(&mut pipe, line.as_bytes()).await.unwrap();
         });
-        assert_eq!(told.unwrap().read_bytes, 7);
+        assert_eq!(read.unwrap().read_bytes, 7);
         tokio::time::pause();
         assert!(api.disk_io().await.unwrap_err().to_string().contains("counters"));
     }
