@@ -72,6 +72,7 @@ check: setup
 	for crate in $(CRATES); do $(CARGO) clippy -q --locked -p $$crate --all-targets -- -D warnings; done; \
 	$(VENV)/bin/ruff check -q python tests examples fuzz; \
 	$(VENV)/bin/mypy -p thirstys_waterfall.security.microvm_isolation; \
+	$(VENV)/bin/mypy examples; \
 	$(PYTHON) -m unittest -q tests.source.test_layers; \
 	$(CARGO) test -q --locked --no-default-features --lib -- model:: net:: vmm:: channel:: store::; \
 	$(CARGO) test -q --locked -p microvm-protocol; \

@@ -2,15 +2,20 @@
 
 import os
 import sys
-from typing import Any
 
-from thirstys_waterfall.security.microvm_isolation import IsolationType, MicroVMIsolationManager, VMResourceLimits
+from thirstys_waterfall.security.microvm_isolation import (
+    IsolationType,
+    MicroVMInstance,
+    MicroVMIsolationManager,
+    VMResourceLimits,
+)
 
 COUNTER = "(i=0; while true; do i=$((i+1)); echo $i >/tmp/count; sleep 0.05; done) </dev/null >/dev/null 2>&1 &"
 
 
-def shell(vm: Any, script: str) -> str:
+def shell(vm: MicroVMInstance, script: str) -> str:
     answer = vm.send_command("exec", {"program": "/bin/sh", "args": ["-c", script]})
+    assert answer is not None
     return str(answer["result"]["stdout"]).strip()
 
 

@@ -4,13 +4,15 @@ import doctest
 import enum
 import inspect
 import io
+import os
 import pickle
 import re
 import runpy
 import sys
+import tempfile
 import unittest
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple, Union, get_type_hints
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import (
@@ -18,6 +20,8 @@ from thirstys_waterfall.security.microvm_isolation import (
     MicroVMIsolationManager,
     VMResourceLimits,
     _errors,
+    _types,
+    doctor,
 )
 
 from ..support import ROOT, VMTestCase, eventually
@@ -70,11 +74,41 @@ def parameters(call: Any) -> List[str]:
     return [name for name in inspect.signature(call).parameters if name != "self"]
 
 
-def described(value: Any) -> Dict[str, str]:
-    """What the section "Args" of a docstring says of each argument."""
-    section = (inspect.getdoc(value) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+def described(value: Any, title: str = "Args") -> Dict[str, str]:
+    """What a section of a docstring says of each argument, or of each key."""
+    section = (inspect.getdoc(value) or "").partition("\n{}:\n".format(title))[2].partition("\n\n")[0]
     found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
+
+
+def dicts() -> Iterator[Tuple[str, Any]]:
+    """The types of the dicts that the package returns."""
+    return ((name, value) for name, value in vars(_types).items()
+            if isinstance(value, type) and issubclass(value, dict) and not name.startswith("_"))
+
+
+def misfits(value: Any, kind: Any, place: str) -> List[str]:
+    """Where a value is not of a type: a key too many or too few, or a value of another type."""
+    origin, inner = getattr(kind, "__origin__", None), getattr(kind, "__args__", ())
+    if kind is Any:
+        return []
+    if origin is Union:
+        found = [misfits(value, one, place) for one in inner]
+        return min(found, key=len)
+    if origin is list and isinstance(value, list):
+        return [one for i, item in enumerate(value) for one in misfits(item, inner[0], "{}[{}]".format(place, i))]
+    if origin is dict and isinstance(value, dict):
+        return [one for key, item in value.items() for one in misfits(item, inner[1], "{}[{!r}]".format(place, key))]
+    if hasattr(kind, "__total__") and isinstance(value, dict):
+        known = get_type_hints(kind)
+        wrong = ["{} has the unknown key {!r}".format(place, key) for key in value if key not in known]
+        # CPython 3.8 does not know the required keys of a class that adds others.
+        required = getattr(kind, "__required_keys__", known if kind.__total__ else ())
+        wrong += ["{} lacks {!r}".format(place, key) for key in required if key not in value]
+        inside = [(value[key], known[key], "{}[{!r}]".format(place, key)) for key in value if key in known]
+        return wrong + [one for each in inside for one in misfits(*each)]
+    # `bool` is an `int` to isinstance().
+    return [] if type(value) is kind else ["{} is {!r}, not {}".format(place, value, kind)]
 
 
 class Docstrings(unittest.TestCase):
@@ -116,6 +150,16 @@ class Docstrings(unittest.TestCase):
         asked = [one for one in checked if one[0] != "VMHealthMetrics"]
         self.assertEqual([one for one in asked if not re.search(RANGE, one[2])], [])
 
+    def test_every_key_of_a_dict_is_described_and_tells_its_unit(self) -> None:
+        self.assertGreater(len(list(dicts())), 30)
+        for name, value in dicts():
+            with self.subTest(name):
+                told = described(value, "Keys")
+                self.assertEqual(set(told), set(value.__annotations__))
+                unitless = {key: text for key, text in told.items() if text != "The same."
+                            for pattern, unit in UNITS.items() if re.search(pattern, key) and not re.search(unit, text)}
+                self.assertEqual(unitless, {})
+
     def test_stub_is_what_make_stub_writes(self) -> None:
         with_docs = runpy.run_path(str(ROOT / "src" / "stub-docs.py"))["with_docs"]
         stub = STUB.read_text()
@@ -140,6 +184,66 @@ class Examples(VMTestCase):
                 said = io.StringIO()
                 result = doctest.DocTestRunner(verbose=False).run(test, out=said.write)
                 self.assertEqual(result.failed, 0, said.getvalue())
+
+
+class Types(VMTestCase):
+    """The dicts of a real VM against their types."""
+
+    config = {"health_interval_s": 1, "pool": [{"memory_mb": 64, "disk_size_mb": 8, "size": 1, "form": "blank"}]}
+
+    def check(self, value: Any, kind: Any) -> None:
+        self.assertEqual(misfits(value, kind, "it"), [])
+
+    def test_every_dict_of_a_real_vm_has_the_keys_and_types_that_are_told(self) -> None:
+        manager, events = self.manager, self.manager.events()
+        vm = manager.get_vm(self.create())
+        self.check(vm.get_info(), package.VMInfo)
+        self.assertFalse(vm.pause())
+        self.assertTrue(vm.start(), vm.last_error)
+        self.check(manager.get_all_vms_info(), Dict[str, package.VMInfo])
+        self.check(manager.get_vm_info(vm.vm_id)["health"]["guest"], _types.GuestHealth)
+        self.assertTrue(eventually(lambda: vm.get_info()["health"]["history"], 20.0))
+        self.check(vm.get_info(), package.VMInfo)
+        self.check(manager.get_health_status(), package.HealthReport)
+        self.check(manager.get_resource_usage(), package.ResourceUsage)
+        self.check(doctor(), package.DoctorReport)
+
+        answer = vm.send_command("exec", {"program": "/bin/sh", "args": ["-c", "printf '\\377'"]})
+        self.check(answer, package.CommandAnswer)
+        self.check(answer["result"], package.ExecResult)
+        self.check(vm.send_command("exec", {"program": "/no/such"}), package.CommandAnswer)
+        self.check(vm.send_command("process_request", {"url": "http://elsewhere.test/"}), package.CommandAnswer)
+        self.check(self.result(vm, "write_file", {"path": "/data/a", "data": "a"}), package.FileWritten)
+        self.check(self.result(vm, "read_file", {"path": "/data/a"}), package.FileContent)
+        self.check(self.result(vm, "system_info"), package.SystemInfo)
+        html = "<a href='https://example.com/'>a</a>"
+        self.check(self.result(vm, "render_page", {"html": html}), package.RenderedPage)
+        self.check(vm.upload(io.BytesIO(b"a"), "/data/a"), package.Transferred)
+
+        name = "types-{}".format(os.getpid())
+        vm.snapshot(name)
+        self.addCleanup(manager.delete_template, name)
+        self.check(manager.list_templates(), List[package.TemplateInfo])
+        self.assertTrue(vm.suspend(), vm.last_error)
+        self.check(manager.list_suspended(), List[package.SuspendedVM])
+        with tempfile.TemporaryDirectory() as folder:
+            self.check(manager.export_disk(vm.vm_id, Path(folder) / "disk"), package.ExportedDisk)
+        manager.destroy_vm(vm.vm_id)
+        manager.stop()
+        told = list(events)
+        self.assertGreater(len(told), 5)
+        self.check(told, List[package.VMEvent])
+
+    def test_misfits_are_found(self) -> None:
+        page = {"url": "u", "title": "t", "text": "x", "links": [{"href": "h", "text": "t"}], "sanitized_html": ""}
+        self.assertEqual(misfits(page, package.RenderedPage, "it"), [])
+        self.assertEqual(len(misfits(dict(page, links=[{"href": 3, "text": "t"}]), package.RenderedPage, "it")), 1)
+        self.assertEqual(len(misfits(dict(page, more=1), package.RenderedPage, "it")), 1)
+        self.assertEqual(len(misfits({"given": 1, "how": ""}, _types.JailLayer, "it")), 1)
+        self.assertEqual(len(misfits({"a": None}, Dict[str, str], "it")), 1)
+
+        self.assertEqual(misfits({"bytes": 1}, package.Transferred, "it"), ["it lacks 'crc32'"])
+        self.assertEqual(misfits({"status": "ok"}, package.CommandAnswer, "it"), [])
 
 
 class Codes(unittest.TestCase):

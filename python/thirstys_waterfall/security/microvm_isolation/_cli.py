@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, List, Mapping, Optional, Sequence
 
 from . import _bench, _native
 
@@ -33,7 +33,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     return 0 if report["verdict"]["starts"] else 1
 
 
-def render(report: Dict[str, Any]) -> List[str]:
+def render(report: Mapping[str, Any]) -> List[str]:
     """The report as lines of text."""
     verdict = report["verdict"]
     lines = [verdict["text"]]
@@ -60,7 +60,7 @@ def render(report: Dict[str, Any]) -> List[str]:
     return lines + ([""] + hints if hints else [])
 
 
-def _findings(title: str, findings: List[Dict[str, Any]]) -> List[str]:
+def _findings(title: str, findings: List[Mapping[str, Any]]) -> List[str]:
     lines = [title] if findings else []
     for finding in findings:
         lines.append("  - {}".format(finding.get("what")))
@@ -69,7 +69,7 @@ def _findings(title: str, findings: List[Dict[str, Any]]) -> List[str]:
     return lines
 
 
-def _backend(backend: Dict[str, Any]) -> List[str]:
+def _backend(backend: Mapping[str, Any]) -> List[str]:
     # One that cannot run here may be installed all the same.
     found = " ".join(filter(None, [backend.get("path"), backend.get("version")]))
     if not backend.get("available"):
@@ -82,11 +82,11 @@ def _backend(backend: Dict[str, Any]) -> List[str]:
     return [head, grade] + _why(backend, "    ") + snapshots + lacks
 
 
-def _why(item: Dict[str, Any], indent: str = "  ") -> List[str]:
+def _why(item: Mapping[str, Any], indent: str = "  ") -> List[str]:
     return ["{}{}: {}".format(indent, key, item[key]) for key in ("reason", "remedy") if item.get(key)]
 
 
-def _facts(facts: Dict[str, Any]) -> List[str]:
+def _facts(facts: Mapping[str, Any]) -> List[str]:
     return ["  {}: {}".format(name.replace("_", " "), _plain(value)) for name, value in facts.items()]
 
 

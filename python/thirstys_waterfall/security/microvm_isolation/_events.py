@@ -9,10 +9,11 @@ import logging
 import os
 import threading
 import weakref
-from typing import Any, Callable, Dict
+from typing import Any, Callable
 
 from . import _native
 from ._logging import LOGGER_NAME
+from ._types import VMEvent
 
 # How long an exit, or `close`, waits for a callback that is under way.
 _JOIN_S = 2.0
@@ -40,7 +41,7 @@ class EventSubscription:
         (['state', 'state'], False)
     """
 
-    def __init__(self, stream: "_native.EventStream", callback: Callable[[Dict[str, Any]], Any]) -> None:
+    def __init__(self, stream: "_native.EventStream", callback: Callable[[VMEvent], Any]) -> None:
         self._stream = stream
         self._thread = threading.Thread(
             target=_serve, args=(stream, callback), name="microvm-isolation-events", daemon=True
@@ -75,7 +76,7 @@ class EventSubscription:
         self.close()
 
 
-def _serve(stream: "_native.EventStream", callback: Callable[[Dict[str, Any]], Any]) -> None:
+def _serve(stream: "_native.EventStream", callback: Callable[[VMEvent], Any]) -> None:
     while True:
         event = stream._wait()
         if event is None:

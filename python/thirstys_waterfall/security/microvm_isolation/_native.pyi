@@ -3,12 +3,24 @@ import os
 from types import TracebackType
 from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple, Type, Union, type_check_only
 
-from typing_extensions import Literal, Self, TypedDict, disjoint_base, final
+from typing_extensions import Literal, Self, disjoint_base, final
 
 from ._enums import IsolationType, VMBackend, VMState
 from ._errors import MicroVMError
 from ._events import EventSubscription
 from ._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
+from ._types import (
+    CommandAnswer,
+    DoctorReport,
+    ExportedDisk,
+    HealthReport,
+    ResourceUsage,
+    SuspendedVM,
+    TemplateInfo,
+    Transferred,
+    VMEvent,
+    VMInfo,
+)
 
 __all__ = [
     "CommunicationChannel",
@@ -37,11 +49,6 @@ class _Reads(Protocol):
 @type_check_only
 class _Writes(Protocol):
     def write(self, data: bytes, /) -> Any: ...
-
-@type_check_only
-class _Transferred(TypedDict):
-    bytes: int
-    crc32: int
 
 @disjoint_base
 class MicroVMIsolationManager:
@@ -248,7 +255,7 @@ class MicroVMIsolationManager:
             VmNotFoundError: The manager has no such VM (`vm_not_found`).
             MicroVMError: Every error of `MicroVMInstance.suspend`.
         """
-    def list_suspended(self) -> List[Dict[str, Any]]:
+    def list_suspended(self) -> List[SuspendedVM]:
         """Lists the suspended VMs of this user in `cache_dir`, also those that other processes suspended.
 
         Blocks while it reads the cache folder, and each image that has changed since its VM was suspended.
@@ -258,7 +265,7 @@ class MicroVMIsolationManager:
             whether the VM can be resumed on this host as it is now; `differences` names what has changed,
             the old and the new.
         """
-    def export_disk(self, vm_id: str, path: _Path) -> Optional[Dict[str, Any]]:
+    def export_disk(self, vm_id: str, path: _Path) -> Optional[ExportedDisk]:
         """Copies the disk of a suspended VM to a new file: a raw ext4 file system, its holes kept.
 
         Blocks for the time of the copy. Works also for a VM that cannot be resumed any more because its VMM
@@ -279,7 +286,7 @@ class MicroVMIsolationManager:
             VmNotFoundError: There is no such suspended VM (`vm_not_found`), for example because it runs.
             HostError: The copy cannot be read or written (`host_error`).
         """
-    def list_templates(self) -> List[Dict[str, Any]]:
+    def list_templates(self) -> List[TemplateInfo]:
         """Lists the templates that `MicroVMInstance.snapshot` made for this user in `cache_dir`.
 
         Blocks while it reads the cache folder, and each image that has changed since its template was made.
@@ -360,7 +367,7 @@ class MicroVMIsolationManager:
             >>> vm_id in manager.list_vms(state=VMState.RUNNING)
             True
         """
-    def get_vm_info(self, vm_id: str) -> Optional[Dict[str, Any]]:
+    def get_vm_info(self, vm_id: str) -> Optional[VMInfo]:
         """Returns everything there is to know about a VM: `MicroVMInstance.get_info` by id.
 
         Blocks for at most 2 s if the guest does not answer.
@@ -371,7 +378,7 @@ class MicroVMIsolationManager:
         Returns:
             A dict of plain JSON types; `None` when there is no such VM.
         """
-    def get_all_vms_info(self) -> Dict[str, Dict[str, Any]]:
+    def get_all_vms_info(self) -> Dict[str, VMInfo]:
         """Returns `MicroVMInstance.get_info` of every VM, by id.
 
         Blocks for at most 2 s if a guest does not answer; all VMs are asked at the same time.
@@ -382,7 +389,7 @@ class MicroVMIsolationManager:
         command: str,
         params: Optional[Mapping[str, Any]] = None,
         timeout: Optional[float] = None,
-    ) -> Optional[Dict[str, Any]]:
+    ) -> Optional[CommandAnswer]:
         """Sends a command to the agent in a VM: `MicroVMInstance.send_command` by id.
 
         Blocks until the agent answers.
@@ -431,7 +438,7 @@ class MicroVMIsolationManager:
         Errors:
             MicroVMError: Every error of `MicroVMInstance.start`.
         """
-    def get_resource_usage(self) -> Dict[str, Any]:
+    def get_resource_usage(self) -> ResourceUsage:
         """Returns what the quota has, what is reserved of it, and what lies in the cache folder.
 
         Blocks for milliseconds while it looks at the cache folder. Sizes called `mb` are MiB, `disk_bytes`
@@ -447,7 +454,7 @@ class MicroVMIsolationManager:
             >>> manager.get_resource_usage()["vms_by_state"]
             {'running': 1}
         """
-    def get_health_status(self) -> Dict[str, Any]:
+    def get_health_status(self) -> HealthReport:
         """Measures the health of every VM now, and counts the healthy and the unhealthy ones.
 
         Blocks for at most 2 s if a guest does not answer; all VMs are asked at the same time.
@@ -481,7 +488,7 @@ class MicroVMIsolationManager:
             ...     next(events)["kind"], manager.destroy_vm(made)
             ('created', True)
         """
-    def on_event(self, callback: Callable[[Dict[str, Any]], Any], capacity: int = 1024) -> EventSubscription:
+    def on_event(self, callback: Callable[[VMEvent], Any], capacity: int = 1024) -> EventSubscription:
         """Calls `callback` with each event from now on, on a thread of its own, until it is closed.
 
         Does not block. An exception of the callback is logged and the next event is delivered.
@@ -720,7 +727,7 @@ class MicroVMInstance:
         """
     def send_command(
         self, command: str, params: Optional[Mapping[str, Any]] = None, timeout: Optional[float] = None
-    ) -> Optional[Dict[str, Any]]:
+    ) -> Optional[CommandAnswer]:
         """Sends a command to the agent in the guest and returns its answer.
 
         Blocks until the agent answers.
@@ -803,7 +810,7 @@ class MicroVMInstance:
         mode: Optional[int] = None,
         progress: Optional[Callable[[int, Optional[int]], Any]] = None,
         timeout: Optional[float] = None,
-    ) -> _Transferred:
+    ) -> Transferred:
         """Writes a file of the guest from a path or an object with `read`.
 
         Blocks until the whole file is written. Holds one window (256 KiB) of it in memory. A new file takes
@@ -845,7 +852,7 @@ class MicroVMInstance:
         progress: Optional[Callable[[int, Optional[int]], Any]] = None,
         max_bytes: Optional[int] = None,
         timeout: Optional[float] = None,
-    ) -> _Transferred:
+    ) -> Transferred:
         """Reads a file of the guest into a path or an object with `write`.
 
         Blocks until the whole file is read. Holds one window (256 KiB) of it in memory. A new file takes its
@@ -881,7 +888,7 @@ class MicroVMInstance:
             >>> received["bytes"] == len(content.getvalue())
             True
         """
-    def get_info(self) -> Dict[str, Any]:
+    def get_info(self) -> VMInfo:
         """Returns everything there is to know about the VM, as plain JSON types.
 
         Blocks for at most 2 s if the guest does not answer: it measures the VM's health as
@@ -1026,7 +1033,7 @@ class EventStream:
     def dropped(self) -> int:
         """How many events were dropped because nobody took them in time."""
     def __iter__(self) -> Self: ...
-    def __next__(self) -> Dict[str, Any]: ...
+    def __next__(self) -> VMEvent: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -1034,7 +1041,7 @@ class EventStream:
         exc_value: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> bool: ...
-    def get(self, timeout: Optional[float] = None) -> Optional[Dict[str, Any]]:
+    def get(self, timeout: Optional[float] = None) -> Optional[VMEvent]:
         """Returns the next event, or `None` when none comes in time or the stream has ended.
 
         Blocks until there is an event.
@@ -1051,7 +1058,7 @@ class EventStream:
 
         Does not block. May be called twice. Does nothing in a forked child.
         """
-    def _wait(self) -> Optional[Dict[str, Any]]: ...
+    def _wait(self) -> Optional[VMEvent]: ...
 
 @disjoint_base
 class CommunicationChannel:
@@ -1183,7 +1190,7 @@ def check_network_config(
     ipv6: bool,
 ) -> None: ...
 def check_vm_id(text: str) -> None: ...
-def doctor() -> Dict[str, Any]:
+def doctor() -> DoctorReport:
     """Reports what this host can run, and what to do about what is missing.
 
     Blocks for about a second, longer where KVM hangs. It looks at backends, accelerators and privileges,

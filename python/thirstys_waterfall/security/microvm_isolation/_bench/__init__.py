@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from .. import MicroVMError, MicroVMInstance, MicroVMIsolationManager, VMResourceLimits, doctor
+from .. import MicroVMError, MicroVMInstance, MicroVMIsolationManager, VMInfo, VMResourceLimits, doctor
 from .bare import Machine, Running, memory_mib
 from .report import Report
 
@@ -93,6 +93,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def pid_of(info: VMInfo) -> int:
+    """The VMM of a running VM."""
+    assert info["pid"] is not None, info
+    return info["pid"]
+
+
 class Bench:
     """One run: managers with a cache of their own, and the folder of the bare VMMs."""
 
@@ -110,11 +116,13 @@ class Bench:
             vm.start()
             info = vm.get_info()
             found = {backend["backend"]: backend["path"] for backend in doctor()["backends"]}
-            self.program = found[info["backend"]]
-            self.cloned = Machine(info["pid"], self.program)
+            program, accelerator = found[info["backend"]], info["accelerator"]
+            assert program is not None and accelerator is not None, info
+            self.program = program
+            self.cloned = Machine(pid_of(info), self.program)
         (self.template,) = [path for path in (folder / "cache" / "templates").iterdir() if path.is_dir()]
         settings = {"guest_memory_mib": memory_mb, "disk_mib": DISK_MB, "vcpus": 1}
-        self.report = Report(info["accelerator"], settings)
+        self.report = Report(accelerator, settings)
 
     @contextmanager
     def manager(self, **config: Any) -> Iterator[MicroVMIsolationManager]:
@@ -149,7 +157,7 @@ class Bench:
         with self.manager(templates=False) as manager:
             vm = self.vm(manager)
             vm.start()
-            booted = Machine(vm.get_info()["pid"], self.program)
+            booted = Machine(pid_of(vm.get_info()), self.program)
             manager.destroy_vm(vm.vm_id)
 
             def bare() -> float:
@@ -220,7 +228,7 @@ class Bench:
                 return time.perf_counter() - begun
 
             bares, ours = self.in_turns(running.echo, ping, 50 * self.n)
-            idle, bare_idle = memory_mib(vm.get_info()["pid"]), running.memory_mib()
+            idle, bare_idle = memory_mib(pid_of(vm.get_info())), running.memory_mib()
         running.end()
         self.report.add("bare echo", "us", [1e6 * s for s in bares])
         self.report.add("command: round trip", "us", [1e6 * s for s in ours], "bare echo")
@@ -254,7 +262,7 @@ class Bench:
 
                 walls.append(1e3 * together(count, ours))
                 infos = manager.get_all_vms_info().values() if last else []
-                pss = [memory_mib(info["pid"])[0] for info in infos]
+                pss = [memory_mib(pid_of(info))[0] for info in infos]
                 begun = time.perf_counter()
                 manager.destroy_all_vms()
                 teardowns.append(1e3 * (time.perf_counter() - begun))
