@@ -12,7 +12,7 @@ use crate::host::privileges::{self, Privileges};
 use crate::host::{kvm, net};
 use crate::image::GuestImage;
 use crate::manager::{self, CreateRequest, Manager};
-use crate::model::{Grade, IsolationType, ManagerConfig};
+use crate::model::{Grade, IsolationType, ManagerConfig, SpecPatch};
 use crate::store;
 use crate::vm::{self, network, Settings, Tried};
 use crate::vmm::{self, Installed};
@@ -125,17 +125,9 @@ pub fn report(image: &GuestImage) -> Value {
 /// Creates the default VM and does what its start would, up to the VMM.
 fn try_a_start(config: &ManagerConfig, settings: &Settings) -> Result<Tried> {
     let manager = Manager::new(config.clone(), settings.image.clone())?;
-    let vm = manager.create(CreateRequest {
-        isolation_type: IsolationType::BrowserTab,
-        limits: None,
-        backend: None,
-        network: None,
-        vm_id: None,
-        kernel_path: None,
-        rootfs_path: None,
-        template: None,
-    })?;
-    vm::try_out(vm.spec(), settings)
+    let (isolation_type, patch) = (IsolationType::BrowserTab, SpecPatch::default());
+    let vm = manager.create(CreateRequest { vm_id: None, isolation_type, patch })?;
+    vm::try_out(vm.id(), vm.spec(), settings)
 }
 
 fn verdict(tried: &Result<Tried>, connected: bool) -> Value {

@@ -6,11 +6,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{CreateRequest, Manager};
+use super::Manager;
 use crate::error::{Error, Result};
-use crate::image::template::{Outline, Shelf};
-use crate::model::{Backend, IsolationType, Reservation, TemplateName, VmId, VmState};
-use crate::vm::{self, Ledger, MicroVm, Spec};
+use crate::image::template::{Shelf, SnapshotMetadata};
+use crate::model::{Reservation, TemplateName, VmId, VmSpec, VmState};
+use crate::vm::{self, Ledger, MicroVm};
 
 /// One thing that is kept.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub struct KeptEntry {
     pub name: String,
     pub disk_bytes: u64,
     /// What it is; damaged, if that cannot be read.
-    pub outline: Result<Outline>,
+    pub metadata: Result<SnapshotMetadata>,
     /// Why it cannot be started on this host as the host is now; empty where it can.
     pub differences: Vec<String>,
 }
@@ -37,43 +37,17 @@ pub fn usage(shelf: &Shelf) -> (usize, u64) {
     (kept.len(), kept.iter().map(|(_, bytes)| bytes).sum())
 }
 
-/// What was left open, as the template has it. A network's addresses are a VM's own, where it may go is not.
-pub fn fill(request: CreateRequest, outline: &Outline) -> Result<CreateRequest> {
-    let network = outline.network.without_addresses();
-    let backend = Backend::parse(&outline.backend)?;
-    Ok(CreateRequest {
-        limits: request.limits.or_else(|| Some(outline.limits.clone())),
-        backend: request.backend.or(Some(backend)),
-        network: request.network.or(Some(network)),
-        kernel_path: request.kernel_path.or_else(|| outline.kernel_path.clone()),
-        rootfs_path: request.rootfs_path.or_else(|| outline.rootfs_path.clone()),
-        ..request
-    })
-}
-
-/// # Errors
-/// [`Error::StateMismatch`] naming all that a clone cannot have otherwise.
-pub fn check(spec: &Spec, outline: &Outline, name: &TemplateName) -> Result<()> {
-    let differences = vm::mismatches(outline, spec);
-    match differences.is_empty() {
-        true => Ok(()),
-        false => {
-            let what = format!("{}, as a clone of template \"{name}\",", spec.vm_id);
-            Err(Error::StateMismatch { what, differences })
-        }
-    }
-}
-
 impl Ledger for Manager {
-    fn reserve(&self, spec: &Spec) -> Result<Reservation> {
-        Manager::reserve(self, spec, |_, reserve| reserve())
+    fn reserve(&self, vm_id: &VmId, spec: &VmSpec) -> Result<Reservation> {
+        Manager::reserve(self, vm_id, &spec.limits, |_, reserve| reserve())
     }
 }
 
 impl Manager {
-    pub(super) fn outline(&self, name: &TemplateName) -> Result<Outline> {
+    /// The VM that a template of the user's own was taken of.
+    pub(super) fn template(&self, name: &TemplateName) -> Result<VmSpec> {
         let written = self.settings.snapshots.manifest(name.as_str())?;
-        written.map(|written| written.outline).ok_or_else(|| Error::TemplateNotFound { name: name.to_string() })
+        written.map(|written| written.metadata.spec).ok_or_else(|| Error::TemplateNotFound { name: name.to_string() })
     }
 
     /// The templates of the user's own. Blocking.
@@ -131,17 +105,8 @@ impl Manager {
     fn adopt(&self, vm_id: &str) -> Result<Arc<MicroVm>> {
         let not_found = || Error::VmNotFound { vm_id: vm_id.to_owned() };
         let vm_id = VmId::parse(vm_id).map_err(|_| not_found())?;
-        let outline = self.settings.suspended.manifest(vm_id.as_str())?.ok_or_else(not_found)?.outline;
-        let vm = self.vm(Spec {
-            vm_id: vm_id.clone(),
-            backend: Some(Backend::parse(&outline.backend)?),
-            isolation_type: IsolationType::parse(&outline.isolation_type)?,
-            limits: outline.limits,
-            network: outline.network,
-            kernel_path: outline.kernel_path,
-            rootfs_path: outline.rootfs_path,
-            template: None,
-        });
+        let metadata = self.settings.suspended.manifest(vm_id.as_str())?.ok_or_else(not_found)?.metadata;
+        let vm = self.vm(vm_id.clone(), metadata.spec);
         vm.set_suspended();
         debug_assert_eq!(vm.state(), VmState::Paused);
         let mut registry = self.registry();
@@ -201,7 +166,7 @@ impl Manager {
             let differences = written
                 .as_ref()
                 .map_or_else(|error| vec![error.to_string()], |written| vm::differences_here(written, &self.settings));
-            Some(KeptEntry { name, disk_bytes, outline: written.map(|written| written.outline), differences })
+            Some(KeptEntry { name, disk_bytes, metadata: written.map(|written| written.metadata), differences })
         };
         shelf.list().into_iter().filter_map(entry).collect()
     }

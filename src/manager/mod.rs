@@ -18,17 +18,16 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use crate::error::{Error, Result};
-use crate::host::clock;
 use crate::host::memory::{self, HostMemory};
 use crate::host::zygote::Zygotes;
 use crate::image::template::{self, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, EventKind, IsolationType, JailMode, ManagerConfig, NetworkConfig, QuotaLedger, QuotaUse, Reservation,
-    ResourceLimits, Shape, TemplateName, VmId, VmState,
+    EventKind, IsolationType, JailMode, ManagerConfig, QuotaLedger, QuotaUse, Reservation, ResourceLimits, SpecPatch,
+    VmId, VmSpec, VmState,
 };
 use crate::store::{path, Existing, Folders};
-use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings, Spec};
+use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings};
 use crate::vmm::{Binaries, COST_MIB};
 use policy::Treatments;
 use pool::Pool;
@@ -39,33 +38,19 @@ pub use pool::ShelfUse;
 /// Events that may wait for the policies to be enforced.
 const POLICY_EVENTS: usize = 65_536;
 
-/// What `create` is asked for; absent parts come from the configuration.
+/// What `create` is asked for; its template and the configuration fill in the rest of `patch`, whose paths are absolute.
 #[derive(Debug, Clone)]
 pub struct CreateRequest {
-    pub isolation_type: IsolationType,
-    pub limits: Option<ResourceLimits>,
-    pub backend: Option<Backend>,
-    pub network: Option<NetworkConfig>,
+    /// `None`: a new name.
     pub vm_id: Option<VmId>,
-    pub kernel_path: Option<PathBuf>,
-    pub rootfs_path: Option<PathBuf>,
-    /// One of the user's own.
-    pub template: Option<TemplateName>,
+    pub isolation_type: IsolationType,
+    pub patch: SpecPatch,
 }
 
 impl CreateRequest {
     /// Another VM like one that was made from `spec`.
-    fn like(spec: &Spec) -> Self {
-        Self {
-            isolation_type: spec.isolation_type,
-            limits: Some(spec.limits.clone()),
-            backend: spec.backend,
-            network: Some(spec.network.clone()),
-            vm_id: None,
-            kernel_path: spec.kernel_path.clone(),
-            rootfs_path: spec.rootfs_path.clone(),
-            template: spec.template.clone(),
-        }
+    fn like(spec: &VmSpec) -> Self {
+        Self { vm_id: None, isolation_type: spec.isolation_type, patch: spec.clone().into() }
     }
 }
 
@@ -141,9 +126,9 @@ fn absolute(mut config: ManagerConfig) -> Result<ManagerConfig> {
             in_full(key, binary)?;
         }
     }
-    let pool = config.pool.iter_mut().map(|pool| ("pool", &mut pool.shape));
-    for (key, shape) in pool.chain(config.prepare.iter_mut().map(|shape| ("prepare", shape))) {
-        for (name, image) in [("kernel_path", &mut shape.kernel_path), ("rootfs_path", &mut shape.rootfs_path)] {
+    let pool = config.pool.iter_mut().map(|pool| ("pool", &mut pool.vm));
+    for (key, vm) in pool.chain(config.prepare.iter_mut().map(|vm| ("prepare", vm))) {
+        for (name, image) in vm.image.parts_mut() {
             if let Some(path) = image {
                 *path = path::absolute(&format!("config[{key:?}][{name:?}]"), path)?;
             }
@@ -207,7 +192,7 @@ impl Manager {
         let config = absolute(config)?;
         let ledger = QuotaLedger::new(config.max_vcpus, config.max_memory_mb);
         let settings = Arc::new(settings(&config, image));
-        let pool = Pool::new(&config.pool, config.default_backend, settings.clone());
+        let pool = Pool::new(&config.pool, settings.clone());
         let (registry, treatments, tasks) = (Mutex::default(), Treatments::default(), Mutex::default());
         let made =
             |me: &Weak<Self>| Self { me: me.clone(), settings, config, registry, ledger, pool, treatments, tasks };
@@ -297,23 +282,12 @@ impl Manager {
         }
     }
 
-    /// Makes the template of a shape, unless it is there; its VMs then start as clones.
+    /// Makes the template of VMs like `spec`, unless it is there; they then start as clones.
     ///
     /// # Errors
     /// As a start's; [`Error::Host`] when there can be none.
-    pub async fn prepare(&self, shape: &Shape) -> Result<()> {
-        let vm_id = VmId::parse(&format!("prepare-{}", clock::hex(&clock::random::<6>()?)))?;
-        let spec = Spec {
-            vm_id,
-            backend: self.config.default_backend,
-            isolation_type: IsolationType::BrowserTab,
-            limits: shape.limits.clone(),
-            network: NetworkConfig::default(),
-            kernel_path: shape.kernel_path.clone(),
-            rootfs_path: shape.rootfs_path.clone(),
-            template: None,
-        };
-        vm::prepare_template(&spec, &self.settings).await
+    pub async fn prepare(&self, spec: VmSpec) -> Result<()> {
+        vm::prepare_template(spec, &self.settings).await
     }
 
     /// Destroys every VM and stops cleaning up; nothing when it is stopped already.
@@ -345,39 +319,22 @@ impl Manager {
     /// [`Error::QuotaExceeded`], also when the host has not the memory for one more; [`Error::VmIdTaken`],
     /// [`Error::InvalidValue`]; [`Error::TemplateNotFound`], [`Error::StateMismatch`], [`Error::StateDamaged`].
     pub fn create(&self, request: CreateRequest) -> Result<Arc<MicroVm>> {
-        let outline = request.template.as_ref().map(|name| self.outline(name)).transpose()?;
-        let request = match &outline {
-            Some(outline) => kept::fill(request, outline)?,
-            None => request,
+        let CreateRequest { vm_id, isolation_type, patch } = request;
+        let template = patch.template.clone().map(|name| Ok((self.template(&name)?, name))).transpose()?;
+        let patch = match &template {
+            Some((taken, _)) => patch.or(taken.as_template()),
+            None => patch,
         };
-        let in_full = |field, given: Option<PathBuf>| given.map(|path| path::absolute(field, &path)).transpose();
-        let (kernel_path, rootfs_path) =
-            (in_full("kernel_path", request.kernel_path)?, in_full("rootfs_path", request.rootfs_path)?);
-        let limits = request.limits.unwrap_or_else(|| self.config.default_limits.clone());
-        limits.check()?;
-        let network = request.network.unwrap_or_default();
-        let vm_id = match request.vm_id {
-            Some(vm_id) => vm_id,
-            None => VmId::parse(&format!("{}-{}", request.isolation_type, clock::hex(&clock::random::<6>()?)))?,
-        };
-        let spec = Spec {
-            vm_id,
-            backend: request.backend.or(self.config.default_backend),
-            isolation_type: request.isolation_type,
-            limits,
-            network,
-            kernel_path,
-            rootfs_path,
-            template: request.template,
-        };
-        if let (Some(outline), Some(name)) = (&outline, &spec.template) {
-            kept::check(&spec, outline, name)?;
+        let spec = VmSpec::new(isolation_type, patch.or(self.config.defaults()));
+        let vm_id = vm_id.map_or_else(|| vm::new_id(isolation_type.as_str()), Ok)?;
+        if let Some((taken, name)) = &template {
+            vm::check_clone(&vm_id, &spec, name, taken)?;
         }
-        if self.settings.suspended.has(spec.vm_id.as_str()) {
+        if self.settings.suspended.has(vm_id.as_str()) {
             let owner = "a suspended VM: resume_vm() or destroy_vm() it".into();
-            return Err(Error::VmIdTaken { vm_id: spec.vm_id, owner });
+            return Err(Error::VmIdTaken { vm_id, owner });
         }
-        let vm = self.vm(spec);
+        let vm = self.vm(vm_id, spec);
         let admitted = self.admit(&vm);
         match &admitted {
             Ok(()) => vm.publish(EventKind::Created, vm.spec().limits.to_string()),
@@ -389,13 +346,13 @@ impl Manager {
         admitted.map(|()| vm)
     }
 
-    fn vm(&self, spec: Spec) -> Arc<MicroVm> {
-        MicroVm::new(spec, self.settings.clone(), Some(self.pool.clone()), Some(self.me.clone()))
+    fn vm(&self, vm_id: VmId, spec: VmSpec) -> Arc<MicroVm> {
+        MicroVm::new(vm_id, spec, self.settings.clone(), Some(self.pool.clone()), Some(self.me.clone()))
     }
 
     /// Takes a new VM into the registry, with a reservation.
     fn admit(&self, vm: &Arc<MicroVm>) -> Result<()> {
-        self.reserve(vm.spec(), |registry, reserve| {
+        self.reserve(vm.id(), &vm.spec().limits, |registry, reserve| {
             if registry.vms.iter().any(|other| other.id() == vm.id()) {
                 return Err(Error::VmIdTaken { vm_id: vm.id().clone(), owner: "this manager".into() });
             }
@@ -405,13 +362,13 @@ impl Manager {
         })
     }
 
-    /// Has `admit` reserve what the VM of `spec` needs, if the host has the memory. The one place that reserves.
+    /// Has `admit` reserve what a VM needs, if the host has the memory. The one place that reserves.
     fn reserve<T>(
         &self,
-        spec: &Spec,
+        vm_id: &VmId,
+        limits: &ResourceLimits,
         admit: impl FnOnce(&mut Registry, &dyn Fn() -> Result<Reservation>) -> Result<T>,
     ) -> Result<T> {
-        let (vm_id, limits) = (&spec.vm_id, &spec.limits);
         let host = memory::read().filter(|_| !self.config.overcommit_memory);
         // Looked up before the registry is locked; a VM that starts meanwhile is counted in full, which is safe.
         let taken: u64 = self.list(None, None).iter().map(|vm| vm.memory_taken_mib()).sum();
@@ -519,10 +476,10 @@ impl Manager {
 }
 
 async fn prepare_all(manager: Weak<Manager>) {
-    let shapes = manager.upgrade().map_or_else(Vec::new, |manager| manager.config.prepare.clone());
-    for shape in shapes {
+    let specs = manager.upgrade().map_or_else(Vec::new, |manager| manager.config.prepare.clone());
+    for spec in specs {
         let Some(manager) = manager.upgrade() else { return };
-        if let Err(error) = manager.prepare(&shape).await {
+        if let Err(error) = manager.prepare(spec).await {
             log::warn!("a template could not be prepared: {error}");
         }
     }

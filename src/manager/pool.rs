@@ -5,7 +5,7 @@
 //! it, and they go when the host runs short of memory.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,10 +13,10 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use crate::error::Result;
-use crate::host::{clock, memory};
+use crate::host::memory;
 use crate::image::template::FileId;
-use crate::model::{Backend, Form, IsolationType, NetworkConfig, PoolSpec, QuotaUse, VmId};
-use crate::vm::{Settings, Spec, Standby, Supply};
+use crate::model::{Form, PoolSpec, QuotaUse, VmSpec};
+use crate::vm::{new_id, Settings, Standby, Supply};
 
 /// How often dead ones are looked for and the host's memory is looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -35,7 +35,7 @@ pub struct ShelfUse {
     pub ready: usize,
 }
 
-/// The standby VMs of one shape, oldest first.
+/// The standby VMs of one kind, oldest first.
 struct Shelf {
     spec: PoolSpec,
     standing: VecDeque<Item>,
@@ -70,7 +70,7 @@ impl Stock {
         let standing = self
             .shelves
             .iter()
-            .flat_map(|shelf| std::iter::repeat_n(QuotaUse::from(&shelf.spec.shape.limits), shelf.standing.len()));
+            .flat_map(|shelf| std::iter::repeat_n(QuotaUse::from(&shelf.spec.vm.limits), shelf.standing.len()));
         standing.chain(self.making.as_ref().map(|making| making.cost)).sum()
     }
 
@@ -87,7 +87,6 @@ impl Stock {
 /// The pool of one manager.
 pub struct Pool {
     settings: Arc<Settings>,
-    backend: Option<Backend>,
     stock: Mutex<Stock>,
     /// Starts that someone waits for.
     starting: AtomicUsize,
@@ -95,11 +94,10 @@ pub struct Pool {
 }
 
 impl Pool {
-    pub fn new(specs: &[PoolSpec], backend: Option<Backend>, settings: Arc<Settings>) -> Arc<Self> {
+    pub fn new(specs: &[PoolSpec], settings: Arc<Settings>) -> Arc<Self> {
         let shelf = |spec: &PoolSpec| Shelf { spec: spec.clone(), standing: VecDeque::new() };
         Arc::new(Self {
             settings,
-            backend,
             stock: Mutex::new(Stock { shelves: specs.iter().map(shelf).collect(), making: None }),
             starting: AtomicUsize::new(0),
             changed: Notify::new(),
@@ -192,7 +190,7 @@ impl Pool {
         let mut stock = self.stock();
         let used = stock.used();
         let fits = |shelf: &&Shelf| {
-            let one = QuotaUse::from(&shelf.spec.shape.limits);
+            let one = QuotaUse::from(&shelf.spec.vm.limits);
             shelf.standing.len() < shelf.spec.size
                 && (used + one).fits_in(&left)
                 && memory::has_spare(one.memory_mb, SPARE_SHARE)
@@ -200,7 +198,7 @@ impl Pool {
         let lacking = stock.shelves.iter().filter(fits).min_by_key(|shelf| shelf.standing.len());
         let spec = lacking.map(|shelf| shelf.spec.clone())?;
         let given_up = Arc::new(Notify::new());
-        stock.making = Some(Making { cost: QuotaUse::from(&spec.shape.limits), given_up: given_up.clone() });
+        stock.making = Some(Making { cost: QuotaUse::from(&spec.vm.limits), given_up: given_up.clone() });
         Some((spec, given_up))
     }
 
@@ -218,23 +216,10 @@ impl Pool {
     }
 
     async fn make(&self, pool: &PoolSpec) -> Result<Item> {
-        let spec = self.spec(pool)?;
-        let paths = [&spec.kernel_path, &spec.rootfs_path].into_iter().flatten();
-        let files = paths.filter_map(|path| Some((path.clone(), FileId::of(path).ok()?))).collect();
-        Ok(Item { standby: Standby::make(&spec, &self.settings, pool.form).await?, files })
-    }
-
-    fn spec(&self, pool: &PoolSpec) -> Result<Spec> {
-        Ok(Spec {
-            vm_id: VmId::parse(&format!("pool-{}", clock::hex(&clock::random::<6>()?)))?,
-            backend: self.backend,
-            isolation_type: IsolationType::BrowserTab,
-            limits: pool.shape.limits.clone(),
-            network: NetworkConfig::default(),
-            kernel_path: pool.shape.kernel_path.clone(),
-            rootfs_path: pool.shape.rootfs_path.clone(),
-            template: None,
-        })
+        let (vm_id, spec) = (new_id("pool")?, Arc::new(pool.vm.clone()));
+        let look = |path: &Path| Some((path.to_owned(), FileId::of(path).ok()?));
+        let files = spec.image.files().filter_map(look).collect();
+        Ok(Item { standby: Standby::make(&vm_id, &spec, &self.settings, pool.form).await?, files })
     }
 
     /// Ends every VM that stands by.
@@ -249,21 +234,12 @@ impl Pool {
 }
 
 impl Supply for Pool {
-    fn take(&self, spec: &Spec) -> Option<Standby> {
-        // A network is a VM's own from its first packet on; nothing of that can be made ahead.
-        if !spec.network.isolated_network || spec.backend != self.backend || spec.template.is_some() {
-            return None;
-        }
-        let is_it = |shelf: &&mut Shelf| {
-            let shape = &shelf.spec.shape;
-            shape.limits == spec.limits
-                && shape.kernel_path == spec.kernel_path
-                && shape.rootfs_path == spec.rootfs_path
-        };
+    fn take(&self, spec: &VmSpec) -> Option<Standby> {
+        let is_it = |shelf: &&mut Shelf| spec.can_take(&shelf.spec.vm);
         let mut out = Vec::new();
         let taken = {
             let mut stock = self.stock();
-            // Of several forms of one shape the one that is furthest.
+            // Of several forms of one kind the one that is furthest.
             let mut fitting: Vec<&mut Shelf> = stock.shelves.iter_mut().filter(is_it).collect();
             fitting.sort_by_key(|shelf| std::cmp::Reverse(Form::ALL.iter().position(|form| *form == shelf.spec.form)));
             fitting.into_iter().find_map(|shelf| loop {

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use serde_json::{Map, Value};
 
-use super::{policy, shapes, Backend, Grade, Ipv4Net, JailMode, Policies, PoolSpec, ResourceLimits, Shape};
+use super::{policy, shapes, Backend, Grade, Ipv4Net, JailMode, Policies, PoolSpec, ResourceLimits, SpecPatch, VmSpec};
 use crate::error::{Error, Result};
 
 /// Private (RFC 1918), and not what the usual neighbours take: container engines, libvirt, Kubernetes, home routers.
@@ -59,8 +59,8 @@ pub struct ManagerConfig {
     pub overcommit_memory: bool,
     pub runtime_dir: Option<String>,
     pub pool: Vec<PoolSpec>,
-    /// Shapes whose templates are made when the manager starts.
-    pub prepare: Vec<Shape>,
+    /// VMs whose templates are made when the manager starts.
+    pub prepare: Vec<VmSpec>,
     /// Whether VMs are clones of templates.
     pub templates: bool,
     pub cache_dir: Option<String>,
@@ -179,13 +179,21 @@ impl ManagerConfig {
             }
         }
         let entries = |key: &str| config.get(key).map_or(Ok(Vec::new()), |value| shapes::entries(key, value));
+        let defaults = out.defaults();
         for (name, entry) in entries("pool")? {
-            out.pool.push(shapes::pool(&name, &entry, &out.default_limits)?);
+            out.pool.push(shapes::pool(&name, &entry, &defaults)?);
         }
         for (name, entry) in entries("prepare")? {
-            out.prepare.push(shapes::shape(&name, &entry, &out.default_limits)?);
+            out.prepare.push(shapes::vm(&name, &entry, &defaults)?);
         }
         Ok(out)
+    }
+
+    /// What a VM has that its maker leaves out.
+    #[must_use]
+    pub fn defaults(&self) -> SpecPatch {
+        let limits = Some(self.default_limits.clone());
+        SpecPatch { backend: self.default_backend, limits, ..SpecPatch::default() }
     }
 
     /// The binary that the configuration names for a backend.

@@ -1,8 +1,10 @@
 //! What happens to VMs, as plain data.
 
+use std::sync::Arc;
+
 use serde_json::{json, Value};
 
-use super::{HealthStatus, IsolationType, Reason, VmId, VmState};
+use super::{HealthStatus, Reason, VmId, VmSpec, VmState};
 
 /// The kind of an event, with the data of that kind.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,7 +80,7 @@ pub struct Event {
     pub sequence: u64,
     pub unix_time_s: f64,
     pub vm_id: VmId,
-    pub isolation_type: IsolationType,
+    pub spec: Arc<VmSpec>,
     pub kind: EventKind,
     /// What happened and why, for people.
     pub detail: String,
@@ -92,7 +94,7 @@ impl Event {
             "time": self.unix_time_s,
             "kind": self.kind.name(),
             "vm_id": self.vm_id.as_str(),
-            "isolation_type": self.isolation_type.as_str(),
+            "isolation_type": self.spec.isolation_type.as_str(),
             "detail": self.detail,
         });
         let mut add = |key: &str, value: Value| event[key] = value;

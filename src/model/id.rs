@@ -2,10 +2,13 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 
 /// 1 to 64 of `A-Z a-z 0-9 . _ -`, not starting with a dot: safe as a file name, a host name's source and in a log.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct VmId(String);
 
 impl VmId {
@@ -36,7 +39,8 @@ impl VmId {
 }
 
 /// The name of a template of the user's own, of the same letters as a VM's.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct TemplateName(String);
 
 impl TemplateName {
@@ -49,6 +53,34 @@ impl TemplateName {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl TryFrom<String> for VmId {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        Self::parse(&text)
+    }
+}
+
+impl TryFrom<String> for TemplateName {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        Self::parse("template", &text)
+    }
+}
+
+impl From<VmId> for String {
+    fn from(vm_id: VmId) -> Self {
+        vm_id.0
+    }
+}
+
+impl From<TemplateName> for String {
+    fn from(name: TemplateName) -> Self {
+        name.0
     }
 }
 

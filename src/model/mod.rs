@@ -25,11 +25,11 @@ pub use id::{TemplateName, VmId};
 pub use ipv4::{is_public, Ipv4Net};
 pub use kinds::{Backend, Grade, IsolationType, JailMode};
 pub use policy::{OnFailure, Policies, Policy};
-pub use pool::{Form, PoolSpec, Shape};
+pub use pool::{Form, PoolSpec};
 pub use quota::{QuotaLedger, QuotaUse, Reservation};
 pub use spec::{
-    EgressRule, EgressTarget, GuestAddress, MacAddress, NamePattern, NetworkConfig, NetworkText, ResourceLimits,
-    DEFAULT_PREFIX,
+    BootImage, EgressRule, EgressTarget, GuestAddress, MacAddress, NamePattern, NetworkConfig, NetworkText,
+    ResourceLimits, SpecPatch, VmSpec, DEFAULT_PREFIX,
 };
 pub use state::VmState;
 pub use text::{printable, said, RECORD_BYTES};

@@ -1,8 +1,6 @@
 //! VMs that a manager keeps ready before anyone asks for them.
 
-use std::path::PathBuf;
-
-use super::ResourceLimits;
+use super::VmSpec;
 
 /// How far the start of a VM that stands by has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,18 +26,10 @@ impl Form {
     }
 }
 
-/// What VMs of one kind have in common.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shape {
-    pub limits: ResourceLimits,
-    pub kernel_path: Option<PathBuf>,
-    pub rootfs_path: Option<PathBuf>,
-}
-
-/// How many VMs of a shape stand by, and in which form.
+/// How many VMs like `vm` stand by, and in which form.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolSpec {
-    pub shape: Shape,
+    pub vm: VmSpec,
     pub size: usize,
     pub form: Form,
 }

@@ -1,11 +1,11 @@
-//! The configuration's lists of shapes: `pool` and `prepare`.
+//! The configuration's lists of VMs that are made ready ahead of time: `pool` and `prepare`.
 
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
 use super::config::{optional_text, whole, wrong_type};
-use super::{Form, PoolSpec, ResourceLimits, Shape};
+use super::{Form, IsolationType, PoolSpec, SpecPatch, VmSpec};
 use crate::error::{Error, Result};
 
 const SHAPE_KEYS: &str = "vcpu_count, memory_mb, disk_size_mb, network_bandwidth_mbps, max_file_handles, \
@@ -33,15 +33,15 @@ pub fn entries(key: &str, value: &Value) -> Result<Vec<(String, Map<String, Valu
     }
 }
 
-/// A shape; what it leaves out is as in `defaults`.
-pub fn shape(name: &str, entry: &Map<String, Value>, defaults: &ResourceLimits) -> Result<Shape> {
+/// A VM; what it leaves out is as in `defaults`.
+pub fn vm(name: &str, entry: &Map<String, Value>, defaults: &SpecPatch) -> Result<VmSpec> {
     read(name, entry, defaults, |key, _| Err(unknown(name, key, SHAPE_KEYS)))
 }
 
-/// A shape, and how many of it are to stand by.
-pub fn pool(name: &str, entry: &Map<String, Value>, defaults: &ResourceLimits) -> Result<PoolSpec> {
+/// A VM, and how many like it are to stand by.
+pub fn pool(name: &str, entry: &Map<String, Value>, defaults: &SpecPatch) -> Result<PoolSpec> {
     let (mut size, mut form) = (None, Form::Ready);
-    let shape = read(name, entry, defaults, |key, value| {
+    let vm = read(name, entry, defaults, |key, value| {
         let field = format!("{name}[{key:?}]");
         match key {
             "size" => size = Some(whole(&field, value, 1, MAX_SIZE)?),
@@ -55,40 +55,41 @@ pub fn pool(name: &str, entry: &Map<String, Value>, defaults: &ResourceLimits) -
         value: Value::Object(entry.clone()).to_string(),
         allowed: "it must say its \"size\": how many VMs are to stand by".into(),
     })?;
-    Ok(PoolSpec { shape, size: usize::try_from(size).unwrap_or(usize::MAX), form })
+    Ok(PoolSpec { vm, size: usize::try_from(size).unwrap_or(usize::MAX), form })
 }
 
 fn read(
     name: &str,
     entry: &Map<String, Value>,
-    defaults: &ResourceLimits,
+    defaults: &SpecPatch,
     mut other: impl FnMut(&str, &Value) -> Result<()>,
-) -> Result<Shape> {
-    let mut shape = Shape { limits: defaults.clone(), kernel_path: None, rootfs_path: None };
+) -> Result<VmSpec> {
+    // Whoever takes one says what it is for.
+    let mut vm = VmSpec::new(IsolationType::BrowserTab, defaults.clone());
     for (key, value) in entry {
         let field = format!("{name}[{key:?}]");
         let number = |into: &mut u64| whole(&field, value, 0, u64::MAX).map(|number| *into = number);
         match key.as_str() {
-            "vcpu_count" => number(&mut shape.limits.vcpu_count)?,
-            "memory_mb" => number(&mut shape.limits.memory_mb)?,
-            "disk_size_mb" => number(&mut shape.limits.disk_size_mb)?,
-            "network_bandwidth_mbps" => number(&mut shape.limits.network_bandwidth_mbps)?,
-            "max_file_handles" => number(&mut shape.limits.max_file_handles)?,
-            "max_processes" => number(&mut shape.limits.max_processes)?,
-            "disk_bytes_per_s" => rate(&field, value, &mut shape.limits.disk_bytes_per_s)?,
-            "disk_ops_per_s" => rate(&field, value, &mut shape.limits.disk_ops_per_s)?,
-            "kernel_path" => shape.kernel_path = optional_text(&field, value)?.map(PathBuf::from),
-            "rootfs_path" => shape.rootfs_path = optional_text(&field, value)?.map(PathBuf::from),
+            "vcpu_count" => number(&mut vm.limits.vcpu_count)?,
+            "memory_mb" => number(&mut vm.limits.memory_mb)?,
+            "disk_size_mb" => number(&mut vm.limits.disk_size_mb)?,
+            "network_bandwidth_mbps" => number(&mut vm.limits.network_bandwidth_mbps)?,
+            "max_file_handles" => number(&mut vm.limits.max_file_handles)?,
+            "max_processes" => number(&mut vm.limits.max_processes)?,
+            "disk_bytes_per_s" => rate(&field, value, &mut vm.limits.disk_bytes_per_s)?,
+            "disk_ops_per_s" => rate(&field, value, &mut vm.limits.disk_ops_per_s)?,
+            "kernel_path" => vm.image.kernel_path = optional_text(&field, value)?.map(PathBuf::from),
+            "rootfs_path" => vm.image.rootfs_path = optional_text(&field, value)?.map(PathBuf::from),
             key => other(key, value)?,
         }
     }
-    shape.limits.check().map_err(|error| match error {
+    vm.limits.check().map_err(|error| match error {
         Error::InvalidValue { field, value, allowed } => {
             Error::InvalidValue { field: format!("{name}[{field:?}]"), value, allowed }
         }
         other => other,
     })?;
-    Ok(shape)
+    Ok(vm)
 }
 
 fn rate(field: &str, value: &Value, into: &mut Option<u64>) -> Result<()> {
@@ -126,7 +127,7 @@ mod tests {
         let config = read(json!({"pool": {"size": 3, "memory_mb": 128}, "default_disk_size_mb": 64})).unwrap();
         let [pool] = &config.pool[..] else { panic!() };
         assert_eq!((pool.size, pool.form), (3, Form::Ready));
-        assert_eq!((pool.shape.limits.memory_mb, pool.shape.limits.disk_size_mb), (128, 64));
+        assert_eq!((pool.vm.limits.memory_mb, pool.vm.limits.disk_size_mb), (128, 64));
     }
 
     #[test]

@@ -10,7 +10,10 @@ use serde_json::{json, Map, Number, Value};
 use super::errors;
 use crate::error::Error;
 use crate::image::GuestImage;
-use crate::model::{Backend, IsolationType, NetworkConfig, NetworkText, ResourceLimits, TemplateName, VmId, VmState};
+use crate::model::{
+    Backend, BootImage, IsolationType, NetworkConfig, NetworkText, ResourceLimits, SpecPatch, TemplateName, VmId,
+    VmState,
+};
 use crate::store;
 
 const PACKAGE: &str = "thirstys_waterfall.security.microvm_isolation";
@@ -85,7 +88,7 @@ pub fn template(field: &str, value: &Bound<'_, PyAny>) -> PyResult<TemplateName>
     TemplateName::parse(field, &name).map_err(|error| errors::raise(value.py(), &error))
 }
 
-pub fn optional_template(field: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<TemplateName>> {
+fn optional_template(field: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<TemplateName>> {
     value.filter(|value| !value.is_none()).map(|value| template(field, value)).transpose()
 }
 
@@ -275,6 +278,33 @@ pub fn network(value: &Bound<'_, PyAny>) -> PyResult<NetworkConfig> {
         field("ipv6")?,
     ];
     network_from(values.each_ref())
+}
+
+/// What a VM is to be, in the arguments that every constructor of one has; `None`: it was left out.
+#[derive(Default)]
+pub struct SpecArguments<'a, 'py> {
+    pub backend: Option<&'a Bound<'py, PyAny>>,
+    pub resource_limits: Option<&'a Bound<'py, PyAny>>,
+    pub network_config: Option<&'a Bound<'py, PyAny>>,
+    pub kernel_path: Option<&'a Bound<'py, PyAny>>,
+    pub rootfs_path: Option<&'a Bound<'py, PyAny>>,
+    pub template: Option<&'a Bound<'py, PyAny>>,
+}
+
+impl SpecArguments<'_, '_> {
+    /// Parses each of them. Paths become absolute: later the working directory may be another one.
+    pub fn parse(&self) -> PyResult<SpecPatch> {
+        Ok(SpecPatch {
+            limits: self.resource_limits.map(limits).transpose()?,
+            backend: self.backend.map(backend).transpose()?,
+            network: self.network_config.map(network).transpose()?,
+            image: BootImage {
+                kernel_path: optional_absolute("kernel_path", self.kernel_path)?,
+                rootfs_path: optional_absolute("rootfs_path", self.rootfs_path)?,
+            },
+            template: optional_template("template", self.template)?,
+        })
+    }
 }
 
 /// A member of one of the package's enums.

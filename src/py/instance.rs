@@ -7,13 +7,14 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde_json::{json, Map, Value};
 
+use super::convert::SpecArguments;
 use super::gate::{self, OnInterrupt, Owned};
 use super::stream::ProcessStream;
 use super::{convert, errors, logging, transfer};
 use crate::manager;
-use crate::model::{Backend, ManagerConfig, NetworkConfig, NetworkText};
+use crate::model::{Backend, ManagerConfig, NetworkConfig, NetworkText, VmSpec};
 use crate::net::{Problem, Segment};
-use crate::vm::{network, Health, MicroVm, Spec};
+use crate::vm::{network, Health, MicroVm};
 
 /// One microVM: its life, its commands, its files and its health.
 ///
@@ -133,7 +134,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         Some(segment) => {
             let looked = tokio::task::spawn_blocking(move || network::problems_of(&segment)).await;
             looked.unwrap_or_else(|error| {
-                log::warn!("{}: its host's network was not looked at: {error}", spec.vm_id);
+                log::warn!("{}: its host's network was not looked at: {error}", vm.id());
                 Vec::new()
             })
         }
@@ -142,7 +143,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
     metrics["status"] = json!(health.verdict.status.as_str());
     metrics["cpu_usage"] = json!(health.cpu_usage_percent);
     json!({
-        "vm_id": spec.vm_id.as_str(),
+        "vm_id": vm.id(),
         "backend": facts.backend.unwrap_or(Backend::Qemu).as_str(),
         "backend_reason": facts.backend_reason,
         "isolation_type": spec.isolation_type.as_str(),
@@ -151,11 +152,11 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "start": facts.origin.map(|origin| start_json(origin, &facts.stages)),
         "state": vm.state().as_str(),
         "suspended": vm.is_suspended(),
-        "template": spec.template.as_ref().map(|name| name.as_str()),
+        "template": spec.template,
         "pid": facts.pid,
         "socket_path": facts.socket,
-        "kernel_path": spec.kernel_path,
-        "rootfs_path": spec.rootfs_path,
+        "kernel_path": spec.image.kernel_path,
+        "rootfs_path": spec.image.rootfs_path,
         "resource_limits": convert::limits_json(&spec.limits),
         "jail": facts.jail,
         "limits": facts.limits,
@@ -242,19 +243,13 @@ impl MicroVMInstance {
         template: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = vm_id.py();
-        let spec = Spec {
-            vm_id: convert::vm_id(vm_id)?,
-            backend: Some(convert::backend(backend)?),
-            isolation_type: convert::isolation_type(isolation_type)?,
-            limits: convert::limits(resource_limits)?,
-            network: network_config.map(convert::network).transpose()?.unwrap_or_default(),
-            kernel_path: convert::optional_absolute("kernel_path", kernel_path)?,
-            rootfs_path: convert::optional_absolute("rootfs_path", rootfs_path)?,
-            template: convert::optional_template("template", template)?,
-        };
+        let (id, isolation_type) = (convert::vm_id(vm_id)?, convert::isolation_type(isolation_type)?);
+        let (backend, resource_limits) = (Some(backend), Some(resource_limits));
+        let arguments = SpecArguments { backend, resource_limits, network_config, kernel_path, rootfs_path, template };
+        let spec = VmSpec::new(isolation_type, arguments.parse()?);
         logging::start(py)?;
         let settings = manager::settings(&ManagerConfig::default(), convert::guest_image(py)?);
-        Ok(Self::wrap(MicroVm::new(spec, Arc::new(settings), None, None), false))
+        Ok(Self::wrap(MicroVm::new(id, spec, Arc::new(settings), None, None), false))
     }
 
     /// Starts the VM, as a clone of a template where there is one, and waits for its agent.
@@ -690,13 +685,13 @@ impl MicroVMInstance {
     /// The kernel that the VM was given; `None` for the kernel of this package.
     #[getter]
     fn kernel_path(&self) -> Option<String> {
-        self.vm().spec().kernel_path.as_ref().map(|path| path.display().to_string())
+        self.vm().spec().image.kernel_path.as_ref().map(|path| path.display().to_string())
     }
 
     /// The image that the VM was given; `None` for the guest of this package.
     #[getter]
     fn rootfs_path(&self) -> Option<String> {
-        self.vm().spec().rootfs_path.as_ref().map(|path| path.display().to_string())
+        self.vm().spec().image.rootfs_path.as_ref().map(|path| path.display().to_string())
     }
 
     /// The logger of the package, `thirstys_waterfall.security.microvm_isolation`; the package adds no

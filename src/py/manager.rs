@@ -9,13 +9,15 @@ use pyo3::types::PyDict;
 use serde_json::{json, Map, Value};
 use tokio::task::JoinSet;
 
+use super::convert::SpecArguments;
 use super::events::{self, EventStream};
 use super::gate::{self, OnInterrupt, Owned};
 use super::instance::{self, MicroVMInstance};
 use super::{convert, errors, logging};
 use crate::error::Error;
+use crate::image::template::SnapshotMetadata;
 use crate::manager::{CreateRequest, ExportedDisk, KeptEntry, Manager, ShelfUse};
-use crate::model::{HealthStatus, ManagerConfig, PoolSpec, Shape, VmState};
+use crate::model::{HealthStatus, IsolationType, ManagerConfig, PoolSpec, VmSpec, VmState};
 use crate::vm::MicroVm;
 
 /// How many events wait to be taken, unless a caller says otherwise; and at most.
@@ -242,15 +244,11 @@ impl MicroVMIsolationManager {
         template: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Option<String>> {
         let manager = self.manager.get(py)?;
+        let arguments = SpecArguments { backend, resource_limits, network_config, kernel_path, rootfs_path, template };
         let request = CreateRequest {
-            isolation_type: convert::isolation_type(isolation_type)?,
-            limits: resource_limits.map(convert::limits).transpose()?,
-            backend: backend.map(convert::backend).transpose()?,
-            network: network_config.map(convert::network).transpose()?,
             vm_id: vm_id.map(convert::vm_id).transpose()?,
-            kernel_path: convert::optional_path("kernel_path", kernel_path)?,
-            rootfs_path: convert::optional_path("rootfs_path", rootfs_path)?,
-            template: convert::optional_template("template", template)?,
+            isolation_type: convert::isolation_type(isolation_type)?,
+            patch: arguments.parse()?,
         };
         let created = py.detach(|| manager.create(request));
         let Some(vm) = self.settle(py, created)? else { return Ok(None) };
@@ -648,13 +646,10 @@ impl MicroVMIsolationManager {
         rootfs_path: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<bool> {
         let manager = self.manager.get(py)?.clone();
-        let limits = resource_limits.filter(|limits| !limits.is_none()).map(convert::limits).transpose()?;
-        let shape = Shape {
-            limits: limits.unwrap_or_else(|| manager.config().default_limits.clone()),
-            kernel_path: convert::optional_path("kernel_path", kernel_path)?,
-            rootfs_path: convert::optional_path("rootfs_path", rootfs_path)?,
-        };
-        let prepared = gate::wait(py, OnInterrupt::Abandon, async move { manager.prepare(&shape).await })?;
+        let arguments = SpecArguments { resource_limits, kernel_path, rootfs_path, ..SpecArguments::default() };
+        let patch = arguments.parse()?.or(manager.config().defaults());
+        let spec = VmSpec::new(IsolationType::BrowserTab, patch);
+        let prepared = gate::wait(py, OnInterrupt::Abandon, async move { manager.prepare(spec).await })?;
         Ok(self.settle(py, prepared)?.is_some())
     }
 
@@ -823,21 +818,21 @@ fn kept_list<'py>(
 }
 
 fn kept_json(key: &str, entry: &KeptEntry) -> Value {
-    let mut kept = match &entry.outline {
-        Ok(outline) => json!({
-            "backend": outline.backend,
-            "isolation_type": outline.isolation_type,
-            "resource_limits": convert::limits_json(&outline.limits),
-            "isolated_network": outline.network.isolated_network,
-            "kernel_path": outline.kernel_path,
-            "rootfs_path": outline.rootfs_path,
-            "created": outline.created_unix_s,
+    let mut kept = match &entry.metadata {
+        Ok(SnapshotMetadata { spec, created_unix_s, .. }) => json!({
+            "backend": spec.backend,
+            "isolation_type": spec.isolation_type,
+            "resource_limits": convert::limits_json(&spec.limits),
+            "isolated_network": spec.network.isolated_network,
+            "kernel_path": spec.image.kernel_path,
+            "rootfs_path": spec.image.rootfs_path,
+            "created": created_unix_s,
             "damaged": false,
         }),
         Err(error) => json!({"damaged": true, "reason": error.to_string()}),
     };
-    if let (Ok(outline), "name") = (&entry.outline, key) {
-        kept["source_vm_id"] = json!(outline.vm_id);
+    if let (Ok(metadata), "name") = (&entry.metadata, key) {
+        kept["source_vm_id"] = json!(metadata.vm_id);
     }
     (kept[key], kept["disk_bytes"]) = (json!(entry.name), json!(entry.disk_bytes));
     (kept["usable"], kept["differences"]) = (json!(entry.differences.is_empty()), json!(entry.differences));
@@ -845,14 +840,14 @@ fn kept_json(key: &str, entry: &KeptEntry) -> Value {
 }
 
 fn shelf_json(shelf: &ShelfUse) -> Value {
-    let PoolSpec { shape, size, form } = &shelf.spec;
+    let PoolSpec { vm, size, form } = &shelf.spec;
     json!({
         "form": form.as_str(),
         "wanted": size,
         "ready": shelf.ready,
-        "resource_limits": convert::limits_json(&shape.limits),
-        "kernel_path": shape.kernel_path,
-        "rootfs_path": shape.rootfs_path,
+        "resource_limits": convert::limits_json(&vm.limits),
+        "kernel_path": vm.image.kernel_path,
+        "rootfs_path": vm.image.rootfs_path,
     })
 }
 

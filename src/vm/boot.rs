@@ -15,14 +15,14 @@ use super::network::Connection;
 use super::prepare::{self, prepare, Ids, Prepared, Seen};
 use super::running::{Base, Running};
 use super::standby::Standby;
-use super::{snapshot, template, Settings, Spec};
+use super::{snapshot, template, Settings};
 use crate::channel::Agent;
 use crate::error::{Error, Result, Tails};
 use crate::host::memfd;
 use crate::host::process::Jailed;
 use crate::host::procfs::{self, Usage};
 use crate::image::template::Template;
-use crate::model::{ResourceLimits, VmId};
+use crate::model::{VmId, VmSpec};
 use crate::store::disk::Disk;
 use crate::store::VmDir;
 use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm};
@@ -160,21 +160,21 @@ fn with_tails(error: Error, said: Tails) -> Error {
 }
 
 /// Starts a VM and waits for its agent, at most `start_timeout`.
-pub async fn boot(spec: &Spec, settings: &Settings, standby: Option<Standby>) -> Result<Running> {
+pub async fn boot(vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings, standby: Option<Standby>) -> Result<Running> {
     let begun = Instant::now();
     if let Some(name) = &spec.template {
-        return snapshot::clone_of(name, spec, settings).await;
+        return snapshot::clone_of(name, vm_id, spec, settings).await;
     }
     if let Some(standby) = standby {
-        match standby.become_vm(spec, settings).await {
+        match standby.become_vm(vm_id, settings).await {
             Ok(running) => return Ok(running),
-            Err(error) => log::warn!("{}: a VM of the pool could not be used: {error}", spec.vm_id),
+            Err(error) => log::warn!("{vm_id}: a VM of the pool could not be used: {error}"),
         }
     }
     let progress = Progress::since(begun, "prepare");
-    let prepared = prepare(spec, settings).await?;
+    let prepared = prepare(vm_id, spec, settings).await?;
     progress.at(TEMPLATE);
-    let template = template::find_or_make(&prepared, spec, settings, Some(template::patience(begun, settings))).await;
+    let template = template::find_or_make(&prepared, settings, Some(template::patience(begun, settings))).await;
     let failed = match run(prepared, settings, progress, template.clone()).await {
         Err(error @ Error::StartFailed { .. }) if template.is_some() => error,
         outcome => return outcome,
@@ -184,7 +184,7 @@ pub async fn boot(spec: &Spec, settings: &Settings, standby: Option<Standby>) ->
         template::discard(settings, &template).await;
     }
     let progress = Progress::since(begun, "prepare");
-    run(prepare(spec, settings).await?, settings, progress, None).await
+    run(prepare(vm_id, spec, settings).await?, settings, progress, None).await
 }
 
 /// Launches what is prepared and brings it up.
@@ -209,7 +209,7 @@ pub struct Launching {
     chosen: String,
     plan: LaunchPlan,
     seen: Vec<Seen>,
-    limits: ResourceLimits,
+    spec: Arc<VmSpec>,
     identity: Identity,
     identity_delivery: IdentityDelivery,
     jailed: Jailed,
@@ -234,7 +234,7 @@ impl Launching {
     ) -> Result<Self> {
         progress.at("drives");
         let (prepared, identity) = prepared.write_drives(settings, template.clone()).await?;
-        let Prepared { dir, disk, vmm, chosen, mut plan, seen, limits, network, held, mut confinement, .. } = prepared;
+        let Prepared { dir, disk, vmm, chosen, mut plan, seen, spec, network, held, mut confinement, .. } = prepared;
         progress.at("launch");
         if let Some(template) = &template {
             let untouched = memfd::untouched_bytes(&template.ram);
@@ -257,7 +257,7 @@ impl Launching {
             chosen,
             plan,
             seen,
-            limits,
+            spec,
             identity,
             identity_delivery,
             jailed,
@@ -303,19 +303,19 @@ impl Launching {
         self.attempt().race(self.control.resume()).await
     }
 
-    /// Makes what stands by the VM of `spec`, whose guest has not yet looked who it is.
-    pub async fn rename(mut self, spec: &Spec) -> Result<Self> {
+    /// Makes what stands by the VM `name`, whose guest has not yet looked who it is.
+    pub async fn rename(mut self, name: &VmId) -> Result<Self> {
         let begun = Instant::now();
-        let vm_id = spec.vm_id.clone();
+        let vm_id = name.clone();
         let renaming = tokio::task::spawn_blocking(move || {
             self.dir.rename(&vm_id)?;
             self.disk.rename(&vm_id)?;
-            self.identity = prepare::identity(&vm_id, &self.limits, None, Ids::generate()?)?;
+            self.identity = prepare::identity(&vm_id, &self.spec.limits, None, Ids::generate()?)?;
             self.plan.vm_id = vm_id;
             self.progress = Progress::since(begun, "take");
             Ok(self)
         });
-        renaming.await.map_err(|error| Error::host("rename", &spec.vm_id, error))?
+        renaming.await.map_err(|error| Error::host("rename", name, error))?
     }
 
     /// Waits for the agent and shakes hands with it.

@@ -10,13 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use microvm_jail::{Confined, Identity, Layer, Resource, Rlimit};
 use serde_json::{json, Map, Value};
 
-use super::{Settings, Spec};
+use super::Settings;
 use crate::error::{Error, Result, Shortfall};
 use crate::host::cgroup::{self, Controller, Device, Groups, Outcome};
 use crate::host::clock;
 use crate::host::process::Jailed;
 use crate::host::rlimit;
-use crate::model::{Backend, Budget, JailMode, NetworkConfig, ResourceLimits, VmId, CPU_PERIOD_US};
+use crate::model::{Backend, Budget, JailMode, NetworkConfig, ResourceLimits, VmId, VmSpec, CPU_PERIOD_US};
 use crate::store::disk::Disk;
 use crate::store::lease::Lease;
 use crate::store::VmDir;
@@ -55,7 +55,8 @@ pub struct Confinement {
 /// # Errors
 /// [`Error::IsolationUnavailable`] in strict mode, [`Error::Host`].
 pub fn confine(
-    spec: &Spec,
+    vm_id: &VmId,
+    spec: &VmSpec,
     settings: &Settings,
     dir: &VmDir,
     disk: &Disk,
@@ -92,7 +93,7 @@ pub fn confine(
     });
     let mut plan = JailPlan::new(launcher, &host, identity, &needs.devices)?;
     let common = ["/dev/null", "/dev/urandom"].iter().filter_map(|path| device(Path::new(path)));
-    let name = format!("{}-{}", spec.vm_id, clock::hex(&clock::random::<4>()?));
+    let name = format!("{vm_id}-{}", clock::hex(&clock::random::<4>()?));
     // In the journal before it exists: this process may be killed in between.
     dir.note_groups(&cgroup::candidates(&name, settings.cgroup_parent.as_deref()))?;
     let groups = Groups::create(
@@ -109,7 +110,7 @@ pub fn confine(
     )?;
     dir.note_groups(groups.folders())?;
     plan.cgroup_procs = groups.procs();
-    plan.rlimits = rlimits(&spec.vm_id, &budget, needs.open_files, identity.is_some(), rlimit::hard)?;
+    plan.rlimits = rlimits(vm_id, &budget, needs.open_files, identity.is_some(), rlimit::hard)?;
     plan.audit = settings.jail == JailMode::Audit;
     plan.hands_tap = matches!(hands_tap, Some(Ok(_)));
     let mut layers = layers(&host, identity);
@@ -118,9 +119,9 @@ pub fn confine(
     let confinement =
         Confinement { mode: settings.jail, layers, limits: limits(spec, &budget, &plan, groups.outcomes()) };
     if settings.jail == JailMode::Strict {
-        confinement.refuse_what_is_missing(spec, &host, vmm.backend(), &of_backend)?;
+        confinement.refuse_what_is_missing(vm_id, &host, vmm.backend(), &of_backend)?;
     } else if !host.own_root() {
-        log::warn!("{}: its VMM runs without namespaces and a root of its own (see doctor)", spec.vm_id);
+        log::warn!("{vm_id}: its VMM runs without namespaces and a root of its own (see doctor)");
     }
     Ok((plan, Held { groups, lease, memory_bytes: budget.memory_bytes }, confinement))
 }
@@ -129,12 +130,12 @@ pub fn confine(
 ///
 /// # Errors
 /// [`Error::LimitTooLow`], [`Error::Host`].
-pub fn check_limits(spec: &Spec, settings: &Settings, vmm: &dyn Vmm) -> Result<()> {
+pub fn check_limits(vm_id: &VmId, spec: &VmSpec, settings: &Settings, vmm: &dyn Vmm) -> Result<()> {
     let needs = vmm.needs(!spec.network.isolated_network);
     let host = vmm::host_jail(&settings.image.launcher, settings.uid_range.0, needs.seccomp)?;
     let more_files = needs.open_files;
     let budget = Budget::of(&spec.limits, OVERHEAD_MIB);
-    rlimits(&spec.vm_id, &budget, more_files, host.own_uid(), rlimit::hard).map(drop)
+    rlimits(vm_id, &budget, more_files, host.own_uid(), rlimit::hard).map(drop)
 }
 
 impl Held {
@@ -273,7 +274,7 @@ fn bandwidth(network: &NetworkConfig) -> &'static str {
 
 /// Where and how each limit is enforced.
 fn limits(
-    Spec { limits: asked, network, .. }: &Spec,
+    VmSpec { limits: asked, network, .. }: &VmSpec,
     budget: &Budget,
     plan: &JailPlan,
     outcomes: &[Outcome],
@@ -337,7 +338,7 @@ fn limits(
 impl Confinement {
     fn refuse_what_is_missing(
         &self,
-        spec: &Spec,
+        vm_id: &VmId,
         host: &HostJail,
         backend: Backend,
         of_backend: &[&str],
@@ -377,7 +378,7 @@ impl Confinement {
             remedy: remedies.into_iter().flatten().collect::<Vec<_>>().join("; "),
             missing,
         });
-        Err(Error::IsolationUnavailable { vm_id: spec.vm_id.clone(), shortfall })
+        Err(Error::IsolationUnavailable { vm_id: vm_id.clone(), shortfall })
     }
 
     /// Each layer, as far as it is known before the VMM runs.
@@ -426,7 +427,6 @@ impl Confinement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::IsolationType;
 
     fn limited(inherited: impl Fn(Resource) -> u64) -> Result<Vec<Rlimit>> {
         let budget = Budget::of(&ResourceLimits::default(), OVERHEAD_MIB);
@@ -466,20 +466,11 @@ mod tests {
         let given = || Layer::Given("yes".into());
         let confined = Confined { landlock: given(), seccomp: given(), keyring: given(), namespace_limits: given() };
         let host = HostJail { namespaces: given(), no_proc: None, identity: given(), confined: Some(confined) };
-        let spec = Spec {
-            vm_id: VmId::parse("tab").unwrap(),
-            backend: None,
-            isolation_type: IsolationType::BrowserTab,
-            limits: ResourceLimits::default(),
-            network: NetworkConfig::default(),
-            kernel_path: None,
-            rootfs_path: None,
-            template: None,
-        };
+        let vm_id = VmId::parse("tab").unwrap();
         let refused = |missing: &[&'static str], backend| {
             let layers = missing.iter().map(|name| (*name, Layer::Missing("not measured".into()))).collect();
             let confinement = Confinement { mode: JailMode::Strict, layers, limits: Vec::new() };
-            confinement.refuse_what_is_missing(&spec, &host, backend, &["seccomp_allow_list"]).unwrap_err()
+            confinement.refuse_what_is_missing(&vm_id, &host, backend, &["seccomp_allow_list"]).unwrap_err()
         };
         let by_backend = refused(&["seccomp_allow_list"], Backend::Firecracker);
         let text = by_backend.to_string();

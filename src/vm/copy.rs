@@ -13,13 +13,12 @@ use std::path::{Path, PathBuf};
 
 use super::prepare::Seen;
 use super::running::Running;
-use super::template::Machine;
-use super::{Settings, Spec};
+use super::{template, Settings};
 use crate::error::{Error, Result};
 use crate::host::process_memory::ProcessMemory;
 use crate::image;
 use crate::image::template::{differences, Fit, DISK, RAM, STATE};
-use crate::model::{Backend, ResourceLimits, VmId};
+use crate::model::{Backend, ResourceLimits, VmId, VmSpec};
 use crate::vmm::Capabilities;
 
 /// The files of a copy; what does not change any more is in them before the VM stands still.
@@ -86,28 +85,20 @@ fn check_copies(vm_id: &VmId, backend: Backend, able: Capabilities, operation: &
     }
 }
 
-/// What a copy of a VM depends on: what its template did, or what one would, had it not booted.
+/// What a copy of a VM of `spec` depends on: what its template did, or what one would, had it not booted.
 ///
 /// # Errors
 /// [`Error::StateMismatch`] where this host could not go on with the copy, because a file that the VM uses was replaced since
 /// it started; [`Error::NotSupported`] for `operation` where its backend
 /// cannot copy.
-pub async fn fit_of(running: &Running, spec: &Spec, settings: &Settings, operation: &'static str) -> Result<Fit> {
-    let (vm_id, backend) = (&spec.vm_id, running.backend);
+pub async fn fit_of(running: &Running, spec: VmSpec, settings: &Settings, operation: &'static str) -> Result<Fit> {
+    let (vm_id, backend) = (&running.vm_id, running.backend);
     check_copies(vm_id, backend, running.capabilities, operation)?;
-    let machine = Machine {
-        vm_id: spec.vm_id.clone(),
-        backend: running.backend,
-        limits: spec.limits.clone(),
-        connected: !spec.network.isolated_network,
-        kernel_path: spec.kernel_path.clone(),
-        rootfs_path: spec.rootfs_path.clone(),
-    };
-    let settings = settings.clone();
-    let looking = tokio::task::spawn_blocking(move || machine.look(&settings));
+    let (id, settings) = (vm_id.clone(), settings.clone());
+    let looking = tokio::task::spawn_blocking(move || template::look(&id, &spec, &settings));
     let here = looking.await.map_err(|error| Error::host("look at", "what a copy depends on", error))?;
     let refused = |differences: Vec<String>| {
-        let what = format!("a copy of {} could not be started, because what it needs", spec.vm_id);
+        let what = format!("a copy of {vm_id} could not be started, because what it needs");
         // Putting it back changes the file's ctime, too, which is all that is known of it where there is no template.
         let remedy = match running.base {
             Some(_) => "put the former file back, or stop() and start() the VM",

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use crate::host::clock;
-use crate::model::{printable, Event, EventKind, IsolationType, VmId, RECORD_BYTES};
+use crate::model::{printable, Event, EventKind, VmId, VmSpec, RECORD_BYTES};
 
 #[derive(Debug, Default)]
 struct Hub {
@@ -57,9 +57,9 @@ impl Events {
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn publish(&self, vm_id: &VmId, isolation_type: IsolationType, kind: EventKind, detail: impl Into<String>) {
+    pub fn publish(&self, vm_id: &VmId, spec: &Arc<VmSpec>, kind: EventKind, detail: impl Into<String>) {
         let detail = kind.detail(printable(&detail.into(), RECORD_BYTES).into_owned());
-        let vm_id = vm_id.clone();
+        let (vm_id, spec) = (vm_id.clone(), spec.clone());
         let unix_time_s = clock::unix_time_ns() as f64 / 1e9;
         let mut hub = self.hub();
         hub.sequence += 1;
@@ -67,7 +67,7 @@ impl Events {
         if let Some(index) = EventKind::NAMES.iter().position(|known| *known == name) {
             hub.counts[index] += 1;
         }
-        let event = Event { sequence: hub.sequence, unix_time_s, vm_id, isolation_type, kind, detail };
+        let event = Event { sequence: hub.sequence, unix_time_s, vm_id, spec, kind, detail };
         let event = Arc::new(event);
         let mut dropped = 0;
         // Under the lock of the hub, so that each subscriber gets them in their order.
@@ -188,9 +188,11 @@ impl Subscriber {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{IsolationType, SpecPatch};
 
     fn publish(events: &Events, detail: &str) {
-        events.publish(&VmId::parse("vm").unwrap(), IsolationType::Plugin, EventKind::Created, detail);
+        let spec = Arc::new(VmSpec::new(IsolationType::Plugin, SpecPatch::default()));
+        events.publish(&VmId::parse("vm").unwrap(), &spec, EventKind::Created, detail);
     }
 
     fn details(subscriber: &Subscriber) -> Vec<String> {

@@ -35,10 +35,7 @@ use crate::host::zygote::Zygotes;
 use crate::host::{clock, process};
 use crate::image::template::{Digests, Shelf, Store};
 use crate::image::GuestImage;
-use crate::model::{
-    Backend, EventKind, Grade, Ipv4Net, IsolationType, JailMode, NetworkConfig, Reservation, ResourceLimits,
-    TemplateName, VmId, VmState,
-};
+use crate::model::{Backend, EventKind, Grade, Ipv4Net, JailMode, Reservation, VmId, VmSpec, VmState};
 use crate::net::Segment;
 use crate::store::{runtime, Folders};
 use crate::vmm::{Binaries, COST_MIB};
@@ -49,25 +46,18 @@ pub use health::Health;
 pub use monitor::Heartbeat;
 pub use prepare::{try_out, Tried};
 use running::Running;
-pub use snapshot::{differences_here, mismatches};
+pub use snapshot::{check_clone, differences_here};
 pub use standby::Standby;
 pub use streams::Live;
 pub use suspend::forget as forget_suspended;
 pub use template::prepare as prepare_template;
 
-/// What a VM is to be, as its maker wrote it.
-#[derive(Debug, Clone)]
-pub struct Spec {
-    pub vm_id: VmId,
-    /// `None`: the best one that this host can run.
-    pub backend: Option<Backend>,
-    pub isolation_type: IsolationType,
-    pub limits: ResourceLimits,
-    pub network: NetworkConfig,
-    pub kernel_path: Option<PathBuf>,
-    pub rootfs_path: Option<PathBuf>,
-    /// One of the user's own that it is a clone of.
-    pub template: Option<TemplateName>,
+/// A name that no other VM has; it begins with `kind`.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn new_id(kind: &str) -> Result<VmId> {
+    VmId::parse(&format!("{kind}-{}", clock::hex(&clock::random::<6>()?)))
 }
 
 /// What the VMs of one manager have in common.
@@ -149,18 +139,18 @@ pub struct Facts {
 /// Where starts may find a VM that stands by.
 pub trait Supply: Send + Sync {
     /// One that can become the VM of `spec`.
-    fn take(&self, spec: &Spec) -> Option<Standby>;
+    fn take(&self, spec: &VmSpec) -> Option<Standby>;
     /// A start has begun, or ended: what is made ahead waits for those that someone waits for.
     fn starting(&self, begins: bool);
 }
 
 /// Who counts what VMs have reserved.
 pub trait Ledger: Send + Sync {
-    /// Reserves what `spec` needs.
+    /// Reserves what a VM of `spec` needs.
     ///
     /// # Errors
     /// [`Error::QuotaExceeded`].
-    fn reserve(&self, spec: &Spec) -> Result<Reservation>;
+    fn reserve(&self, vm_id: &VmId, spec: &VmSpec) -> Result<Reservation>;
 }
 
 /// What runs, and the entry that it is counted by: there is no one without the other.
@@ -193,7 +183,8 @@ impl Cell {
 
 /// A VM.
 pub struct MicroVm {
-    spec: Spec,
+    id: VmId,
+    spec: Arc<VmSpec>,
     settings: Arc<Settings>,
     supply: Option<Arc<dyn Supply>>,
     ledger: Option<Weak<dyn Ledger>>,
@@ -205,7 +196,8 @@ pub struct MicroVm {
 impl MicroVm {
     #[must_use]
     pub fn new(
-        spec: Spec,
+        id: VmId,
+        spec: VmSpec,
         settings: Arc<Settings>,
         supply: Option<Arc<dyn Supply>>,
         ledger: Option<Weak<dyn Ledger>>,
@@ -219,7 +211,8 @@ impl MicroVm {
             died: None,
         };
         Arc::new(Self {
-            spec,
+            id,
+            spec: Arc::new(spec),
             settings,
             supply,
             ledger,
@@ -230,13 +223,13 @@ impl MicroVm {
     }
 
     #[must_use]
-    pub fn spec(&self) -> &Spec {
+    pub fn spec(&self) -> &Arc<VmSpec> {
         &self.spec
     }
 
     #[must_use]
     pub fn id(&self) -> &VmId {
-        &self.spec.vm_id
+        &self.id
     }
 
     fn cell(&self) -> MutexGuard<'_, Cell> {
@@ -305,7 +298,7 @@ impl MicroVm {
 
     /// Publishes an event of this VM.
     pub fn publish(&self, kind: EventKind, detail: impl Into<String>) {
-        self.settings.events.publish(self.id(), self.spec.isolation_type, kind, detail);
+        self.settings.events.publish(self.id(), &self.spec, kind, detail);
     }
 
     /// Has it hold what was reserved for it.
@@ -322,7 +315,9 @@ impl MicroVm {
     /// A new entry of its manager's ledger. A VM whose manager is gone is counted by no one.
     fn reserve(&self) -> Result<Arc<Reservation>> {
         let ledger = self.ledger.as_ref().and_then(Weak::upgrade);
-        ledger.map_or_else(|| Ok(Reservation::uncounted()), |ledger| ledger.reserve(&self.spec)).map(Arc::new)
+        let reserved =
+            ledger.map_or_else(|| Ok(Reservation::uncounted()), |ledger| ledger.reserve(&self.id, &self.spec));
+        reserved.map(Arc::new)
     }
 
     /// The entry that it holds; a new one where that was given back.
@@ -416,7 +411,7 @@ impl MicroVm {
                 Some(_) => None,
                 None => self.settings.starts.acquire().await.ok(),
             };
-            boot::boot(&self.spec, &self.settings, standby).await
+            boot::boot(&self.id, &self.spec, &self.settings, standby).await
         };
         let booted = tokio::select! {
             booted = in_turn => booted,

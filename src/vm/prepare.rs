@@ -10,12 +10,12 @@ use microvm_protocol::identity::{
 
 use super::confine::{check_limits, confine, Confinement, Held};
 use super::network::{self, Connection};
-use super::{janitor, Settings, Spec};
+use super::{janitor, Settings};
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::image;
 use crate::image::template::{FileId, Template};
-use crate::model::{ResourceLimits, VmId};
+use crate::model::{BootImage, ResourceLimits, VmId, VmSpec};
 use crate::store::disk::Disk;
 use crate::store::VmDir;
 use crate::vmm::{self, Chosen, Drive, JailPlan, LaunchPlan, Sockets, Vmm, Wish};
@@ -33,7 +33,7 @@ pub struct Prepared {
     pub plan: LaunchPlan,
     pub sources: Sources,
     pub seen: Vec<Seen>,
-    pub limits: ResourceLimits,
+    pub spec: Arc<VmSpec>,
     pub network: Option<Network>,
     /// Those of a VM that was away; `None`: new ones.
     pub ids: Option<Ids>,
@@ -55,14 +55,14 @@ impl Sources {
     ///
     /// # Errors
     /// [`Error::ImageUnreadable`], [`Error::ImageInvalid`].
-    pub fn checked(kernel: Option<&Path>, rootfs: Option<&Path>, settings: &Settings) -> Result<Self> {
-        kernel.map_or(Ok(()), image::check_kernel)?;
-        rootfs.map_or(Ok(()), image::check_rootfs)?;
+    pub fn checked(BootImage { kernel_path, rootfs_path }: &BootImage, settings: &Settings) -> Result<Self> {
+        kernel_path.as_deref().map_or(Ok(()), image::check_kernel)?;
+        rootfs_path.as_deref().map_or(Ok(()), image::check_rootfs)?;
         settings.image.check()?;
         Ok(Self {
-            kernel: kernel.unwrap_or(&settings.image.kernel).to_owned(),
+            kernel: kernel_path.as_ref().unwrap_or(&settings.image.kernel).clone(),
             initramfs: settings.image.initramfs.clone(),
-            rootfs: rootfs.map(Path::to_owned),
+            rootfs: rootfs_path.clone(),
         })
     }
 }
@@ -100,10 +100,10 @@ pub struct Network {
 }
 
 /// Checks what was asked for and takes the VM's directory, off the runtime's threads.
-pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<Prepared> {
-    let (spec, settings) = (spec.clone(), settings.clone());
-    let vm_id = spec.vm_id.clone();
-    let prepare = move || prepare_blocking(&spec, &settings, janitor::keep).map_err(|error| settings.with_key(error));
+pub async fn prepare(vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings) -> Result<Prepared> {
+    let (id, spec, settings) = (vm_id.clone(), spec.clone(), settings.clone());
+    let prepare =
+        move || prepare_blocking(&id, &spec, &settings, janitor::keep).map_err(|error| settings.with_key(error));
     let prepared = tokio::task::spawn_blocking(prepare).await;
     prepared.map_err(|error| Error::host("prepare", vm_id, error))?
 }
@@ -115,7 +115,7 @@ impl Prepared {
         let writing = tokio::task::spawn_blocking(move || {
             let network = self.network.as_ref().map(|network| network.guest.clone());
             let ids = self.ids.map_or_else(Ids::generate, Ok)?;
-            let identity = identity(&self.plan.vm_id, &self.limits, network, ids)?;
+            let identity = identity(&self.plan.vm_id, &self.spec.limits, network, ids)?;
             let disk = self.disk.file();
             match template {
                 Some(template) => {
@@ -186,9 +186,9 @@ pub struct Tried {
 ///
 /// # Errors
 /// As a start's.
-pub fn try_out(spec: &Spec, settings: &Settings) -> Result<Tried> {
+pub fn try_out(vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings) -> Result<Tried> {
     // Nothing of it outlives this call, so there is nothing for a janitor.
-    let prepared = prepare_blocking(spec, settings, |_| Ok(())).map_err(|error| settings.with_key(error))?;
+    let prepared = prepare_blocking(vm_id, spec, settings, |_| Ok(())).map_err(|error| settings.with_key(error))?;
     let written = image::write_disk(&settings.image.disk_template, prepared.disk.file());
     written.map_err(|error| settings.with_key(error))?;
     let no_clone = prepared.vmm.can_clone(&prepared.plan).err();
@@ -196,19 +196,23 @@ pub fn try_out(spec: &Spec, settings: &Settings) -> Result<Tried> {
     Ok(Tried { vmm, chosen, layers: confinement.layers().to_vec(), no_clone })
 }
 
-fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings) -> Result<()>) -> Result<Prepared> {
-    let vm_id = &spec.vm_id;
-    let sources = Sources::checked(spec.kernel_path.as_deref(), spec.rootfs_path.as_deref(), settings)?;
+fn prepare_blocking(
+    vm_id: &VmId,
+    spec: &Arc<VmSpec>,
+    settings: &Settings,
+    keep: fn(&Settings) -> Result<()>,
+) -> Result<Prepared> {
+    let sources = Sources::checked(&spec.image, settings)?;
     let wish =
         Wish { backend: spec.backend, min_isolation: settings.min_isolation, vcpu_count: spec.limits.vcpu_count };
     let Chosen { vmm, reason: chosen } = vmm::select(vm_id, &wish, &settings.binaries)?;
     let level = if spec.backend.is_some() { log::Level::Debug } else { log::Level::Info };
     log::log!(level, "{vm_id}: backend {}: {chosen}", vmm.backend());
-    check_limits(spec, settings, vmm.as_ref())?;
+    check_limits(vm_id, spec, settings, vmm.as_ref())?;
     keep(settings)?;
     let dir = VmDir::create(&settings.folders, vm_id)?;
     let disk = Disk::create(&*settings.folders.cache.root()?, vm_id)?;
-    let (mut jail, held, confinement) = confine(spec, settings, &dir, &disk, vmm.as_ref())?;
+    let (mut jail, held, confinement) = confine(vm_id, spec, settings, &dir, &disk, vmm.as_ref())?;
     let mut drive = |serial: &'static str, path: &Path, size: u64, access: Access| {
         let path = jail.show(serial, path, &format!("/vm/{serial}"), access)?;
         Ok::<_, Error>(Drive { serial, path, read_only: access == Access::Read, size })
@@ -224,13 +228,13 @@ fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings) -> Res
     held.uid().map_or(Ok(()), |uid| disk.give_to(uid))?;
     drives.push(drive(DISK_SERIAL, disk.path(), size, Access::Write)?);
     let mut seen = vec![Seen::look("the VMM's binary", vmm.binary())?];
-    if let Some(rootfs) = &spec.rootfs_path {
+    if let Some(rootfs) = &spec.image.rootfs_path {
         seen.push(Seen::look("rootfs_path", rootfs)?);
         let path = jail.show("rootfs_path", rootfs, "/image/rootfs", Access::Read)?;
         let size = file_size(rootfs)?;
         drives.push(Drive { serial: ROOTFS_SERIAL, path, read_only: true, size });
     }
-    let kernel_field = if spec.kernel_path.is_some() { "kernel_path" } else { "package data" };
+    let kernel_field = if spec.image.kernel_path.is_some() { "kernel_path" } else { "package data" };
     let (network, nic) = match spec.network.isolated_network {
         true => (None, None),
         false => {
@@ -258,8 +262,8 @@ fn prepare_blocking(spec: &Spec, settings: &Settings, keep: fn(&Settings) -> Res
         jail,
         zygotes: settings.zygotes.clone(),
     };
-    let (limits, held) = (spec.limits.clone(), Arc::new(held));
-    Ok(Prepared { dir, disk, vmm, chosen, plan, sources, seen, limits, network, ids: None, held, confinement })
+    let (spec, held) = (spec.clone(), Arc::new(held));
+    Ok(Prepared { dir, disk, vmm, chosen, plan, sources, seen, spec, network, ids: None, held, confinement })
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::health::Watch;
 use super::identity_delivery::IdentityDelivery;
 use super::network::Connection;
 use super::prepare::{Ids, Seen};
-use super::{Facts, Settings, Spec};
+use super::{Facts, Settings};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
 use crate::host::net::Counters;
@@ -104,13 +104,13 @@ impl Running {
     }
 
     /// Takes the directory and the disk of another name.
-    pub fn rename(&self, spec: &Spec) -> Result<()> {
+    pub fn rename(&self, vm_id: &VmId) -> Result<()> {
         let mut dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
         let mut disk = self.disk();
         // In place: to hand it to another thread would take longer than what it does.
         tokio::task::block_in_place(|| {
-            dir.as_mut().map_or(Ok(()), |dir| dir.rename(&spec.vm_id))?;
-            disk.as_mut().map_or(Ok(()), |disk| disk.rename(&spec.vm_id))
+            dir.as_mut().map_or(Ok(()), |dir| dir.rename(vm_id))?;
+            disk.as_mut().map_or(Ok(()), |disk| disk.rename(vm_id))
         })
     }
 

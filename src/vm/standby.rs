@@ -2,6 +2,7 @@
 //!
 //! Each is a clone with an identity of its own, as any other; the VM that it becomes gives it its name.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use microvm_protocol::message::ADOPT;
@@ -10,10 +11,10 @@ use serde_json::{json, Value};
 use super::boot::{Launching, Progress};
 use super::prepare::prepare;
 use super::running::Running;
-use super::{template, Settings, Spec};
+use super::{template, Settings};
 use crate::error::{Error, Result};
 use crate::host::clock;
-use crate::model::Form;
+use crate::model::{Form, VmId, VmSpec};
 
 /// How long a woken guest may take to answer.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
@@ -32,14 +33,14 @@ pub enum Standby {
 }
 
 impl Standby {
-    /// Makes one for VMs like `spec`, whose name it has until it is taken.
+    /// Makes one for VMs like `spec`, which is called `vm_id` until it is taken.
     ///
     /// # Errors
     /// As a start's; [`Error::Host`] when there is no template that it could be a clone of.
-    pub async fn make(spec: &Spec, settings: &Settings, form: Form) -> Result<Self> {
+    pub async fn make(vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings, form: Form) -> Result<Self> {
         let progress = Progress::begin("prepare");
-        let prepared = prepare(spec, settings).await?;
-        let template = template::find_or_make(&prepared, spec, settings, None).await;
+        let prepared = prepare(vm_id, spec, settings).await?;
+        let template = template::find_or_make(&prepared, settings, None).await;
         let template = template.ok_or_else(|| Error::host("make", "a VM of the pool", "there is no template"))?;
         let mut launching = Launching::launch(prepared, settings, progress, Some(template)).await?;
         if form == Form::Blank {
@@ -53,7 +54,7 @@ impl Standby {
         let running = launching.bring_up().await?;
         // Warms up what happens only the first time, the way out of a pause included.
         for is_last in [false, true] {
-            running.adopt(spec).await?;
+            running.adopt(vm_id).await?;
             running.agent().request("ping", Value::Null, ADOPT_DEADLINE).await?;
             running.control().pause().await?;
             if !is_last {
@@ -71,28 +72,28 @@ impl Standby {
         }
     }
 
-    /// Makes it the VM of `spec`, ready for commands.
+    /// Makes it the VM `vm_id`, ready for commands.
     ///
     /// # Errors
     /// As a start's; it is gone then.
-    pub async fn become_vm(self, spec: &Spec, settings: &Settings) -> Result<Running> {
+    pub async fn become_vm(self, vm_id: &VmId, settings: &Settings) -> Result<Running> {
         let begun = Instant::now();
         let mut running = match self {
             Standby::Blank(mut launching) => {
                 // Before the renaming: QEMU opens its drives once more, by their names.
                 launching.load(false).await?;
-                launching.take(spec, settings).await?
+                launching.take(vm_id, settings).await?
             }
-            Standby::Restored(launching) => launching.take(spec, settings).await?,
+            Standby::Restored(launching) => launching.take(vm_id, settings).await?,
             Standby::Ready(mut running) => {
                 let progress = Progress::since(begun, "take");
                 // What the guest is told waits for it when it wakes.
                 let moving_in = async {
-                    running.rename(spec)?;
-                    running.open_broker(&spec.vm_id, settings)
+                    running.rename(vm_id)?;
+                    running.open_broker(vm_id, settings)
                 };
-                tokio::try_join!(running.adopt(spec), running.control().resume(), moving_in)?;
-                running.vm_id = spec.vm_id.clone();
+                tokio::try_join!(running.adopt(vm_id), running.control().resume(), moving_in)?;
+                running.vm_id = vm_id.clone();
                 running.stages = progress.lengths();
                 running
             }
@@ -105,19 +106,18 @@ impl Standby {
 
 impl Launching {
     /// Gives a loaded clone its name, and lets it run.
-    async fn take(self, spec: &Spec, settings: &Settings) -> Result<Running> {
-        let launching = self.rename(spec).await?;
+    async fn take(self, vm_id: &VmId, settings: &Settings) -> Result<Running> {
+        let launching = self.rename(vm_id).await?;
         launching.resume().await?;
         let running = launching.bring_up().await?;
-        running.open_broker(&spec.vm_id, settings)?;
+        running.open_broker(vm_id, settings)?;
         Ok(running)
     }
 }
 
 impl Running {
     /// Tells the guest which VM it is, and the time.
-    async fn adopt(&self, spec: &Spec) -> Result<()> {
-        let vm_id = &spec.vm_id;
+    async fn adopt(&self, vm_id: &VmId) -> Result<()> {
         let params =
             json!({"vm_id": vm_id.as_str(), "hostname": vm_id.hostname(), "unix_time_ns": clock::unix_time_ns()});
         let answer = self.agent().request_internal(ADOPT, params, ADOPT_DEADLINE).await?;

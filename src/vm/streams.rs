@@ -66,7 +66,8 @@ impl MicroVm {
     #[must_use]
     pub fn file_limit(&self) -> u64 {
         let limits = &self.spec.limits;
-        let image = self.spec.rootfs_path.as_ref().and_then(|path| path.metadata().ok()).map_or(0, |meta| meta.len());
+        let image =
+            self.spec.image.rootfs_path.as_ref().and_then(|path| path.metadata().ok()).map_or(0, |meta| meta.len());
         ((limits.disk_size_mb + limits.memory_mb) << 20) + image
     }
 

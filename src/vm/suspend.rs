@@ -83,7 +83,7 @@ impl MicroVm {
     /// Keeps the VM's state; it stands still then. After an error it goes on.
     async fn put_away(&self, running: &Running, state: VmState) -> Result<()> {
         let making = self.begin_suspending().await?;
-        let fit = fit_of(running, &self.spec, &self.settings, "suspend()").await?;
+        let fit = fit_of(running, self.spec_of(running), &self.settings, "suspend()").await?;
         let copy = Copy::begin(running, &self.spec.limits, making.path()).await?;
         // What waits in a VM that stands still would wait for ever.
         let open = if state == VmState::Running { running.agent().idle(IDLE_DEADLINE).await } else { 0 };
@@ -96,7 +96,7 @@ impl MicroVm {
         let hello = self.freeze(running, state).await?;
         let kept = async {
             copy.take(running).await?;
-            finish(making, fit, hello.clone(), self.outline(running)).await
+            finish(making, fit, hello.clone(), self.metadata(running)).await
         };
         let kept = kept.await;
         if kept.is_err() {
@@ -143,10 +143,10 @@ impl MicroVm {
     }
 
     async fn run_again(&self, claim: &Claim) -> Result<Running> {
-        let (what, outline) = (format!("suspended VM \"{}\"", self.id()), &claim.kept.outline);
-        let ids = Ids { machine_id: outline.machine_id, boot_id: outline.boot_id };
+        let (what, kept) = (format!("suspended VM \"{}\"", self.id()), claim.kept.clone());
+        let ids = Ids { machine_id: kept.metadata.machine_id, boot_id: kept.metadata.boot_id };
         let progress = Progress::begin("prepare");
-        let running = run_kept(&what, &self.spec, &self.settings, progress, claim.kept.clone(), Some(ids)).await?;
+        let running = run_kept(&what, self.id(), &self.spec, &self.settings, progress, kept, Some(ids)).await?;
         Ok(Running { origin: "resume", ..running })
     }
 

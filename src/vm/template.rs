@@ -14,13 +14,13 @@ use tokio::io::AsyncWriteExt;
 use super::boot::{Attempt, Progress, TEMPLATE};
 use super::identity_delivery::IdentityDelivery;
 use super::prepare::{self, file_size, Prepared, Sources};
-use super::{Settings, Spec};
+use super::{new_id, Settings};
 use crate::channel::Agent;
 use crate::error::{Error, Result};
-use crate::host::{clock, kvm};
+use crate::host::kvm;
 use crate::image::template::{Digests, Fit, FitDrive, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
-use crate::model::{Backend, NetworkConfig, ResourceLimits, VmId};
+use crate::model::{Backend, VmId, VmSpec};
 use crate::vmm::{self, Drive, JailPlan, LaunchPlan, Launched, Nic, Origin, Vmm, Wish, RAM_PLACE};
 
 /// HELLOs requested before the guest is frozen: it warms up before each.
@@ -33,11 +33,10 @@ const TEMPLATE_STARTS: u32 = 4;
 /// Of the time of a start, the part for which it waits for a template; in the rest it boots.
 const WAITS: u32 = 2;
 
-/// The template for a prepared VM of `spec`, made if need be; `None`: the VM has to boot. Waits for it until `deadline`, which
+/// The template for a prepared VM, made if need be; `None`: the VM has to boot. Waits for it until `deadline`, which
 /// does not end its making: a later start finds it.
 pub async fn find_or_make(
     prepared: &Prepared,
-    spec: &Spec,
     settings: &Settings,
     deadline: Option<Instant>,
 ) -> Option<Arc<Template>> {
@@ -58,7 +57,7 @@ pub async fn find_or_make(
         if let Some(template) = store.known(&fit.key()) {
             return Ok(template);
         }
-        let maker = Maker::of(prepared, spec, settings)?;
+        let maker = Maker::of(prepared, settings)?;
         store.find_or_make(fit, |dir| async move { maker.make(&dir).await }).await
     };
     let found = match deadline {
@@ -82,37 +81,32 @@ pub fn patience(begun: Instant, settings: &Settings) -> Instant {
 ///
 /// # Errors
 /// As a start's; [`Error::Host`] when templates are switched off or cannot be kept.
-pub async fn prepare(spec: &Spec, settings: &Settings) -> Result<()> {
-    let prepared = prepare::prepare(spec, settings).await?;
-    let template = find_or_make(&prepared, spec, settings, None).await;
+pub async fn prepare(spec: VmSpec, settings: &Settings) -> Result<()> {
+    let vm_id = new_id("prepare")?;
+    let prepared = prepare::prepare(&vm_id, &Arc::new(spec), settings).await?;
+    let template = find_or_make(&prepared, settings, None).await;
     let missing = || Error::host("prepare", "a template", "there can be none; see the log for the reason");
     template.map(drop).ok_or_else(missing)
 }
 
 /// Makes a template by a VM of its own, whatever becomes of the one that it is first needed for.
 struct Maker {
-    spec: Spec,
+    vm_id: VmId,
+    spec: Arc<VmSpec>,
     is_connected: bool,
     settings: Settings,
 }
 
 impl Maker {
-    fn of(prepared: &Prepared, spec: &Spec, settings: &Settings) -> Result<Self> {
-        // How fast its disk may be is each VM's own.
-        let limits = ResourceLimits { disk_bytes_per_s: None, disk_ops_per_s: None, ..spec.limits.clone() };
-        let spec = Spec {
-            vm_id: VmId::parse(&format!("template-{}", clock::hex(&clock::random::<6>()?)))?,
-            backend: Some(prepared.vmm.backend()),
-            limits,
-            network: NetworkConfig::default(),
-            ..spec.clone()
-        };
-        Ok(Self { spec, is_connected: prepared.plan.nic.is_some(), settings: settings.clone() })
+    fn of(prepared: &Prepared, settings: &Settings) -> Result<Self> {
+        let vm_id = new_id("template")?;
+        let spec = Arc::new(prepared.spec.to_record(prepared.vmm.backend()));
+        Ok(Self { vm_id, spec, is_connected: prepared.plan.nic.is_some(), settings: settings.clone() })
     }
 
     async fn make(self, dir: &Path) -> Result<Vec<u8>> {
         let progress = Progress::begin(TEMPLATE);
-        let mut prepared = prepare::prepare(&self.spec, &self.settings).await?;
+        let mut prepared = prepare::prepare(&self.vm_id, &self.spec, &self.settings).await?;
         prepared.plan.nic = self.is_connected.then(Nic::unplugged);
         record(&prepared, &self.settings, &progress, dir).await
     }
@@ -165,17 +159,6 @@ fn fit_of(digests: &Digests, vmm: VmmFacts, machine: Vec<String>, drives: &[Driv
     })
 }
 
-/// A machine whose state is, or is to be, kept.
-#[derive(Debug, Clone)]
-pub struct Machine {
-    pub vm_id: VmId,
-    pub backend: Backend,
-    pub limits: ResourceLimits,
-    pub connected: bool,
-    pub kernel_path: Option<PathBuf>,
-    pub rootfs_path: Option<PathBuf>,
-}
-
 /// What the state of a machine would depend on here and now.
 #[derive(Debug)]
 pub struct Here {
@@ -183,53 +166,50 @@ pub struct Here {
     pub vmm_version: Option<String>,
 }
 
-impl Machine {
-    /// Looks at what [`prepare::prepare`] would use, and makes nothing. Blocking; reads an image that has changed.
-    ///
-    /// # Errors
-    /// As a start's, where such a machine cannot be started on this host.
-    pub fn look(&self, settings: &Settings) -> Result<Here> {
-        let sources = Sources::checked(self.kernel_path.as_deref(), self.rootfs_path.as_deref(), settings)?;
-        let wish = Wish {
-            backend: Some(self.backend),
-            min_isolation: settings.min_isolation,
-            vcpu_count: self.limits.vcpu_count,
-        };
-        let vmm = vmm::select(&self.vm_id, &wish, &settings.binaries)?.vmm;
-        let host = vmm::host_jail(&settings.image.launcher, settings.uid_range.0, vmm.needs(self.connected).seccomp)?;
-        let drive = |serial: &'static str, size: u64, read_only: bool| Drive {
-            serial,
-            path: format!("/vm/{serial}").into(),
-            read_only,
-            size,
-        };
-        // In the order in which `prepare` has them.
-        let config = vmm.capabilities().config_drive.then(|| drive(CONFIG_SERIAL, DRIVE_BYTES as u64, true));
-        let mut drives: Vec<Drive> = config.into_iter().collect();
-        drives.push(drive(DISK_SERIAL, self.limits.disk_size_mb << 20, false));
-        if let Some(rootfs) = &sources.rootfs {
-            drives.push(Drive { path: "/image/rootfs".into(), ..drive(ROOTFS_SERIAL, file_size(rootfs)?, true) });
-        }
-        let plan = LaunchPlan {
-            vm_id: self.vm_id.clone(),
-            vcpu_count: self.limits.vcpu_count,
-            memory_mib: self.limits.memory_mb,
-            kernel: "/image/kernel".into(),
-            initramfs: "/image/initramfs".into(),
-            drives,
-            nic: self.connected.then(Nic::unplugged),
-            disk_bytes_per_s: None,
-            disk_ops_per_s: None,
-            sockets: None,
-            jail: JailPlan::new(&settings.image.launcher, &host, None, &[])?,
-            zygotes: None,
-        };
-        let cannot = |reason| Error::Vmm { vm_id: self.vm_id.clone(), operation: "copy", reason };
-        vmm.can_clone(&plan).map_err(cannot)?;
-        let machine = vmm.machine(&plan);
-        let fit = fit_of(&settings.digests, VmmFacts::of(vmm.as_ref()), machine, &plan.drives, &sources)?;
-        Ok(Here { fit, vmm_version: vmm.version().map(str::to_owned) })
+/// What the state of a VM of `spec` would depend on here and now: looks at what [`prepare::prepare`] would use, and makes
+/// nothing. Blocking; reads an image that has changed.
+///
+/// # Errors
+/// As a start's, where such a VM cannot be started on this host.
+pub fn look(vm_id: &VmId, spec: &VmSpec, settings: &Settings) -> Result<Here> {
+    let sources = Sources::checked(&spec.image, settings)?;
+    let wish =
+        Wish { backend: spec.backend, min_isolation: settings.min_isolation, vcpu_count: spec.limits.vcpu_count };
+    let vmm = vmm::select(vm_id, &wish, &settings.binaries)?.vmm;
+    let connected = !spec.network.isolated_network;
+    let host = vmm::host_jail(&settings.image.launcher, settings.uid_range.0, vmm.needs(connected).seccomp)?;
+    let drive = |serial: &'static str, size: u64, read_only: bool| Drive {
+        serial,
+        path: format!("/vm/{serial}").into(),
+        read_only,
+        size,
+    };
+    // In the order in which `prepare` has them.
+    let config = vmm.capabilities().config_drive.then(|| drive(CONFIG_SERIAL, DRIVE_BYTES as u64, true));
+    let mut drives: Vec<Drive> = config.into_iter().collect();
+    drives.push(drive(DISK_SERIAL, spec.limits.disk_size_mb << 20, false));
+    if let Some(rootfs) = &sources.rootfs {
+        drives.push(Drive { path: "/image/rootfs".into(), ..drive(ROOTFS_SERIAL, file_size(rootfs)?, true) });
     }
+    let plan = LaunchPlan {
+        vm_id: vm_id.clone(),
+        vcpu_count: spec.limits.vcpu_count,
+        memory_mib: spec.limits.memory_mb,
+        kernel: "/image/kernel".into(),
+        initramfs: "/image/initramfs".into(),
+        drives,
+        nic: connected.then(Nic::unplugged),
+        disk_bytes_per_s: None,
+        disk_ops_per_s: None,
+        sockets: None,
+        jail: JailPlan::new(&settings.image.launcher, &host, None, &[])?,
+        zygotes: None,
+    };
+    let cannot = |reason| Error::Vmm { vm_id: vm_id.clone(), operation: "copy", reason };
+    vmm.can_clone(&plan).map_err(cannot)?;
+    let machine = vmm.machine(&plan);
+    let fit = fit_of(&settings.digests, VmmFacts::of(vmm.as_ref()), machine, &plan.drives, &sources)?;
+    Ok(Here { fit, vmm_version: vmm.version().map(str::to_owned) })
 }
 
 /// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.

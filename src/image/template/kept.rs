@@ -15,10 +15,11 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{json, Value};
 use tokio::sync::RwLock;
 
 use super::files::{self, Template, DISK, MANIFEST, RAM, STATE};
@@ -27,7 +28,7 @@ use super::{digest, Digest, Fit, Manifest};
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::image::copy_disk;
-use crate::model::{NetworkConfig, ResourceLimits};
+use crate::model::{VmId, VmSpec};
 use crate::store::{Dir, Entry, Lock};
 
 const SNAPSHOTS: &str = "snapshots";
@@ -38,17 +39,13 @@ const GONE: &str = ".gone-";
 /// How often a lock is tried whose file its last holder removes at the same moment.
 const TRIES: usize = 8;
 
-/// The VM that was kept, as its owner described it.
+/// The VM whose state was kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Outline {
-    pub vm_id: String,
-    pub backend: String,
-    pub isolation_type: String,
-    pub limits: ResourceLimits,
-    pub network: NetworkConfig,
-    pub kernel_path: Option<PathBuf>,
-    pub rootfs_path: Option<PathBuf>,
+pub struct SnapshotMetadata {
+    pub vm_id: VmId,
+    /// With the backend that it ran on.
+    pub spec: VmSpec,
     /// machine-id(5) and the boot id that a VM has again when it is resumed.
     pub machine_id: [u8; 16],
     pub boot_id: [u8; 16],
@@ -62,14 +59,14 @@ pub struct Outline {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Written {
-    pub outline: Outline,
+    pub metadata: SnapshotMetadata,
     pub manifest: Manifest,
 }
 
 /// Something kept, checked and in memory.
 #[derive(Debug, Clone)]
 pub struct Kept {
-    pub outline: Outline,
+    pub metadata: SnapshotMetadata,
     pub template: Arc<Template>,
 }
 
@@ -239,15 +236,15 @@ impl Shelf {
     /// [`Error::StateDamaged`].
     pub fn read(&self, name: &str) -> Result<Option<Kept>> {
         let Some(place) = self.place(name)? else { return Ok(None) };
-        let mut outline = None;
+        let mut metadata = None;
         let check = |bytes: &[u8]| {
-            let Written { outline: found, manifest } = parse(bytes)?;
-            outline = Some(found);
+            let Written { metadata: found, manifest } = parse(bytes)?;
+            metadata = Some(found);
             Ok(manifest)
         };
         let read = Template::read(&place, check, files::checked);
-        match (read, outline) {
-            (Ok(template), Some(outline)) => Ok(Some(Kept { outline, template: Arc::new(template) })),
+        match (read, metadata) {
+            (Ok(template), Some(metadata)) => Ok(Some(Kept { metadata, template: Arc::new(template) })),
             (Err(_), _) if self.is_gone(name) => Ok(None),
             (Err(error), _) => Err(self.damaged(name, error)),
             (Ok(_), None) => Err(self.damaged(name, "it has no manifest")),
@@ -378,7 +375,26 @@ fn parse(bytes: &[u8]) -> io::Result<Written> {
     if digest != Digest::of(json).as_str().as_bytes() {
         return Err(invalid("its manifest does not have the digest it should have"));
     }
-    serde_json::from_slice(json).map_err(|error| invalid(&format!("its manifest: {error}")))
+    let written = serde_json::from_slice(json).map(with_spec).and_then(serde_json::from_value);
+    written.map_err(|error| invalid(&format!("its manifest: {error}")))
+}
+
+/// A manifest in today's form. In the former one the parts of the spec stood beside the rest of the metadata, which was
+/// called the outline.
+fn with_spec(mut written: Value) -> Value {
+    let former = written.as_object_mut().and_then(|written| written.remove("outline"));
+    let Some(Value::Object(mut metadata)) = former else { return written };
+    let mut take = |key: &str| metadata.remove(key).unwrap_or(Value::Null);
+    let spec = json!({
+        "isolation_type": take("isolation_type"),
+        "backend": take("backend"),
+        "limits": take("limits"),
+        "network": take("network"),
+        "image": {"kernel_path": take("kernel_path"), "rootfs_path": take("rootfs_path")},
+    });
+    metadata.insert("spec".into(), spec);
+    written["metadata"] = metadata.into();
+    written
 }
 
 /// A folder in which something is made that is to be kept; gone when that fails or is given up.
@@ -398,10 +414,10 @@ impl Making {
     ///
     /// # Errors
     /// [`Error::Host`].
-    pub fn finish(self, fit: Fit, hello: Vec<u8>, outline: Outline) -> Result<()> {
+    pub fn finish(self, fit: Fit, hello: Vec<u8>, metadata: SnapshotMetadata) -> Result<()> {
         let work = || -> io::Result<()> {
             let manifest = files::describe(&self.new, fit, hello)?;
-            let json = serde_json::to_vec(&Written { outline, manifest })?;
+            let json = serde_json::to_vec(&Written { metadata, manifest })?;
             let mut file = self.new.create(MANIFEST)?;
             file.write_all(Digest::of(&json).as_str().as_bytes())?;
             file.write_all(b"\n")?;
@@ -431,24 +447,22 @@ impl Drop for Making {
 mod tests {
     use super::super::manifest::tests::fit;
     use super::*;
+    use crate::model::{Backend, BootImage, IsolationType, NetworkConfig, NetworkText, ResourceLimits, SpecPatch};
     use std::fs;
     use std::fs::DirBuilder;
     use std::os::unix::fs::DirBuilderExt;
+    use std::path::PathBuf;
 
     fn shelf(name: &str) -> (PathBuf, Arc<Shelf>) {
         let cache = std::env::temp_dir().join(format!("kept-{}-{name}", std::process::id()));
         (cache.clone(), Arc::new(Shelf::snapshots(&cache)))
     }
 
-    fn outline() -> Outline {
-        Outline {
-            vm_id: "tab-1".into(),
-            backend: "qemu".into(),
-            isolation_type: "browser_tab".into(),
-            limits: ResourceLimits::default(),
-            network: NetworkConfig::default(),
-            kernel_path: None,
-            rootfs_path: None,
+    fn metadata() -> SnapshotMetadata {
+        let patch = SpecPatch { backend: Some(Backend::Qemu), ..SpecPatch::default() };
+        SnapshotMetadata {
+            vm_id: VmId::parse("tab-1").unwrap(),
+            spec: VmSpec::new(IsolationType::BrowserTab, patch),
             machine_id: [1; 16],
             boot_id: [2; 16],
             created_unix_s: 3,
@@ -461,7 +475,55 @@ mod tests {
         for file in [RAM, STATE, DISK] {
             fs::write(making.path().join(file), file).unwrap();
         }
-        making.finish(fit(), b"hello".to_vec(), outline()).unwrap();
+        making.finish(fit(), b"hello".to_vec(), metadata()).unwrap();
+    }
+
+    /// A manifest in the former form.
+    const FORMER: &[u8] = include_bytes!("../../../tests/golden/suspended.manifest");
+
+    /// The bytes of a manifest, with the digest that they must have.
+    fn sealed(json: &Value) -> Vec<u8> {
+        let json = serde_json::to_vec(json).unwrap();
+        [Digest::of(&json).as_str().as_bytes(), b"\n", &json].concat()
+    }
+
+    #[test]
+    fn test_parse_a_manifest_in_the_former_form_has_every_part_of_its_vm() {
+        let written = parse(FORMER).unwrap();
+        let network = NetworkText {
+            tap_device: Some("tap0".into()),
+            ip_address: Some("192.168.100.10".into()),
+            mac_address: Some("52:54:00:12:34:AB".into()),
+            gateway: Some("192.168.100.1".into()),
+            dns_servers: vec!["8.8.8.8".into()],
+            egress: Some(vec!["Example.com:443".into(), "10.0.0.0/8".into()]),
+            ..NetworkConfig::default().into()
+        };
+        let limits =
+            ResourceLimits { memory_mb: 128, disk_size_mb: 16, disk_ops_per_s: Some(5000), ..Default::default() };
+        let spec = VmSpec {
+            isolation_type: IsolationType::Session,
+            backend: Some(Backend::Qemu),
+            limits,
+            network: NetworkConfig::parse(network).unwrap(),
+            image: BootImage::default(),
+            template: None,
+        };
+        assert_eq!((written.metadata.vm_id.as_str(), &written.metadata.spec), ("old-1", &spec));
+        assert!(written.metadata.machine_id != [0; 16] && written.metadata.vmm_version.is_some());
+        assert_eq!(parse(&sealed(&serde_json::to_value(&written).unwrap())).unwrap(), written);
+    }
+
+    #[test]
+    fn test_parse_what_this_release_does_not_know_is_refused() {
+        let json: Value = serde_json::from_slice(&FORMER[65..]).unwrap();
+        let known = serde_json::to_value(parse(&sealed(&json)).unwrap()).unwrap();
+        let parts = ["", "/metadata", "/metadata/spec", "/metadata/spec/image", "/manifest"];
+        for (json, part) in parts.iter().map(|part| (&known, *part)).chain([(&json, "/outline")]) {
+            let mut json = json.clone();
+            json.pointer_mut(part).unwrap()["later"] = json!(1);
+            assert!(parse(&sealed(&json)).unwrap_err().to_string().contains("later"), "{part}");
+        }
     }
 
     #[test]
@@ -474,7 +536,7 @@ mod tests {
         // So large that the other tests' templates are nothing beside it.
         let bytes = 1 << 40;
         File::options().write(true).open(making.path().join(RAM)).unwrap().set_len(bytes).unwrap();
-        making.finish(fit(), b"hello".to_vec(), outline()).unwrap();
+        making.finish(fit(), b"hello".to_vec(), metadata()).unwrap();
         let ram = shelf.read("a").unwrap().unwrap().template.ram.clone();
         assert!(files::untouched_bytes() >= bytes - 4096);
         drop(ram);
@@ -486,10 +548,10 @@ mod tests {
     async fn test_kept_is_found_again_and_removed_whole() {
         let (cache, shelf) = shelf("found");
         keep(&shelf, "a");
-        assert_eq!(shelf.manifest("a").unwrap().unwrap().outline, outline());
+        assert_eq!(shelf.manifest("a").unwrap().unwrap().metadata, metadata());
         let kept = shelf.load("a").await.unwrap().unwrap();
         assert!(Arc::ptr_eq(&kept.template, &shelf.load("a").await.unwrap().unwrap().template));
-        assert_eq!((kept.outline, kept.template.manifest.hello.as_slice()), (outline(), &b"hello"[..]));
+        assert_eq!((kept.metadata, kept.template.manifest.hello.as_slice()), (metadata(), &b"hello"[..]));
         let held = shelf.hold("a").unwrap().unwrap();
         assert!(shelf.remove(&held, "a").unwrap().is_some() && shelf.remove(&held, "a").unwrap().is_none());
         drop(held);

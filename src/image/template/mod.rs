@@ -26,6 +26,6 @@ mod store;
 pub use digest::{Digest, Digests, FileId};
 pub use files::{untouched_bytes, Template, DISK, RAM, STATE};
 pub use fit::differences;
-pub use kept::{clean_up_folder, Held, Kept, Making, Outline, Shelf, Written};
+pub use kept::{clean_up_folder, Held, Kept, Making, Shelf, SnapshotMetadata, Written};
 pub use manifest::{Fit, FitDrive, Manifest};
 pub use store::{remove_unfinished, Store, StoreLimits};

@@ -44,6 +44,12 @@ impl fmt::Display for ResourceLimits {
 }
 
 impl ResourceLimits {
+    /// The same with a disk as fast as it is.
+    #[must_use]
+    pub fn without_disk_rates(&self) -> Self {
+        Self { disk_bytes_per_s: None, disk_ops_per_s: None, ..self.clone() }
+    }
+
     /// Field, lowest, highest, why. The guest kernel has `NR_CPUS=32`, which is also Firecracker's limit; below 64 MiB
     /// the guest has no room for programs; the disk's file system is made 8 MiB large and grown.
     const RANGES: [(&'static str, u64, u64); 6] = [
