@@ -29,7 +29,7 @@ use crate::model::{
 use crate::store::{path, Existing, Folders};
 use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings};
 use crate::vmm::{Binaries, COST_MIB};
-use policy::Treatments;
+use policy::Remediations;
 use pool::Pool;
 
 pub use kept::{ExportedDisk, KeptEntry};
@@ -92,7 +92,7 @@ pub struct Manager {
     registry: Mutex<Registry>,
     ledger: Arc<QuotaLedger>,
     pool: Arc<Pool>,
-    treatments: Treatments,
+    remediations: Remediations,
     tasks: Mutex<Tasks>,
 }
 
@@ -193,9 +193,9 @@ impl Manager {
         let ledger = QuotaLedger::new(config.max_vcpus, config.max_memory_mb);
         let settings = Arc::new(settings(&config, image));
         let pool = Pool::new(&config.pool, settings.clone());
-        let (registry, treatments, tasks) = (Mutex::default(), Treatments::default(), Mutex::default());
+        let (registry, remediations, tasks) = (Mutex::default(), Remediations::default(), Mutex::default());
         let made =
-            |me: &Weak<Self>| Self { me: me.clone(), settings, config, registry, ledger, pool, treatments, tasks };
+            |me: &Weak<Self>| Self { me: me.clone(), settings, config, registry, ledger, pool, remediations, tasks };
         Ok(Arc::new_cyclic(made))
     }
 
@@ -216,8 +216,8 @@ impl Manager {
         metrics::render(self)
     }
 
-    fn treatments(&self) -> &Treatments {
-        &self.treatments
+    fn remediations(&self) -> &Remediations {
+        &self.remediations
     }
 
     fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -295,7 +295,7 @@ impl Manager {
         let Tasks { mut set, .. } = std::mem::take(&mut *self.tasks());
         // None of them makes or starts a VM after this. A VM that one of them was at is destroyed with all the others.
         set.shutdown().await;
-        self.treatments.forget_all();
+        self.remediations.forget_all();
         self.pool.drain();
         self.destroy_all().await;
         if let Some(templates) = &self.settings.templates {
@@ -507,7 +507,7 @@ async fn clean_up(manager: Weak<Manager>, interval: Duration) {
         tokio::time::sleep(interval.min(Duration::from_secs(1))).await;
         let Some(manager) = manager.upgrade() else { return };
         for vm in manager.list(None, Some(VmState::Error)) {
-            if vm.dead_for().is_some_and(|dead| dead >= interval) && !manager.treatments.is_under_way(vm.id()) {
+            if vm.dead_for().is_some_and(|dead| dead >= interval) && !manager.remediations.is_under_way(vm.id()) {
                 manager.remove(&vm).await;
                 log::info!("{}: removed, it was dead", vm.id());
             }

@@ -1,6 +1,6 @@
 //! What a manager does with VMs by itself: the policies of their isolation types.
 //!
-//! Architecture invariant: driven by events and by the time of the next deadline; it looks at no VM in between. A treatment
+//! Architecture invariant: driven by events and by the time of the next deadline, never by polling VMs. A remediation
 //! is a task of its own, so a slow VM does not keep the others waiting; the manager's stop ends it. Each lineage, a VM and
 //! those that took its place one after the other, has one count of failures.
 
@@ -21,42 +21,42 @@ const BACK_OFF: Duration = Duration::from_millis(500);
 /// When no deadline is known, one may still come into being without an event: a VM of use becomes idle.
 const FAR: Duration = Duration::from_secs(3600);
 
-/// Which VMs are under treatment, and when each was treated before.
+/// Which VMs are under remediation, and when each was remedied before.
 #[derive(Debug, Default)]
-pub struct Treatments(Mutex<HashMap<VmId, Treatment>>);
+pub struct Remediations(Mutex<HashMap<VmId, Remediation>>);
 
 #[derive(Debug, Default)]
-struct Treatment {
+struct Remediation {
     begun: Vec<Instant>,
     is_under_way: bool,
 }
 
-impl Treatments {
-    fn map(&self) -> MutexGuard<'_, HashMap<VmId, Treatment>> {
+impl Remediations {
+    fn map(&self) -> MutexGuard<'_, HashMap<VmId, Remediation>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn is_under_way(&self, vm_id: &VmId) -> bool {
-        self.map().get(vm_id).is_some_and(|treatment| treatment.is_under_way)
+        self.map().get(vm_id).is_some_and(|remediation| remediation.is_under_way)
     }
 
-    /// Begins one: how many there were before within the window; `None` when one is under way.
+    /// Begins a remediation; returns how many there were within the window, `None` when one is under way.
     fn begin(&self, vm_id: &VmId) -> Option<usize> {
         let mut map = self.map();
-        let treatment = map.entry(vm_id.clone()).or_default();
-        if treatment.is_under_way {
+        let remediation = map.entry(vm_id.clone()).or_default();
+        if remediation.is_under_way {
             return None;
         }
-        treatment.is_under_way = true;
-        treatment.begun.retain(|begun| begun.elapsed() < WINDOW);
-        let before = treatment.begun.len();
-        treatment.begun.push(Instant::now());
+        remediation.is_under_way = true;
+        remediation.begun.retain(|begun| begun.elapsed() < WINDOW);
+        let before = remediation.begun.len();
+        remediation.begun.push(Instant::now());
         Some(before)
     }
 
     fn end(&self, vm_id: &VmId) {
-        if let Some(treatment) = self.map().get_mut(vm_id) {
-            treatment.is_under_way = false;
+        if let Some(remediation) = self.map().get_mut(vm_id) {
+            remediation.is_under_way = false;
         }
     }
 
@@ -68,12 +68,12 @@ impl Treatments {
         self.map().clear();
     }
 
-    /// What there was of `vm_id` goes on with the VM that takes its place.
-    fn hand_over(&self, treatment: Treatment, vm_id: &VmId) {
-        self.map().insert(vm_id.clone(), treatment);
+    /// Continues the count of failures under the id of the replacement.
+    fn hand_over(&self, remediation: Remediation, vm_id: &VmId) {
+        self.map().insert(vm_id.clone(), remediation);
     }
 
-    fn take(&self, vm_id: &VmId) -> Treatment {
+    fn take(&self, vm_id: &VmId) -> Remediation {
         self.map().remove(vm_id).unwrap_or_default()
     }
 }
@@ -111,19 +111,19 @@ fn destroy_what_is_due(manager: &Arc<Manager>) -> Duration {
                 next = next.min(left);
                 continue;
             }
-            if manager.treatments().begin(vm.id()).is_none() {
+            if manager.remediations().begin(vm.id()).is_none() {
                 break;
             }
             let said = match action {
                 "deadline" => format!("it has run for {} s, as its type may", limit.as_secs_f64()),
-                _ => format!("nobody has used it for {} s", limit.as_secs_f64()),
+                _ => format!("it was not used for {} s", limit.as_secs_f64()),
             };
             log::info!("{}: destroyed: {said}", vm.id());
             vm.publish(EventKind::Policy { action, replacement: None }, said);
             let destroying = manager.clone();
             manager.spawn(async move {
                 destroying.remove(&vm).await;
-                destroying.treatments().forget(vm.id());
+                destroying.remediations().forget(vm.id());
             });
             break;
         }
@@ -141,7 +141,7 @@ fn on_event(manager: &Arc<Manager>, event: &Event) {
         EventKind::State { from: VmState::Running | VmState::Paused, to: VmState::Error } => true,
         EventKind::Health { reason, .. } => reason.is_failure(),
         EventKind::Removed => {
-            manager.treatments().forget(&event.vm_id);
+            manager.remediations().forget(&event.vm_id);
             false
         }
         _ => false,
@@ -154,14 +154,14 @@ fn on_event(manager: &Arc<Manager>, event: &Event) {
     if policy.on_failure == OnFailure::Leave {
         return;
     }
-    let Some(before) = manager.treatments().begin(vm.id()) else { return };
-    let (treating, why) = (manager.clone(), event.detail.clone());
-    manager.spawn(treat_until_well(treating, vm, policy.on_failure, before, why));
+    let Some(before) = manager.remediations().begin(vm.id()) else { return };
+    let (recovering, why) = (manager.clone(), event.detail.clone());
+    manager.spawn(recover_until_running(recovering, vm, policy.on_failure, before, why));
 }
 
-/// Treats a VM, and again the one that is there afterwards if that has failed before its treatment was over: the event of
-/// that has found it under treatment.
-async fn treat_until_well(
+/// Recovers a VM, and again the VM in its place if that one failed before the remediation was over: the event of that
+/// failure found it under remediation and was ignored.
+async fn recover_until_running(
     manager: Arc<Manager>,
     mut vm: Arc<MicroVm>,
     on_failure: OnFailure,
@@ -169,25 +169,25 @@ async fn treat_until_well(
     mut why: String,
 ) {
     loop {
-        let (treated, runs) = treat(&manager, &vm, on_failure, before, &why).await;
-        vm = treated;
-        manager.treatments().end(vm.id());
+        let (recovered, runs) = recover(&manager, &vm, on_failure, before, &why).await;
+        vm = recovered;
+        manager.remediations().end(vm.id());
         if !runs || vm.dead_for().is_none() {
             return;
         }
-        let Some(so_often) = manager.treatments().begin(vm.id()) else { return };
+        let Some(so_often) = manager.remediations().begin(vm.id()) else { return };
         before = so_often;
         why = vm.last_error().map_or_else(String::new, |error| error.to_string());
     }
 }
 
-fn give_up(vm: &MicroVm, said: String) {
+fn leave_failed(vm: &MicroVm, said: String) {
     log::error!("{}: {said}", vm.id());
     vm.publish(EventKind::Policy { action: "give_up", replacement: None }, said);
 }
 
-/// Which VM has the place now, and whether it was brought to run.
-async fn treat(
+/// Recovers a VM by its policy; returns the VM in its place and whether that runs.
+async fn recover(
     manager: &Arc<Manager>,
     vm: &Arc<MicroVm>,
     on_failure: OnFailure,
@@ -196,7 +196,7 @@ async fn treat(
 ) -> (Arc<MicroVm>, bool) {
     let left_alone = (vm.clone(), false);
     if before >= MOST_RESTARTS {
-        give_up(vm, format!("it failed {} times within {} s: it is left alone", before + 1, WINDOW.as_secs()));
+        leave_failed(vm, format!("it failed {} times within {} s: it is left alone", before + 1, WINDOW.as_secs()));
         return left_alone;
     }
     if before > 0 {
@@ -204,8 +204,8 @@ async fn treat(
     }
     if matches!(vm.state(), VmState::Running | VmState::Paused) {
         let error = Error::VmDied { vm_id: vm.id().clone(), how: format!("ended: {why}"), tails: Box::default() };
-        if let Err(error) = vm.give_up(error).await {
-            // Somebody else was faster.
+        if let Err(error) = vm.mark_failed(error).await {
+            // Another operation was faster.
             log::debug!("{error}");
             return left_alone;
         }
@@ -243,7 +243,7 @@ async fn start_at_last(vm: &Arc<MicroVm>, before: usize) -> bool {
             return false;
         }
         if attempt >= MOST_RESTARTS {
-            give_up(vm, said);
+            leave_failed(vm, said);
             return false;
         }
         log::error!("{}: {said}", vm.id());
@@ -259,17 +259,17 @@ fn back_off(attempts: usize) -> Duration {
 /// Puts another VM, which is yet to be started, in the place of one that failed.
 async fn replace(manager: &Arc<Manager>, vm: &Arc<MicroVm>, why: &str) -> Option<Arc<MicroVm>> {
     // Before it is removed, which forgets what is known under its name.
-    let treatment = manager.treatments().take(vm.id());
+    let remediation = manager.remediations().take(vm.id());
     // Before the other is made: what it has reserved is what the other one needs.
     manager.remove(vm).await;
     let other = match manager.create(CreateRequest::like(vm.spec())) {
         Ok(other) => other,
         Err(error) => {
-            give_up(vm, format!("it could not be replaced: {error}"));
+            leave_failed(vm, format!("it could not be replaced: {error}"));
             return None;
         }
     };
-    manager.treatments().hand_over(treatment, other.id());
+    manager.remediations().hand_over(remediation, other.id());
     log::warn!("{}: replaced by {}, as its policy says", vm.id(), other.id());
     let said = format!("replaced by {}: {why}", other.id());
     vm.publish(EventKind::Policy { action: "replace", replacement: Some(other.id().clone()) }, said);
@@ -281,32 +281,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn test_treatments_are_one_at_a_time_and_counted_until_forgotten() {
-        let (treatments, vm_id) = (Treatments::default(), VmId::parse("vm").unwrap());
-        assert_eq!((treatments.begin(&vm_id), treatments.begin(&vm_id)), (Some(0), None));
-        assert!(treatments.is_under_way(&vm_id));
-        treatments.end(&vm_id);
-        assert!(!treatments.is_under_way(&vm_id));
-        assert_eq!(treatments.begin(&vm_id), Some(1));
-        treatments.forget(&vm_id);
-        assert_eq!(treatments.begin(&vm_id), Some(0));
+    fn test_remediations_are_one_at_a_time_and_counted_until_forgotten() {
+        let (remediations, vm_id) = (Remediations::default(), VmId::parse("vm").unwrap());
+        assert_eq!((remediations.begin(&vm_id), remediations.begin(&vm_id)), (Some(0), None));
+        assert!(remediations.is_under_way(&vm_id));
+        remediations.end(&vm_id);
+        assert!(!remediations.is_under_way(&vm_id));
+        assert_eq!(remediations.begin(&vm_id), Some(1));
+        remediations.forget(&vm_id);
+        assert_eq!(remediations.begin(&vm_id), Some(0));
     }
 
     #[test]
-    fn test_treatments_of_one_that_is_replaced_are_those_of_its_replacement() {
-        let (treatments, first, second) =
-            (Treatments::default(), VmId::parse("first").unwrap(), VmId::parse("second").unwrap());
+    fn test_remediations_of_a_replaced_vm_pass_to_its_replacement() {
+        let (remediations, first, second) =
+            (Remediations::default(), VmId::parse("first").unwrap(), VmId::parse("second").unwrap());
         for before in 0..3 {
-            assert_eq!(treatments.begin(&first), Some(before));
-            treatments.end(&first);
+            assert_eq!(remediations.begin(&first), Some(before));
+            remediations.end(&first);
         }
-        assert_eq!(treatments.begin(&first), Some(3));
-        let treatment = treatments.take(&first);
-        treatments.forget(&first);
-        treatments.hand_over(treatment, &second);
-        assert!(treatments.is_under_way(&second));
-        treatments.end(&second);
-        assert_eq!((treatments.begin(&second), treatments.begin(&first)), (Some(4), Some(0)));
+        assert_eq!(remediations.begin(&first), Some(3));
+        let remediation = remediations.take(&first);
+        remediations.forget(&first);
+        remediations.hand_over(remediation, &second);
+        assert!(remediations.is_under_way(&second));
+        remediations.end(&second);
+        assert_eq!((remediations.begin(&second), remediations.begin(&first)), (Some(4), Some(0)));
     }
 
     #[test]

@@ -366,14 +366,14 @@ impl MicroVm {
         self.publish(EventKind::State { from, to: next }, why);
     }
 
-    /// Ends a VM that runs but is of no use any more: it is in ERROR then, for `error`, and holds nothing.
+    /// Ends a running VM that failed: its state is ERROR then, for `error`, and its resources are released.
     ///
     /// # Errors
     /// [`Error::InvalidState`] when it does not run.
-    pub async fn give_up(&self, error: Error) -> Result<()> {
+    pub async fn mark_failed(&self, error: Error) -> Result<()> {
         let _operation = self.operation.lock().await;
         if !matches!(self.state(), VmState::Running | VmState::Paused) {
-            return self.become_state("give up", VmState::Error);
+            return self.become_state("mark as failed", VmState::Error);
         }
         self.fail(&error);
         self.tear_down(false).await;
