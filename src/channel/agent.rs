@@ -98,8 +98,8 @@ impl Agent {
 
     /// Records that came from the agent so far.
     #[must_use]
-    pub fn heard(&self) -> u64 {
-        self.link.heard()
+    pub fn records_received(&self) -> u64 {
+        self.link.records_received()
     }
 
     /// For how long nobody has used the VM; zero while a command or a stream is open.

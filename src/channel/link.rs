@@ -87,7 +87,7 @@ pub struct Link {
     places: Arc<Semaphore>,
     streams: Arc<Semaphore>,
     /// Records received.
-    heard: AtomicU64,
+    records_received: AtomicU64,
     /// Notified for each record.
     sign: Notify,
     pings: AtomicU32,
@@ -111,7 +111,7 @@ impl Link {
             idle: Notify::new(),
             places: Arc::new(Semaphore::new(MAX_CALLS)),
             streams: Arc::new(Semaphore::new(MAX_STREAMS)),
-            heard: AtomicU64::new(0),
+            records_received: AtomicU64::new(0),
             sign: Notify::new(),
             pings: AtomicU32::new(0),
             strange: AtomicU64::new(0),
@@ -171,8 +171,8 @@ impl Link {
     }
 
     /// Records received so far.
-    pub fn heard(&self) -> u64 {
-        self.heard.load(Ordering::Relaxed)
+    pub fn records_received(&self) -> u64 {
+        self.records_received.load(Ordering::Relaxed)
     }
 
     /// How long ago the last call of a user ended; zero while one is in flight.
@@ -310,7 +310,7 @@ impl Link {
 
     /// Takes one record. The error is the end of the session.
     fn take(&self, record: &[u8]) -> std::result::Result<(), String> {
-        self.heard.fetch_add(1, Ordering::Relaxed);
+        self.records_received.fetch_add(1, Ordering::Relaxed);
         self.sign.notify_waiters();
         let mut state = self.state();
         if let Some(rehandshake) = state.rehandshake.take() {

@@ -1,6 +1,6 @@
 //! The manager as OpenMetrics text (version 1.0 of the specification), for Prometheus and its kin.
 //!
-//! Architecture invariant: a scrape asks no VM anything. Figures of a VM are those of the watch's last look.
+//! Architecture invariant: a scrape asks no VM anything. Figures of a VM are those of its last health sample.
 
 use std::sync::atomic::AtomicU64;
 
@@ -101,11 +101,11 @@ fn of_each(page: &mut Page, looks: &[(String, Health)]) {
     let status = looks.iter().flat_map(|(vm_id, health)| {
         HealthStatus::ALL.map(|status| {
             let labels = vec![("vm_id", vm_id.clone()), ("status", status.as_str().to_owned())];
-            (labels, f64::from(u8::from(health.verdict.status == status)))
+            (labels, f64::from(u8::from(health.report.status == status)))
         })
     });
     page.gauge("vm_health", None, "1 for the status that the VM has", status);
-    let missed = each(|health| Some(f64::from(health.verdict.missed)));
+    let missed = each(|health| Some(f64::from(health.report.missed)));
     page.gauge("vm_heartbeats_missed", None, "Looks in a row without a sign of life", missed);
     let round_trip = each(|health| health.round_trip_s);
     page.gauge("vm_heartbeat", Some(Unit::Seconds), "How long the agent took to answer", round_trip);

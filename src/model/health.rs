@@ -1,4 +1,4 @@
-//! The verdict on a VM's health, from what was seen of it. Pure.
+//! Evaluates a sample of a VM's health. Pure.
 
 use serde::Deserialize;
 use serde_json::{json, Value};
@@ -34,19 +34,19 @@ impl HealthStatus {
     }
 }
 
-/// Why a verdict is what it is; one word for programs.
+/// Why a report has its status; one word for programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
     Ok,
     /// It was not started, or is not any more.
     NotRunning,
-    /// Its vCPUs stand still because somebody paused it.
+    /// Its vCPUs do not run because a caller paused it.
     Paused,
-    /// It gave no sign of life, but had no CPU to give one with: says nothing.
+    /// It was silent, but had no CPU to answer with: its status stays what it was.
     HostSlow,
     /// It has missed a beat, or a few, but not as many as make it unhealthy.
     Late,
-    /// It had the CPU, and gave no sign of life.
+    /// It had the CPU and was silent.
     AgentSilent,
     ChannelClosed,
     /// The VMM's process was stopped by a signal.
@@ -129,28 +129,28 @@ impl GuestUse {
     }
 }
 
-/// What became of the question for a sign of life.
+/// The outcome of a probe for a sign of life.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Sign {
-    /// Its vCPUs stand still on request.
-    NotAsked,
-    /// The longest that it took, seconds.
-    Given(f64),
-    /// None came; the share of the time that the VM waited for a CPU.
-    None {
+pub enum Liveness {
+    /// Not probed: its vCPUs are paused on request.
+    NotProbed,
+    /// Alive; the longest that an answer took, seconds.
+    Alive(f64),
+    /// Silent; the share of the time that the VM waited for a CPU.
+    Silent {
         starved_share: f64,
     },
     Closed(String),
 }
 
-/// What was seen of a VM.
+/// What was measured of a VM at one time.
 #[derive(Debug, Clone)]
-pub struct Look {
+pub struct HealthSample {
     pub state: VmState,
     pub is_vmm_alive: bool,
     /// Whether the VMM's process was stopped by a signal.
     pub is_vmm_stopped: bool,
-    pub sign: Sign,
+    pub liveness: Liveness,
     /// The VMM's word for why its vCPUs do not run, when it was asked and they do not.
     pub vcpus_stopped: Option<String>,
     /// The guest's clock minus the host's, seconds.
@@ -163,7 +163,7 @@ pub struct Look {
 
 /// A status and its reason, for programs and for people.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Verdict {
+pub struct HealthReport {
     pub status: HealthStatus,
     pub reason: Reason,
     pub detail: String,
@@ -171,12 +171,12 @@ pub struct Verdict {
     pub missed: u32,
 }
 
-impl Verdict {
+impl HealthReport {
     fn of(status: HealthStatus, reason: Reason, detail: impl Into<String>) -> Self {
         Self { status, reason, detail: detail.into(), missed: 0 }
     }
 
-    /// What can be said of a VM that does not run.
+    /// The report on a VM that does not run.
     #[must_use]
     pub fn of_state(state: VmState) -> Self {
         match state {
@@ -186,65 +186,65 @@ impl Verdict {
     }
 }
 
-/// The verdict; `before` is the last one.
+/// Reports on a sample; `before` is the last status.
 #[must_use]
-pub fn judge(look: &Look, before: HealthStatus) -> Verdict {
+pub fn evaluate(sample: &HealthSample, before: HealthStatus) -> HealthReport {
     use HealthStatus::{Dead, Healthy, Unhealthy};
-    if !look.is_vmm_alive {
-        return Verdict::of(Dead, Reason::VmmDead, "its VMM's process has ended");
+    if !sample.is_vmm_alive {
+        return HealthReport::of(Dead, Reason::VmmDead, "its VMM's process has ended");
     }
-    let missed = look.missed + 1;
-    let silent = |status, reason, detail: String| Verdict { missed, ..Verdict::of(status, reason, detail) };
-    match &look.sign {
-        Sign::NotAsked => return Verdict::of(Healthy, Reason::Paused, "it is paused"),
-        Sign::Closed(why) => return Verdict::of(Unhealthy, Reason::ChannelClosed, why.clone()),
-        Sign::None { .. } if look.is_vmm_stopped => {
+    let missed = sample.missed + 1;
+    let silent = |status, reason, detail: String| HealthReport { missed, ..HealthReport::of(status, reason, detail) };
+    match &sample.liveness {
+        Liveness::NotProbed => return HealthReport::of(Healthy, Reason::Paused, "it is paused"),
+        Liveness::Closed(why) => return HealthReport::of(Unhealthy, Reason::ChannelClosed, why.clone()),
+        Liveness::Silent { .. } if sample.is_vmm_stopped => {
             return silent(Unhealthy, Reason::VmmStopped, "its VMM's process is stopped by a signal".into());
         }
-        Sign::None { starved_share } if *starved_share >= STARVED_SHARE => {
+        Liveness::Silent { starved_share } if *starved_share >= STARVED_SHARE => {
             let detail = format!("it waited for a CPU for {:.0} % of the time", 100.0 * starved_share);
             // Neither better nor worse than it was.
-            return Verdict { missed: look.missed, ..Verdict::of(before, Reason::HostSlow, detail) };
+            return HealthReport { missed: sample.missed, ..HealthReport::of(before, Reason::HostSlow, detail) };
         }
-        Sign::None { .. } => {
-            if let Some(why) = &look.vcpus_stopped {
+        Liveness::Silent { .. } => {
+            if let Some(why) = &sample.vcpus_stopped {
                 return silent(Unhealthy, Reason::VcpusStopped, format!("the VMM says: {why}"));
             }
-            let detail = format!("{missed} times in a row it gave no sign of life, {} are allowed", look.allowed);
-            return match missed > look.allowed {
+            let detail = format!("{missed} times in a row it gave no sign of life, {} are allowed", sample.allowed);
+            return match missed > sample.allowed {
                 true => silent(Unhealthy, Reason::AgentSilent, detail),
                 false => silent(before, Reason::Late, detail),
             };
         }
-        Sign::Given(_) => {}
+        Liveness::Alive(_) => {}
     }
-    if let Some(offset) = look.clock_offset_s.filter(|offset| offset.abs() > CLOCK_TOLERANCE_S) {
-        return Verdict::of(Unhealthy, Reason::ClockOff, format!("its clock is {offset:+.1} s from the host's"));
+    if let Some(offset) = sample.clock_offset_s.filter(|offset| offset.abs() > CLOCK_TOLERANCE_S) {
+        return HealthReport::of(Unhealthy, Reason::ClockOff, format!("its clock is {offset:+.1} s from the host's"));
     }
-    let Some(guest) = &look.guest else { return Verdict::of(Healthy, Reason::Ok, "") };
+    let Some(guest) = &sample.guest else { return HealthReport::of(Healthy, Reason::Ok, "") };
     let short = |what: &str, left: u64, of: u64| {
         let is_short = of > 0 && left < of / 100 * NEARLY_GONE_PERCENT;
         is_short.then(|| format!("{} of {} MiB {what} are left", left >> 20, of >> 20))
     };
     if let Some(detail) = short("memory", guest.memory_available_bytes, guest.memory_total_bytes) {
-        return Verdict::of(Unhealthy, Reason::MemoryLow, detail);
+        return HealthReport::of(Unhealthy, Reason::MemoryLow, detail);
     }
     if let Some(detail) = short("disk", guest.disk_free_bytes, guest.disk_total_bytes) {
-        return Verdict::of(Unhealthy, Reason::DiskLow, detail);
+        return HealthReport::of(Unhealthy, Reason::DiskLow, detail);
     }
-    Verdict::of(Healthy, Reason::Ok, "")
+    HealthReport::of(Healthy, Reason::Ok, "")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn look(sign: Sign) -> Look {
-        Look {
+    fn sample(liveness: Liveness) -> HealthSample {
+        HealthSample {
             state: VmState::Running,
             is_vmm_alive: true,
             is_vmm_stopped: false,
-            sign,
+            liveness,
             vcpus_stopped: None,
             clock_offset_s: None,
             guest: None,
@@ -253,32 +253,33 @@ mod tests {
         }
     }
 
-    fn verdict(look: &Look) -> (HealthStatus, Reason, u32) {
-        let Verdict { status, reason, missed, .. } = judge(look, HealthStatus::Healthy);
+    fn report(sample: &HealthSample) -> (HealthStatus, Reason, u32) {
+        let HealthReport { status, reason, missed, .. } = evaluate(sample, HealthStatus::Healthy);
         (status, reason, missed)
     }
 
     #[test]
-    fn test_judge_silence_counts_only_when_the_vm_had_a_cpu() {
+    fn test_evaluate_silence_counts_only_when_the_vm_had_a_cpu() {
         use HealthStatus::{Healthy, Unhealthy};
-        let silent = |starved_share, missed| Look { missed, ..look(Sign::None { starved_share }) };
-        assert_eq!(verdict(&silent(0.1, 0)), (Healthy, Reason::Late, 1));
-        assert_eq!(verdict(&silent(0.1, 1)), (Healthy, Reason::Late, 2));
-        assert_eq!(verdict(&silent(0.1, 2)), (Unhealthy, Reason::AgentSilent, 3));
-        assert_eq!(verdict(&silent(0.9, 7)), (Healthy, Reason::HostSlow, 7));
+        let silent = |starved_share, missed| HealthSample { missed, ..sample(Liveness::Silent { starved_share }) };
+        assert_eq!(report(&silent(0.1, 0)), (Healthy, Reason::Late, 1));
+        assert_eq!(report(&silent(0.1, 1)), (Healthy, Reason::Late, 2));
+        assert_eq!(report(&silent(0.1, 2)), (Unhealthy, Reason::AgentSilent, 3));
+        assert_eq!(report(&silent(0.9, 7)), (Healthy, Reason::HostSlow, 7));
     }
 
     #[test]
-    fn test_judge_a_paused_vm_is_healthy_and_a_stopped_one_is_not() {
-        assert_eq!(verdict(&look(Sign::NotAsked)), (HealthStatus::Healthy, Reason::Paused, 0));
-        let stopped = Look { is_vmm_stopped: true, ..look(Sign::None { starved_share: 0.0 }) };
-        assert_eq!(verdict(&stopped), (HealthStatus::Unhealthy, Reason::VmmStopped, 1));
-        let io = Look { vcpus_stopped: Some("io-error".into()), ..look(Sign::None { starved_share: 0.0 }) };
-        assert_eq!(verdict(&io), (HealthStatus::Unhealthy, Reason::VcpusStopped, 1));
+    fn test_evaluate_a_paused_vm_is_healthy_and_a_stopped_one_is_not() {
+        assert_eq!(report(&sample(Liveness::NotProbed)), (HealthStatus::Healthy, Reason::Paused, 0));
+        let stopped = HealthSample { is_vmm_stopped: true, ..sample(Liveness::Silent { starved_share: 0.0 }) };
+        assert_eq!(report(&stopped), (HealthStatus::Unhealthy, Reason::VmmStopped, 1));
+        let io =
+            HealthSample { vcpus_stopped: Some("io-error".into()), ..sample(Liveness::Silent { starved_share: 0.0 }) };
+        assert_eq!(report(&io), (HealthStatus::Unhealthy, Reason::VcpusStopped, 1));
     }
 
     #[test]
-    fn test_judge_nearly_gone_resources_are_told_and_enough_is_healthy() {
+    fn test_evaluate_nearly_gone_resources_are_reported_and_enough_is_healthy() {
         let guest = GuestUse {
             memory_total_bytes: 100 << 20,
             memory_available_bytes: 50 << 20,
@@ -286,7 +287,8 @@ mod tests {
             disk_free_bytes: 50 << 20,
             ..GuestUse::default()
         };
-        let of = |guest: &GuestUse| verdict(&Look { guest: Some(guest.clone()), ..look(Sign::Given(0.1)) }).1;
+        let of =
+            |guest: &GuestUse| report(&HealthSample { guest: Some(guest.clone()), ..sample(Liveness::Alive(0.1)) }).1;
         assert_eq!(of(&guest), Reason::Ok);
         assert_eq!(of(&GuestUse { memory_available_bytes: 4 << 20, ..guest.clone() }), Reason::MemoryLow);
         assert_eq!(of(&GuestUse { disk_free_bytes: 4 << 20, ..guest.clone() }), Reason::DiskLow);
@@ -295,8 +297,8 @@ mod tests {
     }
 
     #[test]
-    fn test_judge_a_clock_may_be_two_seconds_off() {
-        let off = |offset| verdict(&Look { clock_offset_s: Some(offset), ..look(Sign::Given(0.1)) }).1;
+    fn test_evaluate_a_clock_may_be_two_seconds_off() {
+        let off = |offset| report(&HealthSample { clock_offset_s: Some(offset), ..sample(Liveness::Alive(0.1)) }).1;
         assert_eq!(
             [off(1.9), off(-1.9), off(2.1), off(-86_400.0)],
             [Reason::Ok, Reason::Ok, Reason::ClockOff, Reason::ClockOff]
@@ -308,6 +310,6 @@ mod tests {
         assert!(serde_json::from_value::<GuestUse>(json!({"load": [1]})).is_err());
         assert!(serde_json::from_value::<GuestUse>(json!({"oom_kills": -1})).is_err());
         let odd: GuestUse = serde_json::from_value(json!({"disk_total_bytes": u64::MAX, "new": 1})).unwrap();
-        assert_eq!(verdict(&Look { guest: Some(odd), ..look(Sign::Given(0.0)) }).1, Reason::DiskLow);
+        assert_eq!(report(&HealthSample { guest: Some(odd), ..sample(Liveness::Alive(0.0)) }).1, Reason::DiskLow);
     }
 }

@@ -20,7 +20,7 @@ mod text;
 pub use budget::{Budget, CPU_PERIOD_US, VMM_CPU_PERCENT};
 pub use config::{ManagerConfig, CONFIG_KEYS};
 pub use event::{Event, EventKind};
-pub use health::{judge, GuestUse, HealthStatus, Look, Reason, Sign, Verdict};
+pub use health::{evaluate, GuestUse, HealthReport, HealthSample, HealthStatus, Liveness, Reason};
 pub use id::{TemplateName, VmId};
 pub use ipv4::{is_public, Ipv4Net};
 pub use kinds::{Backend, Grade, IsolationType, JailMode};

@@ -63,20 +63,20 @@ pub fn health_json(health: &Health) -> Value {
         "network_tx_bytes": health.network_tx_bytes,
         "uptime_seconds": health.uptime_seconds,
         "last_health_check": health.last_health_check,
-        "health_status": health.verdict.status.as_str(),
+        "health_status": health.report.status.as_str(),
     })
 }
 
 /// What there is to say beyond the metrics: why, and what guest and host count.
 fn health_info(vm: &MicroVm, health: &Health) -> Value {
-    let verdict = &health.verdict;
+    let report = &health.report;
     let (since, history) = vm.history_json();
     json!({
-        "status": verdict.status.as_str(),
-        "reason": verdict.reason.as_str(),
-        "detail": verdict.detail,
+        "status": report.status.as_str(),
+        "reason": report.reason.as_str(),
+        "detail": report.detail,
         "since": since,
-        "heartbeats_missed": verdict.missed,
+        "heartbeats_missed": report.missed,
         "round_trip_seconds": health.round_trip_s,
         "clock_offset_seconds": health.clock_offset_s,
         "guest": health.guest.as_ref().map(crate::model::GuestUse::to_json),
@@ -140,7 +140,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         }
     };
     let mut metrics = health_json(&health);
-    metrics["status"] = json!(health.verdict.status.as_str());
+    metrics["status"] = json!(health.report.status.as_str());
     metrics["cpu_usage"] = json!(health.cpu_usage_percent);
     json!({
         "vm_id": vm.id(),

@@ -670,7 +670,7 @@ impl MicroVMIsolationManager {
         let statuses = gate::wait(py, OnInterrupt::Abandon, async move {
             let mut asking = JoinSet::new();
             for vm in vms {
-                asking.spawn(async move { vm.health().await.verdict.status });
+                asking.spawn(async move { vm.health().await.report.status });
             }
             asking.join_all().await
         })?;

@@ -379,7 +379,7 @@ impl Launching {
             stages: progress.lengths(),
             since: Instant::now(),
             cpu_sample: Mutex::new((progress.begun, Usage::default())),
-            watch: Mutex::default(),
+            health_history: Mutex::default(),
             broker: Mutex::new(None),
             agent,
             control,

@@ -1,4 +1,4 @@
-//! How a VM is doing: one look at it.
+//! Samples the health of one VM.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -12,15 +12,15 @@ use crate::channel::Answer;
 use crate::error::Error;
 use crate::host::cgroup::{self, GroupUse};
 use crate::host::{clock, procfs};
-use crate::model::{judge, GuestUse, Look, Sign, Verdict, VmState};
+use crate::model::{evaluate, GuestUse, HealthReport, HealthSample, Liveness, VmState};
 
-/// How many looks are kept.
+/// How many samples are kept.
 const HISTORY: usize = 60;
 
-/// One look at a VM. CPU time, memory and disk traffic are the VMM's, network traffic is the tap's.
+/// One sample of a VM. CPU time, memory and disk traffic are the VMM's, network traffic is the tap's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Health {
-    /// Since the last look, in per cent of one CPU.
+    /// Since the last sample, in per cent of one CPU.
     pub cpu_usage_percent: f64,
     /// CPU time of the VMM, seconds.
     pub cpu_s: f64,
@@ -34,7 +34,7 @@ pub struct Health {
     pub uptime_seconds: f64,
     /// Unix seconds.
     pub last_health_check: f64,
-    pub verdict: Verdict,
+    pub report: HealthReport,
     /// How long the agent's answer took; `None` when there was none.
     pub round_trip_s: Option<f64>,
     /// The guest's clock minus the host's.
@@ -44,7 +44,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// What can be said of a VM that does not run.
+    /// The health of a VM that does not run.
     #[must_use]
     pub fn of_state(state: VmState) -> Self {
         Self {
@@ -57,7 +57,7 @@ impl Health {
             network_tx_bytes: 0,
             uptime_seconds: 0.0,
             last_health_check: clock::unix_time_ns() as f64 / 1e9,
-            verdict: Verdict::of_state(state),
+            report: HealthReport::of_state(state),
             round_trip_s: None,
             clock_offset_s: None,
             guest: None,
@@ -66,9 +66,9 @@ impl Health {
     }
 }
 
-/// One look, as it is kept.
+/// A sample as the history keeps it.
 #[derive(Debug, Clone)]
-struct Brief {
+struct HealthRecord {
     unix_time_s: f64,
     status: &'static str,
     reason: &'static str,
@@ -78,36 +78,36 @@ struct Brief {
     round_trip_s: Option<f64>,
 }
 
-/// What the watch over a running VM has seen so far.
+/// The health of a running VM so far.
 #[derive(Debug, Default)]
-pub struct Watch {
+pub struct HealthHistory {
     groups: Option<Vec<PathBuf>>,
-    /// Heartbeats so far, and the records heard until the last one.
+    /// Heartbeats so far, and the records received until the last one.
     pub beats: u32,
-    pub heard: u64,
+    pub records_received: u64,
     pub last: Option<Health>,
-    /// Since when the verdict is what it is, Unix seconds.
+    /// Since when status and reason are the same, Unix seconds.
     pub since_unix_s: f64,
-    history: VecDeque<Brief>,
+    records: VecDeque<HealthRecord>,
 }
 
-impl Watch {
-    /// Keeps a look; returns the one before.
+impl HealthHistory {
+    /// Keeps a sample; returns the one before.
     pub fn note(&mut self, health: Health) -> Option<Health> {
-        if self.history.len() == HISTORY {
-            self.history.pop_front();
+        if self.records.len() == HISTORY {
+            self.records.pop_front();
         }
-        self.history.push_back(Brief {
+        self.records.push_back(HealthRecord {
             unix_time_s: health.last_health_check,
-            status: health.verdict.status.as_str(),
-            reason: health.verdict.reason.as_str(),
+            status: health.report.status.as_str(),
+            reason: health.report.reason.as_str(),
             cpu_percent: health.cpu_usage_percent,
             memory_mib: health.memory_usage_mb,
             guest_memory_available_bytes: health.guest.as_ref().map(|guest| guest.memory_available_bytes),
             round_trip_s: health.round_trip_s,
         });
         let same = self.last.as_ref().is_some_and(|last| {
-            (last.verdict.status, last.verdict.reason) == (health.verdict.status, health.verdict.reason)
+            (last.report.status, last.report.reason) == (health.report.status, health.report.reason)
         });
         if !same {
             self.since_unix_s = health.last_health_check;
@@ -116,50 +116,50 @@ impl Watch {
     }
 
     fn missed(&self) -> u32 {
-        self.last.as_ref().map_or(0, |last| last.verdict.missed)
+        self.last.as_ref().map_or(0, |last| last.report.missed)
     }
 
     pub fn history_json(&self) -> Value {
-        let one = |brief: &Brief| {
+        let one = |record: &HealthRecord| {
             json!({
-                "time": brief.unix_time_s,
-                "status": brief.status,
-                "reason": brief.reason,
-                "cpu_usage_percent": brief.cpu_percent,
-                "memory_usage_mb": brief.memory_mib,
-                "guest_memory_available_bytes": brief.guest_memory_available_bytes,
-                "round_trip_seconds": brief.round_trip_s,
+                "time": record.unix_time_s,
+                "status": record.status,
+                "reason": record.reason,
+                "cpu_usage_percent": record.cpu_percent,
+                "memory_usage_mb": record.memory_mib,
+                "guest_memory_available_bytes": record.guest_memory_available_bytes,
+                "round_trip_seconds": record.round_trip_s,
             })
         };
-        self.history.iter().map(one).collect()
+        self.records.iter().map(one).collect()
     }
 }
 
 impl Running {
-    pub fn watch(&self) -> MutexGuard<'_, Watch> {
-        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn health_history(&self) -> MutexGuard<'_, HealthHistory> {
+        self.health_history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What the guest answered, and by whom it was not.
+/// What the guest answered; why it did not, where it did not.
 #[derive(Default)]
-struct Heard {
+struct ProbeResult {
     guest: Option<GuestUse>,
     clock_offset_s: Option<f64>,
     is_vmm_stopped: bool,
     vcpus_stopped: Option<String>,
 }
 
-/// Looks at a VM; the agent may take `deadline` to answer, and when it does not, twice that is waited to find out why.
-/// `allowed` is how many looks in a row may pass without a sign of life.
-pub async fn look(running: &Running, state: VmState, deadline: Duration, allowed: u32) -> Health {
+/// Samples a VM; the agent may take `deadline` to answer, and when it does not, twice that is waited to find out why.
+/// `allowed` is how many samples in a row may pass without a sign of life.
+pub async fn sample(running: &Running, state: VmState, deadline: Duration, allowed: u32) -> Health {
     let mut health = Health::of_state(state);
     health.uptime_seconds = running.since.elapsed().as_secs_f64();
     let usage = running.pid().and_then(procfs::usage).filter(|_| running.is_alive());
-    let groups = running.watch().groups.clone();
+    let groups = running.health_history().groups.clone();
     let groups = groups.unwrap_or_else(|| {
         let groups = running.groups();
-        running.watch().groups = Some(groups.clone());
+        running.health_history().groups = Some(groups.clone());
         groups
     });
     health.group = cgroup::usage(&groups);
@@ -177,46 +177,46 @@ pub async fn look(running: &Running, state: VmState, deadline: Duration, allowed
         // What the host sent is what the VM received.
         (health.network_rx_bytes, health.network_tx_bytes) = (counters.sent_bytes, counters.received_bytes);
     }
-    let (sign, heard) = match (usage, state) {
+    let (liveness, probed) = match (usage, state) {
         // The vCPUs of a paused VM stand still on request: its silence says nothing.
         (Some(_), VmState::Running) => {
-            let (asked, disk) = tokio::join!(ask(running, deadline), disk_io(running, deadline));
-            let last = running.watch().last.as_ref().map(|last| (last.disk_io_bytes, last.failed_writes));
+            let (asked, disk) = tokio::join!(probe(running, deadline), disk_io(running, deadline));
+            let last = running.health_history().last.as_ref().map(|last| (last.disk_io_bytes, last.failed_writes));
             // A VMM that does not answer has moved what it had.
             (health.disk_io_bytes, health.failed_writes) = disk.or(last).unwrap_or_default();
             asked
         }
-        _ => (Sign::NotAsked, Heard::default()),
+        _ => (Liveness::NotProbed, ProbeResult::default()),
     };
-    let told_before = running.watch().last.as_ref().map_or(0, |last| last.failed_writes);
-    health.failed_writes = failed_writes(health.failed_writes, heard.guest.as_ref(), told_before);
-    if let Sign::Given(round_trip_s) = sign {
+    let failed_before = running.health_history().last.as_ref().map_or(0, |last| last.failed_writes);
+    health.failed_writes = failed_writes(health.failed_writes, probed.guest.as_ref(), failed_before);
+    if let Liveness::Alive(round_trip_s) = liveness {
         health.round_trip_s = Some(round_trip_s);
     }
     let (before, missed) = {
-        let watch = running.watch();
-        let before = watch.last.as_ref().map_or(crate::model::HealthStatus::Unknown, |last| last.verdict.status);
-        (before, watch.missed())
+        let history = running.health_history();
+        let before = history.last.as_ref().map_or(crate::model::HealthStatus::Unknown, |last| last.report.status);
+        (before, history.missed())
     };
-    health.clock_offset_s = heard.clock_offset_s;
-    let look = Look {
+    health.clock_offset_s = probed.clock_offset_s;
+    let sample = HealthSample {
         state,
         is_vmm_alive: usage.is_some(),
-        is_vmm_stopped: heard.is_vmm_stopped,
-        sign,
-        vcpus_stopped: heard.vcpus_stopped,
-        clock_offset_s: heard.clock_offset_s,
-        guest: heard.guest,
+        is_vmm_stopped: probed.is_vmm_stopped,
+        liveness,
+        vcpus_stopped: probed.vcpus_stopped,
+        clock_offset_s: probed.clock_offset_s,
+        guest: probed.guest,
         missed,
         allowed,
     };
-    health.verdict = judge(&look, before);
-    health.guest = look.guest;
+    health.report = evaluate(&sample, before);
+    health.guest = sample.guest;
     health
 }
 
-/// Not every VMM counts the writes that failed: then the guest's kernel, which was told of each, is believed. A look without
-/// an answer forgets none, else the next one would tell of them again.
+/// Not every VMM counts the writes that failed: then the guest's kernel, which saw each, is believed. A sample without
+/// an answer forgets none, else the next one would report them again.
 fn failed_writes(by_vmm: u64, guest: Option<&GuestUse>, before: u64) -> u64 {
     by_vmm.max(guest.map_or(0, |guest| guest.disk_write_errors)).max(before)
 }
@@ -233,9 +233,9 @@ async fn disk_io(running: &Running, deadline: Duration) -> Option<(u64, u64)> {
     }
 }
 
-async fn ask(running: &Running, deadline: Duration) -> (Sign, Heard) {
+async fn probe(running: &Running, deadline: Duration) -> (Liveness, ProbeResult) {
     let agent = running.agent();
-    let (begun, heard_before, unix_time_ns) = (Instant::now(), agent.heard(), clock::unix_time_ns());
+    let (begun, received_before, unix_time_ns) = (Instant::now(), agent.records_received(), clock::unix_time_ns());
     match agent.probe("health", Value::Null, deadline).await {
         Some(Ok(Answer::Ok { result })) => {
             let round_trip = begun.elapsed();
@@ -244,22 +244,27 @@ async fn ask(running: &Running, deadline: Duration) -> (Sign, Heard) {
             let middle_ns = unix_time_ns + u64::try_from(round_trip.as_nanos() / 2).unwrap_or(0);
             let offset_s = |guest: &GuestUse| (i128::from(guest.unix_time_ns) - i128::from(middle_ns)) as f64 / 1e9;
             let clock_offset_s = guest.as_ref().map(offset_s);
-            return (Sign::Given(round_trip.as_secs_f64()), Heard { guest, clock_offset_s, ..Heard::default() });
+            return (
+                Liveness::Alive(round_trip.as_secs_f64()),
+                ProbeResult { guest, clock_offset_s, ..ProbeResult::default() },
+            );
         }
-        Some(Ok(Answer::Error { .. })) => return (Sign::Given(begun.elapsed().as_secs_f64()), Heard::default()),
-        Some(Err(Error::ChannelClosed { reason, .. })) => return (Sign::Closed(reason), Heard::default()),
+        Some(Ok(Answer::Error { .. })) => {
+            return (Liveness::Alive(begun.elapsed().as_secs_f64()), ProbeResult::default())
+        }
+        Some(Err(Error::ChannelClosed { reason, .. })) => return (Liveness::Closed(reason), ProbeResult::default()),
         // No answer in time, or no place to ask for one.
         Some(Err(_)) | None => {}
     }
-    if agent.heard() != heard_before {
-        return (Sign::Given(begun.elapsed().as_secs_f64()), Heard::default());
+    if agent.records_received() != received_before {
+        return (Liveness::Alive(begun.elapsed().as_secs_f64()), ProbeResult::default());
     }
-    listen(running, deadline).await
+    wait_for_life(running, deadline).await
 }
 
-/// Waits once more, and looks meanwhile whether the VM gets to run at all.
-async fn listen(running: &Running, deadline: Duration) -> (Sign, Heard) {
-    let groups = running.watch().groups.clone().unwrap_or_default();
+/// Waits once more, and measures meanwhile whether the VM gets to run at all.
+async fn wait_for_life(running: &Running, deadline: Duration) -> (Liveness, ProbeResult) {
+    let groups = running.health_history().groups.clone().unwrap_or_default();
     // Waiting for a CPU and being held back at the quota alike.
     let starved_s = || {
         let scheduling = running.pid().and_then(procfs::scheduling).unwrap_or_default();
@@ -268,19 +273,19 @@ async fn listen(running: &Running, deadline: Duration) -> (Sign, Heard) {
     };
     let (begun, (before_s, _)) = (Instant::now(), starved_s());
     match running.agent().sign_of_life(deadline).await {
-        Ok(()) => return (Sign::Given(begun.elapsed().as_secs_f64()), Heard::default()),
-        Err(Error::ChannelClosed { reason, .. }) => return (Sign::Closed(reason), Heard::default()),
+        Ok(()) => return (Liveness::Alive(begun.elapsed().as_secs_f64()), ProbeResult::default()),
+        Err(Error::ChannelClosed { reason, .. }) => return (Liveness::Closed(reason), ProbeResult::default()),
         Err(_) => {}
     }
     let (after_s, is_vmm_stopped) = starved_s();
     let starved_share = ((after_s - before_s) / begun.elapsed().as_secs_f64()).clamp(0.0, 1.0);
-    let mut heard = Heard { is_vmm_stopped, ..Heard::default() };
+    let mut probed = ProbeResult { is_vmm_stopped, ..ProbeResult::default() };
     if !is_vmm_stopped {
         if let Ok(Ok(why)) = tokio::time::timeout(deadline, running.control().why_stopped()).await {
-            heard.vcpus_stopped = why;
+            probed.vcpus_stopped = why;
         }
     }
-    (Sign::None { starved_share }, heard)
+    (Liveness::Silent { starved_share }, probed)
 }
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
-//! The watch over a running VM: its heartbeat, what is told of it, and what is mended.
+//! The monitor of a running VM: its heartbeat, the events of its health, and what is repaired.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use serde_json::{json, Value};
 
-use super::health::{look, Health};
+use super::health::{sample, Health};
 use super::running::Running;
 use super::MicroVm;
 use crate::host::{clock, process};
@@ -14,10 +14,10 @@ use crate::model::{EventKind, HealthStatus, Reason, VmState};
 /// How long an agent may take to answer; an emulated guest on a busy host is slow, not ill.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Every so many heartbeats the guest is asked for its figures; in between a sign of life will do, which costs an
-/// emulated guest a third (docs/reliability.md). Not at the first one: a guest that has just shaken hands is well, and an
+/// emulated guest a third (docs/reliability.md). Not at the first one: a guest that has just shaken hands is healthy, and an
 /// emulated one needs as long for its first figures as for its start.
-const FULL_LOOK_EVERY: u32 = 3;
-const FIRST_FULL_LOOK: u32 = 2;
+const FULL_SAMPLE_EVERY: u32 = 3;
+const FIRST_FULL_SAMPLE: u32 = 2;
 /// For short intervals.
 const LEAST_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a VMM whose guest seems to have failed is given to end by itself.
@@ -25,27 +25,27 @@ const EXIT_GRACE: Duration = Duration::from_secs(1);
 /// How long a repair may take.
 const REPAIR_DEADLINE: Duration = Duration::from_secs(2);
 
-/// How VMs are watched.
+/// How VMs are monitored.
 #[derive(Debug, Clone, Copy)]
 pub struct Heartbeat {
-    /// `None`: a VM is looked at only when somebody asks.
+    /// `None`: a VM is sampled only when a caller asks.
     pub interval: Option<Duration>,
-    /// How many looks in a row an agent may leave without a sign of life.
+    /// How many samples in a row an agent may leave without a sign of life.
     pub misses: u32,
 }
 
 const FAILED_WRITES: fn(&Health) -> Option<u64> = |health| Some(health.failed_writes);
 
-/// By how much a count has grown since the look before. A guest can count as it likes, but only up.
+/// By how much a count has grown since the sample before. A guest can count as it likes, but only up.
 fn grew(before: Option<&Health>, now: &Health, count: fn(&Health) -> Option<u64>) -> Option<u64> {
     let before = before.and_then(count).unwrap_or(0);
     count(now).and_then(|now| now.checked_sub(before)).filter(|more| *more > 0)
 }
 
-/// Looks at the VM once an interval, until it ends.
+/// Samples the VM once an interval, until it ends.
 pub async fn watch(vm: Weak<MicroVm>, running: Weak<Running>, interval: Duration) {
     let Some(mut exit) = running.upgrade().map(|running| running.exit_receiver()) else { return };
-    // VMs that were started together are not looked at together.
+    // VMs that were started together are not sampled together.
     let phase = clock::random::<2>().map_or(0.5, |random| f64::from(u16::from_ne_bytes(random)) / 65_536.0);
     let mut pause = interval.mul_f64(phase);
     loop {
@@ -63,30 +63,30 @@ pub async fn watch(vm: Weak<MicroVm>, running: Weak<Running>, interval: Duration
 }
 
 impl MicroVm {
-    /// A fresh look at the VM: its process, its drives and its agent.
+    /// A fresh sample of the VM: its process, its drives and its agent.
     pub async fn health(&self) -> Health {
         let (state, running) = self.now();
         match running {
-            // Whoever asks wants to know about now: there is no second chance.
-            Some(running) => look(&running, state, PATIENCE, 0).await,
+            // A caller asks about now: no miss is allowed.
+            Some(running) => sample(&running, state, PATIENCE, 0).await,
             None => Health::of_state(state),
         }
     }
 
-    /// The last look of the watch, if it has looked yet.
+    /// The last sample of the monitor, if there is one yet.
     #[must_use]
     pub fn last_health(&self) -> Option<Health> {
-        self.now().1.and_then(|running| running.watch().last.clone())
+        self.now().1.and_then(|running| running.health_history().last.clone())
     }
 
-    /// What the watch has seen: since when the verdict holds, and the last looks.
+    /// The history: since when status and reason are the same, and the last samples.
     #[must_use]
     pub fn history_json(&self) -> (Option<f64>, Value) {
         match self.now().1 {
             None => (None, json!([])),
             Some(running) => {
-                let watch = running.watch();
-                (watch.last.as_ref().map(|_| watch.since_unix_s), watch.history_json())
+                let history = running.health_history();
+                (history.last.as_ref().map(|_| history.since_unix_s), history.history_json())
             }
         }
     }
@@ -97,59 +97,58 @@ impl MicroVm {
         if self.is_alive_as_before(running, patience).await {
             return;
         }
-        for is_second_look in [false, true] {
+        for is_second_sample in [false, true] {
             let (state, current) = self.now();
             let is_current =
                 |current: &Option<Arc<Running>>| current.as_ref().is_some_and(|current| Arc::ptr_eq(current, running));
             if !is_current(&current) || !matches!(state, VmState::Running | VmState::Paused) {
                 return;
             }
-            let health = look(running, state, patience, misses).await;
+            let health = sample(running, state, patience, misses).await;
             // A VMM that ends closes the channel a moment before its exit is known: `on_exit` says what that was.
-            if health.verdict.reason.is_failure() && tokio::time::timeout(EXIT_GRACE, running.exited()).await.is_ok() {
+            if health.report.reason.is_failure() && tokio::time::timeout(EXIT_GRACE, running.exited()).await.is_ok() {
                 return;
             }
-            // Paused, stopped or dead meanwhile: what was seen is of no VM in one state.
+            // Paused, stopped or dead meanwhile: the sample mixes two states.
             let (after, current) = self.now();
             if after != state || !is_current(&current) {
                 return;
             }
-            let verdict = health.verdict.clone();
-            let before = running.watch().note(health.clone());
+            let report = health.report.clone();
+            let before = running.health_history().note(health.clone());
             self.publish_health(before.as_ref(), &health);
-            if is_second_look || !self.mend(running, verdict.reason).await {
+            if is_second_sample || !self.repair(running, report.reason).await {
                 return;
             }
         }
     }
 
-    /// A sign of life, where no more is due and all was well before. An agent that talks anyway is not asked for one.
+    /// A sign of life, where no full sample is due and the last one was well. An agent that talks anyway is not probed.
     async fn is_alive_as_before(&self, running: &Running, patience: Duration) -> bool {
-        let heard = running.agent().heard();
+        let received = running.agent().records_received();
         let (is_due, has_talked) = {
-            let mut watch = running.watch();
-            watch.beats = watch.beats.wrapping_add(1);
-            let is_due = watch.beats % FULL_LOOK_EVERY == FIRST_FULL_LOOK;
-            let was_well = watch.last.as_ref().is_none_or(|last| last.round_trip_s.is_some());
-            (is_due || !was_well, std::mem::replace(&mut watch.heard, heard) != heard)
+            let mut history = running.health_history();
+            history.beats = history.beats.wrapping_add(1);
+            let is_due = history.beats % FULL_SAMPLE_EVERY == FIRST_FULL_SAMPLE;
+            let was_well = history.last.as_ref().is_none_or(|last| last.round_trip_s.is_some());
+            (is_due || !was_well, std::mem::replace(&mut history.records_received, received) != received)
         };
         if is_due || self.state() != VmState::Running {
             return false;
         }
         has_talked || {
             let is_alive = running.agent().sign_of_life(patience).await.is_ok();
-            running.watch().heard = running.agent().heard();
+            running.health_history().records_received = running.agent().records_received();
             is_alive
         }
     }
 
     fn publish_health(&self, before: Option<&Health>, now: &Health) {
-        let (from, was) = before.map_or((HealthStatus::Unknown, Reason::NotRunning), |health| {
-            (health.verdict.status, health.verdict.reason)
-        });
-        let (to, reason) = (now.verdict.status, now.verdict.reason);
+        let (from, was) = before
+            .map_or((HealthStatus::Unknown, Reason::NotRunning), |health| (health.report.status, health.report.reason));
+        let (to, reason) = (now.report.status, now.report.reason);
         if from != to || (to == HealthStatus::Unhealthy && was != reason) {
-            let detail = now.verdict.detail.clone();
+            let detail = now.report.detail.clone();
             match to {
                 HealthStatus::Healthy if from == HealthStatus::Unknown => {}
                 HealthStatus::Healthy => log::info!("{}: healthy again", self.id()),
@@ -182,8 +181,8 @@ impl MicroVm {
         }
     }
 
-    /// Mends what can be; whether it is worth another look.
-    async fn mend(&self, running: &Running, reason: Reason) -> bool {
+    /// Repairs what it can; returns whether another sample is worth taking.
+    async fn repair(&self, running: &Running, reason: Reason) -> bool {
         match reason {
             Reason::ClockOff => {
                 let now = json!({"unix_time_ns": clock::unix_time_ns()});
@@ -201,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn test_failed_writes_are_told_once_and_only_what_is_new() {
+    fn test_failed_writes_are_reported_once_and_only_new_ones() {
         let after = |failed_writes| Health { failed_writes, ..Health::of_state(VmState::Running) };
         assert_eq!(grew(None, &after(3), FAILED_WRITES), Some(3));
         assert_eq!(grew(Some(&after(3)), &after(3), FAILED_WRITES), None);

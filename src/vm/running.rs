@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::confine::Confinement;
-use super::health::Watch;
+use super::health::HealthHistory;
 use super::identity_delivery::IdentityDelivery;
 use super::network::Connection;
 use super::prepare::{Ids, Seen};
@@ -66,7 +66,7 @@ pub struct Running {
     pub(super) stages: Vec<(&'static str, Duration)>,
     pub(super) since: Instant,
     pub(super) cpu_sample: Mutex<(Instant, Usage)>,
-    pub(super) watch: Mutex<Watch>,
+    pub(super) health_history: Mutex<HealthHistory>,
     pub(super) broker: Mutex<Option<Broker>>,
     pub(super) agent: Arc<Agent>,
     pub(super) control: Box<dyn Control>,
