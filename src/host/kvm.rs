@@ -50,7 +50,7 @@ fn parse_cpuinfo(cpuinfo: &str) -> (String, Option<&'static str>) {
 /// KVM hangs.
 #[must_use]
 pub fn probe() -> Kvm {
-    judge(Path::new(DEVICE), cpu().1, tried)
+    assess(Path::new(DEVICE), cpu().1, tried)
 }
 
 type Tried = Result<(), String>;
@@ -68,7 +68,7 @@ fn tried(kvm: &File, meta: &Metadata) -> Tried {
     }
 }
 
-fn judge(path: &Path, flag: Option<&str>, tried: impl FnOnce(&File, &Metadata) -> Tried) -> Kvm {
+fn assess(path: &Path, flag: Option<&str>, tried: impl FnOnce(&File, &Metadata) -> Tried) -> Kvm {
     let shown = path.display();
     let no = |device, reason: String, remedy: String| Kvm { device, usable: false, reason, remedy: Some(remedy) };
     let meta = match path.metadata() {
@@ -181,13 +181,13 @@ mod tests {
     }
 
     #[test]
-    fn test_judge_what_is_not_the_node_is_named_and_not_opened() {
+    fn test_assess_what_is_not_the_node_is_named_and_not_opened() {
         let file = std::env::temp_dir().join(format!("kvm-{}", std::process::id()));
         File::create(&file).unwrap();
         let cases =
             [(file.as_path(), "a regular file"), (Path::new("/dev/null"), "device 1:3"), (Path::new("/"), "a folder")];
         for (path, expected) in cases {
-            let kvm = judge(path, Some("vmx"), never);
+            let kvm = assess(path, Some("vmx"), never);
             assert!(!kvm.device && !kvm.usable && kvm.remedy.is_some());
             assert!(kvm.reason.contains(expected), "{}", kvm.reason);
         }
@@ -195,21 +195,21 @@ mod tests {
     }
 
     #[test]
-    fn test_judge_no_node_says_whether_the_cpu_could() {
-        let reason = |flag| judge(Path::new("/no/kvm"), flag, never).reason;
+    fn test_assess_no_node_says_whether_the_cpu_could() {
+        let reason = |flag| assess(Path::new("/no/kvm"), flag, never).reason;
         assert!(reason(Some("svm")).contains("can virtualize") && reason(None).contains("neither vmx nor svm"));
     }
 
     #[test]
-    fn test_judge_node_that_opens_is_tried_where_the_cpu_has_a_flag() {
+    fn test_assess_node_that_opens_is_tried_where_the_cpu_has_a_flag() {
         let node = Path::new(DEVICE);
         if File::options().read(true).write(true).open(node).is_err() {
             eprintln!("skipped: needs a /dev/kvm that opens");
             return;
         }
-        let (without, with) = (judge(node, None, never), judge(node, Some("svm"), works));
+        let (without, with) = (assess(node, None, never), assess(node, Some("svm"), works));
         assert!(without.device && !without.usable && with.usable, "{without:?} {with:?}");
-        let broken = judge(node, Some("svm"), |_, _| Err("KVM_CREATE_VM: Device or resource busy".into()));
+        let broken = assess(node, Some("svm"), |_, _| Err("KVM_CREATE_VM: Device or resource busy".into()));
         assert!(!broken.usable && broken.reason.ends_with("KVM_CREATE_VM: Device or resource busy"), "{broken:?}");
     }
 

@@ -26,9 +26,9 @@ use crate::error::{Error, Result};
 /// Between a socket's appearance in the folder and its being listened on there is no event, and some microseconds.
 const BIND_TO_LISTEN: Duration = Duration::from_millis(1);
 
-struct Watch(Inotify);
+struct InotifyFd(Inotify);
 
-impl AsRawFd for Watch {
+impl AsRawFd for InotifyFd {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_fd().as_raw_fd()
     }
@@ -49,7 +49,7 @@ pub struct SocketDir {
     path: PathBuf,
     folder: File,
     owner: Option<u32>,
-    watch: AsyncFd<Watch>,
+    watch: AsyncFd<InotifyFd>,
 }
 
 impl SocketDir {
@@ -70,7 +70,7 @@ impl SocketDir {
         let inotify = inotify.map_err(|e| failed("watch", e.into()))?;
         inotify.add_watch(&by_descriptor(&folder), AddWatchFlags::IN_CREATE).map_err(|e| failed("watch", e.into()))?;
         // SAFETY: the descriptor stays the same and open for as long as the watch lives.
-        let watch = unsafe { AsyncFd::register(Watch(inotify)) }.map_err(|e| failed("watch", e.into()))?;
+        let watch = unsafe { AsyncFd::register(InotifyFd(inotify)) }.map_err(|e| failed("watch", e.into()))?;
         Ok(Self { path: path.to_owned(), folder, owner, watch })
     }
 

@@ -72,9 +72,9 @@ struct Listed {
     networks: Vec<Ipv4Net>,
 }
 
-/// What becomes of a VM's message.
+/// What the relay does with a VM's message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Decision {
     Ask(Box<Question>),
     /// Send this back.
     Answer(Vec<u8>),
@@ -93,19 +93,19 @@ pub struct Relayed {
     pub withheld: Option<Ipv4Addr>,
 }
 
-impl Verdict {
-    /// Judges a message that the VM behind `segment` sent.
+impl Decision {
+    /// Decides on a message that the VM behind `segment` sent.
     #[must_use]
     pub fn on(message: &[u8], segment: &Segment) -> Self {
-        let Ok(parsed) = Message::from_slice(message) else { return Verdict::Drop };
+        let Ok(parsed) = Message::from_slice(message) else { return Decision::Drop };
         let header = parsed.header();
         if header.qr() {
-            return Verdict::Drop;
+            return Decision::Drop;
         }
         if header.opcode() != Opcode::QUERY {
-            return Verdict::Answer(bare(parsed, Rcode::NOTIMP));
+            return Decision::Answer(bare(parsed, Rcode::NOTIMP));
         }
-        let Ok(question) = parsed.sole_question() else { return Verdict::Answer(bare(parsed, Rcode::FORMERR)) };
+        let Ok(question) = parsed.sole_question() else { return Decision::Answer(bare(parsed, Rcode::FORMERR)) };
         let asked = Asked {
             id: header.id(),
             recursion: header.rd(),
@@ -125,9 +125,9 @@ impl Verdict {
         } else if asked.kind == Rtype::AAAA || hints {
             Rcode::NOERROR
         } else {
-            return Verdict::Ask(Box::new(Question { asked, name, listed }));
+            return Decision::Ask(Box::new(Question { asked, name, listed }));
         };
-        asked.answer(rcode, usize::from(PLAIN_ROOM), |_| Ok(())).map_or(Verdict::Drop, Verdict::Answer)
+        asked.answer(rcode, usize::from(PLAIN_ROOM), |_| Ok(())).map_or(Decision::Drop, Decision::Answer)
     }
 }
 
@@ -353,13 +353,13 @@ mod tests {
         builder.finish()
     }
 
-    fn judged(text: &str, kind: Rtype, egress: Option<&[&str]>) -> Verdict {
-        Verdict::on(&query(text, kind), &example(egress))
+    fn decided(text: &str, kind: Rtype, egress: Option<&[&str]>) -> Decision {
+        Decision::on(&query(text, kind), &example(egress))
     }
 
     fn asked(text: &str, egress: Option<&[&str]>) -> Question {
-        match judged(text, Rtype::A, egress) {
-            Verdict::Ask(question) => *question,
+        match decided(text, Rtype::A, egress) {
+            Decision::Ask(question) => *question,
             other => panic!("{other:?}"),
         }
     }
@@ -383,8 +383,8 @@ mod tests {
         addresses.map(|record| record.unwrap().data().addr()).collect()
     }
 
-    fn rcode(verdict: &Verdict) -> Rcode {
-        let Verdict::Answer(message) = verdict else { panic!("{verdict:?}") };
+    fn rcode(decision: &Decision) -> Rcode {
+        let Decision::Answer(message) = decision else { panic!("{decision:?}") };
         let message = Message::from_slice(message).unwrap();
         assert!(message.header().qr() && message.header().id() == 7);
         message.header().rcode()
@@ -406,8 +406,8 @@ mod tests {
     #[test]
     fn test_verdict_a_name_outside_of_the_list_is_refused() {
         let list: &[&str] = &["example.com:443", "10.0.0.0/8"];
-        assert_eq!(rcode(&judged("secret.evil.test", Rtype::A, Some(list))), Rcode::REFUSED);
-        assert_eq!(rcode(&judged("a.example.com", Rtype::TXT, Some(list))), Rcode::REFUSED);
+        assert_eq!(rcode(&decided("secret.evil.test", Rtype::A, Some(list))), Rcode::REFUSED);
+        assert_eq!(rcode(&decided("a.example.com", Rtype::TXT, Some(list))), Rcode::REFUSED);
         assert_eq!(ports(&asked("EXAMPLE.com", Some(list))), [Some(443)]);
         let many = ["example.com:443", "*.com", "example.com", "example.com:80", "example.com:80"];
         assert_eq!(ports(&asked("example.com", Some(&many))), [None]);
@@ -417,19 +417,19 @@ mod tests {
     #[test]
     fn test_verdict_a_label_that_holds_a_dot_is_not_on_the_list() {
         let list: &[&str] = &["*.wild.test"];
-        assert_eq!(rcode(&judged(r"secret-data\.wild.test", Rtype::A, Some(list))), Rcode::REFUSED);
+        assert_eq!(rcode(&decided(r"secret-data\.wild.test", Rtype::A, Some(list))), Rcode::REFUSED);
         assert_eq!(ports(&asked(r"secret\.data.wild.test", Some(list))), [None]);
     }
 
     #[test]
     fn test_verdict_transfers_keys_and_other_classes_are_not_implemented() {
         for kind in [Rtype::AXFR, Rtype::ANY, Rtype::TKEY, Rtype::OPT] {
-            assert_eq!(rcode(&judged("example.com", kind, None)), Rcode::NOTIMP, "{kind}");
+            assert_eq!(rcode(&decided("example.com", kind, None)), Rcode::NOTIMP, "{kind}");
         }
         let mut chaos = query("version.bind", Rtype::TXT);
         let last = chaos.len() - 1;
         chaos[last] = 3;
-        assert_eq!(rcode(&Verdict::on(&chaos, &example(None))), Rcode::NOTIMP);
+        assert_eq!(rcode(&Decision::on(&chaos, &example(None))), Rcode::NOTIMP);
     }
 
     #[test]
@@ -452,13 +452,13 @@ mod tests {
         };
         builder.opt(fill).unwrap();
         let message = [builder.finish(), b"and a trailer".to_vec()].concat();
-        let Verdict::Ask(question) = Verdict::on(&message, &example(Some(&["example.com"]))) else { panic!() };
+        let Decision::Ask(question) = Decision::on(&message, &example(Some(&["example.com"]))) else { panic!() };
         // RFC 1035 and 6891: the header, one question, one OPT record that says 1232 and nothing else.
         let mut expected = b"\0\x63\x01\0\0\x01\0\0\0\0\0\x01\x07example\x03com\0\0\x01\0\x01".to_vec();
         expected.extend_from_slice(b"\0\0\x29\x04\xd0\0\0\0\0\0\0");
         assert_eq!(sent(&question, 99), expected);
         let plain = query("EXAMPLE.com", Rtype::A);
-        let Verdict::Ask(question) = Verdict::on(&plain, &example(None)) else { panic!() };
+        let Decision::Ask(question) = Decision::on(&plain, &example(None)) else { panic!() };
         assert_eq!(sent(&question, 99).len(), expected.len() - OPT_LENGTH);
     }
 
@@ -524,9 +524,9 @@ mod tests {
 
     #[test]
     fn test_verdict_ipv6_and_hints_have_no_records() {
-        assert_eq!(rcode(&judged("example.com", Rtype::AAAA, None)), Rcode::NOERROR);
-        assert_eq!(rcode(&judged("example.com", Rtype::HTTPS, Some(&["example.com"]))), Rcode::NOERROR);
-        assert!(matches!(judged("example.com", Rtype::HTTPS, None), Verdict::Ask(_)));
+        assert_eq!(rcode(&decided("example.com", Rtype::AAAA, None)), Rcode::NOERROR);
+        assert_eq!(rcode(&decided("example.com", Rtype::HTTPS, Some(&["example.com"]))), Rcode::NOERROR);
+        assert!(matches!(decided("example.com", Rtype::HTTPS, None), Decision::Ask(_)));
     }
 
     #[test]
@@ -537,10 +537,10 @@ mod tests {
         let mut update = query("a.test", Rtype::A);
         update[2] |= 0x28;
         let cut = &query("a.test", Rtype::A)[..14];
-        assert_eq!(Verdict::on(&reply, &open), Verdict::Drop);
-        assert_eq!(Verdict::on(b"short", &open), Verdict::Drop);
-        assert_eq!(rcode(&Verdict::on(&update, &open)), Rcode::NOTIMP);
-        assert_eq!(rcode(&Verdict::on(cut, &open)), Rcode::FORMERR);
+        assert_eq!(Decision::on(&reply, &open), Decision::Drop);
+        assert_eq!(Decision::on(b"short", &open), Decision::Drop);
+        assert_eq!(rcode(&Decision::on(&update, &open)), Rcode::NOTIMP);
+        assert_eq!(rcode(&Decision::on(cut, &open)), Rcode::FORMERR);
     }
 
     #[test]
@@ -584,7 +584,7 @@ mod tests {
         #[test]
         fn test_any_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
             let listed = example(Some(&["example.com"]));
-            prop_assert!(!matches!(Verdict::on(&bytes, &listed), Verdict::Ask(ref q) if ports(q).is_empty()));
+            prop_assert!(!matches!(Decision::on(&bytes, &listed), Decision::Ask(ref q) if ports(q).is_empty()));
             let question = asked("example.com", Some(&["example.com"]));
             let mut message = reply(&sent(&question, 99), &[], &[]);
             message.extend_from_slice(&bytes);

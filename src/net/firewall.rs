@@ -332,7 +332,7 @@ mod tests {
     const BACK: Packet<'static> = Packet { hook: "forward", from: Some("eth0"), to: Some("twm0"), reply: true };
 
     /// Whether there is an obstacle, and whether that is certain.
-    fn judged(firewall: &Firewall, packet: &Packet<'_>) -> Option<bool> {
+    fn blocked(firewall: &Firewall, packet: &Packet<'_>) -> Option<bool> {
         let found = firewall.obstacles(packet);
         assert!(found.len() < 2, "{found:?}");
         found.first().map(|obstacle| obstacle.certain)
@@ -356,21 +356,21 @@ mod tests {
 
     #[test]
     fn test_dockers_forward_chain_drops_for_certain() {
-        assert_eq!((judged(&docker(&[]), &OUT), judged(&docker(&[]), &BACK)), (Some(true), Some(true)));
+        assert_eq!((blocked(&docker(&[]), &OUT), blocked(&docker(&[]), &BACK)), (Some(true), Some(true)));
     }
 
     #[test]
     fn test_documented_rules_take_the_obstacle_away() {
         let out = json!([is("iifname", "twm*"), {"accept": null}]);
         let back = json!([is("oifname", "twm*"), state(&["established", "related"]), {"accept": null}]);
-        assert_eq!(judged(&docker(std::slice::from_ref(&out)), &OUT), None);
-        assert_eq!(judged(&docker(std::slice::from_ref(&out)), &BACK), Some(true));
-        assert_eq!(judged(&docker(&[out, back.clone()]), &BACK), None);
+        assert_eq!(blocked(&docker(std::slice::from_ref(&out)), &OUT), None);
+        assert_eq!(blocked(&docker(std::slice::from_ref(&out)), &BACK), Some(true));
+        assert_eq!(blocked(&docker(&[out, back.clone()]), &BACK), None);
         // What iptables checks itself is not seen by nft.
         let by_iptables = json!([is("oifname", "twm*"), {"xt": null}, {"accept": null}]);
-        assert_eq!(judged(&docker(&[by_iptables]), &BACK), Some(false));
+        assert_eq!(blocked(&docker(&[by_iptables]), &BACK), Some(false));
         let others = json!([is("iifname", "twx*"), {"accept": null}]);
-        assert_eq!(judged(&docker(&[others]), &OUT), Some(true));
+        assert_eq!(blocked(&docker(&[others]), &OUT), Some(true));
     }
 
     #[test]
@@ -385,20 +385,20 @@ mod tests {
         ];
         let chains = [("filter_FORWARD", Some(("forward", "accept"))), ("zones", None)];
         let firewall = firewall("firewalld", &chains, &rules);
-        assert_eq!((judged(&firewall, &OUT), judged(&firewall, &BACK)), (Some(true), None));
+        assert_eq!((blocked(&firewall, &OUT), blocked(&firewall, &BACK)), (Some(true), None));
         assert_eq!(firewall.obstacles(&OUT)[0].place.chain, "filter_FORWARD");
         let unknown = Packet { to: None, from: Some("twm0"), ..OUT };
-        assert_eq!(judged(&firewall, &unknown), Some(true));
+        assert_eq!(blocked(&firewall, &unknown), Some(true));
     }
 
     #[test]
     fn test_accepting_chains_and_our_own_are_none() {
         let chains = [("forward", Some(("forward", "accept"))), ("input", Some(("input", "drop")))];
         let bad = [("forward", json!([state(&["invalid"]), {"drop": null}]))];
-        assert_eq!(judged(&firewall("filter", &chains, &bad), &OUT), None);
+        assert_eq!(blocked(&firewall("filter", &chains, &bad), &OUT), None);
         let dropping = [("passage", Some(("forward", "drop")))];
-        assert_eq!(judged(&firewall("tw_microvm_0000004d", &dropping, &[]), &OUT), None);
-        assert_eq!(judged(&Firewall::default(), &OUT), None);
+        assert_eq!(blocked(&firewall("tw_microvm_0000004d", &dropping, &[]), &OUT), None);
+        assert_eq!(blocked(&Firewall::default(), &OUT), None);
     }
 
     #[test]
@@ -412,7 +412,7 @@ mod tests {
             json!([{"match": {"op": "==", "left": {"meta": {"key": "l4proto"}}, "right": {"set": ["tcp", "icmp"]}}}, {"accept": null}]),
         ] {
             assert_eq!(
-                judged(&firewall("t", &chains, &[("forward", doubtful.clone())]), &OUT),
+                blocked(&firewall("t", &chains, &[("forward", doubtful.clone())]), &OUT),
                 Some(false),
                 "{doubtful}"
             );
@@ -423,7 +423,7 @@ mod tests {
             json!([{"match": {"op": "in", "left": {"ct": {"key": "status"}}, "right": "dnat"}}, {"accept": null}]),
             json!([{"goto": {"target": "more"}}]),
         ] {
-            assert_eq!(judged(&firewall("t", &chains, &[("forward", known.clone())]), &OUT), Some(true), "{known}");
+            assert_eq!(blocked(&firewall("t", &chains, &[("forward", known.clone())]), &OUT), Some(true), "{known}");
         }
     }
 
@@ -431,6 +431,6 @@ mod tests {
     fn test_chains_that_go_round_end() {
         let chains = [("forward", Some(("forward", "drop"))), ("a", None)];
         let rules = [("forward", json!([{"jump": {"target": "a"}}])), ("a", json!([{"jump": {"target": "a"}}]))];
-        assert!(judged(&firewall("t", &chains, &rules), &OUT).is_none_or(|certain| !certain));
+        assert!(blocked(&firewall("t", &chains, &rules), &OUT).is_none_or(|certain| !certain));
     }
 }

@@ -1,4 +1,4 @@
-//! Whether a host's network lets a VM's packets out and its answers back in: what is judged before a VM is connected, and told
+//! Whether a host's network lets a VM's packets out and its answers back in: what is checked before a VM is connected, and reported
 //! of one that is. Pure; nothing is sent to find out.
 
 use super::firewall::{Firewall, Obstacle, Packet};

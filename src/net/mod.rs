@@ -12,7 +12,7 @@ mod rules;
 mod segment;
 
 pub use address::{choose, conflict, Addresses};
-pub use dns::{Question, Relayed, Transport, Verdict};
+pub use dns::{Decision, Question, Relayed, Transport};
 pub use firewall::Firewall;
 pub use fitness::{problems, HostNetwork, Problem};
 pub use links::{Interface, GENERATED_TAP, SHAPER_PREFIX};

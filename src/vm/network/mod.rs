@@ -41,9 +41,9 @@ pub enum Age {
     Recent,
 }
 
-/// When the last look began, how long it took, and what it saw.
-type Look = (Instant, Duration, Option<net::Firewall>);
-static SEEN: PerProcess<Mutex<Option<Look>>> = PerProcess::new();
+/// When the firewall was last read, how long that took, and what was found.
+type FirewallSample = (Instant, Duration, Option<net::Firewall>);
+static SEEN: PerProcess<Mutex<Option<FirewallSample>>> = PerProcess::new();
 
 /// A connected VM's segment. Dropping it disconnects the VM and leaves no trace; it blocks for some milliseconds.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::host_servers;
 use crate::host::clock;
 use crate::host::net::{Listening, Table};
-use crate::net::{Pinned, Question, Relayed, Rules, Segment, Transport, Upstream, Verdict, MAX_PINNED};
+use crate::net::{Decision, Pinned, Question, Relayed, Rules, Segment, Transport, Upstream, MAX_PINNED};
 
 const DNS_PORT: u16 = 53;
 /// A message over UDP; over TCP its length is a u16.
@@ -252,10 +252,10 @@ async fn write_message(stream: &mut TcpStream, message: &[u8]) -> std::io::Resul
 impl Asking {
     /// What the VM hears, if anything.
     async fn answer(&self, message: &[u8], transport: Transport) -> Option<Vec<u8>> {
-        let question = match Verdict::on(message, &self.segment) {
-            Verdict::Ask(question) => question,
-            Verdict::Answer(answer) => return Some(answer),
-            Verdict::Drop => return None,
+        let question = match Decision::on(message, &self.segment) {
+            Decision::Ask(question) => question,
+            Decision::Answer(answer) => return Some(answer),
+            Decision::Drop => return None,
         };
         let _slot = self.slots.acquire().await.ok()?;
         let Some(relayed) = self.ask(&question, transport).await else { return question.failed() };

@@ -214,7 +214,7 @@ class HealthRecord(TypedDict):
 
 
 class HealthInfo(TypedDict):
-    """``info["health"]``: the VM's health and what it was judged by.
+    """``info["health"]``: the VM's health and the sample behind it.
 
     Keys:
         status: ``unknown``, ``healthy``, ``unhealthy`` or ``dead``.

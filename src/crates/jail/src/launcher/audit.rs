@@ -109,7 +109,7 @@ impl Audit {
             }
         }
         // While the caller waits: afterwards its memory may say something else.
-        let finding = if self.reports { self.judge(&notification) } else { None };
+        let finding = if self.reports { self.finding_of(&notification) } else { None };
         let mut reply = Reply { id: notification.id, value: 0, error: 0, flags: CONTINUE };
         // SAFETY: as above.
         match unsafe { send_reply(listener.as_raw_fd(), &mut reply) } {
@@ -125,7 +125,7 @@ impl Audit {
 
     /// Which layer would have denied it, and what it was. Opening a file is no matter of seccomp's, but only there can
     /// it be seen what Landlock would have said.
-    fn judge(&self, notification: &Notification) -> Option<(&'static str, String)> {
+    fn finding_of(&self, notification: &Notification) -> Option<(&'static str, String)> {
         let number = libc::c_long::from(notification.number);
         if !OPENS.contains(&number) {
             return Some(("seccomp", describe(notification)));
