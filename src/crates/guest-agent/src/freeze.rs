@@ -1,6 +1,6 @@
 //! Standing still while the host takes this guest's state, and waking: as the VM that it was, or as another one.
 //!
-//! Architecture invariant: no program of the user's takes a step between FREEZE and [`Blank::settle`]; a clone's first
+//! Architecture invariant: no program of the user's takes a step between FREEZE and [`UnprovisionedGuest::settle`]; a clone's first
 //! step is taken with the clone's own entropy, time and names.
 
 use std::fs::{self, File};
@@ -17,7 +17,7 @@ use crate::actions::Guest;
 use crate::boot::CGROUPS;
 use crate::children::FORK_GATE;
 use crate::fork_gate::ClosedGate;
-use crate::identity::{Blank, HostTime};
+use crate::identity::{HostTime, UnprovisionedGuest};
 use crate::network::Device;
 use crate::port::Link;
 use crate::serve::Server;
@@ -187,15 +187,15 @@ pub fn wake(
     standstill: Standstill,
     link: Link,
     server: Arc<Server>,
-    blank: &Arc<Blank>,
+    guest: &Arc<UnprovisionedGuest>,
     device: Option<&Device>,
 ) -> Result<(Link, Arc<Server>), String> {
     let mut port = link.port()?;
     let (offer, arrived) = port.wait_for_offer(|| ())?;
-    let identity = blank.read_identity()?;
+    let identity = guest.read_identity()?;
     let half = port.take_offer(&offer, &identity)?;
     let time = HostTime { unix_time_ns: half.unix_time_ns(), arrived };
-    blank.settle(&identity, time)?;
+    guest.settle(&identity, time)?;
     if identity.keeps_calls {
         half.accept_for(&link, &encode(&Outcome::Ready)?)?;
         drop(standstill);
@@ -210,7 +210,7 @@ pub fn wake(
     let outcome = joined.map_or_else(|message| failed("network", &message), |()| Outcome::Ready);
     let link = half.accept(&encode(&outcome)?)?;
     drop(standstill);
-    let server = Server::new(link.sender(), Guest::new(blank.become_one(identity, time, true)));
+    let server = Server::new(link.sender(), Guest::new(guest.become_one(identity, time, true)));
     Ok((link, server))
 }
 

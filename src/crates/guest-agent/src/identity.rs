@@ -1,7 +1,7 @@
 //! Becoming one VM.
 //!
 //! Architecture invariant: all that can be opened is opened before HELLO, between OFFER and ACCEPT nothing is done but
-//! to read who this guest is, and nothing of the user's runs before [`Own::settle`]. A clone runs this code on an
+//! to read who this guest is, and nothing of the user's runs before [`GuestIdentity::settle`]. A clone runs this code on an
 //! emulated CPU for the first time, and each new piece of code that it runs is translated first.
 
 use std::fs::{self, File, OpenOptions};
@@ -55,14 +55,14 @@ impl Name {
 struct Block([u8; DRIVE_BYTES]);
 
 /// Where it says who this guest is.
-enum Told {
+enum IdentitySource {
     /// A port of its own: what was read is gone, and the code that reads it has just read the OFFER.
     ByPort(File),
     /// The config drive, where the VMM has no ports.
     ByDrive(File),
 }
 
-impl Told {
+impl IdentitySource {
     fn open() -> Result<Self, String> {
         let Some(device) = boot::drive(CONFIG_SERIAL) else {
             return port::open_serial(IDENTITY_PORT_NAME).map(Self::ByPort);
@@ -84,8 +84,8 @@ impl Told {
 }
 
 /// A guest that can become any VM.
-pub struct Blank {
-    told: Told,
+pub struct UnprovisionedGuest {
+    source: IdentitySource,
     block: Mutex<Box<Block>>,
     random: File,
     machine_id: Name,
@@ -94,9 +94,9 @@ pub struct Blank {
     boot_id: Name,
 }
 
-impl Blank {
+impl UnprovisionedGuest {
     pub fn open() -> Result<Self, String> {
-        let told = Told::open()?;
+        let source = IdentitySource::open()?;
         let random = OpenOptions::new().write(true).open("/dev/urandom");
         fs::create_dir_all("/etc").map_err(|e| format!("mkdir /etc: {e}"))?;
         let boot_id = Name::open("/run/boot_id")?;
@@ -105,7 +105,7 @@ impl Blank {
         mount(Some(boot_id.path), shown, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .map_err(|e| format!("bind {shown}: {e}"))?;
         Ok(Self {
-            told,
+            source,
             block: Mutex::new(Box::new(Block([0; DRIVE_BYTES]))),
             random: random.map_err(|e| format!("/dev/urandom: {e}"))?,
             machine_id: Name::open("/etc/machine-id")?,
@@ -117,18 +117,18 @@ impl Blank {
 
     pub fn read_identity(&self) -> Result<Identity, String> {
         let mut block = self.block.lock().unwrap_or_else(PoisonError::into_inner);
-        self.told.read(&mut block)?;
+        self.source.read(&mut block)?;
         let identity = Identity::from_drive(&block.0).map_err(|e| e.to_string());
         block.0.fill(0);
         identity
     }
 
     /// This guest as the VM that `identity` says it is; `settled`: it took on its names already.
-    pub fn become_one(self: &Arc<Self>, mut identity: Identity, time: HostTime, settled: bool) -> Own {
+    pub fn become_one(self: &Arc<Self>, mut identity: Identity, time: HostTime, settled: bool) -> GuestIdentity {
         // The session has keys of its own by now; assigning zeroes what was there.
         (identity.credentials.key, identity.credentials.shared) = (Key([0; 32]), Key([0; 32]));
         let names = Mutex::new(Names { vm_id: identity.vm_id.clone(), hostname: identity.hostname.clone() });
-        Own { blank: self.clone(), identity, names, time, settled: Mutex::new(settled) }
+        GuestIdentity { guest: self.clone(), identity, names, time, settled: Mutex::new(settled) }
     }
 
     /// Entropy first, so that no key is made before it; then clock and names.
@@ -166,28 +166,28 @@ pub struct Names {
 }
 
 /// A guest that is one VM.
-pub struct Own {
-    blank: Arc<Blank>,
+pub struct GuestIdentity {
+    guest: Arc<UnprovisionedGuest>,
     pub identity: Identity,
     names: Mutex<Names>,
     time: HostTime,
     settled: Mutex<bool>,
 }
 
-impl Own {
+impl GuestIdentity {
     /// Takes on everything that a program could tell one VM from another by: before the first one runs, not before the
     /// first question is answered. What failed is tried again by the next caller.
     pub fn settle(&self) -> Result<(), String> {
         let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
         if !*settled {
-            self.blank.settle(&self.identity, self.time)?;
+            self.guest.settle(&self.identity, self.time)?;
             *settled = true;
         }
         Ok(())
     }
 }
 
-impl Own {
+impl GuestIdentity {
     pub fn names(&self) -> Names {
         self.names.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -196,7 +196,7 @@ impl Own {
     pub fn adopt(&self, names: Names, unix_time_ns: u64) -> Result<(), String> {
         self.settle()?;
         set_clock(unix_time_ns)?;
-        self.blank.write_hostname(&names.hostname)?;
+        self.guest.write_hostname(&names.hostname)?;
         *self.names.lock().unwrap_or_else(PoisonError::into_inner) = names;
         Ok(())
     }

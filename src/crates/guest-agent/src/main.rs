@@ -24,7 +24,7 @@ mod warm_up;
 use std::sync::Arc;
 use std::time::Duration;
 
-use identity::{Blank, HostTime};
+use identity::{HostTime, UnprovisionedGuest};
 use microvm_protocol::message::Outcome;
 use network::Device;
 use serve::{End, Server};
@@ -46,15 +46,15 @@ fn run() -> Result<(), String> {
         Ok(device) => (device, Outcome::Ready),
         Err((stage, message)) => (None, failed(stage, &message)),
     };
-    let blank = Arc::new(Blank::open()?);
+    let guest = Arc::new(UnprovisionedGuest::open()?);
     children::start().map_err(|error| format!("the reaper: {error}"))?;
     let mut port = port::open(outcome != Outcome::Ready)?;
     serve::keep_freed_memory();
     let (is_ready, mut outcome) = (outcome == Outcome::Ready, encode(&outcome)?);
     // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
     port.say_hello()?;
-    let (offer, arrived) = port.wait_for_offer(|| warm_up::warm_up(&blank))?;
-    let identity = blank.read_identity()?;
+    let (offer, arrived) = port.wait_for_offer(|| warm_up::warm_up(&guest))?;
+    let identity = guest.read_identity()?;
     if let Some(network) = identity.network.as_ref().filter(|_| is_ready) {
         let joined = device.as_ref().map_or(Err("there is no network device".into()), |device| device.join(network));
         outcome = joined.map_or_else(|message| encode(&failed("network", &message)), |()| Ok(outcome))?;
@@ -62,9 +62,9 @@ fn run() -> Result<(), String> {
     let half = port.take_offer(&offer, &identity)?;
     let time = HostTime { unix_time_ns: half.unix_time_ns(), arrived };
     let mut link = half.accept(&outcome)?;
-    let mut server = Server::new(link.sender(), actions::Guest::new(blank.become_one(identity, time, false)));
+    let mut server = Server::new(link.sender(), actions::Guest::new(guest.become_one(identity, time, false)));
     while let End::Frozen(standstill) = serve::serve(&mut link, &server)? {
-        (link, server) = freeze::wake(standstill, link, server, &blank, device.as_ref())?;
+        (link, server) = freeze::wake(standstill, link, server, &guest, device.as_ref())?;
     }
     Ok(())
 }

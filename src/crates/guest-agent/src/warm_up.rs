@@ -13,16 +13,16 @@ use microvm_protocol::identity::{Credentials, Identity, Key};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::ProtocolError;
 
-use crate::identity::{Blank, HostTime};
+use crate::identity::{HostTime, UnprovisionedGuest};
 
 const CLOCK_SOURCE: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
 /// How long the kernel may take to trust its clock: about a second after it has booted on QEMU's TCG.
 const CLOCK_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Failures are ignored: a clone meets them, too, and reports them.
-pub fn warm_up(blank: &Blank) {
+pub fn warm_up(guest: &UnprovisionedGuest) {
     settle_clock();
-    drop(blank.read_identity());
+    drop(guest.read_identity());
     let credentials = Credentials { key: Key([0; 32]), public: [0; 32], peer: [0; 32], shared: Key([0; 32]) };
     drop(handshake(&credentials));
     let identity = Identity {
@@ -37,7 +37,7 @@ pub fn warm_up(blank: &Blank) {
         network: None,
         keeps_calls: false,
     };
-    drop(blank.settle(&identity, HostTime::local()));
+    drop(guest.settle(&identity, HostTime::local()));
     fault_in();
 }
 

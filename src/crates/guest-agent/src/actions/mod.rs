@@ -15,7 +15,7 @@ use microvm_protocol::message::{refuse_internal, Code, Failure, Request, Respons
 use serde::de::DeserializeOwned;
 use serde_json::{json, Map, Value};
 
-use crate::identity::Own;
+use crate::identity::GuestIdentity;
 use crate::job::Job;
 
 pub type Outcome = Result<Value, Failure>;
@@ -59,18 +59,18 @@ pub fn read<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
 
 /// The guest as the actions see it.
 pub struct Guest {
-    own: Own,
+    guest: GuestIdentity,
 }
 
 impl Guest {
-    pub fn new(own: Own) -> Self {
+    pub fn new(guest: GuestIdentity) -> Self {
         kernel_log::open();
-        Self { own }
+        Self { guest }
     }
 
     /// Takes on all names, unless that was done.
     pub fn settle(&self) -> Result<(), Failure> {
-        self.own.settle().map_err(|message| Failure { code: Code::IoError, message })
+        self.guest.settle().map_err(|message| Failure { code: Code::IoError, message })
     }
 
     /// The answer to a request that is done faster than it is handed to another thread.
@@ -88,7 +88,7 @@ impl Guest {
             STREAM | UPLOAD | DOWNLOAD if !stream => {
                 fail(Code::BadParams, format!("{action} needs a stream of the host: use the method of that name"))
             }
-            STREAM => stream::stream(params, &self.own.identity, job).map(Answer::Result),
+            STREAM => stream::stream(params, &self.guest.identity, job).map(Answer::Result),
             UPLOAD => transfer::upload(params, job).map(Answer::Result),
             DOWNLOAD => transfer::download(params, job).map(Answer::Result),
             action => self.act(action, params, job),
@@ -96,18 +96,18 @@ impl Guest {
     }
 
     fn act(&self, action: &str, params: Value, job: &Job) -> Result<Answer, Failure> {
-        let identity = &self.own.identity;
+        let identity = &self.guest.identity;
         let outcome = match action {
             "render_page" | "process_request" => return tool::run(action, params, identity, job),
             "execute" | "exec" => return self.execute(params, job),
             "ping" => no_params(params).map(|()| json!("pong")),
             "list_actions" => no_params(params).map(|()| json!({"actions": self.actions()})),
-            "system_info" => no_params(params).and_then(|()| system::info(&self.own)),
+            "system_info" => no_params(params).and_then(|()| system::info(&self.guest)),
             "read_file" => files::read_file(params, job),
             "write_file" => files::write_file(params, job),
             "health" => no_params(params).and_then(|()| system::health()),
             "set_clock" => system::set_clock(params),
-            ADOPT => system::adopt(params, &self.own),
+            ADOPT => system::adopt(params, &self.guest),
             "shutdown" => no_params(params).map(|()| json!({})),
             other => match custom::find(other) {
                 Some(path) => custom::run(&path, &params, identity, job),
@@ -138,7 +138,7 @@ impl Guest {
             },
             Redirect::To(action, _) => fail(Code::BadParams, format!("action: {action:?} needs a program")),
             Redirect::Bad(message) => fail(Code::BadParams, message),
-            Redirect::None(params) => execute::execute(params, &self.own.identity, job).map(Answer::Result),
+            Redirect::None(params) => execute::execute(params, &self.guest.identity, job).map(Answer::Result),
         }
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{json, Value};
 
 use super::{kernel_log, read, Outcome};
 use crate::boot::{DATA, MEMORY_EVENTS, PROCESS_EVENTS};
-use crate::identity::{self, Names, Own};
+use crate::identity::{self, GuestIdentity, Names};
 
 fn proc(path: &str) -> String {
     fs::read_to_string(format!("/proc/{path}")).unwrap_or_default()
@@ -24,8 +24,8 @@ fn counted(path: &str, name: &str) -> Option<u64> {
     field(&fs::read_to_string(path).ok()?, name)
 }
 
-pub fn info(own: &Own) -> Outcome {
-    let (identity, names) = (&own.identity, own.names());
+pub fn info(guest: &GuestIdentity) -> Outcome {
+    let (identity, names) = (&guest.identity, guest.names());
     let memory = proc("meminfo");
     let uptime = proc("uptime").split_whitespace().next().and_then(|text| text.parse::<f64>().ok());
     let load: Vec<f64> = proc("loadavg").split_whitespace().take(3).filter_map(|text| text.parse().ok()).collect();
@@ -119,7 +119,7 @@ pub fn set_clock(params: Value) -> Outcome {
 }
 
 /// What a manager tells a VM of its pool that is taken; it is not among the listed actions.
-pub fn adopt(params: Value, own: &Own) -> Outcome {
+pub fn adopt(params: Value, guest: &GuestIdentity) -> Outcome {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Params {
@@ -128,7 +128,7 @@ pub fn adopt(params: Value, own: &Own) -> Outcome {
         unix_time_ns: u64,
     }
     let Params { vm_id, hostname, unix_time_ns } = read(params)?;
-    own.adopt(Names { vm_id, hostname }, unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
+    guest.adopt(Names { vm_id, hostname }, unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
     Ok(json!({}))
 }
 
