@@ -18,7 +18,7 @@ use crate::image::template::{FileId, Template};
 use crate::model::{BootImage, ResourceLimits, VmId, VmSpec};
 use crate::store::disk::Disk;
 use crate::store::VmDir;
-use crate::vmm::{self, Chosen, Drive, JailPlan, LaunchPlan, Sockets, Vmm, Wish};
+use crate::vmm::{self, BackendRequest, Drive, JailPlan, LaunchPlan, Selection, Sockets, Vmm};
 
 /// The folder of a VMM's sockets in the VM's folder.
 const SOCKETS: &str = "run";
@@ -203,9 +203,8 @@ fn prepare_blocking(
     keep: fn(&Settings) -> Result<()>,
 ) -> Result<Prepared> {
     let sources = Sources::checked(&spec.image, settings)?;
-    let wish =
-        Wish { backend: spec.backend, min_isolation: settings.min_isolation, vcpu_count: spec.limits.vcpu_count };
-    let Chosen { vmm, reason: chosen } = vmm::select(vm_id, &wish, &settings.binaries)?;
+    let request = BackendRequest::of(spec, settings.min_isolation);
+    let Selection { vmm, reason: chosen } = vmm::select(vm_id, &request, &settings.binaries)?;
     let level = if spec.backend.is_some() { log::Level::Debug } else { log::Level::Info };
     log::log!(level, "{vm_id}: backend {}: {chosen}", vmm.backend());
     check_limits(vm_id, spec, settings, vmm.as_ref())?;
@@ -250,14 +249,11 @@ fn prepare_blocking(
     };
     let plan = LaunchPlan {
         vm_id: vm_id.clone(),
-        vcpu_count: spec.limits.vcpu_count,
-        memory_mib: spec.limits.memory_mb,
+        limits: spec.limits.clone(),
         kernel: jail.show(kernel_field, &sources.kernel, "/image/kernel", Access::Read)?,
         initramfs: jail.show("package data", &sources.initramfs, "/image/initramfs", Access::Read)?,
         drives,
         nic,
-        disk_bytes_per_s: spec.limits.disk_bytes_per_s,
-        disk_ops_per_s: spec.limits.disk_ops_per_s,
         sockets,
         jail,
         zygotes: settings.zygotes.clone(),

@@ -21,7 +21,7 @@ use crate::host::kvm;
 use crate::image::template::{Digests, Fit, FitDrive, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
 use crate::model::{Backend, VmId, VmSpec};
-use crate::vmm::{self, Drive, JailPlan, LaunchPlan, Launched, Nic, Origin, Vmm, Wish, RAM_PLACE};
+use crate::vmm::{self, BackendRequest, Drive, JailPlan, LaunchPlan, Launched, Nic, Origin, Vmm, RAM_PLACE};
 
 /// HELLOs requested before the guest is frozen: it warms up before each.
 const WARM_UPS: usize = 3;
@@ -173,9 +173,8 @@ pub struct Here {
 /// As a start's, where such a VM cannot be started on this host.
 pub fn look(vm_id: &VmId, spec: &VmSpec, settings: &Settings) -> Result<Here> {
     let sources = Sources::checked(&spec.image, settings)?;
-    let wish =
-        Wish { backend: spec.backend, min_isolation: settings.min_isolation, vcpu_count: spec.limits.vcpu_count };
-    let vmm = vmm::select(vm_id, &wish, &settings.binaries)?.vmm;
+    let request = BackendRequest::of(spec, settings.min_isolation);
+    let vmm = vmm::select(vm_id, &request, &settings.binaries)?.vmm;
     let connected = !spec.network.isolated_network;
     let host = vmm::host_jail(&settings.image.launcher, settings.uid_range.0, vmm.needs(connected).seccomp)?;
     let drive = |serial: &'static str, size: u64, read_only: bool| Drive {
@@ -193,14 +192,11 @@ pub fn look(vm_id: &VmId, spec: &VmSpec, settings: &Settings) -> Result<Here> {
     }
     let plan = LaunchPlan {
         vm_id: vm_id.clone(),
-        vcpu_count: spec.limits.vcpu_count,
-        memory_mib: spec.limits.memory_mb,
+        limits: spec.limits.clone(),
         kernel: "/image/kernel".into(),
         initramfs: "/image/initramfs".into(),
         drives,
         nic: connected.then(Nic::unplugged),
-        disk_bytes_per_s: None,
-        disk_ops_per_s: None,
         sockets: None,
         jail: JailPlan::new(&settings.image.launcher, &host, None, &[])?,
         zygotes: None,
@@ -214,7 +210,7 @@ pub fn look(vm_id: &VmId, spec: &VmSpec, settings: &Settings) -> Result<Here> {
 
 /// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
 async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
-    let Blank { plan, origin, files } = blank(prepared, &settings.image, dir)?;
+    let Recording { plan, origin, files } = recording(prepared, &settings.image, dir)?;
     let vm_id = &plan.vm_id;
     let launched = prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let Launched { jailed, agent, control, tails, identity } = launched;
@@ -258,7 +254,7 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
 }
 
 /// What a template is recorded by.
-struct Blank {
+struct Recording {
     plan: LaunchPlan,
     origin: Origin,
     /// Those that are the VMM's while it runs.
@@ -266,11 +262,11 @@ struct Blank {
 }
 
 /// The plan with files in `dir`: memory, a disk as every VM's begins, and a config drive that says nothing.
-fn blank(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<Blank> {
-    let mut plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..prepared.plan.clone() };
+fn recording(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<Recording> {
+    let mut plan = prepared.plan.without_disk_rates();
     let owner = prepared.held.uid();
     let ram = dir.join(RAM);
-    let mut files = vec![image::create_drive(&ram, plan.memory_mib << 20, owner)?];
+    let mut files = vec![image::create_drive(&ram, plan.limits.memory_mb << 20, owner)?];
     let ram = plan.jail.show(RAM, &ram, RAM_PLACE, Access::Write)?;
     for drive in plan.drives.iter_mut().filter(|drive| drive.serial != ROOTFS_SERIAL) {
         let own = dir.join(if drive.serial == DISK_SERIAL { DISK } else { drive.serial });
@@ -282,5 +278,5 @@ fn blank(prepared: &Prepared, image: &GuestImage, dir: &Path) -> Result<Blank> {
         drive.path = plan.jail.show_instead(drive.serial, &drive.path, &own)?;
     }
     plan.nic = plan.nic.map(|_| Nic::unplugged());
-    Ok(Blank { plan, origin: Origin::Record { ram }, files })
+    Ok(Recording { plan, origin: Origin::Record { ram }, files })
 }

@@ -4,15 +4,21 @@ use std::fmt::Write;
 
 use super::http::Call;
 use super::{Drive, JailPlan, LaunchPlan, Sockets};
-use crate::model::VmId;
+use crate::model::{ResourceLimits, VmId};
 
 /// A VM with everything but a network.
 pub fn plan() -> LaunchPlan {
     let drive = |serial, path: &str, read_only| Drive { serial, path: path.into(), read_only, size: 0 };
+    let limits = ResourceLimits {
+        vcpu_count: 2,
+        memory_mb: 1024,
+        disk_bytes_per_s: Some(8 << 20),
+        disk_ops_per_s: Some(500),
+        ..ResourceLimits::default()
+    };
     LaunchPlan {
         vm_id: VmId::parse("tab-1").unwrap(),
-        vcpu_count: 2,
-        memory_mib: 1024,
+        limits,
         kernel: "/image/kernel".into(),
         initramfs: "/image/initramfs".into(),
         drives: vec![
@@ -21,8 +27,6 @@ pub fn plan() -> LaunchPlan {
             drive("rootfs", "/images/a,b.ext4", true),
         ],
         nic: None,
-        disk_bytes_per_s: Some(8 << 20),
-        disk_ops_per_s: Some(500),
         sockets: Some(Sockets { host: "/host/run".into(), inside: "/run".into(), owner: None }),
         jail: JailPlan {
             launcher: "/data/microvm-jail".into(),

@@ -34,13 +34,13 @@ use crate::host::net::Tap;
 use crate::host::process::Jailed;
 use crate::host::tail::Tail;
 use crate::host::zygote::Zygotes;
-use crate::model::{Backend, Grade, VmId};
+use crate::model::{Backend, Grade, ResourceLimits, VmId};
 use microvm_jail::{Layer, Seccomp};
 
 pub use install::{probe, Binaries, Installed};
 pub use jail::{host_jail, HostJail, JailPlan};
 pub use qemu::Program as QemuProgram;
-pub use select::{find, select, Chosen, Wish};
+pub use select::{find, select, BackendRequest, Selection};
 pub use transport::Transport;
 
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -81,22 +81,27 @@ impl Nic {
 #[derive(Debug, Clone)]
 pub struct LaunchPlan {
     pub vm_id: VmId,
-    pub vcpu_count: u64,
-    pub memory_mib: u64,
+    /// Of these, the machine has vCPUs, memory, and bytes and operations per second for each drive that can be written.
+    pub limits: ResourceLimits,
     /// As the VMM finds it, like every path here.
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
     pub drives: Vec<Drive>,
     /// `None`: the VM is on no network.
     pub nic: Option<Nic>,
-    /// Bytes and operations per second, for each drive that can be written.
-    pub disk_bytes_per_s: Option<u64>,
-    pub disk_ops_per_s: Option<u64>,
     /// Where the VMM makes its sockets, if it said that it makes any.
     pub sockets: Option<Sockets>,
     pub jail: JailPlan,
     /// For a backend whose VMM takes long to load; `None`: it is executed.
     pub zygotes: Option<Arc<Zygotes>>,
+}
+
+impl LaunchPlan {
+    /// The same with drives as fast as they are: how fast they may be is each clone's own.
+    #[must_use]
+    pub fn without_disk_rates(&self) -> Self {
+        Self { limits: self.limits.without_disk_rates(), ..self.clone() }
+    }
 }
 
 /// A folder for a VMM's sockets.

@@ -3,11 +3,11 @@
 use super::{cloud_hypervisor, firecracker, qemu, Binaries, Capabilities, Vmm};
 use crate::error::{Error, Result, Shortfall};
 use crate::host::kvm;
-use crate::model::{Backend, Grade, VmId};
+use crate::model::{Backend, Grade, VmId, VmSpec};
 
 /// What a VM asks of its backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wish {
+pub struct BackendRequest {
     /// `None`: the best one that can do the rest.
     pub backend: Option<Backend>,
     pub min_isolation: Option<Grade>,
@@ -15,7 +15,7 @@ pub struct Wish {
 }
 
 /// A backend, and in words why it is this one.
-pub struct Chosen {
+pub struct Selection {
     pub vmm: Box<dyn Vmm>,
     pub reason: String,
 }
@@ -24,7 +24,12 @@ pub struct Chosen {
 /// backend that can do all of it, although isolated clones of Firecracker start sooner; the others by what a guest faces.
 const ORDER: [Backend; 3] = [Backend::Qemu, Backend::Firecracker, Backend::CloudHypervisor];
 
-impl Wish {
+impl BackendRequest {
+    #[must_use]
+    pub fn of(spec: &VmSpec, min_isolation: Option<Grade>) -> Self {
+        Self { backend: spec.backend, min_isolation, vcpu_count: spec.limits.vcpu_count }
+    }
+
     /// Why a backend cannot do what is asked for.
     fn refusal(&self, can: Capabilities) -> Option<String> {
         let vcpus = self.vcpu_count;
@@ -46,10 +51,10 @@ pub fn find(backend: Backend, binaries: &Binaries) -> Result<Box<dyn Vmm>> {
     })
 }
 
-/// Finds `backend` and holds the wish against what it can.
-fn suitable(backend: Backend, wish: &Wish, binaries: &Binaries) -> Result<Box<dyn Vmm>> {
+/// Finds `backend` and holds the request against what it can.
+fn suitable(backend: Backend, request: &BackendRequest, binaries: &Binaries) -> Result<Box<dyn Vmm>> {
     let vmm = find(backend, binaries)?;
-    match wish.refusal(vmm.capabilities()) {
+    match request.refusal(vmm.capabilities()) {
         None => Ok(vmm),
         Some(reason) => {
             let remedy = "ask for something else, or leave the backend out".to_owned();
@@ -62,12 +67,12 @@ fn suitable(backend: Backend, wish: &Wish, binaries: &Binaries) -> Result<Box<dy
 ///
 /// # Errors
 /// [`Error::BackendUnavailable`] that says what to install; [`Error::IsolationUnavailable`].
-pub fn select(vm_id: &VmId, wish: &Wish, binaries: &Binaries) -> Result<Chosen> {
-    let Chosen { vmm, reason } = match wish.backend {
-        Some(backend) => Chosen { vmm: suitable(backend, wish, binaries)?, reason: "it was asked for".into() },
-        None => best(wish, binaries)?,
+pub fn select(vm_id: &VmId, request: &BackendRequest, binaries: &Binaries) -> Result<Selection> {
+    let Selection { vmm, reason } = match request.backend {
+        Some(backend) => Selection { vmm: suitable(backend, request, binaries)?, reason: "it was asked for".into() },
+        None => best(request, binaries)?,
     };
-    if let Some(min) = wish.min_isolation.filter(|min| *min > vmm.grade()) {
+    if let Some(min) = request.min_isolation.filter(|min| *min > vmm.grade()) {
         let kvm = kvm::probe();
         let shortfall = Box::new(Shortfall {
             wanted: format!("min_isolation={min}"),
@@ -79,21 +84,21 @@ pub fn select(vm_id: &VmId, wish: &Wish, binaries: &Binaries) -> Result<Chosen> 
         });
         return Err(Error::IsolationUnavailable { vm_id: vm_id.clone(), shortfall });
     }
-    Ok(Chosen { vmm, reason })
+    Ok(Selection { vmm, reason })
 }
 
 /// The first that can do it; the error, when none can, is the first one's, with the others' reasons.
-fn best(wish: &Wish, binaries: &Binaries) -> Result<Chosen> {
+fn best(request: &BackendRequest, binaries: &Binaries) -> Result<Selection> {
     let mut passed_over: Vec<(Backend, Error)> = Vec::new();
     for backend in ORDER {
-        match suitable(backend, wish, binaries) {
+        match suitable(backend, request, binaries) {
             Ok(vmm) if passed_over.is_empty() => {
                 let reason =
                     "no backend was asked for, and only its VMs can be snapshotted, suspended, cloned with a network \
                               and jailed strictly";
-                return Ok(Chosen { vmm, reason: reason.into() });
+                return Ok(Selection { vmm, reason: reason.into() });
             }
-            Ok(vmm) => return Ok(Chosen { vmm, reason: format!("the next best: {}", told(&passed_over)) }),
+            Ok(vmm) => return Ok(Selection { vmm, reason: format!("the next best: {}", told(&passed_over)) }),
             Err(error @ Error::BackendUnavailable { .. }) => passed_over.push((backend, error)),
             Err(error) => return Err(error),
         }
@@ -123,7 +128,7 @@ mod tests {
     use super::*;
     use crate::vmm::Wire;
 
-    const WISH: Wish = Wish { backend: None, min_isolation: None, vcpu_count: 3 };
+    const REQUEST: BackendRequest = BackendRequest { backend: None, min_isolation: None, vcpu_count: 3 };
     const CAN: Capabilities = Capabilities {
         clones: false,
         copies: false,
@@ -135,18 +140,18 @@ mod tests {
 
     #[test]
     fn test_refusal_names_what_the_backend_cannot_do() {
-        let refusal = |wish: Wish, can| wish.refusal(can).unwrap_or_default();
-        assert!(refusal(WISH, CAN).contains("even number, 3 were"));
-        assert_eq!(refusal(WISH, Capabilities { even_vcpus: false, ..CAN }), "");
-        assert!(refusal(Wish { vcpu_count: 34, ..WISH }, CAN).contains("at most 32"));
-        assert_eq!(refusal(Wish { vcpu_count: 1, ..WISH }, CAN), "");
+        let refusal = |request: BackendRequest, can| request.refusal(can).unwrap_or_default();
+        assert!(refusal(REQUEST, CAN).contains("even number, 3 were"));
+        assert_eq!(refusal(REQUEST, Capabilities { even_vcpus: false, ..CAN }), "");
+        assert!(refusal(BackendRequest { vcpu_count: 34, ..REQUEST }, CAN).contains("at most 32"));
+        assert_eq!(refusal(BackendRequest { vcpu_count: 1, ..REQUEST }, CAN), "");
     }
 
     #[test]
     fn test_select_without_any_binary_tells_of_all() {
         let nowhere = || Some("/nowhere/at/all".to_owned());
         let binaries = Binaries { qemu: nowhere(), firecracker: nowhere(), cloud_hypervisor: nowhere() };
-        let error = select(&VmId::parse("vm").unwrap(), &WISH, &binaries).err().unwrap();
+        let error = select(&VmId::parse("vm").unwrap(), &REQUEST, &binaries).err().unwrap();
         let text = error.to_string();
         assert_eq!(error.code(), "backend_unavailable");
         assert!(

@@ -152,12 +152,13 @@ pub fn machine(plan: &LaunchPlan, ram: Option<&Path>) -> [Call; 2] {
     let folder = plan.sockets.as_ref().map(|sockets| sockets.inside.clone()).unwrap_or_default();
     let guest = GuestMachine { vsock_port: Some(VSOCK_PORT), drives: Vec::new(), power_off: true };
     let config = VmConfig {
-        cpus: Cpus { boot_vcpus: plan.vcpu_count, max_vcpus: plan.vcpu_count, nested: false },
+        cpus: Cpus { boot_vcpus: plan.limits.vcpu_count, max_vcpus: plan.limits.vcpu_count, nested: false },
         memory: match ram {
-            None => Memory { size: plan.memory_mib << 20, zones: Vec::new() },
-            Some(file) => {
-                Memory { size: 0, zones: vec![Zone { id: "ram", size: plan.memory_mib << 20, file, shared: true }] }
-            }
+            None => Memory { size: plan.limits.memory_mb << 20, zones: Vec::new() },
+            Some(file) => Memory {
+                size: 0,
+                zones: vec![Zone { id: "ram", size: plan.limits.memory_mb << 20, file, shared: true }],
+            },
         },
         payload: Payload {
             kernel: plan.kernel.display().to_string(),
@@ -194,7 +195,7 @@ fn disk<'a>(drive: &'a Drive, plan: &LaunchPlan) -> Disk<'a> {
 /// Reads and writes together, as the limits mean it.
 pub fn rate_limiter(plan: &LaunchPlan) -> Option<RateLimiter> {
     let bucket = |size| TokenBucket { size, refill_time: REFILL_MS };
-    let (bandwidth, ops) = (plan.disk_bytes_per_s.map(bucket), plan.disk_ops_per_s.map(bucket));
+    let (bandwidth, ops) = (plan.limits.disk_bytes_per_s.map(bucket), plan.limits.disk_ops_per_s.map(bucket));
     (bandwidth.is_some() || ops.is_some()).then_some(RateLimiter { bandwidth, ops })
 }
 

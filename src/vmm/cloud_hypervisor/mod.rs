@@ -75,9 +75,10 @@ impl Vmm for CloudHypervisor {
     }
 
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
-        // The limits are a clone's own.
-        let plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..plan.clone() };
-        bodies::machine(&plan, Some(Path::new(RAM_PLACE))).into_iter().map(|call| format!("{call:?}")).collect()
+        bodies::machine(&plan.without_disk_rates(), Some(Path::new(RAM_PLACE)))
+            .into_iter()
+            .map(|call| format!("{call:?}"))
+            .collect()
     }
 
     fn needs(&self, _connected: bool) -> VmmNeeds {

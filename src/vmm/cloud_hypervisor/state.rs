@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn test_clone_without_limits_has_none() {
-        let unlimited = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..plan() };
+        let unlimited = plan().without_disk_rates();
         let packed = pack(MADE.as_bytes(), b"").unwrap();
         let machine: Value = serde_json::from_slice(&unpack(&packed, &unlimited).unwrap().0).unwrap();
         assert_eq!(machine["disks"][1]["rate_limiter_config"], Value::Null);

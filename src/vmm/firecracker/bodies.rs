@@ -144,7 +144,7 @@ pub fn machine(plan: &LaunchPlan) -> Vec<Call> {
     let mut calls = vec![
         Call::put(
             "/machine-config",
-            &MachineConfiguration { vcpu_count: plan.vcpu_count, mem_size_mib: plan.memory_mib },
+            &MachineConfiguration { vcpu_count: plan.limits.vcpu_count, mem_size_mib: plan.limits.memory_mb },
         ),
         Call::put("/boot-source", &boot),
     ];
@@ -182,7 +182,7 @@ fn body(drive: &Drive, rate_limiter: Option<RateLimiter>) -> DriveBody<'_> {
 /// Reads and writes together, as the limits mean it.
 fn rate_limiter(plan: &LaunchPlan) -> Option<RateLimiter> {
     let bucket = |size| TokenBucket { size, refill_time: REFILL_MS };
-    let (bandwidth, ops) = (plan.disk_bytes_per_s.map(bucket), plan.disk_ops_per_s.map(bucket));
+    let (bandwidth, ops) = (plan.limits.disk_bytes_per_s.map(bucket), plan.limits.disk_ops_per_s.map(bucket));
     (bandwidth.is_some() || ops.is_some()).then_some(RateLimiter { bandwidth, ops })
 }
 
@@ -242,7 +242,7 @@ mod tests {
 
     #[test]
     fn test_requests_without_limits_have_no_rate_limiter() {
-        let unlimited = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..plan() };
+        let unlimited = plan().without_disk_rates();
         assert!(!calls(&machine(&unlimited)).join("\n").contains("rate_limiter"));
     }
 

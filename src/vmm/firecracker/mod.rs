@@ -73,9 +73,7 @@ impl Vmm for Firecracker {
     }
 
     fn machine(&self, plan: &LaunchPlan) -> Vec<String> {
-        // The limits are a clone's own.
-        let plan = LaunchPlan { disk_bytes_per_s: None, disk_ops_per_s: None, ..plan.clone() };
-        bodies::machine(&plan).into_iter().map(|call| format!("{call:?}")).collect()
+        bodies::machine(&plan.without_disk_rates()).into_iter().map(|call| format!("{call:?}")).collect()
     }
 
     fn needs(&self, connected: bool) -> VmmNeeds {
@@ -123,7 +121,7 @@ impl Vmm for Firecracker {
             jail.hide(&plan.initramfs);
         }
         if let Origin::Record { .. } = origin {
-            jail.allow_files_of(plan.memory_mib << 20);
+            jail.allow_files_of(plan.limits.memory_mb << 20);
         }
         let program = self.program.show(&mut jail, false)?;
         let argv = bodies::arguments(&program, &folder.inside);

@@ -69,7 +69,7 @@ fn memory(plan: &LaunchPlan, origin: &Origin) -> Option<String> {
         Origin::Record { ram } => (escape(ram), "on"),
         Origin::Clone { .. } => (format!("/proc/self/fd/{RAM_FD}"), "off"),
     };
-    Some(format!("memory-backend-file,id=ram,size={}M,mem-path={path},share={share}", plan.memory_mib))
+    Some(format!("memory-backend-file,id=ram,size={}M,mem-path={path},share={share}", plan.limits.memory_mb))
 }
 
 /// What a NIC is plugged into; a hub without another port is nothing.
@@ -112,9 +112,9 @@ pub fn arguments(plan: &LaunchPlan, origin: &Origin, host: Host) -> Vec<String> 
         "-cpu",
         cpu,
         "-m",
-        &format!("{}M", plan.memory_mib),
+        &format!("{}M", plan.limits.memory_mb),
         "-smp",
-        &plan.vcpu_count.to_string(),
+        &plan.limits.vcpu_count.to_string(),
         "-nodefaults",
         "-no-user-config",
         "-display",
@@ -186,7 +186,7 @@ pub fn arguments(plan: &LaunchPlan, origin: &Origin, host: Host) -> Vec<String> 
 /// The block layer's own limits on bytes and operations, reads and writes together.
 fn throttling(plan: &LaunchPlan) -> String {
     let option = |name: &str, value: Option<u64>| value.map(|n| format!(",throttling.{name}={n}")).unwrap_or_default();
-    option("bps-total", plan.disk_bytes_per_s) + &option("iops-total", plan.disk_ops_per_s)
+    option("bps-total", plan.limits.disk_bytes_per_s) + &option("iops-total", plan.limits.disk_ops_per_s)
 }
 
 #[cfg(test)]

@@ -102,9 +102,7 @@ impl Vmm for Qemu {
             initramfs: PathBuf::new(),
             drives,
             nic: plan.nic.as_ref().map(|_| Nic::unplugged()),
-            disk_bytes_per_s: None,
-            disk_ops_per_s: None,
-            ..plan.clone()
+            ..plan.without_disk_rates()
         };
         args::arguments(&nameless, &Origin::Boot, Host { tsc_khz: coarse, ..self.host(None) })
     }

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, Once};
 use microvm_isolation::channel::Agent;
 use microvm_isolation::error::Result;
 use microvm_isolation::image::{self, GuestImage};
-use microvm_isolation::model::{Backend, VmId};
-use microvm_isolation::vmm::{self, Binaries, Drive, JailPlan, LaunchPlan, Launched, Origin, Wish};
+use microvm_isolation::model::{Backend, ResourceLimits, VmId};
+use microvm_isolation::vmm::{self, BackendRequest, Binaries, Drive, JailPlan, LaunchPlan, Launched, Origin};
 use microvm_jail::{Access, Seccomp};
 use microvm_protocol::frame::{Frame, Kind};
 use microvm_protocol::handshake::GuestHandshake;
@@ -370,21 +370,18 @@ fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
     image::write_config_drive(&path(CONFIG_SERIAL), &identity.to_drive().unwrap()).unwrap();
     let plan = LaunchPlan {
         vm_id: id(name),
-        vcpu_count: 1,
-        memory_mib: 128,
+        limits: ResourceLimits { memory_mb: 128, ..ResourceLimits::default() },
         kernel: jail.show("kernel", &image.kernel, "/image/kernel", Access::Read).unwrap(),
         initramfs: jail.show("initramfs", &image.initramfs, "/image/initramfs", Access::Read).unwrap(),
         drives,
         nic: None,
-        disk_bytes_per_s: None,
-        disk_ops_per_s: None,
         sockets: None,
         jail,
         zygotes: None,
     };
-    let wish = Wish { backend: Some(Backend::Qemu), min_isolation: None, vcpu_count: 1 };
-    let chosen = vmm::select(&plan.vm_id, &wish, &Binaries::default()).expect("QEMU is installed");
-    (chosen.vmm.launch(&plan, &Origin::Boot, Box::new(())).unwrap(), folder)
+    let request = BackendRequest { backend: Some(Backend::Qemu), min_isolation: None, vcpu_count: 1 };
+    let selection = vmm::select(&plan.vm_id, &request, &Binaries::default()).expect("QEMU is installed");
+    (selection.vmm.launch(&plan, &Origin::Boot, Box::new(())).unwrap(), folder)
 }
 
 /// A real VM with a tap between QEMU and the agent's host end.
