@@ -12,7 +12,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple, Union, get_type_hints
+from typing import Any, Dict, Iterator, List, Set, Tuple, Union, get_type_hints
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import (
@@ -24,7 +24,7 @@ from thirstys_waterfall.security.microvm_isolation import (
     doctor,
 )
 
-from ..support import ROOT, VMTestCase, eventually
+from ..support import ROOT, VMTestCase, eventually, play
 
 STUB = Path(package.__file__).with_name("_native.pyi")
 # What their base classes document, and every enum and dataclass has.
@@ -79,6 +79,12 @@ def described(value: Any, title: str = "Args") -> Dict[str, str]:
     section = (inspect.getdoc(value) or "").partition("\n{}:\n".format(title))[2].partition("\n\n")[0]
     found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
+
+
+def anchors(page: Path) -> Set[str]:
+    """The names by which GitHub knows a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def dicts() -> Iterator[Tuple[str, Any]]:
@@ -253,15 +259,43 @@ class Codes(unittest.TestCase):
         self.assertGreater(len(codes), 25)
         self.assertEqual(set(codes), set(_errors._CLASSES))
 
-    def test_what_a_backend_cannot_do_has_a_class_and_a_row_of_the_readme(self) -> None:
+    def test_what_a_backend_cannot_do_has_a_class_and_a_row_of_the_docs(self) -> None:
         error = _errors.make_error("not_supported", "a sentence", {"remedy": "use backend=\"qemu\""})
         self.assertIs(type(error), package.NotSupportedError)
         self.assertIsInstance(error, package.MicroVMError)
         self.assertEqual((error.code, error.details["remedy"]), ("not_supported", "use backend=\"qemu\""))
-        rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `not_supported` |")]
+        page = (ROOT / "docs" / "troubleshooting.md").read_text()
+        rows = [line for line in page.splitlines() if line.startswith("| `not_supported` |")]
         self.assertEqual(len(rows), 1)
         for word in ("`snapshot()`", "`suspend()`", 'backend="qemu"'):
             self.assertIn(word, rows[0])
+
+
+class Pages(unittest.TestCase):
+    def test_every_link_leads_somewhere(self) -> None:
+        pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+        links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+        self.assertGreater(len(links), 30)
+        dead = []
+        for page, link in links:
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
+                dead.append("{}: {}".format(page.name, link))
+        self.assertEqual(dead, [])
+
+    def test_every_key_of_the_configuration_has_a_row(self) -> None:
+        with self.assertRaises(ValueError) as caught:
+            MicroVMIsolationManager({"no_such_key": 1})
+        known = set(str(caught.exception).partition("the keys ")[2].split(", "))
+        self.assertGreater(len(known), 20)
+        page = (ROOT / "docs" / "configuration.md").read_text()
+        rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+        self.assertEqual({name for row in rows for name in re.findall(r"`(\w+)`", row)}, known)
+
+    def test_first_success_of_the_readme_prints_what_it_says(self) -> None:
+        block, said = re.findall(r"```(?:python)?\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1:3]
+        self.assertEqual(play(block)[1], said)
 
 
 class Names(unittest.TestCase):
