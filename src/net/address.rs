@@ -7,7 +7,7 @@ use crate::model::{Ipv4Net, NetworkConfig, DEFAULT_PREFIX};
 /// A block holds its own address, the gateway, the VM and a broadcast address that nobody uses.
 const BLOCK_PREFIX: u8 = 30;
 
-/// The addresses of one segment.
+/// The addresses of one VM network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Addresses {
     pub address: Ipv4Addr,
@@ -42,7 +42,7 @@ pub fn choose(config: &NetworkConfig, range: Ipv4Net, taken: &[Ipv4Net], seed: u
 #[must_use]
 pub fn conflict(chosen: &Addresses, taken: &[(String, Ipv4Net)]) -> Option<String> {
     let Addresses { address, gateway, .. } = chosen;
-    // Several segments may have the same gateway: each is alone on its interface, with a prefix of 32.
+    // Several VM networks may have the same gateway: each is alone on its interface, with a prefix of 32.
     let clash = |net: Ipv4Net| net.contains(*address) || (net.prefix() < 32 && net.contains(*gateway));
     let (name, net) = taken.iter().find(|(_, net)| clash(*net))?;
     Some(format!("{address} with gateway {gateway} lies in {net}, which {name} has"))

@@ -15,7 +15,7 @@ use domain::base::{Message, MessageBuilder, Name, ParsedRecord, ToName};
 use domain::rdata::{AllRecordData, Cname, A};
 
 use super::rules::is_never;
-use super::{Pinned, Segment};
+use super::{Pinned, VmNetwork};
 use crate::model::{is_public, EgressRule, EgressTarget, Ipv4Net};
 
 /// An answer's addresses that are taken; the rest of a longer answer is not reached.
@@ -94,9 +94,9 @@ pub struct Relayed {
 }
 
 impl Decision {
-    /// Decides on a message that the VM behind `segment` sent.
+    /// Decides on a message that the VM behind `vm_network` sent.
     #[must_use]
-    pub fn on(message: &[u8], segment: &Segment) -> Self {
+    pub fn on(message: &[u8], vm_network: &VmNetwork) -> Self {
         let Ok(parsed) = Message::from_slice(message) else { return Decision::Drop };
         let header = parsed.header();
         if header.qr() {
@@ -114,7 +114,7 @@ impl Decision {
             edns: parsed.opt().map(|opt| opt.udp_payload_size()),
         };
         let name: Name<Vec<u8>> = asked.name.to_canonical_name();
-        let listed = segment.egress.as_deref().map(|rules| Listed::about(&name, rules));
+        let listed = vm_network.egress.as_deref().map(|rules| Listed::about(&name, rules));
         let meta = asked.kind == Rtype::OPT || (FIRST_META..=LAST_META).contains(&asked.kind.to_int());
         // The VM has no IPv6. What a service record says of addresses would not be let pass.
         let hints = [Rtype::HTTPS, Rtype::SVCB].contains(&asked.kind) && listed.is_some();
@@ -335,7 +335,7 @@ fn push(builder: &mut Answer, record: &ParsedRecord<'_, [u8]>) -> Result<(), Pus
 
 #[cfg(test)]
 mod tests {
-    use super::super::segment::tests::example;
+    use super::super::vm_network::tests::example;
     use super::*;
     use proptest::prelude::*;
     use std::str::FromStr;

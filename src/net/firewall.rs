@@ -396,7 +396,7 @@ mod tests {
         let chains = [("forward", Some(("forward", "accept"))), ("input", Some(("input", "drop")))];
         let bad = [("forward", json!([state(&["invalid"]), {"drop": null}]))];
         assert_eq!(blocked(&firewall("filter", &chains, &bad), &OUT), None);
-        let dropping = [("passage", Some(("forward", "drop")))];
+        let dropping = [("forward", Some(("forward", "drop")))];
         assert_eq!(blocked(&firewall("tw_microvm_0000004d", &dropping, &[]), &OUT), None);
         assert_eq!(blocked(&Firewall::default(), &OUT), None);
     }

@@ -1,17 +1,17 @@
-//! The host's end of a segment, as batches for `ip` and `tc` and as settings of the kernel.
+//! The host's end of a VM network, as batches for `ip` and `tc` and as settings of the kernel.
 //!
 //! ```text
-//!   guest --> tap --redirect--> shaper (ifb) --tbf--> the host's stack        what the VM sends
+//!   guest --> tap --redirect--> ifb --tbf--> the host's stack        what the VM sends
 //!   guest <-- tap <----tbf----------------------------the host's stack        what the VM receives
 //! ```
-//! A tap's own queue shapes only what leaves by it; what arrives is sent through a second queue, the shaper's.
+//! A tap's own queue shapes only what leaves by it; what arrives is sent through a second queue, the ifb's.
 
-use super::segment::{Before, Segment};
+use super::vm_network::{Before, VmNetwork};
 
 /// The pattern by which the kernel names a tap that nobody named.
 pub const GENERATED_TAP: &str = "twm%d";
-/// A shaper is named after the index of its tap: indexes are never given out twice.
-pub const SHAPER_PREFIX: &str = "tw-ifb-";
+/// An ifb is named after the index of its tap: indexes are never given out twice.
+pub const IFB_PREFIX: &str = "tw-ifb-";
 
 /// A network interface of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,8 +22,8 @@ pub struct Interface {
 
 impl Interface {
     #[must_use]
-    pub fn shaper(&self) -> String {
-        format!("{SHAPER_PREFIX}{}", self.index)
+    pub fn ifb(&self) -> String {
+        format!("{IFB_PREFIX}{}", self.index)
     }
 }
 
@@ -34,14 +34,14 @@ const BURST_MS: u64 = 10;
 /// How long a packet may wait.
 const QUEUE_MS: u64 = 50;
 
-impl Segment {
+impl VmNetwork {
     /// Before anything else: the interfaces exist, are down, and the tap is in the group that the rules know.
     #[must_use]
     pub fn ip_begin(&self, group: u32) -> String {
-        format!("link set dev {} group {group}\nlink add {} type ifb\n", self.tap.name, self.tap.shaper())
+        format!("link set dev {} group {group}\nlink add {} type ifb\n", self.tap.name, self.tap.ifb())
     }
 
-    /// Settings below `/proc/sys/net`, before the interfaces are up. All are the segment's own.
+    /// Settings below `/proc/sys/net`, before the interfaces are up. All are the VM network's own.
     #[must_use]
     pub fn settings(&self) -> Vec<(String, &'static str)> {
         let tap = |name: &str| format!("ipv4/conf/{}/{name}", self.tap.name);
@@ -60,7 +60,7 @@ impl Segment {
         ]
         .map(|(name, value)| (tap(name), value))
         .into();
-        for interface in [&self.tap.name, &self.tap.shaper()] {
+        for interface in [&self.tap.name, &self.tap.ifb()] {
             settings.push((format!("ipv6/conf/{interface}/disable_ipv6"), "1"));
         }
         settings
@@ -71,21 +71,21 @@ impl Segment {
         let bytes_per_s = self.bandwidth_mbps * 1_000_000 / 8;
         let burst = (bytes_per_s * BURST_MS / 1000).max(4 * FRAME);
         let limit = (bytes_per_s * QUEUE_MS / 1000).max(16 * FRAME) + burst;
-        let (tap, shaper) = (&self.tap.name, self.tap.shaper());
+        let (tap, ifb) = (&self.tap.name, self.tap.ifb());
         let tbf = format!("root tbf rate {}mbit burst {burst} limit {limit}", self.bandwidth_mbps);
         format!(
             "qdisc replace dev {tap} {tbf}\n\
-             qdisc replace dev {shaper} {tbf}\n\
+             qdisc replace dev {ifb} {tbf}\n\
              qdisc add dev {tap} ingress\n\
              filter add dev {tap} parent ffff: protocol all prio 1 u32 match u32 0 0 \
-             action mirred egress redirect dev {shaper}\n"
+             action mirred egress redirect dev {ifb}\n"
         )
     }
 
     /// After the rules are in force. That the route is new is what tells that nobody else has the address.
     #[must_use]
     pub fn ip_up(&self) -> String {
-        let (tap, shaper, mac) = (&self.tap.name, self.tap.shaper(), &self.mac);
+        let (tap, ifb, mac) = (&self.tap.name, self.tap.ifb(), &self.mac);
         let (address, gateway) = (self.addresses.address, self.addresses.gateway);
         // `scope link`: no packet to anywhere else is given this source address.
         let own = match self.before {
@@ -93,7 +93,7 @@ impl Segment {
             _ => format!("address add {gateway}/32 dev {tap} scope link\n"),
         };
         format!(
-            "link set dev {shaper} up\n\
+            "link set dev {ifb} up\n\
              link set dev {tap} up\n\
              {own}neighbour replace {address} lladdr {mac} dev {tap} nud permanent\n\
              route add {address}/32 dev {tap} scope link src {gateway}\n"
@@ -123,7 +123,7 @@ impl Segment {
         }
     }
 
-    /// The last step: that the shaper is there tells that there may be more to remove.
+    /// The last step: that the ifb is there tells that there may be more to remove.
     #[must_use]
     pub fn ip_end(&self) -> String {
         let n = self.tap.index;
@@ -132,47 +132,48 @@ impl Segment {
             Some(Before { up: false, .. }) => format!("link set dev if{n} group 0\n"),
             Some(Before { up: true, .. }) => format!("link set dev if{n} group 0 up\n"),
         };
-        format!("{back}link delete dev {}\n", self.tap.shaper())
+        format!("{back}link delete dev {}\n", self.tap.ifb())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::assert_golden;
-    use super::super::segment::tests::example;
+    use super::super::vm_network::tests::example;
     use super::*;
 
     #[test]
     fn test_batches_are_golden() {
-        let segment = example(None);
-        let there = Segment { before: Some(Before { up: true, gateway: false }), ..segment.clone() };
-        let with_gateway = Segment { before: Some(Before { up: false, gateway: true }), ..segment.clone() };
-        let settings: String = segment.settings().iter().map(|(path, value)| format!("{path} = {value}\n")).collect();
+        let vm_network = example(None);
+        let there = VmNetwork { before: Some(Before { up: true, gateway: false }), ..vm_network.clone() };
+        let with_gateway = VmNetwork { before: Some(Before { up: false, gateway: true }), ..vm_network.clone() };
+        let settings: String =
+            vm_network.settings().iter().map(|(path, value)| format!("{path} = {value}\n")).collect();
         let mut parts = vec![
-            ("ip_begin", segment.ip_begin(1234)),
+            ("ip_begin", vm_network.ip_begin(1234)),
             ("settings", settings),
-            ("tc", segment.tc()),
-            ("ip_up", segment.ip_up()),
+            ("tc", vm_network.tc()),
+            ("ip_up", vm_network.ip_up()),
             ("ip_up, the tap had the gateway's address", with_gateway.ip_up()),
         ];
-        for (title, segment) in
-            [("was made", &segment), ("was there and up", &there), ("had the gateway", &with_gateway)]
+        for (title, vm_network) in
+            [("was made", &vm_network), ("was there and up", &there), ("had the gateway", &with_gateway)]
         {
-            parts.push((title, segment.ip_down() + &segment.tc_down() + &segment.ip_end()));
+            parts.push((title, vm_network.ip_down() + &vm_network.tc_down() + &vm_network.ip_end()));
         }
         let text: String = parts.iter().map(|(title, text)| format!("# {title}\n{text}\n")).collect();
-        assert_golden("net-segment.batches", &text);
+        assert_golden("net-vm-network.batches", &text);
     }
 
     #[test]
     fn test_tc_at_the_lowest_rate_lets_whole_frames_pass() {
-        let segment = Segment { bandwidth_mbps: 1, ..example(None) };
-        assert!(segment.tc().contains("rate 1mbit burst 6056 limit 30280"), "{}", segment.tc());
+        let vm_network = VmNetwork { bandwidth_mbps: 1, ..example(None) };
+        assert!(vm_network.tc().contains("rate 1mbit burst 6056 limit 30280"), "{}", vm_network.tc());
     }
 
     #[test]
     fn test_interface_names_fit_the_kernels_limit() {
         let tap = Interface { name: "x".into(), index: 99_999_999 };
-        assert!(tap.shaper().len() <= 15);
+        assert!(tap.ifb().len() <= 15);
     }
 }

@@ -1,4 +1,4 @@
-//! The network segment of one VM, as a plan: addresses, the host's end of the wire, the rules, the names it may ask for.
+//! The network of one VM, as a plan: addresses, the host's end of the wire, the rules, the names it may ask for.
 //!
 //! Architecture invariant: pure. Configuration, what the host has, and random numbers go in; text for `ip`, `tc` and
 //! `nft`, and answers about DNS messages, come out. Nothing here is done: [`crate::host::net`] does it.
@@ -9,15 +9,15 @@ mod firewall;
 mod fitness;
 mod links;
 mod rules;
-mod segment;
+mod vm_network;
 
 pub use address::{choose, conflict, Addresses};
 pub use dns::{Decision, Question, Relayed, Transport};
 pub use firewall::Firewall;
 pub use fitness::{problems, HostNetwork, Problem};
-pub use links::{Interface, GENERATED_TAP, SHAPER_PREFIX};
+pub use links::{Interface, GENERATED_TAP, IFB_PREFIX};
 pub use rules::{Pinned, Rules, MAX_PINNED};
-pub use segment::{Before, Resolution, Segment, Upstream};
+pub use vm_network::{Before, Resolution, Upstream, VmNetwork};
 
 /// Compares with a file of `tests/golden`, so that a change shows as lines. `MICROVM_BLESS=1` writes it anew.
 #[cfg(test)]

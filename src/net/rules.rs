@@ -8,7 +8,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::Segment;
+use super::VmNetwork;
 use crate::model::{EgressRule, EgressTarget, Ipv4Net};
 
 /// The names of all our tables begin so.
@@ -125,7 +125,7 @@ impl Rules {
   map to_host {{
     type iface_index : verdict
   }}
-  map beyond {{
+  map egress {{
     type iface_index : verdict
   }}
   map refuse {{
@@ -140,7 +140,7 @@ impl Rules {
     iif vmap @refuse
     drop
   }}
-  chain arrival {{
+  chain prerouting {{
     type filter hook prerouting priority -450; policy accept;
     iifgroup != {group} accept
     meta nfproto != ipv4 drop
@@ -164,14 +164,14 @@ impl Rules {
     iif vmap @to_host
     drop
   }}
-  chain passage {{
+  chain forward {{
     type filter hook forward priority -1; policy accept;
     iifgroup != {group} oifgroup != {group} accept
     iifgroup {group} oifgroup {group} goto forbidden
     oifgroup {group} ct state established,related accept
     oifgroup {group} drop
     ct state invalid,related drop
-    iif vmap @beyond
+    iif vmap @egress
     drop
   }}
   chain answer {{
@@ -190,7 +190,7 @@ table arp {table} {{
   set guests {{
     type iface_index . ether_addr . ether_addr . ipv4_addr . ipv4_addr
   }}
-  chain arrival {{
+  chain input {{
     type filter hook input priority 0; policy accept;
     iifgroup != {group} accept
     arp operation request iif . ether saddr . arp saddr ether . arp saddr ip . arp daddr ip @guests accept
@@ -210,10 +210,10 @@ table arp {table} {{
 
     /// One VM's part; `relay_port` is where its DNS relay listens.
     #[must_use]
-    pub fn add(&self, segment: &Segment, relay_port: Option<u16>) -> String {
-        let (n, gateway) = (segment.tap.index, segment.addresses.gateway);
+    pub fn add(&self, vm_network: &VmNetwork, relay_port: Option<u16>) -> String {
+        let (n, gateway) = (vm_network.tap.index, vm_network.addresses.gateway);
         let mut blocks = Vec::new();
-        if segment.named_rules().next().is_some() {
+        if vm_network.named_rules().next().is_some() {
             for (set, kind) in [("names", "ipv4_addr"), ("name_ports", "ipv4_addr . inet_service")] {
                 let lines = [format!("type {kind}"), "flags timeout".into(), format!("size {PINNED_ROOM}")];
                 blocks.push(block("set", &format!("{set}_{n}"), &lines));
@@ -237,38 +237,39 @@ table arp {table} {{
         }
         to_host.push(format!("goto refuse_{n}"));
         blocks.push(block("chain", &format!("to_host_{n}"), &to_host));
-        let mut beyond = vec!["ct state established accept".into(), format!("ct count over {MAX_FLOWS} drop")];
-        beyond.extend(allowed(segment));
-        blocks.push(block("chain", &format!("beyond_{n}"), &beyond));
-        let elements = self.elements(segment, relay_port.is_some());
+        let mut egress = vec!["ct state established accept".into(), format!("ct count over {MAX_FLOWS} drop")];
+        egress.extend(allowed(vm_network));
+        blocks.push(block("chain", &format!("egress_{n}"), &egress));
+        let elements = self.elements(vm_network, relay_port.is_some());
         let elements: String = elements.iter().map(|element| format!("add element {element}\n")).collect();
         format!("table inet {} {{\n{}}}\n{elements}", self.table, blocks.concat())
     }
 
     /// Takes one VM's part out again.
     #[must_use]
-    pub fn remove(&self, segment: &Segment, relayed: bool) -> String {
-        let (table, n) = (&self.table, segment.tap.index);
-        let elements = self.elements(segment, relayed).into_iter().map(|element| format!("delete element {element}\n"));
+    pub fn remove(&self, vm_network: &VmNetwork, relayed: bool) -> String {
+        let (table, n) = (&self.table, vm_network.tap.index);
+        let elements =
+            self.elements(vm_network, relayed).into_iter().map(|element| format!("delete element {element}\n"));
         let chains =
-            ["resolving", "to_host", "beyond", "refuse"].into_iter().filter(|chain| relayed || *chain != "resolving");
+            ["resolving", "to_host", "egress", "refuse"].into_iter().filter(|chain| relayed || *chain != "resolving");
         let chains = chains.map(|chain| format!("delete chain inet {table} {chain}_{n}\n"));
-        let named = segment.named_rules().next().is_some();
+        let named = vm_network.named_rules().next().is_some();
         let sets = ["names", "name_ports"].into_iter().filter(|_| named);
         elements.chain(chains).chain(sets.map(|set| format!("delete set inet {table} {set}_{n}\n"))).collect()
     }
 
-    fn elements(&self, segment: &Segment, relayed: bool) -> Vec<String> {
+    fn elements(&self, vm_network: &VmNetwork, relayed: bool) -> Vec<String> {
         let Self { table, .. } = self;
-        let (n, mac) = (segment.tap.index, &segment.mac);
-        let (address, gateway) = (segment.addresses.address, segment.addresses.gateway);
+        let (n, mac) = (vm_network.tap.index, &vm_network.mac);
+        let (address, gateway) = (vm_network.addresses.address, vm_network.addresses.gateway);
         let mut elements = vec![
             format!("inet {table} guests {{ {n} . {mac} . {address} }}"),
             format!("arp {table} guests {{ {n} . {mac} . {mac} . {address} . {gateway} }}"),
             format!("inet {table} gateways {{ {n} . {gateway} }}"),
             format!("inet {table} addresses {{ {address} }}"),
             format!("inet {table} to_host {{ {n} : goto to_host_{n} }}"),
-            format!("inet {table} beyond {{ {n} : goto beyond_{n} }}"),
+            format!("inet {table} egress {{ {n} : goto egress_{n} }}"),
             format!("inet {table} refuse {{ {n} : goto refuse_{n} }}"),
         ];
         if relayed {
@@ -300,9 +301,9 @@ fn block(kind: &str, name: &str, lines: &[String]) -> String {
 }
 
 /// Where a VM's new connections may go.
-fn allowed(segment: &Segment) -> Vec<String> {
-    let Some(rules) = &segment.egress else { return vec!["accept".into()] };
-    let n = segment.tap.index;
+fn allowed(vm_network: &VmNetwork) -> Vec<String> {
+    let Some(rules) = &vm_network.egress else { return vec!["accept".into()] };
+    let n = vm_network.tap.index;
     let net = |rule: &EgressRule| match (&rule.to, rule.port) {
         (EgressTarget::Net(net), None) => Some(format!("ip daddr {net} accept")),
         (EgressTarget::Net(net), Some(port)) => {
@@ -311,7 +312,7 @@ fn allowed(segment: &Segment) -> Vec<String> {
         (EgressTarget::Name(_), _) => None,
     };
     let mut lines: Vec<String> = rules.iter().filter_map(net).collect();
-    if segment.named_rules().next().is_some() {
+    if vm_network.named_rules().next().is_some() {
         lines.push(format!("ip daddr @names_{n} accept"));
         lines.push(format!("meta l4proto {{ tcp, udp }} ip daddr . th dport @name_ports_{n} accept"));
     }
@@ -323,7 +324,7 @@ fn allowed(segment: &Segment) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::super::assert_golden;
-    use super::super::segment::tests::example;
+    use super::super::vm_network::tests::example;
     use super::*;
 
     const LIST: [&str; 5] = ["93.184.216.0/24", "10.0.0.7:443", "example.com", "*.example.org:443", "10.0.0.0/8:53"];

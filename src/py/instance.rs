@@ -13,7 +13,7 @@ use super::stream::ProcessStream;
 use super::{convert, errors, logging, transfer};
 use crate::manager;
 use crate::model::{Backend, ManagerConfig, NetworkConfig, NetworkText, VmSpec};
-use crate::net::{Problem, Segment};
+use crate::net::{Problem, VmNetwork};
 use crate::vm::{network, Health, MicroVm};
 
 /// One microVM: its life, its commands, its files and its health.
@@ -93,7 +93,7 @@ fn health_info(vm: &MicroVm, health: &Health) -> Value {
 }
 
 /// What the VM got while it is connected, else what it asked for.
-fn network_info(network: &NetworkConfig, segment: Option<&Segment>, problems: &[Problem]) -> Value {
+fn network_info(network: &NetworkConfig, vm_network: Option<&VmNetwork>, problems: &[Problem]) -> Value {
     let network = NetworkText::from(network.clone());
     let mut info = json!({
         "isolated": network.isolated_network,
@@ -106,14 +106,14 @@ fn network_info(network: &NetworkConfig, segment: Option<&Segment>, problems: &[
         "ipv6": network.ipv6,
         "problems": problems.iter().map(|Problem { what, remedy, .. }| json!({"what": what, "remedy": remedy})).collect::<Vec<_>>(),
     });
-    if let Some(segment) = segment {
-        let addresses = &segment.addresses;
-        info["tap_device"] = json!(segment.tap.name);
+    if let Some(vm_network) = vm_network {
+        let addresses = &vm_network.addresses;
+        info["tap_device"] = json!(vm_network.tap.name);
         info["ip_address"] = json!(addresses.address);
         info["prefix_length"] = json!(addresses.prefix);
-        info["mac_address"] = json!(segment.mac.to_string());
+        info["mac_address"] = json!(vm_network.mac.to_string());
         info["gateway"] = json!(addresses.gateway);
-        info["dns_servers"] = json!(segment.guest_servers());
+        info["dns_servers"] = json!(vm_network.guest_servers());
     }
     info
 }
@@ -128,11 +128,11 @@ fn start_json(origin: &str, stages: &[(&'static str, Duration)]) -> Value {
 pub async fn info(vm: Arc<MicroVm>) -> Value {
     let health = vm.health().await;
     let (spec, facts) = (vm.spec(), vm.facts());
-    let segment = facts.segment.as_deref();
-    let problems = match facts.segment.clone() {
+    let vm_network = facts.vm_network.as_deref();
+    let problems = match facts.vm_network.clone() {
         None => Vec::new(),
-        Some(segment) => {
-            let looked = tokio::task::spawn_blocking(move || network::problems_of(&segment)).await;
+        Some(vm_network) => {
+            let looked = tokio::task::spawn_blocking(move || network::problems_of(&vm_network)).await;
             looked.unwrap_or_else(|error| {
                 log::warn!("{}: its host's network was not looked at: {error}", vm.id());
                 Vec::new()
@@ -160,7 +160,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "resource_limits": convert::limits_json(&spec.limits),
         "jail": facts.jail,
         "limits": facts.limits,
-        "network_config": network_info(&spec.network, segment, &problems),
+        "network_config": network_info(&spec.network, vm_network, &problems),
         "health_metrics": metrics,
         "health": health_info(&vm, &health),
         "last_error": vm.last_error().map(|error| json!({"code": error.code(), "message": error.to_string()})),

@@ -36,7 +36,7 @@ use crate::host::{clock, process};
 use crate::image::template::{Digests, Shelf, Store};
 use crate::image::GuestImage;
 use crate::model::{Backend, EventKind, Grade, Ipv4Net, JailMode, Reservation, VmId, VmSpec, VmState};
-use crate::net::Segment;
+use crate::net::VmNetwork;
 use crate::store::{runtime, Folders};
 use crate::vmm::{Binaries, COST_MIB};
 
@@ -133,7 +133,7 @@ pub struct Facts {
     pub jail: Option<Value>,
     pub limits: Option<Value>,
     /// `None` while it is on no network.
-    pub segment: Option<Arc<Segment>>,
+    pub vm_network: Option<Arc<VmNetwork>>,
 }
 
 /// Where starts may find a VM that stands by.

@@ -159,7 +159,7 @@ impl Running {
             limits: Some(self.confinement.limits_json()),
             origin: Some(self.origin),
             stages: self.stages.clone(),
-            segment: self.connection().as_ref().map(|connection| connection.segment().clone()),
+            vm_network: self.connection().as_ref().map(|connection| connection.vm_network().clone()),
             ..Facts::default()
         }
     }

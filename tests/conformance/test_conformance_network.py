@@ -1,4 +1,4 @@
-"""Connected VMs: the same segment whatever runs underneath, and nothing of it afterwards."""
+"""Connected VMs: the same network whatever runs underneath, and nothing of it afterwards."""
 
 import subprocess
 import unittest

@@ -115,7 +115,7 @@ class Eyes:
                 frame, (interface, _, kind, _, _) = self.socket.recvfrom(65535)
             except socket.timeout:
                 continue
-            # A shaper is a queue of what came in, not a way out.
+            # An ifb is a queue of what came in, not a way out.
             if kind == socket.PACKET_OUTGOING and not interface.startswith(("tw-ifb", "lo")):
                 with self.lock:
                     self.seen.append(Sighting(interface, frame))

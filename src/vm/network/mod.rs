@@ -1,7 +1,7 @@
 //! From a network configuration to a VM that is connected, and back.
 //!
 //! Architecture invariant: [`crate::net`] says what is to be done, [`crate::host::net`] does it; here is the order. A
-//! segment is let in by name before its tap is up, and its tap is down before its rules go: at no time is there traffic
+//! VM network is let in by name before its tap is up, and its tap is down before its rules go: at no time is there traffic
 //! without rules.
 
 mod relay;
@@ -20,7 +20,7 @@ use crate::host::fork::PerProcess;
 use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
 use crate::host::{clock, kernel, privileges};
 use crate::model::{Ipv4Net, MacAddress, NetworkConfig, VmId};
-use crate::net::{self, Before, HostNetwork, Interface, Problem, Resolution, Rules, Segment};
+use crate::net::{self, Before, HostNetwork, Interface, Problem, Resolution, Rules, VmNetwork};
 use crate::vmm::{Nic, Wire};
 use relay::Relay;
 
@@ -45,24 +45,24 @@ pub enum Age {
 type FirewallSample = (Instant, Duration, Option<net::Firewall>);
 static SEEN: PerProcess<Mutex<Option<FirewallSample>>> = PerProcess::new();
 
-/// A connected VM's segment. Dropping it disconnects the VM and leaves no trace; it blocks for some milliseconds.
+/// A connected VM's network. Dropping it disconnects the VM and leaves no trace; it blocks for some milliseconds.
 #[derive(Debug)]
 pub struct Connection {
-    segment: Arc<Segment>,
+    vm_network: Arc<VmNetwork>,
     _relay: Option<Relay>,
     _undo: Undo,
 }
 
 impl Connection {
     #[must_use]
-    pub fn segment(&self) -> &Arc<Segment> {
-        &self.segment
+    pub fn vm_network(&self) -> &Arc<VmNetwork> {
+        &self.vm_network
     }
 
     /// What the tap moved, as the host sees it.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        host::counters(&self.segment.tap.name).unwrap_or_default()
+        host::counters(&self.vm_network.tap.name).unwrap_or_default()
     }
 }
 
@@ -109,7 +109,7 @@ impl From<Error> for Failed {
     }
 }
 
-/// Connects a VM: its tap, the host's end of its segment, and what its guest is told. Blocking; call on the runtime.
+/// Connects a VM: its tap, the host's end of its VM network, and what its guest is told. Blocking; call on the runtime.
 ///
 /// # Errors
 /// [`Error::NetworkUnavailable`] with the way out.
@@ -166,8 +166,8 @@ pub fn ready(tap: Option<&str>, relayed: bool, age: Age) -> std::result::Result<
 
 /// What keeps a connected VM from reaching anything, by what the host is like now. Blocking: it runs `nft`.
 #[must_use]
-pub fn problems_of(segment: &Segment) -> Vec<Problem> {
-    look(Some(&segment.tap.name), matches!(segment.resolution, Resolution::Relayed(_)), Age::Recent)
+pub fn problems_of(vm_network: &VmNetwork) -> Vec<Problem> {
+    look(Some(&vm_network.tap.name), matches!(vm_network.resolution, Resolution::Relayed(_)), Age::Recent)
 }
 
 /// Judges the host's network.
@@ -210,27 +210,27 @@ fn try_connect(
 ) -> std::result::Result<(Connection, Nic, GuestNetwork), Failed> {
     let home = home()?;
     let tap = Tap::open(config.tap_device.as_deref().unwrap_or(net::GENERATED_TAP), wire == Wire::WithHeaders)?;
-    let segment = Arc::new(plan(config, range, bandwidth_mbps, &tap, home)?);
-    let (undo, relay) = raise(&segment, home)?;
-    let Segment { mac, addresses, .. } = &*segment;
+    let vm_network = Arc::new(plan(config, range, bandwidth_mbps, &tap, home)?);
+    let (undo, relay) = raise(&vm_network, home)?;
+    let VmNetwork { mac, addresses, .. } = &*vm_network;
     let guest = GuestNetwork {
         mac_address: mac.to_string(),
         address: format!("{}/{}", addresses.address, addresses.prefix),
         gateway: Some(addresses.gateway.to_string()),
-        dns_servers: segment.guest_servers().iter().map(ToString::to_string).collect(),
+        dns_servers: vm_network.guest_servers().iter().map(ToString::to_string).collect(),
     };
     let nic = Nic { mac: mac.to_string(), tap: Some(Arc::new(tap)) };
-    Ok((Connection { segment, _relay: relay, _undo: undo }, nic, guest))
+    Ok((Connection { vm_network, _relay: relay, _undo: undo }, nic, guest))
 }
 
-/// Decides everything about the segment behind `tap`.
+/// Decides everything about the VM network behind `tap`.
 fn plan(
     config: &NetworkConfig,
     range: Ipv4Net,
     bandwidth_mbps: u64,
     tap: &Tap,
     home: &Home,
-) -> std::result::Result<Segment, Failed> {
+) -> std::result::Result<VmNetwork, Failed> {
     let hosts = host::networks();
     // What an existing tap has already is its own affair.
     let others = hosts.iter().filter(|(name, _, _)| *name != tap.name);
@@ -257,41 +257,44 @@ fn plan(
     let is_host = |address| hosts.iter().any(|(_, host, _)| *host == address);
     let resolution = Resolution::of(config, addresses.gateway, is_host);
     let tap = Interface { name: tap.name.clone(), index: tap.index };
-    Ok(Segment::new(config, tap, before, mac, addresses, resolution, bandwidth_mbps))
+    Ok(VmNetwork::new(config, tap, before, mac, addresses, resolution, bandwidth_mbps))
 }
 
-/// Makes the host's end of a segment.
-fn raise(segment: &Arc<Segment>, home: &Home) -> std::result::Result<(Undo, Option<Relay>), Failed> {
+/// Makes the host's end of a VM network.
+fn raise(vm_network: &Arc<VmNetwork>, home: &Home) -> std::result::Result<(Undo, Option<Relay>), Failed> {
     let Home { rules, table, .. } = home;
-    let listening = match &segment.resolution {
+    let listening = match &vm_network.resolution {
         Resolution::Direct(_) => None,
-        Resolution::Relayed(upstream) => Some((host::listen_on(&segment.tap.name)?, upstream.clone())),
+        Resolution::Relayed(upstream) => Some((host::listen_on(&vm_network.tap.name)?, upstream.clone())),
     };
     let port = listening.as_ref().map(|(listening, _)| listening.port);
     let mut undo = Undo::default();
-    undo.push(Step::Batch(Tool::Ip, segment.ip_end()));
-    Tool::Ip.run(&segment.ip_begin(rules.group()))?;
-    for (path, value) in segment.settings() {
-        if let Some(before) = host::setting(&path).filter(|_| segment.before.is_some()) {
+    undo.push(Step::Batch(Tool::Ip, vm_network.ip_end()));
+    Tool::Ip.run(&vm_network.ip_begin(rules.group()))?;
+    for (path, value) in vm_network.settings() {
+        if let Some(before) = host::setting(&path).filter(|_| vm_network.before.is_some()) {
             undo.push(Step::Setting(path.clone(), before));
         }
         host::set_setting(&path, value)?;
     }
-    undo.push(Step::Batch(Tool::Tc, segment.tc_down()));
-    Tool::Tc.run(&segment.tc())?;
-    let part = table.add(rules.add(segment, port), rules.remove(segment, port.is_some()))?;
+    undo.push(Step::Batch(Tool::Tc, vm_network.tc_down()));
+    Tool::Tc.run(&vm_network.tc())?;
+    let part = table.add(rules.add(vm_network, port), rules.remove(vm_network, port.is_some()))?;
     undo.push(Step::Rules(part));
-    undo.push(Step::Batch(Tool::Ip, segment.ip_down()));
-    Tool::Ip.run(&segment.ip_up()).map_err(|refusal| match refusal.reason.contains(TAKEN) {
+    undo.push(Step::Batch(Tool::Ip, vm_network.ip_down()));
+    Tool::Ip.run(&vm_network.ip_up()).map_err(|refusal| match refusal.reason.contains(TAKEN) {
         true => Failed::Taken(Refusal::new(
-            format!("this host has a route to {} already", segment.addresses.address),
+            format!("this host has a route to {} already", vm_network.addresses.address),
             "choose another ip_address, or destroy the VM that has it",
         )),
         false => Failed::Refused(refusal),
     })?;
     let relay = listening.map(|(listening, upstream)| {
-        Relay::start(listening, upstream, segment.clone(), rules.clone(), table.clone()).map_err(|error| {
-            Refusal::new(format!("the DNS relay of {} does not start: {error}", segment.tap.name), "look at ulimit -n")
+        Relay::start(listening, upstream, vm_network.clone(), rules.clone(), table.clone()).map_err(|error| {
+            Refusal::new(
+                format!("the DNS relay of {} does not start: {error}", vm_network.tap.name),
+                "look at ulimit -n",
+            )
         })
     });
     Ok((undo, relay.transpose()?))

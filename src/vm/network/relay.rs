@@ -1,4 +1,4 @@
-//! The DNS relay of one segment: asks for its VM, and lets the VM go where the answers point before it hears them.
+//! The DNS relay of one VM network: asks for its VM, and lets the VM go where the answers point before it hears them.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,7 +13,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::host_servers;
 use crate::host::clock;
 use crate::host::net::{Listening, Table};
-use crate::net::{Decision, Pinned, Question, Relayed, Rules, Segment, Transport, Upstream, MAX_PINNED};
+use crate::net::{Decision, Pinned, Question, Relayed, Rules, Transport, Upstream, VmNetwork, MAX_PINNED};
 
 const DNS_PORT: u16 = 53;
 /// A message over UDP; over TCP its length is a u16.
@@ -110,7 +110,7 @@ impl Relay {
     pub fn start(
         listening: Listening,
         upstream: Upstream,
-        segment: Arc<Segment>,
+        vm_network: Arc<VmNetwork>,
         rules: Rules,
         table: Arc<Table>,
     ) -> std::io::Result<Self> {
@@ -120,7 +120,7 @@ impl Relay {
         let pins = Mutex::new(Pins { restored: table.restored(), until: HashMap::new(), changes });
         let asking = Arc::new(Asking {
             upstream,
-            segment,
+            vm_network,
             rules,
             table,
             pins,
@@ -139,7 +139,7 @@ impl Relay {
 /// What both transports share.
 struct Asking {
     upstream: Upstream,
-    segment: Arc<Segment>,
+    vm_network: Arc<VmNetwork>,
     rules: Rules,
     table: Arc<Table>,
     pins: Mutex<Pins>,
@@ -186,7 +186,7 @@ async fn serve_udp(socket: Arc<UdpSocket>, asking: Arc<Asking>) {
             Ok(received) => received,
             Err(error) => {
                 // An ICMP error of an earlier answer comes back this way, too.
-                log::debug!("{}: DNS relay: {error}", asking.segment.tap.name);
+                log::debug!("{}: DNS relay: {error}", asking.vm_network.tap.name);
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 continue;
             }
@@ -198,7 +198,7 @@ async fn serve_udp(socket: Arc<UdpSocket>, asking: Arc<Asking>) {
         open.spawn(async move {
             if let Some(answer) = asking.answer(&message, Transport::Udp).await {
                 if let Err(error) = socket.send_to(&answer, peer).await {
-                    log::debug!("{}: DNS relay: {error}", asking.segment.tap.name);
+                    log::debug!("{}: DNS relay: {error}", asking.vm_network.tap.name);
                 }
             }
         });
@@ -216,14 +216,14 @@ async fn serve_tcp(listener: TcpListener, asking: Arc<Asking>) {
             Ok((stream, _)) => {
                 let asking = asking.clone();
                 open.spawn(async move {
-                    let name = asking.segment.tap.name.clone();
+                    let name = asking.vm_network.tap.name.clone();
                     if let Err(error) = serve_connection(stream, &asking).await {
                         log::debug!("{name}: DNS relay: {error}");
                     }
                 });
             }
             Err(error) => {
-                log::debug!("{}: DNS relay: {error}", asking.segment.tap.name);
+                log::debug!("{}: DNS relay: {error}", asking.vm_network.tap.name);
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -252,7 +252,7 @@ async fn write_message(stream: &mut TcpStream, message: &[u8]) -> std::io::Resul
 impl Asking {
     /// What the VM hears, if anything.
     async fn answer(&self, message: &[u8], transport: Transport) -> Option<Vec<u8>> {
-        let question = match Decision::on(message, &self.segment) {
+        let question = match Decision::on(message, &self.vm_network) {
             Decision::Ask(question) => question,
             Decision::Answer(answer) => return Some(answer),
             Decision::Drop => return None,
@@ -275,7 +275,7 @@ impl Asking {
     /// Warns, but not as often as a guest likes.
     fn warn(&self, what: &str) {
         let admitted = lock(&self.warnings).admit(Instant::now());
-        let tap = &self.segment.tap.name;
+        let tap = &self.vm_network.tap.name;
         match admitted {
             Some(0) => log::warn!("{tap}: {what}"),
             Some(more) => log::warn!("{tap}: {what} ({more} such warnings were left out)"),
@@ -296,8 +296,8 @@ impl Asking {
             };
             match asked {
                 Ok(Ok(relayed)) => return Some(relayed),
-                Ok(Err(error)) => log::debug!("{}: DNS server {server}: {error}", self.segment.tap.name),
-                Err(_) => log::debug!("{}: DNS server {server} did not answer", self.segment.tap.name),
+                Ok(Err(error)) => log::debug!("{}: DNS server {server}: {error}", self.vm_network.tap.name),
+                Err(_) => log::debug!("{}: DNS server {server} did not answer", self.vm_network.tap.name),
             }
         }
         None
@@ -354,7 +354,7 @@ impl Asking {
         }
         // Twice as long as needed, so that the next answers find it in place.
         let all: Vec<(Pinned, u32)> = all.into_iter().map(|(pinned, needed)| (pinned, needed * 2)).collect();
-        let text = self.rules.pin(self.segment.tap.index, &all);
+        let text = self.rules.pin(self.vm_network.tap.index, &all);
         let (table, begun) = (self.table.clone(), Instant::now());
         let changed = tokio::task::spawn_blocking(move || table.change(&text)).await;
         changed.map_err(|error| error.to_string())?.map_err(|refusal| refusal.reason)?;

@@ -1,32 +1,32 @@
-//! What dead processes left of their segments. A tap vanishes with its VM; its shaper, the rules and, on a tap that was
-//! made to last, addresses and settings stay. A shaper is made first and removed last, so where there is none that
+//! What dead processes left of their VMs' networks. A tap vanishes with its VM; its ifb, the rules and, on a tap that was
+//! made to last, addresses and settings stay. An ifb is made first and removed last, so where there is none that
 //! lost its VM there is nothing to look for.
 
 use super::has_flag;
 use crate::host::net::{self as host, Tool};
 use crate::host::privileges;
-use crate::net::{Rules, GENERATED_TAP, SHAPER_PREFIX};
+use crate::net::{Rules, GENERATED_TAP, IFB_PREFIX};
 
 /// Removes what belongs to nobody; blocking. What cannot be removed is logged.
 pub fn sweep() {
     let interfaces = host::interfaces();
-    let tap_of = |name: &str| name.strip_prefix(SHAPER_PREFIX).and_then(|index| index.parse::<u32>().ok());
+    let tap_of = |name: &str| name.strip_prefix(IFB_PREFIX).and_then(|index| index.parse::<u32>().ok());
     let is_held = |tap: u32| {
         let tap = interfaces.iter().find(|(index, _)| *index == tap);
         tap.is_some_and(|(_, name)| links(&["dev", name]).iter().any(|link| has_end(link)))
     };
-    let shapers = interfaces.iter().filter(|(_, name)| tap_of(name).is_some_and(|tap| !is_held(tap)));
-    let shapers: Vec<String> = shapers.map(|(_, name)| format!("link delete dev {name}\n")).collect();
-    // Whoever may not make a segment has left none, and can remove none.
-    if shapers.is_empty() || !privileges::probe().net_admin {
+    let ifbs = interfaces.iter().filter(|(_, name)| tap_of(name).is_some_and(|tap| !is_held(tap)));
+    let ifbs: Vec<String> = ifbs.map(|(_, name)| format!("link delete dev {name}\n")).collect();
+    // Whoever may not make a VM network has left none, and can remove none.
+    if ifbs.is_empty() || !privileges::probe().net_admin {
         return;
     }
     match Tool::Nft.ask(&["list", "tables"]) {
         Ok(tables) => tables.lines().filter_map(stale_rules).for_each(|rules| remove(&rules)),
         Err(refusal) => log::warn!("stale rules were not looked for: {}", refusal.reason),
     }
-    Tool::Ip.run_all(&shapers.concat());
-    log::warn!("removed the segments of {} VMs of dead processes", shapers.len());
+    Tool::Ip.run_all(&ifbs.concat());
+    log::warn!("removed the networks of {} VMs of dead processes", ifbs.len());
 }
 
 /// Lines of `ip link show`, one for each interface asked for.

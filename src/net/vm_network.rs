@@ -1,4 +1,4 @@
-//! One VM's segment: the VM, the host's end of its wire, and what may pass.
+//! The network of one VM: the VM, the host's end of its wire, and what may pass.
 //!
 //! ```text
 //!   guest               host
@@ -20,9 +20,9 @@ pub struct Before {
     pub gateway: bool,
 }
 
-/// Everything that is decided about one segment.
+/// Everything that is decided about one VM network.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Segment {
+pub struct VmNetwork {
     pub tap: Interface,
     /// `None`: the tap was made for this, and vanishes by itself.
     pub before: Option<Before>,
@@ -73,7 +73,7 @@ impl Resolution {
     }
 }
 
-impl Segment {
+impl VmNetwork {
     #[must_use]
     pub fn new(
         config: &NetworkConfig,
@@ -107,7 +107,7 @@ pub mod tests {
     use super::*;
 
     /// The description's example, on the interface with index 7.
-    pub fn example(egress: Option<&[&str]>) -> Segment {
+    pub fn example(egress: Option<&[&str]>) -> VmNetwork {
         let config = NetworkConfig {
             dns_servers: vec![[8, 8, 8, 8].into(), [8, 8, 4, 4].into()],
             egress: egress.map(|entries| entries.iter().map(|entry| EgressRule::parse(entry).unwrap()).collect()),
@@ -119,7 +119,7 @@ pub mod tests {
         let tap = Interface { name: "tap0".into(), index: 7 };
         let resolution = Resolution::of(&config, gateway, |_| false);
         let mac = MacAddress::parse("52:54:00:12:34:AB").unwrap();
-        Segment::new(&config, tap, None, mac, addresses, resolution, 100)
+        VmNetwork::new(&config, tap, None, mac, addresses, resolution, 100)
     }
 
     fn resolution(servers: &[&str], egress: Option<Vec<EgressRule>>) -> Resolution {
