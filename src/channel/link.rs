@@ -162,6 +162,11 @@ impl Link {
         self.end_tasks();
     }
 
+    /// The lock is given back before the caller asks why: a guard in a `match` lives as long as its arms.
+    fn is_closed(&self) -> bool {
+        self.state().closed.is_some()
+    }
+
     pub fn closed_reason(&self) -> String {
         self.state().closed.clone().unwrap_or_else(|| "the session ended".into())
     }
@@ -190,11 +195,11 @@ impl Link {
         let token = self.pings.fetch_add(1, Ordering::Relaxed);
         // A PING that was not answered yet will do as well.
         self.with(|calls| calls.ping(token));
-        if self.state().closed.is_some() {
+        if self.is_closed() {
             return Err(self.closed(true));
         }
         sign.await;
-        match self.state().closed.is_some() {
+        match self.is_closed() {
             true => Err(self.closed(true)),
             false => Ok(()),
         }
@@ -425,5 +430,47 @@ async fn write(link: Arc<Link>, stream: Arc<UnixStream>) {
             return link.close(&error.to_string());
         }
         link.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use microvm_protocol::handshake::{GuestHandshake, HostHandshake, HostStep};
+    use microvm_protocol::identity::{Credentials, Key};
+
+    fn session() -> Session {
+        let credentials = Credentials::agree(Key([1; 32]), &Key([2; 32]), &Key([3; 32]));
+        let record = |bytes: &[u8]| {
+            let mut decoder = Decoder::default();
+            decoder.feed(bytes);
+            decoder.next_record().unwrap().unwrap().to_vec()
+        };
+        let (guest, mut host) = (GuestHandshake::new(false).unwrap(), HostHandshake::new(credentials.of_peer()));
+        let HostStep::Send(offer) = host.receive(&record(&guest.hello().unwrap()), 1).unwrap() else { panic!() };
+        let (accept, _) = guest.receive(&record(&offer), &credentials).unwrap().accept(b"").unwrap();
+        let HostStep::Established(session, _) = host.receive(&record(&accept), 1).unwrap() else { panic!() };
+        *session
+    }
+
+    #[test]
+    fn test_sign_of_life_that_the_end_of_the_session_interrupts_is_an_error() {
+        let (told, ended) = std::sync::mpsc::channel();
+        // On a thread of its own: a deadlock is to fail the test, not to hang it.
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let waited = runtime.block_on(async {
+                let (host, guest) = UnixStream::pair().unwrap();
+                let link = Link::start(VmId::parse("vm").unwrap(), host, session(), Decoder::default());
+                let end = async {
+                    tokio::task::yield_now().await;
+                    drop(guest);
+                };
+                tokio::join!(link.sign_of_life(), end).0
+            });
+            told.send(waited).unwrap();
+        });
+        let waited = ended.recv_timeout(Duration::from_secs(20)).expect("it waits for a lock that it holds");
+        assert!(matches!(waited, Err(Error::ChannelClosed { .. })), "{waited:?}");
     }
 }
