@@ -17,7 +17,7 @@ const KEEP: usize = 16 * 1024;
 #[derive(Debug, Clone, Default)]
 pub struct Tail {
     kept: Arc<Mutex<VecDeque<u8>>>,
-    drained: Option<watch::Receiver<()>>,
+    grows: Option<watch::Receiver<()>>,
 }
 
 impl Tail {
@@ -30,35 +30,50 @@ impl Tail {
         let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(&e))?;
         nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(&e))?;
         let mut reader = tokio::net::unix::pipe::Receiver::from_owned_fd(reader).map_err(|e| failed(&e))?;
-        let (ended, drained) = watch::channel(());
-        let tail = Self { kept: Arc::default(), drained: Some(drained) };
+        let (growth, grows) = watch::channel(());
+        let tail = Self { kept: Arc::default(), grows: Some(grows) };
         let kept = tail.kept.clone();
         tokio::spawn(async move {
             let mut buffer = [0; 4096];
             while let Ok(length @ 1..) = reader.read(&mut buffer).await {
-                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                kept.extend(&buffer[..length]);
-                let excess = kept.len().saturating_sub(KEEP);
-                kept.drain(..excess);
+                {
+                    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                    kept.extend(&buffer[..length]);
+                    let excess = kept.len().saturating_sub(KEEP);
+                    kept.drain(..excess);
+                }
+                growth.send_replace(());
             }
-            drop(ended);
         });
         Ok((tail, writer))
     }
 
+    /// Waits until more was read than when this was last called; false: everything was read, and no process holds the
+    /// writing end any more.
+    pub async fn has_grown(&mut self) -> bool {
+        match &mut self.grows {
+            Some(grows) => grows.changed().await.is_ok(),
+            None => false,
+        }
+    }
+
     /// Waits until everything was read: no process holds the writing end any more.
     pub async fn drained(&self) {
-        if let Some(mut drained) = self.drained.clone() {
-            // Nothing is ever sent; the sender's end is the event.
-            while drained.changed().await.is_ok() {}
-        }
+        let mut rest = self.clone();
+        while rest.has_grown().await {}
     }
 
     /// What was kept, as text, without the control characters that a guest may send to a terminal.
     #[must_use]
     pub fn text(&self) -> String {
+        self.text_of_last(KEEP)
+    }
+
+    /// As [`Tail::text`], of the last `length` bytes alone.
+    #[must_use]
+    pub fn text_of_last(&self, length: usize) -> String {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes: Vec<u8> = kept.iter().copied().collect();
+        let bytes: Vec<u8> = kept.iter().skip(kept.len().saturating_sub(length)).copied().collect();
         String::from_utf8_lossy(&bytes).chars().filter(|c| *c == '\n' || *c == '\t' || !c.is_control()).collect()
     }
 }

@@ -438,6 +438,7 @@ impl MicroVm {
         if let Some(interval) = self.settings.heartbeat.interval {
             tokio::spawn(monitor::watch(Arc::downgrade(self), Arc::downgrade(&running), interval));
         }
+        tokio::spawn(monitor::watch_for_halt(Arc::downgrade(self), Arc::downgrade(&running)));
         tokio::spawn(watch_over(Arc::downgrade(self), Arc::downgrade(&running), running.exit_receiver()));
     }
 
@@ -582,7 +583,8 @@ impl MicroVm {
             }
             self.enter(&mut cell, VmState::Stopping, WHY);
         }
-        running.reaped().await;
+        // The VMM of a guest that has halted goes on.
+        running.shut_down(false).await;
         running.release().await;
         {
             let mut cell = self.cell();

@@ -22,6 +22,11 @@ const FIRST_FULL_SAMPLE: u32 = 2;
 const LEAST_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a VMM whose guest seems to have failed is given to end by itself.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
+/// How long after the kernel's last line its vCPUs may go on.
+const HALT_DELAY: Duration = Duration::from_millis(200);
+/// How long a guest whose console says that it has halted may take to give a sign of life all the same: the line can be
+/// written by its root, too.
+const HALT_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a repair may take.
 const REPAIR_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -59,6 +64,23 @@ pub async fn watch(vm: Weak<MicroVm>, running: Weak<Running>, interval: Duration
         }
         vm.beat(&running, interval).await;
         pause = interval;
+    }
+}
+
+/// Stops the VM when its guest halts, which is no end of its VMM; returns when the VM ends.
+pub async fn watch_for_halt(vm: Weak<MicroVm>, running: Weak<Running>) {
+    let Some(mut console) = running.upgrade().map(|running| running.console().clone()) else { return };
+    while console.has_grown().await {
+        if !running.upgrade().is_some_and(|running| running.is_halted()) {
+            continue;
+        }
+        tokio::time::sleep(HALT_DELAY).await;
+        let (Some(vm), Some(running)) = (vm.upgrade(), running.upgrade()) else { return };
+        let is_silent = running.agent().sign_of_life(HALT_PATIENCE).await.is_err();
+        // The vCPUs of a paused VM stand still on request: its silence says nothing.
+        if is_silent && vm.state() == VmState::Running {
+            return vm.on_shutdown(&running).await;
+        }
     }
 }
 
@@ -108,6 +130,10 @@ impl MicroVm {
             // A VMM that ends closes the channel a moment before its exit is known: `on_exit` says what that was.
             if health.report.reason.is_failure() && tokio::time::timeout(EXIT_GRACE, running.exited()).await.is_ok() {
                 return;
+            }
+            // A guest that has halted is no VM that hangs: it is stopped, and no policy treats it.
+            if health.verdict.reason.is_failure() && running.is_halted() {
+                return self.on_shutdown(running).await;
             }
             // Paused, stopped or dead meanwhile: the sample mixes two states.
             let (after, current) = self.now();

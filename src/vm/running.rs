@@ -20,6 +20,7 @@ use crate::error::{Error, Result, Tails};
 use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
 use crate::host::procfs::Usage;
+use crate::host::tail::Tail;
 use crate::image::template::Fit;
 use crate::model::{Backend, Grade, VmId};
 use crate::store::disk::Disk;
@@ -37,6 +38,10 @@ const REAP_DEADLINE: Duration = Duration::from_secs(5);
 const CONSOLE_DEADLINE: Duration = Duration::from_secs(1);
 /// The last line that Linux writes to its console when it ends on purpose (kernel/reboot.c); after a panic it is another one.
 const LAST_WORDS: [&str; 2] = ["reboot: Restarting system", "reboot: Power down"];
+/// The last line of a Linux that halts, as it does for `poweroff -f` where it cannot switch the power off: its VMM goes on.
+const HALTED: [&str; 2] = ["reboot: System halted", "reboot: Power off not available: System halted instead"];
+/// The last line is found in so many bytes of the console.
+const LAST_LINE_BYTES: usize = 256;
 
 /// What a clone's memory began as, and what that depends on. Not its template's disk: that may be removed by now.
 pub struct Base {
@@ -166,19 +171,29 @@ impl Running {
 
     /// Whether the VMM ended because its guest shut down or rebooted: not by a panic, nor by a fault of the VMM.
     pub async fn has_shut_down(&self, exit: &Exit) -> bool {
-        let can_be = match exit {
-            Exit::Code(0) => true,
-            // A guest's reboot is ended by this process there: vmm/cloud_hypervisor/events.rs.
-            Exit::Signal(libc::SIGKILL) => self.backend == Backend::CloudHypervisor,
-            _ => false,
-        };
-        if !can_be {
+        if !matches!(exit, Exit::Code(0) | Exit::Signal(libc::SIGKILL)) {
             return false;
         }
         if tokio::time::timeout(CONSOLE_DEADLINE, self.tails.console.drained()).await.is_err() {
             log::debug!("{}: its console is still open", self.vm_id);
         }
-        ended_on_purpose(&self.tails.console.text())
+        // A guest's reboot is ended by this process there: vmm/cloud_hypervisor/events.rs.
+        let can_be = *exit == Exit::Code(0) || self.backend == Backend::CloudHypervisor;
+        // The VMM of a halted guest is ended by this process.
+        self.is_halted() || (can_be && ended_on_purpose(&self.end_of_console()))
+    }
+
+    /// Whether the guest's kernel has halted, as the console says: the VMM does not end by that.
+    pub fn is_halted(&self) -> bool {
+        is_halted(&self.end_of_console())
+    }
+
+    fn end_of_console(&self) -> String {
+        self.tails.console.text_of_last(LAST_LINE_BYTES)
+    }
+
+    pub fn console(&self) -> &Tail {
+        &self.tails.console
     }
 
     pub fn died(&self, exit: &Exit) -> Error {
@@ -251,8 +266,15 @@ impl Running {
 }
 
 fn ended_on_purpose(console: &str) -> bool {
-    let last = console.lines().map(str::trim_end).rfind(|line| !line.is_empty()).unwrap_or_default();
-    LAST_WORDS.iter().any(|words| last.ends_with(words))
+    LAST_WORDS.iter().any(|words| last_line(console).ends_with(words))
+}
+
+fn is_halted(console: &str) -> bool {
+    HALTED.iter().any(|words| last_line(console).ends_with(words))
+}
+
+fn last_line(console: &str) -> &str {
+    console.lines().map(str::trim_end).rfind(|line| !line.is_empty()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -266,6 +288,15 @@ mod tests {
         let panic = "reboot: Restarting system\nKernel panic - not syncing: Fatal exception\n";
         for console in [panic, "", "reboot: System halted", "reboot: Restarting system, he said"] {
             assert!(!ended_on_purpose(console), "{console}");
+        }
+    }
+
+    #[test]
+    fn test_is_halted_goes_by_the_kernels_last_line() {
+        assert!(is_halted("[    3.1] reboot: System halted\r\n"));
+        assert!(is_halted("reboot: Power off not available: System halted instead"));
+        for console in ["", "reboot: Power down", "reboot: System halted\nmicrovm-agent: x", "reboot: System halted?"] {
+            assert!(!is_halted(console), "{console}");
         }
     }
 }
