@@ -132,7 +132,7 @@ impl MicroVm {
                 return;
             }
             // A guest that has halted is no VM that hangs: it is stopped, and no policy treats it.
-            if health.verdict.reason.is_failure() && running.is_halted() {
+            if health.report.reason.is_failure() && running.is_halted() {
                 return self.on_shutdown(running).await;
             }
             // Paused, stopped or dead meanwhile: the sample mixes two states.

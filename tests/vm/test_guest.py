@@ -57,6 +57,10 @@ class Users(GuestTestCase):
         self.said(vm, "head -c 4194304 /dev/zero >~/f; head -c 4194304 /dev/zero >/var/tmp/f; sync")
         self.assertLessEqual(int(self.said(vm, free)), before - 8000)
 
+    def test_program_blocks_and_ignores_no_signal(self) -> None:
+        said = self.said(self.running(), "grep -E 'Sig(Blk|Ign)' /proc/self/status")
+        self.assertEqual(said.split(), ["SigBlk:", "0" * 16, "SigIgn:", "0" * 16])
+
     def test_terminal_has_a_type(self) -> None:
         vm = self.running()
         with vm.stream("/bin/sh", ["-c", "echo $TERM; tty"], pty=True) as stream:

@@ -2,12 +2,20 @@
 
 import os
 import signal
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, Dict, List
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager
 
-from ..support import VMTestCase, eventually, limits, shell
+from ..support import VMTestCase, eventually, limits, make_rootfs, shell
+
+
+# Each way in which a guest ends itself. By name the tools ask PID 1 to do it, with -f they call reboot(2), which halts a
+# kernel that cannot switch the power off. The last ask as systemd's do: SIGRTMIN+3, +4 and +5.
+WAYS = ["poweroff", "halt", "reboot", "poweroff -f", "halt -f", "reboot -f", "kill -37 1", "kill -38 1", "kill -39 1"]
+SHUT_DOWN = "the guest shut itself down"
 
 
 class PolicyTestCase(VMTestCase):
@@ -18,6 +26,19 @@ class PolicyTestCase(VMTestCase):
 
     def actions(self) -> List[str]:
         return [event["action"] for event in self.seen if event["kind"] == "policy"]
+
+    def end_from_within(self, vm: Any, line: str) -> None:
+        """Has a program of the guest end it, and waits until the VM is stopped; the program's answer may be lost."""
+        answer = vm.send_command("exec", shell(line, timeout=60))
+        if answer is None:
+            self.assertIn(SHUT_DOWN, str(vm.last_error))
+        else:
+            self.assertEqual((answer["status"], answer["result"]["exit_code"]), ("ok", 0), answer)
+        self.assertTrue(eventually(lambda: vm.get_state().value == "stopped", 30.0), self.seen)
+
+    def assert_no_failure(self) -> None:
+        self.assertEqual(self.actions(), [])
+        self.assertNotIn("error", [event["to"] for event in self.seen if event["kind"] == "state"])
 
     def kill(self, vm: Any) -> int:
         pid = int(vm.get_info()["pid"])
@@ -106,14 +127,14 @@ class Failures(PolicyTestCase):
 
     def test_guest_that_ends_itself_is_stopped_which_is_no_failure(self) -> None:
         vm = self.running(isolation_type="session")
-        for command, params in (("shutdown", {}), ("exec", shell("reboot -f; sleep 60", timeout=60))):
-            with self.subTest(command):
-                vm.send_command(command, params)
-                self.assertTrue(eventually(lambda: vm.get_state().value == "stopped", 30.0), self.seen)
+        vm.send_command("shutdown")
+        self.assertTrue(eventually(lambda: vm.get_state().value == "stopped", 30.0), self.seen)
+        for line in WAYS:
+            with self.subTest(line):
                 self.assertTrue(vm.start(), vm.last_error)
-                self.assertEqual(self.result(vm, "ping"), "pong")
-        self.assertEqual(self.actions(), [])
-        self.assertNotIn("error", [event["to"] for event in self.seen if event["kind"] == "state"])
+                self.assertEqual(vm.get_info()["start"]["origin"], "clone")
+                self.end_from_within(vm, line)
+        self.assert_no_failure()
 
     def test_leave_is_the_default_and_the_dead_are_removed(self) -> None:
         vm = self.running(isolation_type="browser_tab")
@@ -126,6 +147,40 @@ class Failures(PolicyTestCase):
         self.manager.destroy_vm(vm.vm_id)
         time.sleep(1.0)
         self.assertEqual((self.actions(), self.manager.list_vms()), ([], []))
+
+
+class EndsFromWithin(PolicyTestCase):
+    config = {"policies": {"session": {"on_failure": "restart"}}, "templates": False, "health_interval_s": None}
+
+    def test_booted_guest_that_ends_itself_is_stopped_without_a_heartbeat(self) -> None:
+        vm = self.manager.get_vm(self.create(isolation_type="session"))
+        for line in WAYS[:6]:
+            with self.subTest(line):
+                self.assertTrue(vm.start(), vm.last_error)
+                self.end_from_within(vm, line)
+        self.assert_no_failure()
+
+    def test_guest_with_an_image_of_its_own_is_stopped_by_the_images_poweroff(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            vm = self.running(isolation_type="session", rootfs_path=str(make_rootfs(Path(folder) / "image")))
+            self.end_from_within(vm, "/bin/busybox poweroff")
+        self.assert_no_failure()
+
+    def test_poweroff_gives_programs_a_second_to_end(self) -> None:
+        vm = self.running(isolation_type="session")
+        script = "exec 2>/dev/null; trap 'echo saved; exit 0' TERM; poweroff & while :; do sleep 0.1; done"
+        stream = vm.stream("/bin/sh", ["-c", script])
+        self.assertEqual(next(iter(stream))[1], b"saved\n")
+        self.assertTrue(eventually(lambda: vm.get_state().value == "stopped", 30.0), self.seen)
+
+    def test_line_of_a_halt_that_a_program_writes_stops_nothing(self) -> None:
+        vm = self.running(isolation_type="session")
+        for _ in range(3):
+            self.result(vm, "exec", shell("echo '<0>reboot: System halted' > /dev/kmsg"))
+            time.sleep(1.0)
+            self.assertEqual(self.result(vm, "ping"), "pong")
+        self.end_from_within(vm, "halt -f")
+        self.assert_no_failure()
 
 
 class Limits(PolicyTestCase):

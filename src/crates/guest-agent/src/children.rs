@@ -9,8 +9,11 @@ use std::io;
 use std::process::{self, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 
 use crate::fork_gate::ForkGate;
 use crate::notifier::Notifier;
@@ -31,17 +34,22 @@ struct Child {
 /// The reaper calls little and keeps nothing.
 const STACK_BYTES: usize = 64 << 10;
 
-/// The children that someone waits for, and how many were ever spawned.
+/// The children that someone waits for, how many were ever spawned, and whether a process is left beside PID 1.
 struct Table {
     children: BTreeMap<i32, Child>,
     spawned: u64,
+    is_alone: bool,
 }
 
 /// Closed while the guest is frozen.
 pub static FORK_GATE: ForkGate = ForkGate::new();
-static TABLE: Mutex<Table> = Mutex::new(Table { children: BTreeMap::new(), spawned: 0 });
+static TABLE: Mutex<Table> = Mutex::new(Table { children: BTreeMap::new(), spawned: 0, is_alone: true });
 /// There is a child to wait for.
 static SPAWNED: Condvar = Condvar::new();
+/// PID 1 is alone.
+static ALONE: Condvar = Condvar::new();
+/// How long the program that asked for the end of the machine may take to end by itself.
+const ASKER_DEADLINE: Duration = Duration::from_millis(250);
 
 fn table() -> MutexGuard<'static, Table> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -55,7 +63,10 @@ pub fn start() -> io::Result<()> {
             Ok(pid) => reap(pid),
             // No children. Orphans have parents that were spawned, so nothing happens before the next spawn.
             Err(Errno::ECHILD) => {
-                let idle = SPAWNED.wait_while(table(), |table| table.spawned == seen);
+                let mut table = table();
+                table.is_alone = table.spawned == seen;
+                ALONE.notify_all();
+                let idle = SPAWNED.wait_while(table, |table| table.spawned == seen);
                 drop(idle.unwrap_or_else(PoisonError::into_inner));
             }
             Err(_) => {}
@@ -144,9 +155,28 @@ pub fn spawn(command: &mut Command, group: Group, notifier: &Arc<Notifier>) -> i
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
     table.children.insert(pid, Child { ended: None, notifier: notifier.clone() });
     table.spawned += 1;
+    table.is_alone = false;
     drop(table);
     SPAWNED.notify_all();
     Ok((child, Spawned { pid, group }))
+}
+
+/// Asks every process to end, and waits, at most `grace`, until none is left.
+pub fn end_all(grace: Duration) {
+    // The one that asked for it is to end as a program does, not by a signal.
+    if is_alone_within(ASKER_DEADLINE) {
+        return;
+    }
+    match kill(Pid::from_raw(-1), Signal::SIGTERM) {
+        Ok(()) | Err(Errno::ESRCH) => {}
+        Err(error) => eprintln!("microvm-agent: SIGTERM to all: {error}"),
+    }
+    is_alone_within(grace);
+}
+
+fn is_alone_within(deadline: Duration) -> bool {
+    let waited = ALONE.wait_timeout_while(table(), deadline, |table| !table.is_alone);
+    waited.unwrap_or_else(PoisonError::into_inner).0.is_alone
 }
 
 impl Spawned {

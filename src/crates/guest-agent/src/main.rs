@@ -18,6 +18,7 @@ mod notifier;
 mod pool;
 mod port;
 mod serve;
+mod signals;
 mod users;
 mod warm_up;
 
@@ -30,6 +31,10 @@ use network::Device;
 use serve::{End, Server};
 
 fn main() {
+    // Before there is another thread.
+    if let Err(error) = signals::block() {
+        eprintln!("microvm-agent: the signals of poweroff: {error}");
+    }
     let outcome = run();
     // Only a guest that cannot be talked to comes here; the console's tail is part of the host's error.
     eprintln!("microvm-agent: {}", outcome.err().unwrap_or_else(|| "the host closed the transport".into()));
@@ -48,6 +53,7 @@ fn run() -> Result<(), String> {
     };
     let guest = Arc::new(UnprovisionedGuest::open()?);
     children::start().map_err(|error| format!("the reaper: {error}"))?;
+    signals::start().map_err(|error| format!("the thread for signals: {error}"))?;
     let mut port = port::open(outcome != Outcome::Ready)?;
     serve::keep_freed_memory();
     let (is_ready, mut outcome) = (outcome == Outcome::Ready, encode(&outcome)?);

@@ -24,6 +24,7 @@ use super::fail;
 use crate::boot;
 use crate::children::{self, Ended, Group, Spawned, FORK_GATE};
 use crate::job::{cancelled, Job};
+use crate::signals;
 use crate::users::{self, User};
 
 pub const ROOT: u32 = 0;
@@ -228,6 +229,7 @@ impl Program<'_> {
         // SAFETY: between fork and exec only system calls are made; nothing is allocated and no lock is taken.
         unsafe {
             command.pre_exec(move || {
+                signals::unblock()?;
                 nix::unistd::setsid()?;
                 if is_terminal {
                     // SAFETY: descriptor 0 is the terminal by now.
