@@ -3,11 +3,11 @@
 //! Architecture invariant: `registry` is held for a few instructions at a time, never across an await; what takes
 //! time happens on a VM of its own, so one slow VM never blocks another.
 
-mod kept;
 mod metrics;
 mod policy;
 mod pool;
 mod shared;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -32,8 +32,8 @@ use crate::vmm::{Binaries, COST_MIB};
 use policy::Remediations;
 use pool::Pool;
 
-pub use kept::{ExportedDisk, KeptEntry};
 pub use pool::ShelfUse;
+pub use snapshots::{ExportedDisk, SnapshotEntry};
 
 /// Events that may wait for the policies to be enforced.
 const POLICY_EVENTS: usize = 65_536;
@@ -64,7 +64,7 @@ pub struct ResourceUsage {
     pub by_state: BTreeMap<&'static str, usize>,
     /// Apart from the VMs above, and yielding to them.
     pub pool: Vec<ShelfUse>,
-    /// How many templates are kept, and their bytes on disk.
+    /// How many templates there are, and their bytes on disk.
     pub templates: (usize, u64),
     /// The same of the user's own templates, and of suspended VMs.
     pub snapshots: (usize, u64),
@@ -235,11 +235,11 @@ impl Manager {
     /// [`Error::FolderRefused`], and nothing was touched or begun.
     pub async fn start(self: &Arc<Self>) -> Result<()> {
         let (folders, templates) = (self.settings.folders.clone(), self.settings.templates.clone());
-        let shelves = [self.settings.snapshots.clone(), self.settings.suspended.clone()];
+        let stores = [self.settings.snapshots.clone(), self.settings.suspended.clone()];
         let cgroup_parent = self.settings.cgroup_parent.clone();
         let sweep = move || {
             let Existing { runtime, cache } = folders.existing()?;
-            shelves.iter().for_each(|shelf| shelf.clean_up());
+            stores.iter().for_each(|store| store.clean_up());
             if let Some(templates) = templates {
                 templates.clean_up();
             }
@@ -299,7 +299,7 @@ impl Manager {
         self.pool.drain();
         self.destroy_all().await;
         if let Some(templates) = &self.settings.templates {
-            templates.give_up().await;
+            templates.cancel().await;
         }
         self.settings.suspended.removed().await;
         if let Some(zygotes) = &self.settings.zygotes {
@@ -463,7 +463,8 @@ impl Manager {
         let (allocated, available) = (self.ledger.allocated(), self.ledger.available());
         let templates = self.settings.templates.as_ref().map_or((0, 0), |store| store.usage());
         let pool = self.pool.usage();
-        let (snapshots, suspended) = (kept::usage(&self.settings.snapshots), kept::usage(&self.settings.suspended));
+        let (snapshots, suspended) =
+            (snapshots::usage(&self.settings.snapshots), snapshots::usage(&self.settings.suspended));
         let mut usage =
             ResourceUsage { total_vms: vms.len(), allocated, available, pool, templates, ..ResourceUsage::default() };
         (usage.snapshots, usage.suspended) = (snapshots, suspended);

@@ -10,7 +10,7 @@ use std::thread;
 use tokio::sync::Semaphore;
 
 use crate::host::fork::PerProcess;
-use crate::image::template::{Digests, Shelf, Store, StoreLimits};
+use crate::image::template::{Digests, SnapshotStore, Store, StoreLimits};
 
 /// Starts at once, for each CPU: one computes while another waits for the kernel.
 const STARTS_PER_CPU: usize = 2;
@@ -45,15 +45,15 @@ pub fn store(cache: &Path, limits: StoreLimits) -> Arc<Store> {
 }
 
 /// The users' own templates in a cache folder.
-pub fn snapshots(cache: &Path) -> Arc<Shelf> {
-    static KNOWN: PerProcess<Known<PathBuf, Shelf>> = PerProcess::new();
-    KNOWN.get().get(cache.to_owned(), || Shelf::snapshots(cache))
+pub fn snapshots(cache: &Path) -> Arc<SnapshotStore> {
+    static KNOWN: PerProcess<Known<PathBuf, SnapshotStore>> = PerProcess::new();
+    KNOWN.get().get(cache.to_owned(), || SnapshotStore::snapshots(cache))
 }
 
 /// The suspended VMs in a cache folder.
-pub fn suspended(cache: &Path) -> Arc<Shelf> {
-    static KNOWN: PerProcess<Known<PathBuf, Shelf>> = PerProcess::new();
-    KNOWN.get().get(cache.to_owned(), || Shelf::suspended(cache))
+pub fn suspended(cache: &Path) -> Arc<SnapshotStore> {
+    static KNOWN: PerProcess<Known<PathBuf, SnapshotStore>> = PerProcess::new();
+    KNOWN.get().get(cache.to_owned(), || SnapshotStore::suspended(cache))
 }
 
 pub fn digests() -> Arc<Digests> {
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn test_shelves_of_two_kinds_are_two() {
-        let cache = Path::new("/cache/shared-shelves");
+        let cache = Path::new("/cache/shared-stores");
         let (snapshots, suspended) = (snapshots(cache), suspended(cache));
         assert_ne!(snapshots.folder(), suspended.folder());
         let digests_in_use = digests();

@@ -16,7 +16,7 @@ use super::instance::{self, MicroVMInstance};
 use super::{convert, errors, logging};
 use crate::error::Error;
 use crate::image::template::SnapshotMetadata;
-use crate::manager::{CreateRequest, ExportedDisk, KeptEntry, Manager, ShelfUse};
+use crate::manager::{CreateRequest, ExportedDisk, Manager, ShelfUse, SnapshotEntry};
 use crate::model::{HealthStatus, IsolationType, ManagerConfig, PoolSpec, VmSpec, VmState};
 use crate::vm::MicroVm;
 
@@ -368,7 +368,7 @@ impl MicroVMIsolationManager {
     ///     the old and the new.
     fn list_suspended<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get(py)?.clone();
-        kept_list(py, "vm_id", move || manager.list_suspended())
+        list_snapshots(py, "vm_id", move || manager.list_suspended())
     }
 
     /// Copies the disk of a suspended VM to a new file: a raw ext4 file system, its holes kept.
@@ -413,7 +413,7 @@ impl MicroVMIsolationManager {
     ///     `differences` as in `list_suspended`.
     fn list_templates<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get(py)?.clone();
-        kept_list(py, "name", move || manager.list_templates())
+        list_snapshots(py, "name", move || manager.list_templates())
     }
 
     /// Deletes a template that `MicroVMInstance.snapshot` made; its clones run on.
@@ -807,18 +807,18 @@ impl MicroVMIsolationManager {
     }
 }
 
-fn kept_list<'py>(
+fn list_snapshots<'py>(
     py: Python<'py>,
     key: &'static str,
-    list: impl FnOnce() -> Vec<KeptEntry> + Send + 'static,
+    list: impl FnOnce() -> Vec<SnapshotEntry> + Send + 'static,
 ) -> PyResult<Bound<'py, PyAny>> {
     let listed = gate::wait(py, OnInterrupt::Abandon, async move { tokio::task::spawn_blocking(list).await })?;
-    let entries = listed.map_err(|error| errors::raise(py, &Error::host("list", "what is kept", error)))?;
-    convert::from_json(py, &entries.iter().map(|entry| kept_json(key, entry)).collect())
+    let entries = listed.map_err(|error| errors::raise(py, &Error::host("list", "the snapshots", error)))?;
+    convert::from_json(py, &entries.iter().map(|entry| snapshot_json(key, entry)).collect())
 }
 
-fn kept_json(key: &str, entry: &KeptEntry) -> Value {
-    let mut kept = match &entry.metadata {
+fn snapshot_json(key: &str, entry: &SnapshotEntry) -> Value {
+    let mut snapshot = match &entry.metadata {
         Ok(SnapshotMetadata { spec, created_unix_s, .. }) => json!({
             "backend": spec.backend,
             "isolation_type": spec.isolation_type,
@@ -832,11 +832,11 @@ fn kept_json(key: &str, entry: &KeptEntry) -> Value {
         Err(error) => json!({"damaged": true, "reason": error.to_string()}),
     };
     if let (Ok(metadata), "name") = (&entry.metadata, key) {
-        kept["source_vm_id"] = json!(metadata.vm_id);
+        snapshot["source_vm_id"] = json!(metadata.vm_id);
     }
-    (kept[key], kept["disk_bytes"]) = (json!(entry.name), json!(entry.disk_bytes));
-    (kept["usable"], kept["differences"]) = (json!(entry.differences.is_empty()), json!(entry.differences));
-    kept
+    (snapshot[key], snapshot["disk_bytes"]) = (json!(entry.name), json!(entry.disk_bytes));
+    (snapshot["usable"], snapshot["differences"]) = (json!(entry.differences.is_empty()), json!(entry.differences));
+    snapshot
 }
 
 fn shelf_json(shelf: &ShelfUse) -> Value {

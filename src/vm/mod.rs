@@ -33,7 +33,7 @@ use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
 use crate::host::zygote::Zygotes;
 use crate::host::{clock, process};
-use crate::image::template::{Digests, Shelf, Store};
+use crate::image::template::{Digests, SnapshotStore, Store};
 use crate::image::GuestImage;
 use crate::model::{Backend, EventKind, Grade, Ipv4Net, JailMode, Reservation, VmId, VmSpec, VmState};
 use crate::net::VmNetwork;
@@ -68,8 +68,8 @@ pub struct Settings {
     /// `None`: every VM boots.
     pub templates: Option<Arc<Store>>,
     /// Templates of the users' own, and VMs that are away.
-    pub snapshots: Arc<Shelf>,
-    pub suspended: Arc<Shelf>,
+    pub snapshots: Arc<SnapshotStore>,
+    pub suspended: Arc<SnapshotStore>,
     pub digests: Arc<Digests>,
     pub binaries: Binaries,
     pub min_isolation: Option<Grade>,

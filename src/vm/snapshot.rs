@@ -14,7 +14,9 @@ use super::template::{fit, look};
 use super::{MicroVm, Settings};
 use crate::error::{Error, Result};
 use crate::host::clock;
-use crate::image::template::{differences, Fit, Kept, Making, Shelf, SnapshotMetadata, Written};
+use crate::image::template::{
+    differences, Fit, PendingSnapshot, Snapshot, SnapshotManifest, SnapshotMetadata, SnapshotStore,
+};
 use crate::model::{SpecPatch, TemplateName, VmId, VmSpec, VmState};
 
 /// How long a guest may take to stop its programs, and to shake hands once it is woken.
@@ -24,13 +26,13 @@ const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
 pub async fn clone_of(name: &TemplateName, vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings) -> Result<Running> {
     let progress = Progress::begin("template");
     let not_found = || Error::TemplateNotFound { name: name.to_string() };
-    let kept = settings.snapshots.load(name.as_str()).await?.ok_or_else(not_found)?;
+    let snapshot = settings.snapshots.load(name.as_str()).await?.ok_or_else(not_found)?;
     let what = as_clone(vm_id, name);
-    fits(&what, spec.mismatches(&kept.metadata.spec))?;
+    fits(&what, spec.mismatches(&snapshot.metadata.spec))?;
     // A VM that no manager made still lacks what its template has.
-    let patch = SpecPatch::from(VmSpec::clone(spec)).or(kept.metadata.spec.as_template());
+    let patch = SpecPatch::from(VmSpec::clone(spec)).or(snapshot.metadata.spec.as_template());
     let spec = Arc::new(VmSpec::new(spec.isolation_type, patch));
-    run_kept(&what, vm_id, &spec, settings, progress, kept, None).await
+    run_snapshot(&what, vm_id, &spec, settings, progress, snapshot, None).await
 }
 
 /// A clone of a user's own template, for messages.
@@ -44,24 +46,24 @@ pub fn check_clone(vm_id: &VmId, spec: &VmSpec, name: &TemplateName, template: &
     fits(&as_clone(vm_id, name), spec.mismatches(template))
 }
 
-/// Starts a VM from what was kept, if this host can still go on with that.
-pub async fn run_kept(
+/// Starts a VM from a snapshot, if this host can still resume it.
+pub async fn run_snapshot(
     what: &str,
     vm_id: &VmId,
     spec: &Arc<VmSpec>,
     settings: &Settings,
     progress: Progress,
-    kept: Kept,
+    snapshot: Snapshot,
     ids: Option<Ids>,
 ) -> Result<Running> {
     progress.at("prepare");
     let mut prepared = prepare(vm_id, spec, settings).await?;
     let can = prepared.vmm.can_clone(&prepared.plan);
     fits(what, can.err().into_iter().collect())?;
-    let taken = (&kept.template.manifest.fit, kept.metadata.vmm_version.as_deref());
+    let taken = (&snapshot.template.manifest.fit, snapshot.metadata.vmm_version.as_deref());
     fits(what, differences(taken, (&fit(settings, &prepared).await?, prepared.vmm.version())))?;
     prepared.ids = ids;
-    run(prepared, settings, progress, Some(kept.template)).await
+    run(prepared, settings, progress, Some(snapshot.template)).await
 }
 
 fn fits(what: &str, differences: Vec<String>) -> Result<()> {
@@ -83,9 +85,9 @@ impl MicroVm {
         let (running, state) = self.live("take a snapshot of")?;
         let begun = Instant::now();
         let work = async {
-            let making = begin(&self.settings.snapshots, name).await?;
+            let pending = begin(&self.settings.snapshots, name).await?;
             let fit = fit_of(&running, self.spec_of(&running), &self.settings, "snapshot()").await?;
-            let copy = Copy::begin(&running, &self.spec.limits, making.path()).await?;
+            let copy = Copy::begin(&running, &self.spec.limits, pending.path()).await?;
             let hello = self.freeze(&running, state).await?;
             let stopped = Instant::now();
             let taken = copy.take(&running).await;
@@ -93,7 +95,7 @@ impl MicroVm {
             self.thaw(&running, &hello, state).await?;
             let still = stopped.elapsed();
             taken?;
-            finish(making, fit, hello, self.metadata(&running)).await?;
+            finish(pending, fit, hello, self.metadata(&running)).await?;
             Ok(still)
         };
         let still: Duration = work.await.map_err(|error: Error| error.of(self.id()))?;
@@ -179,10 +181,11 @@ impl MicroVm {
     }
 }
 
-/// In what this host differs from what was kept, or why it could not start such a VM at all: empty where it can go on.
+/// In what this host differs from the host of a snapshot, or why it could not start such a VM at all: empty where it can
+/// resume it.
 /// Blocking.
 #[must_use]
-pub fn differences_here(written: &Written, settings: &Settings) -> Vec<String> {
+pub fn differences_here(written: &SnapshotManifest, settings: &Settings) -> Vec<String> {
     let metadata = &written.metadata;
     match look(&metadata.vm_id, &metadata.spec, settings) {
         Ok(here) => differences(
@@ -193,22 +196,22 @@ pub fn differences_here(written: &Written, settings: &Settings) -> Vec<String> {
     }
 }
 
-/// Takes a name on the shelf of templates.
-async fn begin(shelf: &Arc<Shelf>, name: &TemplateName) -> Result<Making> {
-    let (shelf, name) = (shelf.clone(), name.to_string());
+/// Locks a name in the store of templates.
+async fn begin(store: &Arc<SnapshotStore>, name: &TemplateName) -> Result<PendingSnapshot> {
+    let (store, name) = (store.clone(), name.to_string());
     let beginning = tokio::task::spawn_blocking(move || {
         let taken = |reason| Error::TemplateTaken { name: name.clone(), reason };
-        let held = shelf.hold(&name)?.ok_or_else(|| taken("is being made or deleted"))?;
-        if shelf.has(&name) {
+        let held = store.lock(&name)?.ok_or_else(|| taken("is being made or deleted"))?;
+        if store.has(&name) {
             return Err(taken("exists already"));
         }
-        shelf.make(held, &name)
+        store.make(held, &name)
     });
     beginning.await.map_err(|error| Error::host("begin", "a template", error))?
 }
 
 /// Puts what was made in its place.
-pub async fn finish(making: Making, fit: Fit, hello: Vec<u8>, metadata: SnapshotMetadata) -> Result<()> {
-    let finishing = tokio::task::spawn_blocking(move || making.finish(fit, hello, metadata));
+pub async fn finish(pending: PendingSnapshot, fit: Fit, hello: Vec<u8>, metadata: SnapshotMetadata) -> Result<()> {
+    let finishing = tokio::task::spawn_blocking(move || pending.finish(fit, hello, metadata));
     finishing.await.map_err(|error| Error::host("keep", "a VM's state", error))?
 }

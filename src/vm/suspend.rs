@@ -10,10 +10,10 @@ use super::boot::Progress;
 use super::copy::{fit_of, Copy};
 use super::prepare::Ids;
 use super::running::Running;
-use super::snapshot::{finish, run_kept};
+use super::snapshot::{finish, run_snapshot};
 use super::{MicroVm, Settings};
 use crate::error::{Error, Result};
-use crate::image::template::{Held, Kept, Making};
+use crate::image::template::{NameLock, PendingSnapshot, Snapshot};
 use crate::model::{VmId, VmState};
 
 /// How long requests that are under way may take to end before a VM is suspended.
@@ -64,7 +64,7 @@ impl MicroVm {
         }
         let reserved = {
             let mut cell = self.cell();
-            // It may have died at the last moment: its state is kept all the same.
+            // The VM may have died at the last moment: its state is on disk all the same.
             if cell.state != VmState::Paused {
                 self.enter(&mut cell, VmState::Paused, "suspend");
             }
@@ -82,9 +82,9 @@ impl MicroVm {
 
     /// Keeps the VM's state; it stands still then. After an error it goes on.
     async fn put_away(&self, running: &Running, state: VmState) -> Result<()> {
-        let making = self.begin_suspending().await?;
+        let pending = self.begin_suspending().await?;
         let fit = fit_of(running, self.spec_of(running), &self.settings, "suspend()").await?;
-        let copy = Copy::begin(running, &self.spec.limits, making.path()).await?;
+        let copy = Copy::begin(running, &self.spec.limits, pending.path()).await?;
         // What waits in a VM that stands still would wait for ever.
         let open = if state == VmState::Running { running.agent().idle(IDLE_DEADLINE).await } else { 0 };
         if open > 0 {
@@ -94,25 +94,25 @@ impl MicroVm {
             return Err(Error::Guest { vm_id: self.id().to_string(), what: "suspend".into(), code: "busy", message });
         }
         let hello = self.freeze(running, state).await?;
-        let kept = async {
+        let saved = async {
             copy.take(running).await?;
-            finish(making, fit, hello.clone(), self.metadata(running)).await
+            finish(pending, fit, hello.clone(), self.metadata(running)).await
         };
-        let kept = kept.await;
-        if kept.is_err() {
+        let saved = saved.await;
+        if saved.is_err() {
             self.thaw(running, &hello, state).await?;
         }
-        kept
+        saved
     }
 
-    async fn begin_suspending(&self) -> Result<Making> {
-        let (shelf, name) = (self.settings.suspended.clone(), self.id().to_string());
+    async fn begin_suspending(&self) -> Result<PendingSnapshot> {
+        let (store, name) = (self.settings.suspended.clone(), self.id().to_string());
         let beginning = tokio::task::spawn_blocking(move || {
             let taken = || Error::host("suspend", &name, "a suspended VM of this name exists; destroy_vm() it");
-            let held = shelf.hold(&name)?.ok_or_else(taken)?;
-            match shelf.has(&name) {
+            let held = store.lock(&name)?.ok_or_else(taken)?;
+            match store.has(&name) {
                 true => Err(taken()),
-                false => shelf.make(held, &name),
+                false => store.make(held, &name),
             }
         });
         beginning.await.map_err(|error| Error::host("suspend", self.id(), error))?
@@ -143,10 +143,10 @@ impl MicroVm {
     }
 
     async fn run_again(&self, claim: &Claim) -> Result<Running> {
-        let (what, kept) = (format!("suspended VM \"{}\"", self.id()), claim.kept.clone());
-        let ids = Ids { machine_id: kept.metadata.machine_id, boot_id: kept.metadata.boot_id };
+        let (what, snapshot) = (format!("suspended VM \"{}\"", self.id()), claim.snapshot.clone());
+        let ids = Ids { machine_id: snapshot.metadata.machine_id, boot_id: snapshot.metadata.boot_id };
         let progress = Progress::begin("prepare");
-        let running = run_kept(&what, self.id(), &self.spec, &self.settings, progress, kept, Some(ids)).await?;
+        let running = run_snapshot(&what, self.id(), &self.spec, &self.settings, progress, snapshot, Some(ids)).await?;
         Ok(Running { origin: "resume", ..running })
     }
 
@@ -164,14 +164,14 @@ impl MicroVm {
 /// # Errors
 /// [`Error::VmIdTaken`] while someone resumes it, [`Error::Host`].
 pub async fn forget(settings: &Settings, vm_id: &VmId) -> Result<bool> {
-    let (shelf, vm_id) = (settings.suspended.clone(), vm_id.clone());
+    let (store, vm_id) = (settings.suspended.clone(), vm_id.clone());
     let name = vm_id.to_string();
     let forgetting = tokio::task::spawn_blocking(move || {
-        if !shelf.has(vm_id.as_str()) {
+        if !store.has(vm_id.as_str()) {
             return Ok(false);
         }
-        let held = shelf.hold(vm_id.as_str())?.ok_or_else(|| under_way(&vm_id))?;
-        shelf.remove(&held, vm_id.as_str()).map(|gone| gone.is_some())
+        let held = store.lock(vm_id.as_str())?.ok_or_else(|| under_way(&vm_id))?;
+        store.remove(&held, vm_id.as_str()).map(|gone| gone.is_some())
     });
     forgetting.await.map_err(|error| Error::host("remove", name, error))?
 }
@@ -184,8 +184,8 @@ fn under_way(vm_id: &VmId) -> Error {
 struct Claim {
     settings: Settings,
     vm_id: VmId,
-    held: Held,
-    kept: Kept,
+    held: NameLock,
+    snapshot: Snapshot,
 }
 
 impl Claim {
@@ -193,14 +193,14 @@ impl Claim {
         let (settings, vm_id) = (settings.clone(), vm_id.clone());
         let name = vm_id.to_string();
         let taking = tokio::task::spawn_blocking(move || {
-            let shelf = &settings.suspended;
+            let store = &settings.suspended;
             let not_found = || Error::VmNotFound { vm_id: vm_id.to_string() };
-            if !shelf.has(vm_id.as_str()) {
+            if !store.has(vm_id.as_str()) {
                 return Err(not_found());
             }
-            let held = shelf.hold(vm_id.as_str())?.ok_or_else(|| under_way(&vm_id))?;
-            let kept = shelf.read(vm_id.as_str())?.ok_or_else(not_found)?;
-            Ok(Self { settings, vm_id, held, kept })
+            let held = store.lock(vm_id.as_str())?.ok_or_else(|| under_way(&vm_id))?;
+            let snapshot = store.read(vm_id.as_str())?.ok_or_else(not_found)?;
+            Ok(Self { settings, vm_id, held, snapshot })
         });
         taking.await.map_err(|error| Error::host("resume", name, error))?
     }
@@ -209,11 +209,11 @@ impl Claim {
     async fn consume(self) {
         let name = self.vm_id.to_string();
         let Self { settings, vm_id, held, .. } = self;
-        let shelf = settings.suspended.clone();
+        let store = settings.suspended.clone();
         let removing = tokio::task::spawn_blocking(move || settings.suspended.remove(&held, vm_id.as_str()));
         match removing.await {
             // Nobody waits for the file system.
-            Ok(Ok(Some(gone))) => shelf.remove_later(gone).await,
+            Ok(Ok(Some(gone))) => store.remove_later(gone).await,
             Ok(Ok(None)) => log::warn!("{name}: it runs, and its suspended state was gone already"),
             Ok(Err(error)) => log::error!("{name}: it runs, but its suspended state was not removed: {error}"),
             Err(error) => log::error!("{name}: it runs, but its suspended state was not removed: {error}"),

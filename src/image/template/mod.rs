@@ -19,13 +19,15 @@ mod digest;
 mod files;
 mod fit;
 mod folder;
-mod kept;
 mod manifest;
+mod snapshots;
 mod store;
 
 pub use digest::{Digest, Digests, FileId};
 pub use files::{untouched_bytes, Template, DISK, RAM, STATE};
 pub use fit::differences;
-pub use kept::{clean_up_folder, Held, Kept, Making, Shelf, SnapshotMetadata, Written};
 pub use manifest::{Fit, FitDrive, Manifest};
+pub use snapshots::{
+    clean_up_folder, NameLock, PendingSnapshot, Snapshot, SnapshotManifest, SnapshotMetadata, SnapshotStore,
+};
 pub use store::{remove_unfinished, Store, StoreLimits};

@@ -1,4 +1,4 @@
-//! Where templates are kept, found, made once, checked and thrown away.
+//! The store of templates: finds, makes once, checks and removes them.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -25,7 +25,7 @@ const KEY_DIGITS: usize = 32;
 /// How often a process looks whether another has made the template that both want.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
-/// How much may be kept.
+/// How much the store may hold.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StoreLimits {
     pub max_bytes: u64,
@@ -35,7 +35,7 @@ pub struct StoreLimits {
 
 /// A template as this process knows it.
 #[derive(Debug, Default)]
-struct Slot {
+struct TemplateSlot {
     known: Option<Arc<Template>>,
     work: Option<Work>,
 }
@@ -54,7 +54,7 @@ struct Work {
 pub struct Store {
     folder: Arc<Folder>,
     limits: StoreLimits,
-    slots: Mutex<HashMap<String, Slot>>,
+    slots: Mutex<HashMap<String, TemplateSlot>>,
 }
 
 impl Store {
@@ -70,7 +70,7 @@ impl Store {
         self.folder.path()
     }
 
-    fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+    fn slots(&self) -> MutexGuard<'_, HashMap<String, TemplateSlot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -90,7 +90,7 @@ impl Store {
 
     /// The template for `fit`; `make` writes [`RAM`], [`STATE`] and [`DISK`] into the folder it is given and returns the agent's
     /// HELLO. Of all that want the same template, in this process and others, one makes it and the others wait. It goes on
-    /// when the caller waits no more, until it is done or [`Store::give_up`].
+    /// when the caller waits no more, until it is done or [`Store::cancel`].
     ///
     /// # Errors
     /// [`Error::FolderRefused`] when the folder is not this user's alone, [`Error::Host`], and `make`'s.
@@ -108,7 +108,7 @@ impl Store {
         }
         let mut done = self.work(key, fit, make);
         let outcome = done.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
-        outcome.unwrap_or_else(|| Err(given_up()))
+        outcome.unwrap_or_else(|| Err(cancelled()))
     }
 
     /// The task that is under way for `key`, or a new one.
@@ -127,7 +127,7 @@ impl Store {
         if let Some(work) = slot.work.as_ref().filter(|work| work.done.has_changed().is_ok()) {
             return work.done.clone();
         }
-        let (telling, done) = watch::channel(None);
+        let (sender, done) = watch::channel(None);
         let (stop, stopped) = watch::channel(false);
         slot.work = Some(Work { done: done.clone(), stop });
         let store = self.clone();
@@ -139,7 +139,7 @@ impl Store {
                 slot.work = None;
                 slot.known = outcome.as_ref().ok().cloned();
             }
-            telling.send_replace(Some(outcome));
+            sender.send_replace(Some(outcome));
         });
         done
     }
@@ -165,20 +165,20 @@ impl Store {
         }
     }
 
-    /// Ends the making of templates: no process and no file of one is left.
-    pub async fn give_up(&self) {
-        let tell = |work: &Work| {
+    /// Cancels the making of templates: no process and no file of one is left.
+    pub async fn cancel(&self) {
+        let stop = |work: &Work| {
             work.stop.send_replace(true);
             work.done.clone()
         };
-        let under_way: Vec<_> = self.slots().values().filter_map(|slot| slot.work.as_ref()).map(tell).collect();
+        let under_way: Vec<_> = self.slots().values().filter_map(|slot| slot.work.as_ref()).map(stop).collect();
         for mut done in under_way {
             // An error is the end of the task, too.
             drop(done.wait_for(Option::is_some).await);
         }
     }
 
-    /// Throws a template away that did not work out.
+    /// Removes a template that did not work.
     pub async fn discard(&self, fit: &Fit) {
         let key = fit.key();
         if let Some(slot) = self.slots().get_mut(&key) {
@@ -206,7 +206,7 @@ impl Store {
         }
     }
 
-    /// Reads and checks what is kept; what is damaged is said and removed.
+    /// Reads and checks a template; a damaged one is logged and removed.
     async fn read(&self, key: &str, fit: &Fit) -> Result<Option<Template>> {
         let (folder, key, fit) = (self.folder.clone(), key.to_owned(), fit.clone());
         let reading = tokio::task::spawn_blocking(move || {
@@ -244,17 +244,17 @@ impl Store {
         let dir = self.folder.make()?;
         let path = dir.at(key);
         let failed = |error: io::Error| Error::host("make a template", path.display(), error);
-        let making = Making { name: format!("{key}{NEW}"), dir };
-        making.dir.remove_all(&making.name).map_err(failed)?;
-        let new = making.dir.make_dir(&making.name).map_err(failed)?;
+        let pending = PendingTemplate { name: format!("{key}{NEW}"), dir };
+        pending.dir.remove_all(&pending.name).map_err(failed)?;
+        let new = pending.dir.make_dir(&pending.name).map_err(failed)?;
         let hello = unless(&stopped, make(new.path().to_owned())).await?;
         let (key, limits) = (key.to_owned(), self.limits);
         // The folder and the lock go along: a thread cannot be cancelled, only asked to end.
         let finishing = tokio::task::spawn_blocking(move || -> io::Result<Template> {
-            let (_lock, making) = (lock, making);
+            let (_lock, pending) = (lock, pending);
             write_manifest(&new, &fit, hello, || *stopped.borrow())?;
-            let dir = &making.dir;
-            dir.rename(&making.name, dir, &key)?;
+            let dir = &pending.dir;
+            dir.rename(&pending.name, dir, &key)?;
             let template = read(&dir.dir(&key)?, &fit)?;
             prune(dir, limits, Some(&key));
             Ok(template)
@@ -262,7 +262,7 @@ impl Store {
         finishing.await.map_err(|error| Error::host("make", "a template", error))?.map_err(failed)
     }
 
-    /// Removes what dead makers left, and what is too old or too much. Blocking.
+    /// Removes what dead processes left, and templates that are too old or too many. Blocking.
     pub fn clean_up(&self) {
         if let Some(dir) = self.folder.trusted() {
             remove_unfinished_in(&dir);
@@ -270,11 +270,11 @@ impl Store {
         }
     }
 
-    /// How many templates are kept, and their bytes on disk. Blocking.
+    /// How many templates there are, and their bytes on disk. Blocking.
     #[must_use]
     pub fn usage(&self) -> (usize, u64) {
-        let kept = self.folder.trusted().map_or_else(Vec::new, |dir| kept(&dir));
-        (kept.len(), kept.iter().map(|kept| kept.bytes).sum())
+        let stored = self.folder.trusted().map_or_else(Vec::new, |dir| stored(&dir));
+        (stored.len(), stored.iter().map(|template| template.bytes).sum())
     }
 }
 
@@ -286,7 +286,7 @@ fn is_key(name: &str) -> bool {
     name.len() == KEY_DIGITS && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// Removes from the folder of a store what dead makers left. Blocking.
+/// Removes the unfinished templates of dead processes from the folder of a store. Blocking.
 pub fn remove_unfinished(folder: &Path) {
     let Some(cache) = folder.parent() else { return };
     if let Some(dir) = Folder::new(cache, FOLDER).trusted() {
@@ -307,13 +307,13 @@ fn remove_unfinished_in(dir: &Dir) {
     }
 }
 
-/// The folder in which a template is being made; gone when that fails or is given up.
-struct Making {
+/// The folder in which a template is being made; removed when that fails or is cancelled.
+struct PendingTemplate {
     dir: Dir,
     name: String,
 }
 
-impl Drop for Making {
+impl Drop for PendingTemplate {
     fn drop(&mut self) {
         if let Err(error) = remove(&self.dir, &self.name) {
             log::warn!("{error}");
@@ -321,8 +321,8 @@ impl Drop for Making {
     }
 }
 
-fn given_up() -> Error {
-    Error::host("make", "a template", "it was given up: its manager stops")
+fn cancelled() -> Error {
+    Error::host("make", "a template", "it was cancelled: its manager stops")
 }
 
 /// What `work` comes to, unless it is stopped before; it is dropped then.
@@ -330,7 +330,7 @@ async fn unless<T>(stopped: &watch::Receiver<bool>, work: impl Future<Output = R
     let mut stopped = stopped.clone();
     tokio::select! {
         biased;
-        _ = stopped.wait_for(|stopped| *stopped) => Err(given_up()),
+        _ = stopped.wait_for(|stopped| *stopped) => Err(cancelled()),
         done = work => done,
     }
 }
@@ -363,7 +363,7 @@ fn read(place: &Dir, fit: &Fit) -> io::Result<Template> {
     Ok(template)
 }
 
-struct Kept {
+struct StoredTemplate {
     key: String,
     bytes: u64,
     used: SystemTime,
@@ -378,7 +378,7 @@ fn is_manifest(bytes: &[u8]) -> bool {
 }
 
 /// The whole templates in a folder, those not used for longest first.
-fn kept(dir: &Dir) -> Vec<Kept> {
+fn stored(dir: &Dir) -> Vec<StoredTemplate> {
     let look = |entry| {
         let key = folder::own_folder(&entry).filter(|name| is_key(name))?.to_owned();
         let place = dir.dir(&key).ok()?;
@@ -386,18 +386,19 @@ fn kept(dir: &Dir) -> Vec<Kept> {
             return None;
         }
         let used = place.open(USED).or_else(|_| place.open(MANIFEST)).ok()?.metadata().ok()?.modified().ok()?;
-        Some(Kept { key, bytes: folder::disk_bytes(&place).ok()?, used })
+        Some(StoredTemplate { key, bytes: folder::disk_bytes(&place).ok()?, used })
     };
-    let mut kept: Vec<Kept> = dir.entries().unwrap_or_default().into_iter().filter_map(look).collect();
-    kept.sort_by_key(|kept| kept.used);
-    kept
+    let mut stored: Vec<StoredTemplate> = dir.entries().unwrap_or_default().into_iter().filter_map(look).collect();
+    stored.sort_by_key(|template| template.used);
+    stored
 }
 
 /// Processes that use a removed template hold it in memory and do not need the files.
 fn prune(dir: &Dir, limits: StoreLimits, keep: Option<&str>) {
-    let kept = kept(dir);
-    let mut total: u64 = kept.iter().map(|kept| kept.bytes).sum();
-    for Kept { key, bytes, used } in kept.into_iter().filter(|kept| Some(kept.key.as_str()) != keep) {
+    let stored = stored(dir);
+    let mut total: u64 = stored.iter().map(|template| template.bytes).sum();
+    for StoredTemplate { key, bytes, used } in stored.into_iter().filter(|template| Some(template.key.as_str()) != keep)
+    {
         let old = used.elapsed().is_ok_and(|age| age > limits.max_age);
         if !old && total <= limits.max_bytes {
             continue;
@@ -464,8 +465,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn test_give_up_ends_what_is_made_and_leaves_nothing() {
-        let (cache, store) = store("given-up");
+    async fn test_cancel_ends_the_making_and_leaves_nothing() {
+        let (cache, store) = store("cancelled");
         let waiting = tokio::spawn({
             let store = store.clone();
             async move {
@@ -481,8 +482,8 @@ mod tests {
             assert!(begun.elapsed() < Duration::from_secs(20));
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        store.give_up().await;
-        assert!(waiting.await.unwrap().unwrap_err().to_string().contains("given up"));
+        store.cancel().await;
+        assert!(waiting.await.unwrap().unwrap_err().to_string().contains("cancelled"));
         assert_eq!(left(&cache), [] as [PathBuf; 0]);
         // A manager can be started again.
         store.find_or_make(fit(), |dir| async move { Ok(write(&dir)) }).await.unwrap();

@@ -8,13 +8,13 @@ use std::sync::Arc;
 
 use super::Manager;
 use crate::error::{Error, Result};
-use crate::image::template::{Shelf, SnapshotMetadata};
+use crate::image::template::{SnapshotMetadata, SnapshotStore};
 use crate::model::{Reservation, TemplateName, VmId, VmSpec, VmState};
 use crate::vm::{self, Ledger, MicroVm};
 
-/// One thing that is kept.
+/// A snapshot in a list: a template of the user's or a suspended VM.
 #[derive(Debug)]
-pub struct KeptEntry {
+pub struct SnapshotEntry {
     pub name: String,
     pub disk_bytes: u64,
     /// What it is; damaged, if that cannot be read.
@@ -32,9 +32,9 @@ pub struct ExportedDisk {
 }
 
 /// How many there are, and their bytes on disk. Blocking.
-pub fn usage(shelf: &Shelf) -> (usize, u64) {
-    let kept = shelf.list();
-    (kept.len(), kept.iter().map(|(_, bytes)| bytes).sum())
+pub fn usage(store: &SnapshotStore) -> (usize, u64) {
+    let snapshots = store.list();
+    (snapshots.len(), snapshots.iter().map(|(_, bytes)| bytes).sum())
 }
 
 impl Ledger for Manager {
@@ -52,13 +52,13 @@ impl Manager {
 
     /// The templates of the user's own. Blocking.
     #[must_use]
-    pub fn list_templates(&self) -> Vec<KeptEntry> {
+    pub fn list_templates(&self) -> Vec<SnapshotEntry> {
         self.entries(&self.settings.snapshots)
     }
 
     /// The suspended VMs of this user, whichever manager they were of. Blocking.
     #[must_use]
-    pub fn list_suspended(&self) -> Vec<KeptEntry> {
+    pub fn list_suspended(&self) -> Vec<SnapshotEntry> {
         self.entries(&self.settings.suspended)
     }
 
@@ -67,15 +67,15 @@ impl Manager {
     /// # Errors
     /// [`Error::TemplateNotFound`], [`Error::TemplateTaken`] while it is made, [`Error::Host`].
     pub async fn delete_template(&self, name: &TemplateName) -> Result<()> {
-        let (shelf, name) = (self.settings.snapshots.clone(), name.to_string());
+        let (store, name) = (self.settings.snapshots.clone(), name.to_string());
         let deleting = tokio::task::spawn_blocking(move || {
             let not_found = || Error::TemplateNotFound { name: name.clone() };
             let taken = || Error::TemplateTaken { name: name.clone(), reason: "is being made or deleted" };
-            if !shelf.has(&name) {
+            if !store.has(&name) {
                 return Err(not_found());
             }
-            let held = shelf.hold(&name)?.ok_or_else(taken)?;
-            shelf.remove(&held, &name)?.map(drop).ok_or_else(not_found)
+            let held = store.lock(&name)?.ok_or_else(taken)?;
+            store.remove(&held, &name)?.map(drop).ok_or_else(not_found)
         });
         deleting.await.map_err(|error| Error::host("delete", "a template", error))?
     }
@@ -129,14 +129,14 @@ impl Manager {
             let allowed = "suspended (a running VM's files can be had by download())".into();
             return Err(Error::InvalidState { vm_id: id, operation: "export_disk", state: vm.state(), allowed });
         }
-        let shelf = self.settings.suspended.clone();
+        let store = self.settings.suspended.clone();
         let exporting = tokio::task::spawn_blocking(move || {
             let name = id.as_str();
-            if !shelf.has(name) {
+            if !store.has(name) {
                 return Err(Error::VmNotFound { vm_id: name.to_owned() });
             }
             let owner = "another task that suspends, resumes or destroys it now".into();
-            let held = shelf.hold(name)?.ok_or_else(|| Error::VmIdTaken { vm_id: id.clone(), owner })?;
+            let held = store.lock(name)?.ok_or_else(|| Error::VmIdTaken { vm_id: id.clone(), owner })?;
             let made = File::options().read(true).write(true).create_new(true).mode(0o600).open(&to);
             let file = made.map_err(|error| match error.kind() {
                 ErrorKind::AlreadyExists => Error::InvalidValue {
@@ -146,7 +146,7 @@ impl Manager {
                 },
                 _ => Error::host("create", to.display(), error),
             })?;
-            let written = shelf.export_disk(&held, name, &file).and_then(|verified| {
+            let written = store.export_disk(&held, name, &file).and_then(|verified| {
                 let bytes = file.metadata().map_err(|error| Error::host("stat", to.display(), error))?.len();
                 Ok(ExportedDisk { bytes, verified })
             });
@@ -160,15 +160,15 @@ impl Manager {
         exporting.await.map_err(|error| Error::host("export", vm_id, error))?
     }
 
-    fn entries(&self, shelf: &Shelf) -> Vec<KeptEntry> {
+    fn entries(&self, store: &SnapshotStore) -> Vec<SnapshotEntry> {
         let entry = |(name, disk_bytes): (String, u64)| {
-            let written = shelf.manifest(&name).transpose()?;
+            let written = store.manifest(&name).transpose()?;
             let differences = written
                 .as_ref()
                 .map_or_else(|error| vec![error.to_string()], |written| vm::differences_here(written, &self.settings));
-            Some(KeptEntry { name, disk_bytes, metadata: written.map(|written| written.metadata), differences })
+            Some(SnapshotEntry { name, disk_bytes, metadata: written.map(|written| written.metadata), differences })
         };
-        shelf.list().into_iter().filter_map(entry).collect()
+        store.list().into_iter().filter_map(entry).collect()
     }
 
     /// Removes the state of a suspended VM that this manager does not know.

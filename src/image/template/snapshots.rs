@@ -1,15 +1,16 @@
-//! What users keep: templates of running VMs, under names of their own, and suspended VMs, under the VMs' names.
+//! The snapshots that users keep: templates of running VMs, under names of their own, and suspended VMs, under the VMs'
+//! names.
 //!
 //! ```text
 //! <cache directory>/snapshots/        0700, owned by the effective user; `suspended/` looks the same
 //!   <name>/                           appears whole, by a rename, and goes whole, by another one
 //!     manifest                        the BLAKE3 digest of the rest in hexadecimal, a line feed, JSON
 //!     ram, disk, state                as a template's
-//!   .new-<name>/                      being made by whoever holds the lock
-//!   .lock-<name>                      held by whoever makes, resumes or removes it
-//!   .gone-<random>/                   thrown away; anyone may remove it
+//!   .new-<name>/                      a pending snapshot; its maker holds the lock
+//!   .lock-<name>                      held while the snapshot is made, resumed or removed
+//!   .gone-<random>/                   trash; any process of the user may remove it
 //! ```
-//! Nothing here is pruned or made again: what is damaged is refused, and stays until its owner deletes it. Names never
+//! No snapshot is pruned or made again: a damaged one is refused, and stays until its owner deletes it. Names never
 //! begin with a dot.
 
 use std::collections::HashMap;
@@ -39,7 +40,7 @@ const GONE: &str = ".gone-";
 /// How often a lock is tried whose file its last holder removes at the same moment.
 const TRIES: usize = 8;
 
-/// The VM whose state was kept.
+/// The VM whose state a snapshot holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotMetadata {
@@ -50,52 +51,52 @@ pub struct SnapshotMetadata {
     pub machine_id: [u8; 16],
     pub boot_id: [u8; 16],
     pub created_unix_s: u64,
-    /// What its VMM said of its version; `None` in what was kept before that was noted.
+    /// What its VMM said of its version; `None` in snapshots of releases that did not note it.
     #[serde(default)]
     pub vmm_version: Option<String>,
 }
 
-/// What the manifest of something kept says.
+/// The contents of a snapshot's manifest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Written {
+pub struct SnapshotManifest {
     pub metadata: SnapshotMetadata,
     pub manifest: Manifest,
 }
 
-/// Something kept, checked and in memory.
+/// A snapshot, checked and in memory.
 #[derive(Debug, Clone)]
-pub struct Kept {
+pub struct Snapshot {
     pub metadata: SnapshotMetadata,
     pub template: Arc<Template>,
 }
 
-type Slot = Arc<tokio::sync::Mutex<Option<Kept>>>;
+type LoadedSnapshot = Arc<tokio::sync::Mutex<Option<Snapshot>>>;
 
-/// One folder of things kept by name.
+/// A folder of snapshots by name.
 #[derive(Debug)]
-pub struct Shelf {
+pub struct SnapshotStore {
     folder: Folder,
-    /// What stands on it, for messages.
+    /// What its snapshots are, for messages.
     what: &'static str,
     remedy: &'static str,
-    /// One is read by one task at a time, and once for all clones of this process.
-    slots: Mutex<HashMap<String, Slot>>,
-    /// Held for reading by whoever removes files that nobody waits for.
+    /// One task at a time reads a snapshot, once for all clones of this process.
+    slots: Mutex<HashMap<String, LoadedSnapshot>>,
+    /// Held for reading by the tasks that remove trash.
     removing: Arc<RwLock<()>>,
 }
 
-/// The lock on one name. Dropping it lets go.
+/// The lock on one name. Dropping it unlocks the name.
 #[derive(Debug)]
-pub struct Held {
+pub struct NameLock {
     dir: Dir,
     name: String,
     _lock: Lock,
 }
 
-impl Drop for Held {
+impl Drop for NameLock {
     fn drop(&mut self) {
-        // While it is still locked, so that nobody takes a name that is about to go.
+        // While it is still locked, so that no other process takes a lock file that is about to go.
         let file = lock_of(&self.name);
         if let Err(error) = self.dir.remove_file(&file) {
             log::warn!("{}: {error}", self.dir.at(&file).display());
@@ -103,16 +104,16 @@ impl Drop for Held {
     }
 }
 
-/// What was taken off a shelf. Dropping it removes the files, which may take a file system a second.
+/// A snapshot that was removed from its store. Dropping it removes the files, which may take a file system a second.
 #[derive(Debug)]
-pub struct Gone {
+pub struct Trash {
     dir: Dir,
     name: String,
 }
 
-impl Drop for Gone {
+impl Drop for Trash {
     fn drop(&mut self) {
-        // Another process that cleans up may do the same.
+        // Another process may be cleaning up the same trash.
         if let Err(error) = self.dir.remove_all(&self.name) {
             log::debug!("{}: {error}", self.dir.at(&self.name).display());
         }
@@ -123,7 +124,7 @@ fn lock_of(name: &str) -> String {
     format!("{LOCK}{name}")
 }
 
-impl Shelf {
+impl SnapshotStore {
     /// Names the folder for templates of running VMs; it is made when it is needed.
     #[must_use]
     pub fn snapshots(cache_dir: &Path) -> Self {
@@ -147,7 +148,7 @@ impl Shelf {
         self.folder.path()
     }
 
-    /// What is kept under a name; `None` when nothing is.
+    /// The folder of a snapshot; `None` when there is none of that name.
     fn place(&self, name: &str) -> Result<Option<Dir>> {
         let Some(dir) = self.folder.existing()? else { return Ok(None) };
         match dir.dir(name) {
@@ -171,12 +172,12 @@ impl Shelf {
     ///
     /// # Errors
     /// [`Error::Host`] when the folder cannot be used.
-    pub fn hold(&self, name: &str) -> Result<Option<Held>> {
+    pub fn lock(&self, name: &str) -> Result<Option<NameLock>> {
         let dir = self.folder.make()?;
         let file = lock_of(name);
         for _ in 0..TRIES {
             match dir.make_lock(&file) {
-                Ok(Some(lock)) => return Ok(Some(Held { dir, name: name.to_owned(), _lock: lock })),
+                Ok(Some(lock)) => return Ok(Some(NameLock { dir, name: name.to_owned(), _lock: lock })),
                 Ok(None) => return Ok(None),
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => return Err(Error::host("lock", dir.at(&file).display(), error)),
@@ -185,24 +186,24 @@ impl Shelf {
         Ok(None)
     }
 
-    /// Begins to make what `held` names, in a folder of its own. Blocking.
+    /// Begins a snapshot of the locked name, in a folder of its own. Blocking.
     ///
     /// # Errors
     /// [`Error::Host`].
-    pub fn make(&self, held: Held, name: &str) -> Result<Making> {
-        debug_assert_eq!(held.name, name);
+    pub fn make(&self, lock: NameLock, name: &str) -> Result<PendingSnapshot> {
+        debug_assert_eq!(lock.name, name);
         let file = format!("{NEW}{name}");
-        let failed = |error: io::Error| Error::host("make", held.dir.at(&file).display(), error);
-        held.dir.remove_all(&file).map_err(failed)?;
-        let new = held.dir.make_dir(&file).map_err(failed)?;
-        Ok(Making { new, held })
+        let failed = |error: io::Error| Error::host("make", lock.dir.at(&file).display(), error);
+        lock.dir.remove_all(&file).map_err(failed)?;
+        let new = lock.dir.make_dir(&file).map_err(failed)?;
+        Ok(PendingSnapshot { new, lock })
     }
 
-    /// What is kept under a name, without its files; `None` when nothing is. Blocking.
+    /// The manifest of a snapshot; `None` when there is none of that name. Blocking.
     ///
     /// # Errors
     /// [`Error::StateDamaged`].
-    pub fn manifest(&self, name: &str) -> Result<Option<Written>> {
+    pub fn manifest(&self, name: &str) -> Result<Option<SnapshotManifest>> {
         let Some(place) = self.place(name)? else { return Ok(None) };
         match folder::read_manifest(&place).and_then(|bytes| parse(&bytes)) {
             Ok(written) => Ok(Some(written)),
@@ -211,58 +212,59 @@ impl Shelf {
         }
     }
 
-    /// Reads and checks what is kept, or finds that it has not changed since it was read; `None` when nothing is.
+    /// Reads and checks a snapshot, or finds that it has not changed since it was read; `None` when there is none of that
+    /// name.
     ///
     /// # Errors
     /// [`Error::StateDamaged`].
-    pub async fn load(self: &Arc<Self>, name: &str) -> Result<Option<Kept>> {
+    pub async fn load(self: &Arc<Self>, name: &str) -> Result<Option<Snapshot>> {
         let slot =
             self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(name.to_owned()).or_default().clone();
         let mut known = slot.lock().await;
-        if let Some(kept) = known.take().filter(|kept| kept.template.is_unchanged()) {
-            *known = Some(kept.clone());
-            return Ok(Some(kept));
+        if let Some(snapshot) = known.take().filter(|snapshot| snapshot.template.is_unchanged()) {
+            *known = Some(snapshot.clone());
+            return Ok(Some(snapshot));
         }
-        let (shelf, name) = (self.clone(), name.to_owned());
-        let reading = tokio::task::spawn_blocking(move || shelf.read(&name));
-        let kept = reading.await.map_err(|error| Error::host("read", "what was kept", error))??;
-        known.clone_from(&kept);
-        Ok(kept)
+        let (store, name) = (self.clone(), name.to_owned());
+        let reading = tokio::task::spawn_blocking(move || store.read(&name));
+        let snapshot = reading.await.map_err(|error| Error::host("read", "a snapshot", error))??;
+        known.clone_from(&snapshot);
+        Ok(snapshot)
     }
 
-    /// As [`Shelf::load`], but remembers nothing: for what is used once. Blocking.
+    /// As [`SnapshotStore::load`], but caches nothing: for a snapshot that is used once. Blocking.
     ///
     /// # Errors
     /// [`Error::StateDamaged`].
-    pub fn read(&self, name: &str) -> Result<Option<Kept>> {
+    pub fn read(&self, name: &str) -> Result<Option<Snapshot>> {
         let Some(place) = self.place(name)? else { return Ok(None) };
         let mut metadata = None;
         let check = |bytes: &[u8]| {
-            let Written { metadata: found, manifest } = parse(bytes)?;
+            let SnapshotManifest { metadata: found, manifest } = parse(bytes)?;
             metadata = Some(found);
             Ok(manifest)
         };
         let read = Template::read(&place, check, files::checked);
         match (read, metadata) {
-            (Ok(template), Some(metadata)) => Ok(Some(Kept { metadata, template: Arc::new(template) })),
+            (Ok(template), Some(metadata)) => Ok(Some(Snapshot { metadata, template: Arc::new(template) })),
             (Err(_), _) if self.is_gone(name) => Ok(None),
             (Err(error), _) => Err(self.damaged(name, error)),
             (Ok(_), None) => Err(self.damaged(name, "it has no manifest")),
         }
     }
 
-    /// Whether it went while it was read.
+    /// Whether a snapshot was removed while it was read.
     fn is_gone(&self, name: &str) -> bool {
         matches!(self.place(name), Ok(None))
     }
 
-    /// Copies the disk of what `held` names into an empty file; whether the copy has the digest that was noted. What cannot be
-    /// started any more, or is damaged otherwise, still has its disk. Blocking.
+    /// Copies the disk of a snapshot into an empty file; returns whether the copy has the noted digest. A snapshot that cannot
+    /// be started any more, or is damaged otherwise, still has its disk. Blocking.
     ///
     /// # Errors
     /// [`Error::StateDamaged`] when there is no disk, [`Error::Host`].
-    pub fn export_disk(&self, held: &Held, name: &str, to: &File) -> Result<bool> {
-        debug_assert_eq!(held.name, name);
+    pub fn export_disk(&self, lock: &NameLock, name: &str, to: &File) -> Result<bool> {
+        debug_assert_eq!(lock.name, name);
         let place = self.place(name)?.ok_or_else(|| self.damaged(name, "its folder is gone"))?;
         let disk = place.open(DISK).map_err(|error| self.damaged(name, error))?;
         let copy = || {
@@ -275,39 +277,39 @@ impl Shelf {
         Ok(self.manifest(name).ok().flatten().is_some_and(|written| written.manifest.disk == found))
     }
 
-    /// Forgets what is kept and takes it off the shelf; `None` when nothing was there. VMs that run keep what they have.
+    /// Removes a snapshot from the store; `None` when there is none of that name. Running clones keep what they have mapped.
     /// Blocking.
     ///
     /// # Errors
     /// [`Error::Host`].
-    pub fn remove(&self, held: &Held, name: &str) -> Result<Option<Gone>> {
-        debug_assert_eq!(held.name, name);
+    pub fn remove(&self, lock: &NameLock, name: &str) -> Result<Option<Trash>> {
+        debug_assert_eq!(lock.name, name);
         let Some(dir) = self.folder.existing()? else { return Ok(None) };
         let gone = format!("{GONE}{}", clock::hex(&clock::random::<8>()?));
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
         match dir.rename(name, &dir, &gone) {
-            Ok(()) => Ok(Some(Gone { dir, name: gone })),
+            Ok(()) => Ok(Some(Trash { dir, name: gone })),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::host("remove", dir.at(name).display(), error)),
         }
     }
 
-    /// Removes the files of what is gone while the caller goes on.
-    pub async fn remove_later(&self, gone: Gone) {
+    /// Removes trash in the background.
+    pub async fn remove_later(&self, trash: Trash) {
         let removing = self.removing.clone().read_owned().await;
         let work = move || {
-            drop(gone);
+            drop(trash);
             drop(removing);
         };
         drop(tokio::task::spawn_blocking(work));
     }
 
-    /// Waits until nothing is being removed any more.
+    /// Waits until no trash is being removed.
     pub async fn removed(&self) {
         drop(self.removing.write().await);
     }
 
-    /// The names of what is kept, and their bytes on disk. Blocking.
+    /// The names of the snapshots, and their bytes on disk. Blocking.
     #[must_use]
     pub fn list(&self) -> Vec<(String, u64)> {
         let Some(dir) = self.folder.trusted() else { return Vec::new() };
@@ -318,7 +320,7 @@ impl Shelf {
         dir.entries().unwrap_or_default().into_iter().filter_map(look).collect()
     }
 
-    /// Removes what dead processes left half-way. Blocking.
+    /// Removes the pending snapshots, trash and locks of dead processes. Blocking.
     pub fn clean_up(&self) {
         let Some(dir) = self.folder.trusted() else { return };
         for entry in dir.entries().unwrap_or_default() {
@@ -327,13 +329,13 @@ impl Shelf {
             let removed = if is_folder && name.strip_prefix(GONE).is_some_and(is_random) {
                 dir.remove_all(name)
             } else if let Some(of) = name.strip_prefix(NEW).filter(|_| is_folder) {
-                match self.hold(of) {
+                match self.lock(of) {
                     Ok(Some(_held)) => dir.remove_all(name),
                     _ => Ok(()),
                 }
             } else if let Some(of) = name.strip_prefix(LOCK).filter(|_| is_empty_file(&dir, name)) {
                 // Dropping the lock removes its file, too.
-                drop(self.hold(of));
+                drop(self.lock(of));
                 Ok(())
             } else {
                 Ok(())
@@ -351,7 +353,7 @@ fn is_half_made(dir: &Dir, name: &str) -> bool {
     dir.dir(name).and_then(|folder| folder.entries()).is_ok_and(|entries| entries.into_iter().all(ours))
 }
 
-/// Whether digits are those of a name that [`Shelf::remove`] gives.
+/// Whether digits are those of a name that [`SnapshotStore::remove`] gives.
 fn is_random(digits: &str) -> bool {
     digits.len() == 16 && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
@@ -360,15 +362,15 @@ fn is_empty_file(dir: &Dir, name: &str) -> bool {
     dir.open(name).and_then(|file| file.metadata()).is_ok_and(|meta| meta.len() == 0)
 }
 
-/// As [`Shelf::clean_up`], for the folder of one. Blocking.
+/// As [`SnapshotStore::clean_up`], for the folder of one. Blocking.
 pub fn clean_up_folder(folder: &Path) {
     let known = [SNAPSHOTS, SUSPENDED].into_iter().find(|name| folder.ends_with(name));
     if let Some((cache, name)) = folder.parent().zip(known) {
-        Shelf::new(Folder::new(cache, name), "kept", "").clean_up();
+        SnapshotStore::new(Folder::new(cache, name), "snapshot", "").clean_up();
     }
 }
 
-fn parse(bytes: &[u8]) -> io::Result<Written> {
+fn parse(bytes: &[u8]) -> io::Result<SnapshotManifest> {
     let invalid = |what: &str| io::Error::new(ErrorKind::InvalidData, what.to_owned());
     let at = bytes.iter().position(|byte| *byte == b'\n').ok_or_else(|| invalid("its manifest has no digest"))?;
     let (digest, json) = (&bytes[..at], &bytes[at + 1..]);
@@ -397,27 +399,27 @@ fn with_spec(mut written: Value) -> Value {
     written
 }
 
-/// A folder in which something is made that is to be kept; gone when that fails or is given up.
+/// The folder of a snapshot that is being made; removed when that fails or is cancelled.
 #[derive(Debug)]
-pub struct Making {
+pub struct PendingSnapshot {
     new: Dir,
-    held: Held,
+    lock: NameLock,
 }
 
-impl Making {
+impl PendingSnapshot {
     #[must_use]
     pub fn path(&self) -> &Path {
         self.new.path()
     }
 
-    /// Puts it in its place, now that its three files are written: safe against a crash of the machine. Blocking.
+    /// Publishes the snapshot, now that its three files are written: safe against a crash of the machine. Blocking.
     ///
     /// # Errors
     /// [`Error::Host`].
     pub fn finish(self, fit: Fit, hello: Vec<u8>, metadata: SnapshotMetadata) -> Result<()> {
         let work = || -> io::Result<()> {
             let manifest = files::describe(&self.new, fit, hello)?;
-            let json = serde_json::to_vec(&Written { metadata, manifest })?;
+            let json = serde_json::to_vec(&SnapshotManifest { metadata, manifest })?;
             let mut file = self.new.create(MANIFEST)?;
             file.write_all(Digest::of(&json).as_str().as_bytes())?;
             file.write_all(b"\n")?;
@@ -426,17 +428,17 @@ impl Making {
             for name in [RAM, STATE, DISK] {
                 self.new.open(name)?.sync_all()?;
             }
-            let Held { dir, name, .. } = &self.held;
+            let NameLock { dir, name, .. } = &self.lock;
             dir.rename(format!("{NEW}{name}"), dir, name)?;
             dir.sync()
         };
-        work().map_err(|error| Error::host("keep", self.held.dir.at(&self.held.name).display(), error))
+        work().map_err(|error| Error::host("keep", self.lock.dir.at(&self.lock.name).display(), error))
     }
 }
 
-impl Drop for Making {
+impl Drop for PendingSnapshot {
     fn drop(&mut self) {
-        let Held { dir, name, .. } = &self.held;
+        let NameLock { dir, name, .. } = &self.lock;
         if let Err(error) = dir.remove_all(format!("{NEW}{name}")) {
             log::warn!("{}: {error}", self.new.path().display());
         }
@@ -453,9 +455,9 @@ mod tests {
     use std::os::unix::fs::DirBuilderExt;
     use std::path::PathBuf;
 
-    fn shelf(name: &str) -> (PathBuf, Arc<Shelf>) {
-        let cache = std::env::temp_dir().join(format!("kept-{}-{name}", std::process::id()));
-        (cache.clone(), Arc::new(Shelf::snapshots(&cache)))
+    fn store(name: &str) -> (PathBuf, Arc<SnapshotStore>) {
+        let cache = std::env::temp_dir().join(format!("snapshots-{}-{name}", std::process::id()));
+        (cache.clone(), Arc::new(SnapshotStore::snapshots(&cache)))
     }
 
     fn metadata() -> SnapshotMetadata {
@@ -470,12 +472,12 @@ mod tests {
         }
     }
 
-    fn keep(shelf: &Shelf, name: &str) {
-        let making = shelf.make(shelf.hold(name).unwrap().unwrap(), name).unwrap();
+    fn keep(store: &SnapshotStore, name: &str) {
+        let pending = store.make(store.lock(name).unwrap().unwrap(), name).unwrap();
         for file in [RAM, STATE, DISK] {
-            fs::write(making.path().join(file), file).unwrap();
+            fs::write(pending.path().join(file), file).unwrap();
         }
-        making.finish(fit(), b"hello".to_vec(), metadata()).unwrap();
+        pending.finish(fit(), b"hello".to_vec(), metadata()).unwrap();
     }
 
     /// A manifest in the former form.
@@ -528,16 +530,16 @@ mod tests {
 
     #[test]
     fn test_holes_of_a_template_count_for_as_long_as_a_clone_holds_its_memory() {
-        let (cache, shelf) = shelf("holes");
-        let making = shelf.make(shelf.hold("a").unwrap().unwrap(), "a").unwrap();
+        let (cache, store) = store("holes");
+        let pending = store.make(store.lock("a").unwrap().unwrap(), "a").unwrap();
         for file in [RAM, STATE, DISK] {
-            fs::write(making.path().join(file), file).unwrap();
+            fs::write(pending.path().join(file), file).unwrap();
         }
         // So large that the other tests' templates are nothing beside it.
         let bytes = 1 << 40;
-        File::options().write(true).open(making.path().join(RAM)).unwrap().set_len(bytes).unwrap();
-        making.finish(fit(), b"hello".to_vec(), metadata()).unwrap();
-        let ram = shelf.read("a").unwrap().unwrap().template.ram.clone();
+        File::options().write(true).open(pending.path().join(RAM)).unwrap().set_len(bytes).unwrap();
+        pending.finish(fit(), b"hello".to_vec(), metadata()).unwrap();
+        let ram = store.read("a").unwrap().unwrap().template.ram.clone();
         assert!(files::untouched_bytes() >= bytes - 4096);
         drop(ram);
         assert!(files::untouched_bytes() < bytes / 2);
@@ -545,72 +547,72 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn test_kept_is_found_again_and_removed_whole() {
-        let (cache, shelf) = shelf("found");
-        keep(&shelf, "a");
-        assert_eq!(shelf.manifest("a").unwrap().unwrap().metadata, metadata());
-        let kept = shelf.load("a").await.unwrap().unwrap();
-        assert!(Arc::ptr_eq(&kept.template, &shelf.load("a").await.unwrap().unwrap().template));
+    async fn test_snapshot_is_found_again_and_removed_whole() {
+        let (cache, store) = store("found");
+        keep(&store, "a");
+        assert_eq!(store.manifest("a").unwrap().unwrap().metadata, metadata());
+        let kept = store.load("a").await.unwrap().unwrap();
+        assert!(Arc::ptr_eq(&kept.template, &store.load("a").await.unwrap().unwrap().template));
         assert_eq!((kept.metadata, kept.template.manifest.hello.as_slice()), (metadata(), &b"hello"[..]));
-        let held = shelf.hold("a").unwrap().unwrap();
-        assert!(shelf.remove(&held, "a").unwrap().is_some() && shelf.remove(&held, "a").unwrap().is_none());
-        drop(held);
-        assert!(shelf.load("a").await.unwrap().is_none() && shelf.manifest("a").unwrap().is_none());
+        let lock = store.lock("a").unwrap().unwrap();
+        assert!(store.remove(&lock, "a").unwrap().is_some() && store.remove(&lock, "a").unwrap().is_none());
+        drop(lock);
+        assert!(store.load("a").await.unwrap().is_none() && store.manifest("a").unwrap().is_none());
         assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 0);
         fs::remove_dir_all(cache).unwrap();
     }
 
     #[tokio::test]
     async fn test_any_changed_byte_is_refused() {
-        let (cache, shelf) = shelf("damage");
+        let (cache, store) = store("damage");
         for file in [RAM, STATE, DISK, MANIFEST] {
-            keep(&shelf, "a");
-            shelf.load("a").await.unwrap().unwrap();
+            keep(&store, "a");
+            store.load("a").await.unwrap().unwrap();
             let path = cache.join("snapshots/a").join(file);
             let mut bytes = fs::read(&path).unwrap();
             let last = bytes.len() - 1;
             bytes[last] ^= 1;
             fs::write(&path, bytes).unwrap();
-            let error = shelf.load("a").await.unwrap_err();
+            let error = store.load("a").await.unwrap_err();
             assert!(error.code() == "state_damaged" && error.to_string().contains("\"a\""), "{file}: {error}");
-            assert!(shelf.read("a").is_err());
-            drop(shelf.remove(&shelf.hold("a").unwrap().unwrap(), "a").unwrap());
+            assert!(store.read("a").is_err());
+            drop(store.remove(&store.lock("a").unwrap().unwrap(), "a").unwrap());
         }
         fs::remove_dir_all(cache).unwrap();
     }
 
     /// Another user who may write in a folder on the way could put a state of his own there, with digests that fit.
     #[test]
-    fn test_what_is_kept_in_folders_open_to_others_is_not_used_and_stays() {
+    fn test_snapshot_in_folders_open_to_others_is_not_used_and_stays() {
         use std::os::unix::fs::{symlink, PermissionsExt};
 
-        let (cache, shelf) = shelf("open");
-        keep(&shelf, "a");
+        let (cache, store) = store("open");
+        keep(&store, "a");
         let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
         for path in [cache.clone(), cache.join("snapshots"), cache.join("snapshots/a")] {
             set(&path, 0o777);
-            assert!(shelf.read("a").is_err() && shelf.manifest("a").is_err(), "{}", path.display());
-            shelf.clean_up();
+            assert!(store.read("a").is_err() && store.manifest("a").is_err(), "{}", path.display());
+            store.clean_up();
             set(&path, 0o700);
-            assert!(shelf.read("a").unwrap().is_some());
+            assert!(store.read("a").unwrap().is_some());
         }
         let outside = cache.with_extension("outside");
         for file in [RAM, STATE, DISK, MANIFEST] {
             let path = cache.join("snapshots/a").join(file);
             fs::rename(&path, &outside).unwrap();
             symlink(&outside, &path).unwrap();
-            assert_eq!(shelf.read("a").unwrap_err().code(), "state_damaged", "{file}");
+            assert_eq!(store.read("a").unwrap_err().code(), "state_damaged", "{file}");
             fs::rename(&outside, &path).unwrap();
         }
         symlink(&outside, cache.join("snapshots/.lock-b")).unwrap();
-        assert!(shelf.hold("b").is_err() && !outside.exists());
+        assert!(store.lock("b").is_err() && !outside.exists());
         fs::remove_dir_all(cache).unwrap();
     }
 
     #[test]
-    fn test_cleaning_up_leaves_what_is_not_of_its_making() {
-        let (cache, shelf) = shelf("foreign");
-        keep(&shelf, "a");
+    fn test_clean_up_leaves_foreign_files() {
+        let (cache, store) = store("foreign");
+        keep(&store, "a");
         let folder = cache.join("snapshots");
         for name in ["2024-01-01", ".git", ".gone", ".cache"] {
             fs::create_dir(folder.join(name)).unwrap();
@@ -619,7 +621,7 @@ mod tests {
         fs::write(folder.join(".gone-file"), b"x").unwrap();
         std::os::unix::fs::symlink(folder.join("2024-01-01"), folder.join(".new-link")).unwrap();
         let before = fs::read_dir(&folder).unwrap().count();
-        shelf.clean_up();
+        store.clean_up();
         clean_up_folder(&folder);
         assert_eq!(fs::read_dir(&folder).unwrap().count(), before);
         assert!(folder.join("2024-01-01/file").exists());
@@ -627,34 +629,34 @@ mod tests {
     }
 
     #[test]
-    fn test_hold_is_one_holders_at_a_time_and_leaves_nothing() {
-        let (cache, shelf) = shelf("hold");
-        let held = shelf.hold("a").unwrap().unwrap();
-        assert!(shelf.hold("a").unwrap().is_none());
-        assert!(shelf.hold("b").unwrap().is_some());
-        drop(held);
-        assert!(shelf.hold("a").unwrap().is_some());
+    fn test_lock_has_one_holder_at_a_time_and_leaves_nothing() {
+        let (cache, store) = store("hold");
+        let lock = store.lock("a").unwrap().unwrap();
+        assert!(store.lock("a").unwrap().is_none());
+        assert!(store.lock("b").unwrap().is_some());
+        drop(lock);
+        assert!(store.lock("a").unwrap().is_some());
         assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 0);
         fs::remove_dir_all(cache).unwrap();
     }
 
     #[test]
-    fn test_making_given_up_or_of_a_dead_maker_leaves_nothing() {
-        let (cache, shelf) = shelf("given-up");
-        drop(shelf.make(shelf.hold("a").unwrap().unwrap(), "a").unwrap());
+    fn test_pending_snapshot_cancelled_or_of_a_dead_process_leaves_nothing() {
+        let (cache, store) = store("cancelled");
+        drop(store.make(store.lock("a").unwrap().unwrap(), "a").unwrap());
         for name in [".new-b", ".gone-0123456789abcdef"] {
             DirBuilder::new().mode(0o700).create(cache.join("snapshots").join(name)).unwrap();
             fs::write(cache.join("snapshots").join(name).join(RAM), b"half").unwrap();
         }
         fs::write(cache.join("snapshots/.lock-b"), b"").unwrap();
-        let (held, mine) = (shelf.hold("c").unwrap(), cache.join("snapshots/.new-c"));
+        let (lock, mine) = (store.lock("c").unwrap(), cache.join("snapshots/.new-c"));
         fs::create_dir(&mine).unwrap();
-        shelf.clean_up();
+        store.clean_up();
         assert!(mine.exists());
-        drop(held);
+        drop(lock);
         fs::remove_dir(mine).unwrap();
         assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 0);
-        assert_eq!(shelf.list(), []);
+        assert_eq!(store.list(), []);
         fs::remove_dir_all(cache).unwrap();
     }
 }
