@@ -111,8 +111,7 @@ impl Attempt<'_> {
 
     /// What may be the matter with a guest that computes and says nothing.
     fn busy(&self) -> Option<String> {
-        let stage = self.progress.stage();
-        if !matches!(stage, GUEST_BOOT | TEMPLATE) {
+        if self.progress.stage() != GUEST_BOOT {
             return None;
         }
         let pid = self.jailed.pid()?;

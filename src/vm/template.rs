@@ -11,7 +11,7 @@ use microvm_protocol::handshake::{has_failed, Ask};
 use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
 use tokio::io::AsyncWriteExt;
 
-use super::boot::{Attempt, Progress, TEMPLATE};
+use super::boot::{Attempt, Progress, GUEST_BOOT, TEMPLATE};
 use super::identity_delivery::IdentityDelivery;
 use super::prepare::{self, file_size, Prepared, Sources};
 use super::{new_id, Settings};
@@ -108,7 +108,11 @@ impl Maker {
         let progress = Progress::begin(TEMPLATE);
         let mut prepared = prepare::prepare(&self.vm_id, &self.spec, &self.settings).await?;
         prepared.plan.nic = self.is_connected.then(Nic::unplugged);
-        record(&prepared, &self.settings, &progress, dir).await
+        let hello = record(&prepared, &self.settings, &progress, dir).await?;
+        let lengths = progress.lengths();
+        let stages: Vec<String> = lengths.iter().map(|(stage, length)| format!("{stage} {length:.1?}")).collect();
+        log::debug!("{}: recorded: {}", self.vm_id, stages.join(", "));
+        Ok(hello)
     }
 }
 
@@ -210,8 +214,10 @@ pub fn look(vm_id: &VmId, spec: &VmSpec, settings: &Settings) -> Result<Here> {
 
 /// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
 async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
+    progress.at("drives");
     let Recording { plan, origin, files } = recording(prepared, &settings.image, dir)?;
     let vm_id = &plan.vm_id;
+    progress.at("launch");
     let launched = prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let Launched { jailed, agent, control, tails, identity } = launched;
     let identity_delivery = IdentityDelivery::by(identity);
@@ -222,12 +228,14 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;
     let frozen = async {
         control.boot().await?;
+        progress.at(GUEST_BOOT);
         let mut transport = agent.open().await?;
         let mut hello = Agent::hello(vm_id, &mut transport).await?;
         if has_failed(&hello) {
             // A boot of the VM itself will say what.
             return Err(Error::host("freeze", vm_id, "the guest could not be set up"));
         }
+        progress.at("warm-up");
         for _ in 0..WARM_UPS {
             tokio::time::sleep(BETWEEN).await;
             identity_delivery.warm_up()?;
@@ -235,10 +243,12 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
             hello = Agent::hello(vm_id, &mut transport).await?;
         }
         tokio::time::sleep(BETWEEN).await;
+        progress.at("save");
         control.save(state.into()).await?;
         Ok(hello)
     };
     let hello = attempt.race(frozen).await?;
+    progress.at("end");
     jailed.kill();
     jailed.reaped().await;
     if prepared.held.uid().is_some() {

@@ -5,7 +5,7 @@ use std::future::Future;
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
 
@@ -251,11 +251,14 @@ impl Store {
         let (key, limits) = (key.to_owned(), self.limits);
         // The folder and the lock go along: a thread cannot be cancelled, only asked to end.
         let finishing = tokio::task::spawn_blocking(move || -> io::Result<Template> {
-            let (_lock, pending) = (lock, pending);
+            let (_lock, pending, begun) = (lock, pending, Instant::now());
             write_manifest(&new, &fit, hello, || *stopped.borrow())?;
+            let described = begun.elapsed();
             let dir = &pending.dir;
             dir.rename(&pending.name, dir, &key)?;
             let template = read(&dir.dir(&key)?, &fit)?;
+            let read = begun.elapsed() - described;
+            log::debug!("template {key}: described in {described:.1?}, read into memory in {read:.1?}");
             prune(dir, limits, Some(&key));
             Ok(template)
         });
