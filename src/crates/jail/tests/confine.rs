@@ -45,12 +45,13 @@ impl Outcome {
     }
 }
 
-/// Starts the launcher with a spec whose stdout and stderr are `output`.
-fn launch(mut spec: LaunchSpec, output: UnixStream) -> (Child, OwnedFd) {
+/// Starts the launcher under a umask, in octal, with a spec whose stdout and stderr are `output`.
+fn launch(mut spec: LaunchSpec, output: UnixStream, umask: &str) -> (Child, OwnedFd) {
     spec.fds = vec![1, 2];
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
     setsockopt(&ours, sockopt::PassCred, &true).unwrap();
-    let launcher = Command::new(env!("CARGO_BIN_EXE_microvm-jail"))
+    let launcher = Command::new("/bin/sh")
+        .args(["-c", "umask $1; exec $0", env!("CARGO_BIN_EXE_microvm-jail"), umask])
         .stdin(Stdio::from(theirs))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -72,8 +73,12 @@ fn launch(mut spec: LaunchSpec, output: UnixStream) -> (Child, OwnedFd) {
 
 /// Runs a spec to its end.
 fn run(spec: LaunchSpec) -> Outcome {
+    run_under("022", spec)
+}
+
+fn run_under(umask: &str, spec: LaunchSpec) -> Outcome {
     let (mut output, end) = UnixStream::pair().unwrap();
-    let (mut launcher, control) = launch(spec, end);
+    let (mut launcher, control) = launch(spec, end, umask);
     let mut text = String::new();
     output.read_to_string(&mut text).unwrap();
     let events = events(&control);
@@ -88,7 +93,7 @@ fn run(spec: LaunchSpec) -> Outcome {
 /// The status of a program that sleeps, as the host sees it.
 fn status_of(spec: LaunchSpec) -> String {
     let (_output, end) = UnixStream::pair().unwrap();
-    let (mut launcher, control) = launch(spec, end);
+    let (mut launcher, control) = launch(spec, end, "022");
     let pid = std::iter::from_fn(|| receive(&control)).find_map(|(event, pid)| match event {
         JailEvent::Started { .. } => Some(pid),
         _ => None,
@@ -154,6 +159,16 @@ fn test_root_holds_the_named_files_and_nothing_else() {
     let outcome = run(LaunchSpec { landlock: false, ..spec });
     let found: Vec<&str> = outcome.output.lines().collect();
     assert_eq!(found, ["/", "/bin", "/bin/busybox", "/data", "/data/read", "/dev", "/dev/null"]);
+}
+
+#[test]
+fn test_root_is_open_to_the_vmms_user_whatever_the_umask() {
+    let identity = is_root().then_some(Identity { uid: 1_234_567, gid: 1_234_567 });
+    for umask in ["000", "022", "077", "777"] {
+        let Some(spec) = script("/bin/busybox stat -c %a /bin /data /dev") else { return };
+        let outcome = run_under(umask, LaunchSpec { identity, ..spec });
+        assert_eq!(outcome.output, "755\n755\n755\n", "{umask}: {:?}", outcome.events);
+    }
 }
 
 #[test]

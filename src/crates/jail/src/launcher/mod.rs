@@ -25,6 +25,7 @@ mod vmm;
 use std::os::fd::OwnedFd;
 
 use crate::{LaunchSpec, Stage, SETUP_FAILED};
+use nix::sys::stat::{umask, Mode};
 use nix::unistd::ForkResult;
 
 use confine::Cgroups;
@@ -86,6 +87,8 @@ pub fn run(become_vmm: Become) -> i32 {
 /// Cuts what ties the launcher to the manager's process, except the control socket.
 fn isolate() -> Result<(), Failure> {
     descriptors::null_standard_streams()?;
+    // Whatever the manager's is, the folders of the VMM's root are open to the VMM's user, who need not be this one.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     process::shield()?;
     process::leave_session_if_possible()
 }
