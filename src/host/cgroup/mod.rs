@@ -11,9 +11,10 @@ mod v2;
 
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -359,6 +360,16 @@ fn remove(folder: &Path) -> io::Result<()> {
         true => Ok(()),
         false => Err(Errno::EBUSY.into()),
     }
+}
+
+/// Makes a group; its owner may use it, whatever the umask.
+fn make(folder: &Path) -> io::Result<()> {
+    fs::create_dir(folder)?;
+    let opened = fs::set_permissions(folder, Permissions::from_mode(0o755));
+    if opened.is_err() {
+        fs::remove_dir(folder)?;
+    }
+    opened
 }
 
 /// Writes one control file of a group.

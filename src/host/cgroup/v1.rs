@@ -1,9 +1,8 @@
 //! One controller's hierarchy of cgroup v1 (Documentation/admin-guide/cgroup-v1 of the kernel).
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{set, Controller, Device, Limits};
+use super::{make, set, Controller, Device, Limits};
 
 pub struct Made {
     pub folder: Option<PathBuf>,
@@ -14,7 +13,7 @@ pub struct Made {
 pub fn create(own: &Path, name: &str, controller: Controller, limits: &Limits) -> Made {
     let folder = own.join(name);
     // Controllers may share a hierarchy (cpu,cpuacct): then the folder is there already, and ours.
-    if let Err(error) = fs::create_dir(&folder) {
+    if let Err(error) = make(&folder) {
         if error.kind() != std::io::ErrorKind::AlreadyExists {
             let remedy = "an administrator can delegate a group: mkdir, chown, and start this process in it";
             return Made { folder: None, outcome: Err(format!("mkdir {}: {error}; {remedy}", folder.display())) };

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::hierarchy::Unified;
-use super::{set, Controller, Device, Limits, Outcome};
+use super::{make, set, Controller, Device, Limits, Outcome};
 
 pub struct Made {
     pub folder: Option<PathBuf>,
@@ -29,7 +29,7 @@ pub fn create(v2: &Unified, parent: Option<&Path>, name: &str, wanted: &[Control
             break;
         }
     }
-    let made = best.map(|(candidate, _)| candidate.join(name)).and_then(|folder| match fs::create_dir(&folder) {
+    let made = best.map(|(candidate, _)| candidate.join(name)).and_then(|folder| match make(&folder) {
         Ok(()) => Some(folder),
         Err(error) => {
             reason = format!("mkdir {}: {error}", folder.display());
