@@ -1,8 +1,8 @@
-//! The drives that are made for one VM.
+//! The files that are made for one VM: its drives, and what its VMM saves.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::Read;
-use std::os::unix::fs::{fchown, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{fchown, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -12,18 +12,37 @@ use crate::host::{memfd, reflink};
 const CHUNK: usize = 64 * 1024;
 static ZEROS: [u8; CHUNK] = [0; CHUNK];
 
+/// Makes a file that this user alone may read and write, whatever the umask.
+///
+/// # Errors
+/// What open(2) says, `AlreadyExists` among it.
+pub fn create_private(path: &Path, options: &mut OpenOptions) -> std::io::Result<File> {
+    let file = options.create_new(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    Ok(file)
+}
+
 /// Makes a drive of `size` bytes that reads as zeros, for `owner` alone; `None`: for this user.
 ///
 /// # Errors
 /// [`Error::Host`].
 pub fn create_drive(path: &Path, size: u64, owner: Option<u32>) -> Result<File> {
     let make = || {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        let file = create_private(path, OpenOptions::new().read(true).write(true))?;
         file.set_len(size)?;
         owner.map_or(Ok(()), |owner| fchown(&file, Some(owner), None))?;
         Ok(file)
     };
     make().map_err(|error: std::io::Error| Error::host("create", path.display(), error))
+}
+
+/// Makes the file that a VMM saves its devices' state to. It is open for writing only: from the descriptors that QEMU is given
+/// it takes none that can be read, too.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn create_state(path: &Path) -> Result<File> {
+    create_private(path, OpenOptions::new().write(true)).map_err(|error| Error::host("create", path.display(), error))
 }
 
 /// Begins an empty disk with the template's file system; the agent grows that.

@@ -7,4 +7,4 @@ pub mod template;
 
 pub use checks::{check_kernel, check_rootfs};
 pub use data::GuestImage;
-pub use drives::{copy_disk, create_drive, write_config_drive, write_disk};
+pub use drives::{copy_disk, create_drive, create_private, create_state, write_config_drive, write_disk};

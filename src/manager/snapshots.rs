@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::Manager;
 use crate::error::{Error, Result};
+use crate::image;
 use crate::image::template::{SnapshotMetadata, SnapshotStore};
 use crate::model::{Reservation, TemplateName, VmId, VmSpec, VmState};
 use crate::vm::{self, Ledger, MicroVm};
@@ -137,7 +137,7 @@ impl Manager {
             }
             let owner = "another task that suspends, resumes or destroys it now".into();
             let held = store.lock(name)?.ok_or_else(|| Error::VmIdTaken { vm_id: id.clone(), owner })?;
-            let made = File::options().read(true).write(true).create_new(true).mode(0o600).open(&to);
+            let made = image::create_private(&to, File::options().read(true).write(true));
             let file = made.map_err(|error| match error.kind() {
                 ErrorKind::AlreadyExists => Error::InvalidValue {
                     field: "path".into(),

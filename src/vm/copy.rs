@@ -53,12 +53,7 @@ impl Copy {
     /// Copies the rest of a VM whose vCPUs stand still.
     pub async fn take(self, running: &Running) -> Result<()> {
         let disk = running.disk_reader()?;
-        let path = self.dir.join(STATE);
-        let state = File::options()
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .map_err(|error| Error::host("create", path.display(), error))?;
+        let state = image::create_state(&self.dir.join(STATE))?;
         let copying = tokio::task::spawn_blocking(move || {
             let pages = self.memory.copy_own_pages(&self.ram);
             let pages = pages.map_err(|error| Error::host("copy", "a VM's memory", error))?;

@@ -223,8 +223,7 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
     let identity_delivery = IdentityDelivery::by(identity);
     let (limit, vmm) = (settings.start_timeout * TEMPLATE_STARTS, prepared.vmm.as_ref());
     let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit, vmm };
-    let state = File::options().write(true).create_new(true).open(dir.join(STATE));
-    let state = state.map_err(|error| Error::host("create", dir.display(), error))?;
+    let state = image::create_state(&dir.join(STATE))?;
     let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;
     let frozen = async {
         control.boot().await?;

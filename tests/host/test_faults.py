@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -208,6 +209,100 @@ class Shortages(unittest.TestCase):
         done = run_python(HEAD + code)
         # Python itself may raise MemoryError; a core that aborts would end by a signal.
         self.assertIn(done.returncode, (0, 1), done.stderr)
+
+
+# VMs from their start to their end, each kind of start among them; tells how they were jailed. The process joins groups of
+# its user's own: an ordinary user may divide no others.
+LIFE = """
+import json
+uid, umask, folder, groups = {uid}, {umask}, {folder!r}, {groups!r}
+for group in groups:
+    with open(group + "/cgroup.procs", "w") as procs:
+        procs.write("0")
+if uid:
+    os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
+os.umask(umask)
+config.update(runtime_dir=folder + "/run", cache_dir=folder + "/cache", start_timeout_s=60, raise_on_error=True)
+jails = []
+
+def check(vm, origin, text):
+    info = vm.get_info()
+    assert info["start"]["origin"] == origin, info["start"]
+    # Why a layer is missing names the VM.
+    jails.append({{name: layer["given"] and layer["how"] for name, layer in info["jail"].items() if name != "mode"}})
+    found = vm.send_command("exec", {{"program": "/bin/cat", "args": ["/data/file"]}})["result"]
+    assert found["stdout"] == text, found
+    vm.send_command("write_file", {{"path": "/data/file", "data": origin}})
+
+def start(manager, origin, text, **options):
+    vm = manager.get_vm(manager.create_vm("plugin", **options))
+    vm.start()
+    check(vm, origin, text)
+    return vm
+
+with MicroVMIsolationManager(dict(config, templates=False)) as manager:
+    manager.destroy_vm(start(manager, "boot", "").vm_id)
+with MicroVMIsolationManager(config) as manager:
+    vm = start(manager, "clone", "")
+    vm.snapshot("mine")
+    other = start(manager, "clone", "clone", template="mine")
+    vm.suspend()
+    manager.export_disk(vm.vm_id, folder + "/exported")
+    vm.resume()
+    check(vm, "resume", "clone")
+    manager.destroy_vm(vm.vm_id)
+    manager.destroy_vm(other.vm_id)
+    manager.delete_template("mine")
+print(json.dumps(jails))
+"""
+
+
+class Umask(unittest.TestCase):
+    """The umask is the caller's: it takes nothing from a VM, and gives nothing to others."""
+
+    def groups(self, uid: int) -> List[str]:
+        """A control group of this user's own for each controller of cgroup v1, below this process's."""
+        made = []
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            above = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
+            if controllers in ("cpu", "memory", "pids") and above.is_dir():
+                made.append(tempfile.mkdtemp(prefix="umask-", dir=str(above)))
+                self.addCleanup(self.remove_group, made[-1])
+                os.chown(made[-1], uid, uid)
+        return made
+
+    def remove_group(self, group: str) -> None:
+        # The janitor goes a moment after its process.
+        self.assertTrue(eventually(lambda: not Path(group, "cgroup.procs").read_text()))
+        os.rmdir(group)
+
+    def live(self, uid: int, umask: int) -> Tuple[str, Dict[str, str]]:
+        """How the VMs were jailed, and the modes of all that is left in their folders."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        os.chown(folder, uid, uid)
+        code = HEAD + LIFE.format(uid=uid, umask=umask, folder=folder, groups=self.groups(uid) if uid else [])
+        done = run_python(code)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        paths = (os.path.join(above, name) for above, folders, files in os.walk(folder) for name in folders + files)
+        modes = {os.path.relpath(path, folder): oct(os.lstat(path).st_mode) for path in paths}
+        # A VM's uid is drawn by lot.
+        return re.sub(r"\b2\d{9}\b", "UID", done.stdout), modes
+
+    def check_as(self, uid: int) -> None:
+        usual = self.live(uid, 0o022)
+        for umask in (0o000, 0o077, 0o777):
+            with self.subTest(umask=oct(umask)):
+                for found, expected in zip(self.live(uid, umask), usual):
+                    self.assertEqual(found, expected)
+
+    def test_life_of_a_vm_under_any_umask_is_the_same(self) -> None:
+        self.check_as(os.geteuid())
+
+    @unittest.skipUnless(os.geteuid() == 0, "needs root to become another user")
+    def test_life_of_an_ordinary_users_vm_under_any_umask_is_the_same(self) -> None:
+        self.check_as(61234)
 
 
 class Clocks(VMTestCase):
