@@ -81,9 +81,9 @@ fn totals(page: &mut Page, manager: &Manager, vms: &[std::sync::Arc<MicroVm>]) {
     page.gauge("quota_vcpus", None, "vCPUs of the quota", of_quota(usage.allocated.vcpus, usage.available.vcpus));
     let mib = (usage.allocated.memory_mb << 20, usage.available.memory_mb << 20);
     page.gauge("quota_memory", Some(Unit::Bytes), "Memory of the quota", of_quota(mib.0, mib.1));
-    let shelves = usage.pool.iter().enumerate();
-    let ready = shelves.map(|(index, shelf)| (label("shelf", index.to_string()), shelf.ready as f64));
-    page.gauge("pool_ready", None, "VMs that stand by", ready);
+    let pools = usage.pool.iter().enumerate();
+    let ready = pools.map(|(index, pool)| (label("shelf", index.to_string()), pool.ready as f64));
+    page.gauge("pool_ready", None, "Warm VMs", ready);
     let (_, bytes) = usage.templates;
     page.gauge("templates", Some(Unit::Bytes), "Templates on disk", [(Labels::new(), bytes as f64)]);
     let (counts, dropped) = manager.events().counts();

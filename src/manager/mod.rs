@@ -32,7 +32,7 @@ use crate::vmm::{Binaries, COST_MIB};
 use policy::Remediations;
 use pool::Pool;
 
-pub use pool::ShelfUse;
+pub use pool::PoolUse;
 pub use snapshots::{ExportedDisk, SnapshotEntry};
 
 /// Events that may wait for the policies to be enforced.
@@ -63,7 +63,7 @@ pub struct ResourceUsage {
     pub by_type: BTreeMap<&'static str, usize>,
     pub by_state: BTreeMap<&'static str, usize>,
     /// Apart from the VMs above, and yielding to them.
-    pub pool: Vec<ShelfUse>,
+    pub pool: Vec<PoolUse>,
     /// How many templates there are, and their bytes on disk.
     pub templates: (usize, u64),
     /// The same of the user's own templates, and of suspended VMs.

@@ -1,6 +1,6 @@
-//! VMs that stand by, so that a start is a wake-up.
+//! The pool of warm VMs, so that a start is a wake-up.
 //!
-//! Architecture invariant: what nobody has asked for is in nobody's way. Standby VMs are made one at a time while no
+//! Architecture invariant: the pool yields to the user's own VMs. Warm VMs are made one at a time while no
 //! start is under way, they take only what the quota leaves over and give it back as soon as a VM is created that needs
 //! it, and they go when the host runs short of memory.
 
@@ -15,72 +15,72 @@ use tokio::sync::Notify;
 use crate::error::Result;
 use crate::host::memory;
 use crate::image::template::FileId;
-use crate::model::{Form, PoolSpec, QuotaUse, VmSpec};
-use crate::vm::{new_id, Settings, Standby, Supply};
+use crate::model::{PoolSpec, PoolTier, QuotaUse, VmSpec};
+use crate::vm::{new_id, Settings, VmPool, WarmVm};
 
-/// How often dead ones are looked for and the host's memory is looked at.
+/// How often dead warm VMs are swept and the host's memory is checked.
 const LOOK: Duration = Duration::from_secs(1);
-/// Who has started a VM most likely talks to it first.
+/// After a start its caller most likely talks to the VM first.
 const AFTER_START: Duration = Duration::from_millis(100);
-/// How long to wait after one could not be made; doubled each time.
+/// How long to wait after a warm VM could not be made; doubled each time.
 const BACK_OFF: Duration = Duration::from_millis(500);
 const MAX_BACK_OFF: Duration = Duration::from_secs(30);
 /// The share of the host's memory that the pool leaves free.
 const SPARE_SHARE: u64 = 10;
 
-/// How a shelf is filled.
+/// How many warm VMs of a `PoolSpec` are ready.
 #[derive(Debug, Clone)]
-pub struct ShelfUse {
+pub struct PoolUse {
     pub spec: PoolSpec,
     pub ready: usize,
 }
 
-/// The standby VMs of one kind, oldest first.
-struct Shelf {
+/// The warm VMs of one kind, oldest first.
+struct Bucket {
     spec: PoolSpec,
-    standing: VecDeque<Item>,
+    ready: VecDeque<PooledVm>,
 }
 
-struct Item {
-    standby: Standby,
+struct PooledVm {
+    warm: WarmVm,
     /// The caller's files that it was made from, as they were then.
     files: Vec<(PathBuf, FileId)>,
 }
 
-impl Item {
+impl PooledVm {
     fn is_usable(&self) -> bool {
         let unchanged = |(path, id): &(PathBuf, FileId)| FileId::of(path).is_ok_and(|now| now == *id);
-        self.standby.is_alive() && self.files.iter().all(unchanged)
+        self.warm.is_alive() && self.files.iter().all(unchanged)
     }
 }
 
-/// What stands by, and the one VM that is being made: both are taken out of what the quota leaves over.
+/// The warm VMs and the one that is being made: both are taken out of what the quota leaves over.
 struct Stock {
-    shelves: Vec<Shelf>,
-    making: Option<Making>,
+    buckets: Vec<Bucket>,
+    pending: Option<PendingVm>,
 }
 
-struct Making {
+struct PendingVm {
     cost: QuotaUse,
-    given_up: Arc<Notify>,
+    cancelled: Arc<Notify>,
 }
 
 impl Stock {
     fn used(&self) -> QuotaUse {
-        let standing = self
-            .shelves
+        let ready = self
+            .buckets
             .iter()
-            .flat_map(|shelf| std::iter::repeat_n(QuotaUse::from(&shelf.spec.vm.limits), shelf.standing.len()));
-        standing.chain(self.making.as_ref().map(|making| making.cost)).sum()
+            .flat_map(|bucket| std::iter::repeat_n(QuotaUse::from(&bucket.spec.vm.limits), bucket.ready.len()));
+        ready.chain(self.pending.as_ref().map(|pending| pending.cost)).sum()
     }
 
-    /// Gives up the VM that is being made, else the oldest of the fullest shelf.
-    fn give_up_one(&mut self) -> Option<Item> {
-        if let Some(making) = self.making.take() {
-            making.given_up.notify_one();
+    /// Cancels the VM that is being made, else evicts the oldest of the fullest bucket.
+    fn evict_one(&mut self) -> Option<PooledVm> {
+        if let Some(pending) = self.pending.take() {
+            pending.cancelled.notify_one();
             return None;
         }
-        self.shelves.iter_mut().max_by_key(|shelf| shelf.standing.len())?.standing.pop_front()
+        self.buckets.iter_mut().max_by_key(|bucket| bucket.ready.len())?.ready.pop_front()
     }
 }
 
@@ -88,17 +88,17 @@ impl Stock {
 pub struct Pool {
     settings: Arc<Settings>,
     stock: Mutex<Stock>,
-    /// Starts that someone waits for.
+    /// Starts under way that a caller waits for.
     starting: AtomicUsize,
     changed: Notify,
 }
 
 impl Pool {
     pub fn new(specs: &[PoolSpec], settings: Arc<Settings>) -> Arc<Self> {
-        let shelf = |spec: &PoolSpec| Shelf { spec: spec.clone(), standing: VecDeque::new() };
+        let bucket = |spec: &PoolSpec| Bucket { spec: spec.clone(), ready: VecDeque::new() };
         Arc::new(Self {
             settings,
-            stock: Mutex::new(Stock { shelves: specs.iter().map(shelf).collect(), making: None }),
+            stock: Mutex::new(Stock { buckets: specs.iter().map(bucket).collect(), pending: None }),
             starting: AtomicUsize::new(0),
             changed: Notify::new(),
         })
@@ -108,34 +108,34 @@ impl Pool {
         self.stock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn usage(&self) -> Vec<ShelfUse> {
+    pub fn usage(&self) -> Vec<PoolUse> {
         let stock = self.stock();
-        stock.shelves.iter().map(|shelf| ShelfUse { spec: shelf.spec.clone(), ready: shelf.standing.len() }).collect()
+        stock.buckets.iter().map(|bucket| PoolUse { spec: bucket.spec.clone(), ready: bucket.ready.len() }).collect()
     }
 
-    /// Gives up VMs until no more than `left` is used.
+    /// Evicts VMs until no more than `left` is used.
     pub fn shrink_to(&self, left: QuotaUse) {
-        let mut given_up = Vec::new();
+        let mut evicted = Vec::new();
         {
             let mut stock = self.stock();
             while !stock.used().fits_in(&left) {
-                given_up.extend(stock.give_up_one());
+                evicted.extend(stock.evict_one());
             }
         }
         // Dropped outside of the lock: that kills their VMMs.
-        drop(given_up);
+        drop(evicted);
     }
 
     /// Keeps the pool filled, for ever; `left` says what the quota leaves over.
     pub async fn keep_filled(self: Arc<Self>, left: impl Fn() -> Option<QuotaUse>) {
         let mut back_off = BACK_OFF;
         loop {
-            self.throw_out();
+            self.evict_stale();
             let begun = self.begin(&left);
             let Some(left) = left() else { return };
             // Whatever was reserved since has not seen what was begun, or is seen here.
             self.shrink_to(left);
-            let Some((spec, given_up)) = begun else {
+            let Some((spec, cancelled)) = begun else {
                 if tokio::time::timeout(LOOK, self.changed.notified()).await.is_ok() {
                     tokio::time::sleep(AFTER_START).await;
                 }
@@ -143,16 +143,16 @@ impl Pool {
             };
             let made = tokio::select! {
                 biased;
-                () = given_up.notified() => continue,
+                () = cancelled.notified() => continue,
                 made = self.make(&spec) => made,
             };
             match made {
-                Ok(item) => {
+                Ok(pooled) => {
                     back_off = BACK_OFF;
-                    drop(self.keep(&spec, item));
+                    drop(self.keep(&spec, pooled));
                 }
                 Err(error) => {
-                    self.stock().making = None;
+                    self.stock().pending = None;
                     log::warn!("a VM of the pool could not be made: {error}; the next try is in {back_off:?}");
                     tokio::time::sleep(back_off).await;
                     back_off = (back_off * 2).min(MAX_BACK_OFF);
@@ -162,11 +162,11 @@ impl Pool {
     }
 
     /// Drops what is dead or outdated, and one more when the host runs short of memory.
-    fn throw_out(&self) {
+    fn evict_stale(&self) {
         let mut out = Vec::new();
-        for shelf in &mut self.stock().shelves {
-            let (good, bad) = std::mem::take(&mut shelf.standing).into_iter().partition(Item::is_usable);
-            shelf.standing = good;
+        for bucket in &mut self.stock().buckets {
+            let (good, bad) = std::mem::take(&mut bucket.ready).into_iter().partition(PooledVm::is_usable);
+            bucket.ready = good;
             out.push(bad);
         }
         let lost: usize = out.iter().map(VecDeque::len).sum();
@@ -174,14 +174,14 @@ impl Pool {
             log::warn!("{lost} VMs of the pool were dead or outdated");
         }
         if !memory::has_spare(0, SPARE_SHARE / 2) {
-            let given_up = self.stock().give_up_one();
-            if given_up.is_some() {
-                log::info!("the host is short of memory: a VM of the pool was given up");
+            let evicted = self.stock().evict_one();
+            if evicted.is_some() {
+                log::info!("the host is short of memory: a warm VM was evicted");
             }
         }
     }
 
-    /// Begins to make a VM that a shelf lacks, if one may be made now; what it will use is taken from here on.
+    /// Begins to make a VM that a bucket lacks, if one may be made now; its cost counts from here on.
     fn begin(&self, left: &impl Fn() -> Option<QuotaUse>) -> Option<(PoolSpec, Arc<Notify>)> {
         if self.starting.load(Ordering::Acquire) > 0 {
             return None;
@@ -189,65 +189,67 @@ impl Pool {
         let left = left()?;
         let mut stock = self.stock();
         let used = stock.used();
-        let fits = |shelf: &&Shelf| {
-            let one = QuotaUse::from(&shelf.spec.vm.limits);
-            shelf.standing.len() < shelf.spec.size
+        let fits = |bucket: &&Bucket| {
+            let one = QuotaUse::from(&bucket.spec.vm.limits);
+            bucket.ready.len() < bucket.spec.size
                 && (used + one).fits_in(&left)
                 && memory::has_spare(one.memory_mb, SPARE_SHARE)
         };
-        let lacking = stock.shelves.iter().filter(fits).min_by_key(|shelf| shelf.standing.len());
-        let spec = lacking.map(|shelf| shelf.spec.clone())?;
-        let given_up = Arc::new(Notify::new());
-        stock.making = Some(Making { cost: QuotaUse::from(&spec.vm.limits), given_up: given_up.clone() });
-        Some((spec, given_up))
+        let lacking = stock.buckets.iter().filter(fits).min_by_key(|bucket| bucket.ready.len());
+        let spec = lacking.map(|bucket| bucket.spec.clone())?;
+        let cancelled = Arc::new(Notify::new());
+        stock.pending = Some(PendingVm { cost: QuotaUse::from(&spec.vm.limits), cancelled: cancelled.clone() });
+        Some((spec, cancelled))
     }
 
-    /// Puts what was made on its shelf; gives it back when it was given up at the last moment.
-    fn keep(&self, spec: &PoolSpec, item: Item) -> Option<Item> {
+    /// Puts a new warm VM into its bucket; returns it when it was cancelled at the last moment.
+    fn keep(&self, spec: &PoolSpec, pooled: PooledVm) -> Option<PooledVm> {
         let mut stock = self.stock();
-        let shelf = stock.making.take().and(stock.shelves.iter_mut().find(|shelf| shelf.spec == *spec));
-        match shelf {
-            Some(shelf) => {
-                shelf.standing.push_back(item);
+        let bucket = stock.pending.take().and(stock.buckets.iter_mut().find(|bucket| bucket.spec == *spec));
+        match bucket {
+            Some(bucket) => {
+                bucket.ready.push_back(pooled);
                 None
             }
-            None => Some(item),
+            None => Some(pooled),
         }
     }
 
-    async fn make(&self, pool: &PoolSpec) -> Result<Item> {
+    async fn make(&self, pool: &PoolSpec) -> Result<PooledVm> {
         let (vm_id, spec) = (new_id("pool")?, Arc::new(pool.vm.clone()));
         let look = |path: &Path| Some((path.to_owned(), FileId::of(path).ok()?));
         let files = spec.image.files().filter_map(look).collect();
-        Ok(Item { standby: Standby::make(&vm_id, &spec, &self.settings, pool.form).await?, files })
+        Ok(PooledVm { warm: WarmVm::make(&vm_id, &spec, &self.settings, pool.tier).await?, files })
     }
 
-    /// Ends every VM that stands by.
+    /// Ends every warm VM.
     pub fn drain(&self) {
-        let standing: Vec<_> = {
+        let ready: Vec<_> = {
             let mut stock = self.stock();
-            stock.making = None;
-            stock.shelves.iter_mut().map(|shelf| std::mem::take(&mut shelf.standing)).collect()
+            stock.pending = None;
+            stock.buckets.iter_mut().map(|bucket| std::mem::take(&mut bucket.ready)).collect()
         };
-        drop(standing);
+        drop(ready);
     }
 }
 
-impl Supply for Pool {
-    fn take(&self, spec: &VmSpec) -> Option<Standby> {
-        let is_it = |shelf: &&mut Shelf| spec.can_take(&shelf.spec.vm);
+impl VmPool for Pool {
+    fn take(&self, spec: &VmSpec) -> Option<WarmVm> {
+        let is_it = |bucket: &&mut Bucket| spec.can_take(&bucket.spec.vm);
         let mut out = Vec::new();
         let taken = {
             let mut stock = self.stock();
             // Of several forms of one kind the one that is furthest.
-            let mut fitting: Vec<&mut Shelf> = stock.shelves.iter_mut().filter(is_it).collect();
-            fitting.sort_by_key(|shelf| std::cmp::Reverse(Form::ALL.iter().position(|form| *form == shelf.spec.form)));
-            fitting.into_iter().find_map(|shelf| loop {
-                let item = shelf.standing.pop_front()?;
-                if item.is_usable() {
-                    break Some(item.standby);
+            let mut fitting: Vec<&mut Bucket> = stock.buckets.iter_mut().filter(is_it).collect();
+            fitting.sort_by_key(|bucket| {
+                std::cmp::Reverse(PoolTier::ALL.iter().position(|tier| *tier == bucket.spec.tier))
+            });
+            fitting.into_iter().find_map(|bucket| loop {
+                let pooled = bucket.ready.pop_front()?;
+                if pooled.is_usable() {
+                    break Some(pooled.warm);
                 }
-                out.push(item);
+                out.push(pooled);
             })
         };
         drop(out);

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::image;
 use crate::image::template::{SnapshotMetadata, SnapshotStore};
 use crate::model::{Reservation, TemplateName, VmId, VmSpec, VmState};
-use crate::vm::{self, Ledger, MicroVm};
+use crate::vm::{self, MicroVm, Quota};
 
 /// A snapshot in a list: a template of the user's or a suspended VM.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ pub fn usage(store: &SnapshotStore) -> (usize, u64) {
     (snapshots.len(), snapshots.iter().map(|(_, bytes)| bytes).sum())
 }
 
-impl Ledger for Manager {
+impl Quota for Manager {
     fn reserve(&self, vm_id: &VmId, spec: &VmSpec) -> Result<Reservation> {
         Manager::reserve(self, vm_id, &spec.limits, |_, reserve| reserve())
     }

@@ -25,7 +25,7 @@ pub use id::{TemplateName, VmId};
 pub use ipv4::{is_public, Ipv4Net};
 pub use kinds::{Backend, Grade, IsolationType, JailMode};
 pub use policy::{OnFailure, Policies, Policy};
-pub use pool::{Form, PoolSpec};
+pub use pool::{PoolSpec, PoolTier};
 pub use quota::{QuotaLedger, QuotaUse, Reservation};
 pub use spec::{
     BootImage, EgressRule, EgressTarget, GuestAddress, MacAddress, NamePattern, NetworkConfig, NetworkText,

@@ -2,9 +2,9 @@
 
 use super::VmSpec;
 
-/// How far the start of a VM that stands by has come.
+/// How far the start of a warm VM has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum PoolTier {
     /// The VMM runs: its own start-up is saved.
     Blank,
     /// The template is loaded, too.
@@ -13,23 +13,23 @@ pub enum Form {
     Ready,
 }
 
-impl Form {
-    pub const ALL: [Form; 3] = [Form::Blank, Form::Restored, Form::Ready];
+impl PoolTier {
+    pub const ALL: [PoolTier; 3] = [PoolTier::Blank, PoolTier::Restored, PoolTier::Ready];
 
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
-            Form::Blank => "blank",
-            Form::Restored => "restored",
-            Form::Ready => "ready",
+            PoolTier::Blank => "blank",
+            PoolTier::Restored => "restored",
+            PoolTier::Ready => "ready",
         }
     }
 }
 
-/// How many VMs like `vm` stand by, and in which form.
+/// How many VMs like `vm` are kept warm, and in which tier.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolSpec {
     pub vm: VmSpec,
     pub size: usize,
-    pub form: Form,
+    pub tier: PoolTier,
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 use super::config::{optional_text, whole, wrong_type};
-use super::{Form, IsolationType, PoolSpec, SpecPatch, VmSpec};
+use super::{IsolationType, PoolSpec, PoolTier, SpecPatch, VmSpec};
 use crate::error::{Error, Result};
 
 const SHAPE_KEYS: &str = "vcpu_count, memory_mb, disk_size_mb, network_bandwidth_mbps, max_file_handles, \
@@ -38,14 +38,14 @@ pub fn vm(name: &str, entry: &Map<String, Value>, defaults: &SpecPatch) -> Resul
     read(name, entry, defaults, |key, _| Err(unknown(name, key, SHAPE_KEYS)))
 }
 
-/// A VM, and how many like it are to stand by.
+/// A VM, and how many like it are kept warm.
 pub fn pool(name: &str, entry: &Map<String, Value>, defaults: &SpecPatch) -> Result<PoolSpec> {
-    let (mut size, mut form) = (None, Form::Ready);
+    let (mut size, mut tier) = (None, PoolTier::Ready);
     let vm = read(name, entry, defaults, |key, value| {
         let field = format!("{name}[{key:?}]");
         match key {
             "size" => size = Some(whole(&field, value, 1, MAX_SIZE)?),
-            "form" => form = read_form(&field, value)?,
+            "form" => tier = read_tier(&field, value)?,
             _ => return Err(unknown(name, key, &format!("size, form, {SHAPE_KEYS}"))),
         }
         Ok(())
@@ -53,9 +53,9 @@ pub fn pool(name: &str, entry: &Map<String, Value>, defaults: &SpecPatch) -> Res
     let size = size.ok_or_else(|| Error::InvalidValue {
         field: name.into(),
         value: Value::Object(entry.clone()).to_string(),
-        allowed: "it must say its \"size\": how many VMs are to stand by".into(),
+        allowed: "it must say its \"size\": how many VMs are kept warm".into(),
     })?;
-    Ok(PoolSpec { vm, size: usize::try_from(size).unwrap_or(usize::MAX), form })
+    Ok(PoolSpec { vm, size: usize::try_from(size).unwrap_or(usize::MAX), tier })
 }
 
 fn read(
@@ -97,13 +97,11 @@ fn rate(field: &str, value: &Value, into: &mut Option<u64>) -> Result<()> {
     Ok(())
 }
 
-fn read_form(field: &str, value: &Value) -> Result<Form> {
-    let names = Form::ALL.map(Form::as_str).join(", ");
+fn read_tier(field: &str, value: &Value) -> Result<PoolTier> {
+    let names = PoolTier::ALL.map(PoolTier::as_str).join(", ");
     let text = value.as_str().ok_or_else(|| wrong_type(field, value, &format!("one of {names}")))?;
-    Form::ALL.into_iter().find(|form| form.as_str() == text.to_ascii_lowercase()).ok_or_else(|| Error::InvalidValue {
-        field: field.into(),
-        value: format!("{text:?}"),
-        allowed: format!("one of {names}"),
+    PoolTier::ALL.into_iter().find(|tier| tier.as_str() == text.to_ascii_lowercase()).ok_or_else(|| {
+        Error::InvalidValue { field: field.into(), value: format!("{text:?}"), allowed: format!("one of {names}") }
     })
 }
 
@@ -126,7 +124,7 @@ mod tests {
     fn test_pool_leaves_the_rest_to_the_defaults() {
         let config = read(json!({"pool": {"size": 3, "memory_mb": 128}, "default_disk_size_mb": 64})).unwrap();
         let [pool] = &config.pool[..] else { panic!() };
-        assert_eq!((pool.size, pool.form), (3, Form::Ready));
+        assert_eq!((pool.size, pool.tier), (3, PoolTier::Ready));
         assert_eq!((pool.vm.limits.memory_mb, pool.vm.limits.disk_size_mb), (128, 64));
     }
 

@@ -16,7 +16,7 @@ use super::instance::{self, MicroVMInstance};
 use super::{convert, errors, logging};
 use crate::error::Error;
 use crate::image::template::SnapshotMetadata;
-use crate::manager::{CreateRequest, ExportedDisk, Manager, ShelfUse, SnapshotEntry};
+use crate::manager::{CreateRequest, ExportedDisk, Manager, PoolUse, SnapshotEntry};
 use crate::model::{HealthStatus, IsolationType, ManagerConfig, PoolSpec, VmSpec, VmState};
 use crate::vm::MicroVm;
 
@@ -614,7 +614,7 @@ impl MicroVMIsolationManager {
             "memory_available_mb": usage.available.memory_mb,
             "vms_by_type": usage.by_type,
             "vms_by_state": usage.by_state,
-            "pool": usage.pool.iter().map(shelf_json).collect::<Vec<_>>(),
+            "pool": usage.pool.iter().map(pool_json).collect::<Vec<_>>(),
             "templates": {"count": usage.templates.0, "disk_bytes": usage.templates.1},
             "own_templates": {"count": usage.snapshots.0, "disk_bytes": usage.snapshots.1},
             "suspended": {"count": usage.suspended.0, "disk_bytes": usage.suspended.1},
@@ -839,12 +839,12 @@ fn snapshot_json(key: &str, entry: &SnapshotEntry) -> Value {
     snapshot
 }
 
-fn shelf_json(shelf: &ShelfUse) -> Value {
-    let PoolSpec { vm, size, form } = &shelf.spec;
+fn pool_json(pool: &PoolUse) -> Value {
+    let PoolSpec { vm, size, tier } = &pool.spec;
     json!({
-        "form": form.as_str(),
+        "form": tier.as_str(),
         "wanted": size,
-        "ready": shelf.ready,
+        "ready": pool.ready,
         "resource_limits": convert::limits_json(&vm.limits),
         "kernel_path": vm.image.kernel_path,
         "rootfs_path": vm.image.rootfs_path,

@@ -14,7 +14,7 @@ use super::identity_delivery::IdentityDelivery;
 use super::network::Connection;
 use super::prepare::{self, prepare, Ids, Prepared, Seen};
 use super::running::{Base, Running};
-use super::standby::Standby;
+use super::warm::WarmVm;
 use super::{snapshot, template, Settings};
 use crate::channel::Agent;
 use crate::error::{Error, Result, Tails};
@@ -159,13 +159,13 @@ fn with_tails(error: Error, said: Tails) -> Error {
 }
 
 /// Starts a VM and waits for its agent, at most `start_timeout`.
-pub async fn boot(vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings, standby: Option<Standby>) -> Result<Running> {
+pub async fn boot(vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings, warm: Option<WarmVm>) -> Result<Running> {
     let begun = Instant::now();
     if let Some(name) = &spec.template {
         return snapshot::clone_of(name, vm_id, spec, settings).await;
     }
-    if let Some(standby) = standby {
-        match standby.become_vm(vm_id, settings).await {
+    if let Some(warm) = warm {
+        match warm.become_vm(vm_id, settings).await {
             Ok(running) => return Ok(running),
             Err(error) => log::warn!("{vm_id}: a VM of the pool could not be used: {error}"),
         }
@@ -302,7 +302,7 @@ impl Launching {
         self.attempt().race(self.control.resume()).await
     }
 
-    /// Makes what stands by the VM `name`, whose guest has not yet looked who it is.
+    /// Makes a warm VM the VM `name`; its guest has not read its identity yet.
     pub async fn rename(mut self, name: &VmId) -> Result<Self> {
         let begun = Instant::now();
         let vm_id = name.clone();

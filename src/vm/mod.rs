@@ -17,10 +17,10 @@ pub mod network;
 mod prepare;
 mod running;
 mod snapshot;
-mod standby;
 mod streams;
 mod suspend;
 mod template;
+mod warm;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -47,10 +47,10 @@ pub use monitor::Heartbeat;
 pub use prepare::{try_out, Tried};
 use running::Running;
 pub use snapshot::{check_clone, differences_here};
-pub use standby::Standby;
 pub use streams::Live;
 pub use suspend::forget as forget_suspended;
 pub use template::prepare as prepare_template;
+pub use warm::WarmVm;
 
 /// A name that no other VM has; it begins with `kind`.
 ///
@@ -136,16 +136,16 @@ pub struct Facts {
     pub vm_network: Option<Arc<VmNetwork>>,
 }
 
-/// Where starts may find a VM that stands by.
-pub trait Supply: Send + Sync {
-    /// One that can become the VM of `spec`.
-    fn take(&self, spec: &VmSpec) -> Option<Standby>;
-    /// A start has begun, or ended: what is made ahead waits for those that someone waits for.
+/// The pool in which starts find warm VMs.
+pub trait VmPool: Send + Sync {
+    /// A warm VM that can become the VM of `spec`.
+    fn take(&self, spec: &VmSpec) -> Option<WarmVm>;
+    /// A start has begun, or ended: the pool makes no VM while a caller waits for a start.
     fn starting(&self, begins: bool);
 }
 
-/// Who counts what VMs have reserved.
-pub trait Ledger: Send + Sync {
+/// The quota that VMs reserve from.
+pub trait Quota: Send + Sync {
     /// Reserves what a VM of `spec` needs.
     ///
     /// # Errors
@@ -186,8 +186,8 @@ pub struct MicroVm {
     id: VmId,
     spec: Arc<VmSpec>,
     settings: Arc<Settings>,
-    supply: Option<Arc<dyn Supply>>,
-    ledger: Option<Weak<dyn Ledger>>,
+    pool: Option<Arc<dyn VmPool>>,
+    quota: Option<Weak<dyn Quota>>,
     operation: tokio::sync::Mutex<()>,
     cell: Mutex<Cell>,
     destroying: watch::Sender<bool>,
@@ -199,8 +199,8 @@ impl MicroVm {
         id: VmId,
         spec: VmSpec,
         settings: Arc<Settings>,
-        supply: Option<Arc<dyn Supply>>,
-        ledger: Option<Weak<dyn Ledger>>,
+        pool: Option<Arc<dyn VmPool>>,
+        quota: Option<Weak<dyn Quota>>,
     ) -> Arc<Self> {
         let cell = Cell {
             state: VmState::Created,
@@ -214,8 +214,8 @@ impl MicroVm {
             id,
             spec: Arc::new(spec),
             settings,
-            supply,
-            ledger,
+            pool,
+            quota,
             operation: tokio::sync::Mutex::new(()),
             cell: Mutex::new(cell),
             destroying: watch::Sender::new(false),
@@ -306,17 +306,16 @@ impl MicroVm {
         self.cell().reservation = Some(Arc::new(reservation));
     }
 
-    /// Whether it is counted in its manager's ledger.
+    /// Whether it is counted in its manager's quota.
     #[must_use]
     pub fn is_counted(&self) -> bool {
         self.cell().reservation.is_some()
     }
 
-    /// A new entry of its manager's ledger. A VM whose manager is gone is counted by no one.
+    /// Reserves from its manager's quota. A VM whose manager is gone is not counted.
     fn reserve(&self) -> Result<Arc<Reservation>> {
-        let ledger = self.ledger.as_ref().and_then(Weak::upgrade);
-        let reserved =
-            ledger.map_or_else(|| Ok(Reservation::uncounted()), |ledger| ledger.reserve(&self.id, &self.spec));
+        let quota = self.quota.as_ref().and_then(Weak::upgrade);
+        let reserved = quota.map_or_else(|| Ok(Reservation::uncounted()), |quota| quota.reserve(&self.id, &self.spec));
         reserved.map(Arc::new)
     }
 
@@ -403,15 +402,15 @@ impl MicroVm {
         }
         let mut destroying = self.destroying.subscribe();
         let begun = Instant::now();
-        let under_way = self.supply.as_ref().map(UnderWay::new);
-        let standby = self.supply.as_ref().and_then(|supply| supply.take(&self.spec));
+        let under_way = self.pool.as_ref().map(UnderWay::new);
+        let warm = self.pool.as_ref().and_then(|pool| pool.take(&self.spec));
         let in_turn = async {
-            // To wake one that stands by is little work.
-            let _turn = match standby {
+            // Resuming a warm VM is little work.
+            let _turn = match warm {
                 Some(_) => None,
                 None => self.settings.starts.acquire().await.ok(),
             };
-            boot::boot(&self.id, &self.spec, &self.settings, standby).await
+            boot::boot(&self.id, &self.spec, &self.settings, warm).await
         };
         let booted = tokio::select! {
             booted = in_turn => booted,
@@ -622,13 +621,13 @@ impl MicroVm {
     }
 }
 
-/// A start that someone waits for.
-struct UnderWay(Arc<dyn Supply>);
+/// A start that a caller waits for.
+struct UnderWay(Arc<dyn VmPool>);
 
 impl UnderWay {
-    fn new(supply: &Arc<dyn Supply>) -> Self {
-        supply.starting(true);
-        Self(supply.clone())
+    fn new(pool: &Arc<dyn VmPool>) -> Self {
+        pool.starting(true);
+        Self(pool.clone())
     }
 }
 

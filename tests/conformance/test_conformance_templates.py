@@ -46,7 +46,7 @@ class Clones(BackendTestCase):
         self.result(slow, "exec", shell("dd if=/dev/zero of=/data/fill bs=1M count=8 oflag=direct 2>/dev/null", timeout=60))
         self.assertGreater(time.monotonic() - begun, 2)
 
-    def test_standby_becomes_a_vm_of_its_own_at_the_right_time(self) -> None:
+    def test_warm_vm_becomes_a_vm_of_its_own_at_the_right_time(self) -> None:
         for form in ("restored", "ready"):
             pool = {"memory_mb": 128, "disk_size_mb": 64, "size": 2, "form": form}
             with self.subTest(form=form), MicroVMIsolationManager(dict(self.config, pool=pool)) as manager:

@@ -404,7 +404,7 @@ class TestPool(TemplateTestCase):
         (shelf,) = self.manager.get_resource_usage()["pool"]
         return int(shelf["ready"])
 
-    def test_start_takes_a_standby_and_the_pool_is_refilled(self) -> None:
+    def test_start_takes_a_warm_vm_and_the_pool_is_refilled(self) -> None:
         self.assertTrue(eventually(lambda: self.ready() == 2, 30))
         usage = self.manager.get_resource_usage()
         self.assertEqual((usage["total_vms"], usage["vcpus_allocated"]), (0, 0))
@@ -427,7 +427,7 @@ class TestPool(TemplateTestCase):
         vm = self.running(resource_limits=limits(max_processes=77))
         self.assertEqual(self.origin(vm), "clone")
 
-    def test_standbys_share_nothing(self) -> None:
+    def test_warm_vms_share_nothing(self) -> None:
         self.assertTrue(eventually(lambda: self.ready() == 2, 30))
         vms = [self.running(), self.running()]
         script = "cat /etc/machine-id /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | od -An -tx1"
@@ -445,22 +445,22 @@ class TestPool(TemplateTestCase):
         self.assertGreater(told, before - CLOCK_TOLERANCE_S)
         self.assertLess(told, time.time() + CLOCK_TOLERANCE_S)
 
-    def test_standby_that_died_is_replaced(self) -> None:
+    def test_warm_vm_that_died_is_replaced(self) -> None:
         self.assertTrue(eventually(lambda: self.ready() == 2, 30))
-        for pid in self.standbys():
+        for pid in self.warm_pids():
             os.kill(pid, signal.SIGKILL)
         vm = self.running()
         self.assertEqual(self.result(vm, "ping"), "pong")
         self.assertTrue(eventually(lambda: self.ready() == 2, 30))
 
-    def standbys(self) -> List[int]:
+    def warm_pids(self) -> List[int]:
         """What the pool runs: no VM of the user's does. The janitor is this process's, the zygote the manager's."""
         programs = {pid: Path("/proc/{}/cmdline".format(pid)).read_bytes() for pid in children()}
         return [pid for pid, program in programs.items() if not re.search(b"microvm-(janitor|zygote)", program)]
 
     def test_pool_goes_with_the_manager(self) -> None:
         self.assertTrue(eventually(lambda: self.ready() == 2, 30))
-        pids = self.standbys()
+        pids = self.warm_pids()
         self.assertEqual(len(pids), 2)
         self.manager.stop()
         self.assertTrue(eventually(lambda: not [pid for pid in pids if Path("/proc/{}".format(pid)).exists()]))

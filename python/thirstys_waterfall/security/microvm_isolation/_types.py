@@ -309,7 +309,7 @@ class PoolUsage(TypedDict):
 
     Keys:
         form: ``ready``, ``restored`` or ``blank``.
-        wanted: How many VMs are to stand by.
+        wanted: How many VMs are to be kept warm.
         ready: How many do.
         resource_limits: Their limits.
         kernel_path: Their kernel.

@@ -1,6 +1,6 @@
-//! VMs that stand by: a start that was made ahead, up to some stage, for a VM that nobody has asked for yet.
+//! Warm VMs: starts that were made ahead, up to a tier, before a VM is asked for.
 //!
-//! Each is a clone with an identity of its own, as any other; the VM that it becomes gives it its name.
+//! Each is a clone with an identity of its own; the VM that it becomes gives it its name.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,42 +14,42 @@ use super::running::Running;
 use super::{template, Settings};
 use crate::error::{Error, Result};
 use crate::host::clock;
-use crate::model::{Form, VmId, VmSpec};
+use crate::model::{PoolTier, VmId, VmSpec};
 
-/// How long a woken guest may take to answer.
+/// How long a resumed guest may take to answer.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// So long that the guest's timers have run out when it wakes.
 const WARM_UP_PAUSE: Duration = Duration::from_millis(100);
 
-/// A VM without a user.
-pub enum Standby {
+/// A VM that is started for no user yet.
+pub enum WarmVm {
     /// The VMM runs, and waits for a template's state.
     Blank(Launching),
-    /// The template's state is loaded, and its vCPUs stand still.
+    /// The template's state is loaded, and its vCPUs are paused.
     Restored(Launching),
-    /// The guest has an identity and a session; its vCPUs stand still.
+    /// The guest has an identity and a session; its vCPUs are paused.
     Ready(Running),
 }
 
-impl Standby {
+impl WarmVm {
     /// Makes one for VMs like `spec`, which is called `vm_id` until it is taken.
     ///
     /// # Errors
     /// As a start's; [`Error::Host`] when there is no template that it could be a clone of.
-    pub async fn make(vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings, form: Form) -> Result<Self> {
+    pub async fn make(vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings, tier: PoolTier) -> Result<Self> {
         let progress = Progress::begin("prepare");
         let prepared = prepare(vm_id, spec, settings).await?;
         let template = template::find_or_make(&prepared, settings, None).await;
         let template = template.ok_or_else(|| Error::host("make", "a VM of the pool", "there is no template"))?;
         let mut launching = Launching::launch(prepared, settings, progress, Some(template)).await?;
-        if form == Form::Blank {
+        if tier == PoolTier::Blank {
             launching.connect().await?;
-            return Ok(Standby::Blank(launching));
+            return Ok(WarmVm::Blank(launching));
         }
-        launching.load(form == Form::Ready).await?;
-        if form == Form::Restored {
-            return Ok(Standby::Restored(launching));
+        launching.load(tier == PoolTier::Ready).await?;
+        if tier == PoolTier::Restored {
+            return Ok(WarmVm::Restored(launching));
         }
         let running = launching.bring_up().await?;
         // Warms up what happens only the first time, the way out of a pause included.
@@ -62,13 +62,13 @@ impl Standby {
                 running.control().resume().await?;
             }
         }
-        Ok(Standby::Ready(running))
+        Ok(WarmVm::Ready(running))
     }
 
     pub fn is_alive(&self) -> bool {
         match self {
-            Standby::Blank(launching) | Standby::Restored(launching) => launching.is_alive(),
-            Standby::Ready(running) => running.is_alive(),
+            WarmVm::Blank(launching) | WarmVm::Restored(launching) => launching.is_alive(),
+            WarmVm::Ready(running) => running.is_alive(),
         }
     }
 
@@ -79,13 +79,13 @@ impl Standby {
     pub async fn become_vm(self, vm_id: &VmId, settings: &Settings) -> Result<Running> {
         let begun = Instant::now();
         let mut running = match self {
-            Standby::Blank(mut launching) => {
+            WarmVm::Blank(mut launching) => {
                 // Before the renaming: QEMU opens its drives once more, by their names.
                 launching.load(false).await?;
                 launching.take(vm_id, settings).await?
             }
-            Standby::Restored(launching) => launching.take(vm_id, settings).await?,
-            Standby::Ready(mut running) => {
+            WarmVm::Restored(launching) => launching.take(vm_id, settings).await?,
+            WarmVm::Ready(mut running) => {
                 let progress = Progress::since(begun, "take");
                 // What the guest is told waits for it when it wakes.
                 let moving_in = async {
