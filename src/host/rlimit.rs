@@ -1,23 +1,12 @@
 //! The hard limits that this process was started with (getrlimit(2)): what it starts has no more, whoever starts it.
 
 use microvm_jail::Resource;
-use nix::sys::resource::{getrlimit, Resource as Kernel};
+use nix::sys::resource::getrlimit;
 
 /// The hard limit; `u64::MAX` where there is none, or where the kernel does not tell.
 #[must_use]
 pub fn hard(resource: Resource) -> u64 {
-    let kernel = match resource {
-        Resource::As => Kernel::RLIMIT_AS,
-        Resource::Core => Kernel::RLIMIT_CORE,
-        Resource::Cpu => Kernel::RLIMIT_CPU,
-        Resource::Data => Kernel::RLIMIT_DATA,
-        Resource::Fsize => Kernel::RLIMIT_FSIZE,
-        Resource::Memlock => Kernel::RLIMIT_MEMLOCK,
-        Resource::Nofile => Kernel::RLIMIT_NOFILE,
-        Resource::Nproc => Kernel::RLIMIT_NPROC,
-        Resource::Stack => Kernel::RLIMIT_STACK,
-    };
-    getrlimit(kernel).map_or(u64::MAX, |(_, hard)| hard)
+    getrlimit(resource.into()).map_or(u64::MAX, |(_, hard)| hard)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
+use nix::sys::resource::Resource as Kernel;
 use serde::{Deserialize, Serialize};
 
 /// Longest spec or request the launcher reads. Below `net.core.wmem_default` (212,992), which bounds what fits into
@@ -214,6 +215,22 @@ impl fmt::Display for Resource {
             Self::Nproc => "nproc",
             Self::Stack => "stack",
         })
+    }
+}
+
+impl From<Resource> for Kernel {
+    fn from(resource: Resource) -> Self {
+        match resource {
+            Resource::As => Self::RLIMIT_AS,
+            Resource::Core => Self::RLIMIT_CORE,
+            Resource::Cpu => Self::RLIMIT_CPU,
+            Resource::Data => Self::RLIMIT_DATA,
+            Resource::Fsize => Self::RLIMIT_FSIZE,
+            Resource::Memlock => Self::RLIMIT_MEMLOCK,
+            Resource::Nofile => Self::RLIMIT_NOFILE,
+            Resource::Nproc => Self::RLIMIT_NPROC,
+            Resource::Stack => Self::RLIMIT_STACK,
+        }
     }
 }
 

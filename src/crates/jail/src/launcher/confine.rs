@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use crate::{Namespaces, Resource, Rlimit, Stage};
+use crate::{Namespaces, Rlimit, Stage};
 use nix::errno::Errno;
 use nix::mount::{mount, MsFlags};
 use nix::sched::{unshare, CloneFlags};
@@ -118,7 +118,7 @@ pub fn enter_cwd(path: &Path) -> Result<(), Failure> {
 /// Sets the limits. Where the manager itself was started with a lower hard limit, that one holds: no process of the jail may raise it.
 pub fn apply_rlimits(rlimits: &[Rlimit]) -> Result<(), Failure> {
     for &Rlimit { resource, soft, hard } in rlimits {
-        let kernel = kernel_resource(resource);
+        let kernel = resource.into();
         let (_, inherited) = resource::getrlimit(kernel)
             .map_err(|errno| Failure::errno(Stage::Rlimits, errno, format_args!("reading rlimit {resource}")))?;
         let hard = hard.min(inherited);
@@ -128,21 +128,6 @@ pub fn apply_rlimits(rlimits: &[Rlimit]) -> Result<(), Failure> {
         })?;
     }
     Ok(())
-}
-
-fn kernel_resource(resource: Resource) -> resource::Resource {
-    use resource::Resource as Kernel;
-    match resource {
-        Resource::As => Kernel::RLIMIT_AS,
-        Resource::Core => Kernel::RLIMIT_CORE,
-        Resource::Cpu => Kernel::RLIMIT_CPU,
-        Resource::Data => Kernel::RLIMIT_DATA,
-        Resource::Fsize => Kernel::RLIMIT_FSIZE,
-        Resource::Memlock => Kernel::RLIMIT_MEMLOCK,
-        Resource::Nofile => Kernel::RLIMIT_NOFILE,
-        Resource::Nproc => Kernel::RLIMIT_NPROC,
-        Resource::Stack => Kernel::RLIMIT_STACK,
-    }
 }
 
 /// Has the kernel kill the caller when its parent, `supervisor`, dies. For a jail without a PID namespace, whose end
