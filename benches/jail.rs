@@ -17,7 +17,7 @@ use microvm_isolation::host::process::Jailed;
 use microvm_isolation::host::tsc;
 use microvm_isolation::image::GuestImage;
 use microvm_isolation::store::lease::Lease;
-use microvm_isolation::vmm::{host_jail, JailPlan, QemuProgram};
+use microvm_isolation::vmm::{host_jail, JailPlan, QemuBinary};
 use microvm_jail::{Access, Identity, LaunchSpec, Namespaces, Resource, Rlimit, Seccomp};
 use microvm_protocol::handshake::Ask;
 use microvm_protocol::identity::DRIVE_BYTES;
@@ -136,7 +136,7 @@ fn groups() -> Result<Groups, Failure> {
 /// Everything that a start does for the jail, up to `step`; `arguments` names what QEMU is shown besides.
 fn launch(
     binary: &Path,
-    qemu: &QemuProgram,
+    qemu: &QemuBinary,
     launcher: &Path,
     step: Step,
     arguments: impl FnOnce(&mut JailPlan) -> Result<Vec<String>, Failure>,
@@ -168,7 +168,7 @@ fn launch(
     Ok((Jailed::launch(launcher, &spec, &[theirs.as_fd()], Box::new((groups, lease)))?, ours))
 }
 
-async fn jailed(binary: &Path, qemu: &QemuProgram, launcher: &Path, step: Step) -> Result<f64, Failure> {
+async fn jailed(binary: &Path, qemu: &QemuBinary, launcher: &Path, step: Step) -> Result<f64, Failure> {
     let begun = Instant::now();
     let (jailed, mut ours) = launch(binary, qemu, launcher, step, |_| Ok(owned(&ARGUMENTS)))?;
     let elapsed = tokio::task::block_in_place(|| greeted(&mut ours, begun));
@@ -194,12 +194,7 @@ fn hello(stream: &mut UnixStream, again: &[u8]) -> Result<f64, Failure> {
 }
 
 /// Round trips to a bare guest and to a jailed one.
-async fn round_trips(
-    binary: &Path,
-    qemu: &QemuProgram,
-    image: &GuestImage,
-    n: usize,
-) -> Result<[Vec<f64>; 2], Failure> {
+async fn round_trips(binary: &Path, qemu: &QemuBinary, image: &GuestImage, n: usize) -> Result<[Vec<f64>; 2], Failure> {
     let tsc = tsc::frequency_khz().map_or_else(String::new, |khz| format!(" tsc_early_khz={khz}"));
     let append = format!("quiet panic=-1 tsc=reliable no_timer_check{tsc}");
     let arguments = |kernel: &Path, initramfs: &Path, config: &Path| {
@@ -265,7 +260,7 @@ fn main() -> Result<(), Failure> {
     let image = GuestImage::in_directory(&data);
     image.check()?;
     let path: PathBuf = binary::find("qemu-system-x86_64", std::env::var_os("PATH").as_deref()).ok_or("no QEMU")?;
-    let qemu = QemuProgram::inspect(&path)?;
+    let qemu = QemuBinary::inspect(&path)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); STEPS.len()];
     for round in 0..=n {

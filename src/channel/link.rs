@@ -58,7 +58,7 @@ impl InFlight {
     }
 }
 
-pub(super) struct State {
+pub(super) struct LinkState {
     pub(super) connection: Connection,
     pub(super) in_flight: HashMap<u32, InFlight>,
     /// The guest is frozen, and there is no session.
@@ -79,7 +79,7 @@ pub(super) struct Writer {
 
 pub struct Link {
     pub vm_id: VmId,
-    state: Mutex<State>,
+    state: Mutex<LinkState>,
     pub(super) writer: Mutex<Writer>,
     blocked: Notify,
     /// Notified when no call is in flight.
@@ -102,7 +102,7 @@ impl Link {
         let stream = Arc::new(stream);
         let connection = Connection::new(session);
         let state =
-            State { connection, in_flight: HashMap::new(), rehandshake: None, used: Instant::now(), closed: None };
+            LinkState { connection, in_flight: HashMap::new(), rehandshake: None, used: Instant::now(), closed: None };
         let link = Arc::new(Self {
             vm_id,
             state: Mutex::new(state),
@@ -137,7 +137,7 @@ impl Link {
         self.tasks().drain(..).for_each(|task| task.abort());
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, LinkState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -257,7 +257,7 @@ impl Link {
         sent
     }
 
-    fn tell_idle(&self, state: &State) {
+    fn tell_idle(&self, state: &LinkState) {
         if state.in_flight.is_empty() {
             self.idle.notify_waiters();
         }
@@ -327,7 +327,7 @@ impl Link {
         let Some(incoming) = state.connection.receive(record).map_err(|error| error.to_string())? else {
             return Ok(());
         };
-        let mailbox = |state: &State, id: u32| match state.in_flight.get(&id) {
+        let mailbox = |state: &LinkState, id: u32| match state.in_flight.get(&id) {
             Some(InFlight { reply_to: ReplyTo::Stream(mailbox), .. }) => Some(mailbox.clone()),
             _ => None,
         };

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use tokio::time::{timeout, Instant};
 
 use super::agent::Agent;
-use super::link::{InFlight, Link, ReplyTo, State};
+use super::link::{InFlight, Link, LinkState, ReplyTo};
 use crate::error::{Error, Result};
 use crate::host::clock;
 
@@ -56,7 +56,7 @@ impl Rehandshake {
 /// Tells the caller of a freeze whether the guest agreed.
 pub(super) type RehandshakeReply = oneshot::Sender<std::result::Result<(), Failure>>;
 
-impl State {
+impl LinkState {
     /// Takes the guest's answer to FREEZE: the session is suspended, or goes on.
     pub(super) fn begin_rehandshake(
         &mut self,

@@ -37,7 +37,7 @@ struct Zygote {
 }
 
 #[derive(Debug)]
-enum State {
+enum ZygoteState {
     Loading,
     Ready(Zygote),
     /// It was tried, and does not work here.
@@ -56,7 +56,7 @@ pub struct Zygotes {
 #[derive(Debug)]
 struct Shared {
     library: PathBuf,
-    known: Mutex<HashMap<PathBuf, State>>,
+    known: Mutex<HashMap<PathBuf, ZygoteState>>,
 }
 
 impl Zygotes {
@@ -97,29 +97,29 @@ impl Shared {
         })
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<PathBuf, State>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<PathBuf, ZygoteState>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fork(self: &Arc<Self>, program: &Path, control: &OwnedFd) -> Option<Pid> {
         let mut known = self.known();
         match known.get(program) {
-            Some(State::Ready(zygote)) => match zygote.fork(control) {
+            Some(ZygoteState::Ready(zygote)) => match zygote.fork(control) {
                 Ok(launcher) => return Some(launcher),
                 Err(error) => log::debug!("the zygote of {}: {error}; it is started again", program.display()),
             },
-            Some(State::Loading | State::Unfit) => return None,
+            Some(ZygoteState::Loading | ZygoteState::Unfit) => return None,
             None => {}
         }
-        known.insert(program.to_owned(), State::Loading);
+        known.insert(program.to_owned(), ZygoteState::Loading);
         drop(known);
         let (shared, library, program) = (Arc::downgrade(self), self.library.clone(), program.to_owned());
         std::thread::spawn(move || {
             let state = match Zygote::start(&program, &library) {
-                Ok(zygote) => State::Ready(zygote),
+                Ok(zygote) => ZygoteState::Ready(zygote),
                 Err(error) => {
                     log::warn!("{} is executed for each VM, which takes longer: no zygote: {error}", program.display());
-                    State::Unfit
+                    ZygoteState::Unfit
                 }
             };
             // Unless its last user is gone meanwhile.

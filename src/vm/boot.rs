@@ -25,7 +25,7 @@ use crate::image::template::Template;
 use crate::model::{VmId, VmSpec};
 use crate::store::disk::Disk;
 use crate::store::VmDir;
-use crate::vmm::{Control, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm};
+use crate::vmm::{LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmControl};
 
 /// Stages in which a guest boots.
 pub const GUEST_BOOT: &str = "guest boot";
@@ -213,7 +213,7 @@ pub struct Launching {
     identity_delivery: IdentityDelivery,
     jailed: Jailed,
     transport: Transport,
-    control: Box<dyn Control>,
+    control: Box<dyn VmmControl>,
     tails: LiveTails,
     confinement: Confinement,
     connection: Option<Connection>,

@@ -36,7 +36,7 @@ fn warn_once(backend: Backend, why: &str) {
 }
 
 /// What the processes of one VM hold on the host until the last of them is gone.
-pub struct Held {
+pub struct HostResources {
     groups: Groups,
     lease: Option<Lease>,
     memory_bytes: u64,
@@ -61,7 +61,7 @@ pub fn confine(
     dir: &VmDir,
     disk: &Disk,
     vmm: &dyn Vmm,
-) -> Result<(JailPlan, Held, Confinement)> {
+) -> Result<(JailPlan, HostResources, Confinement)> {
     let launcher = &settings.image.launcher;
     let (first_uid, last_uid) = settings.uid_range;
     let mut needs = vmm.needs(!spec.network.isolated_network);
@@ -123,7 +123,7 @@ pub fn confine(
     } else if !host.own_root() {
         log::warn!("{vm_id}: its VMM runs without namespaces and a root of its own (see doctor)");
     }
-    Ok((plan, Held { groups, lease, memory_bytes: budget.memory_bytes }, confinement))
+    Ok((plan, HostResources { groups, lease, memory_bytes: budget.memory_bytes }, confinement))
 }
 
 /// Refuses a VM whose VMM could not run with the limits of this process, before anything is made for it. Blocking.
@@ -138,7 +138,7 @@ pub fn check_limits(vm_id: &VmId, spec: &VmSpec, settings: &Settings, vmm: &dyn 
     rlimits(vm_id, &budget, more_files, host.own_uid(), rlimit::hard).map(drop)
 }
 
-impl Held {
+impl HostResources {
     /// Lets the VMM be the first to touch `bytes` of its template's memory: the kernel makes a page of zeros in the
     /// template for each that is not there, before it copies it, and counts both against whoever touched it.
     ///
@@ -154,9 +154,9 @@ impl Held {
     }
 }
 
-impl std::fmt::Debug for Held {
+impl std::fmt::Debug for HostResources {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Held").field("groups", &self.groups).field("uid", &self.uid()).finish()
+        f.debug_struct("HostResources").field("groups", &self.groups).field("uid", &self.uid()).finish()
     }
 }
 
@@ -408,7 +408,7 @@ impl Confinement {
         Value::Object(report)
     }
 
-    /// Notes what [`Held::allow_first_touch`] gave.
+    /// Notes what [`HostResources::allow_first_touch`] gave.
     pub fn note_first_touch(&mut self, bytes: u64) {
         if let Some((_, how)) = self.limits.iter_mut().find(|(field, _)| *field == "memory_mb") {
             how.push(format!(

@@ -67,7 +67,7 @@ pub struct Settings {
     pub image: GuestImage,
     /// `None`: every VM boots.
     pub templates: Option<Arc<Store>>,
-    /// Templates of the users' own, and VMs that are away.
+    /// Templates of the users' own, and suspended VMs.
     pub snapshots: Arc<SnapshotStore>,
     pub suspended: Arc<SnapshotStore>,
     pub digests: Arc<Digests>,

@@ -8,7 +8,7 @@ use microvm_protocol::identity::{
     Credentials, GuestNetwork, Identity, Key, CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL,
 };
 
-use super::confine::{check_limits, confine, Confinement, Held};
+use super::confine::{check_limits, confine, Confinement, HostResources};
 use super::network::{self, Connection};
 use super::{janitor, Settings};
 use crate::error::{Error, Result};
@@ -35,10 +35,10 @@ pub struct Prepared {
     pub seen: Vec<Seen>,
     pub spec: Arc<VmSpec>,
     pub network: Option<Network>,
-    /// Those of a VM that was away; `None`: new ones.
+    /// Those of a VM that was suspended; `None`: new ones.
     pub ids: Option<Ids>,
     /// Shared with every VMM that is launched in this jail.
-    pub held: Arc<Held>,
+    pub held: Arc<HostResources>,
     pub confinement: Confinement,
 }
 

@@ -25,7 +25,7 @@ use crate::image::template::Fit;
 use crate::model::{Backend, Grade, VmId};
 use crate::store::disk::Disk;
 use crate::store::VmDir;
-use crate::vmm::{Capabilities, Control, LiveTails};
+use crate::vmm::{Capabilities, LiveTails, VmmControl};
 
 /// How long the guest may take to answer that it shuts down, and then to do it.
 const GUEST_DEADLINE: Duration = Duration::from_secs(3);
@@ -74,7 +74,7 @@ pub struct Running {
     pub(super) health_history: Mutex<HealthHistory>,
     pub(super) broker: Mutex<Option<Broker>>,
     pub(super) agent: Arc<Agent>,
-    pub(super) control: Box<dyn Control>,
+    pub(super) control: Box<dyn VmmControl>,
     pub(super) jailed: Jailed,
     pub(super) tails: LiveTails,
     pub(super) connection: Mutex<Option<Connection>>,
@@ -87,7 +87,7 @@ impl Running {
         &self.agent
     }
 
-    pub fn control(&self) -> &dyn Control {
+    pub fn control(&self) -> &dyn VmmControl {
         self.control.as_ref()
     }
 

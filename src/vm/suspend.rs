@@ -1,4 +1,4 @@
-//! A VM that is away: its state is on disk, and no process of it is left.
+//! A suspended VM: its state is on disk, and no process of it is left.
 //!
 //! The state is there once: it is used under a lock, and gone when the VM runs again. A resume that fails, or whose
 //! process dies, leaves it as it was, for another try: what runs has copies.
@@ -55,7 +55,7 @@ impl MicroVm {
         if state == VmState::Running {
             self.become_state("suspend", VmState::Paused)?;
         }
-        if let Err(error) = self.put_away(&running, state).await {
+        if let Err(error) = self.save_and_end(&running, state).await {
             // Not if it died meanwhile.
             if state == VmState::Running && self.state() == VmState::Paused {
                 self.become_state("suspend", VmState::Running)?;
@@ -81,7 +81,7 @@ impl MicroVm {
     }
 
     /// Keeps the VM's state; it stands still then. After an error it goes on.
-    async fn put_away(&self, running: &Running, state: VmState) -> Result<()> {
+    async fn save_and_end(&self, running: &Running, state: VmState) -> Result<()> {
         let pending = self.begin_suspending().await?;
         let fit = fit_of(running, self.spec_of(running), &self.settings, "suspend()").await?;
         let copy = Copy::begin(running, &self.spec.limits, pending.path()).await?;

@@ -1,7 +1,7 @@
 //! The VMMs that can be driven, behind one trait.
 //!
 //! Architecture invariant: a backend turns a [`LaunchPlan`] into a jailed process, a byte stream to the agent and a
-//! [`Control`]. It owns no files, holds no state of a VM's life, and nobody above knows which backend it is.
+//! [`VmmControl`]. It owns no files, holds no state of a VM's life, and nobody above knows which backend it is.
 
 mod cloud_hypervisor;
 #[cfg(test)]
@@ -39,7 +39,7 @@ use microvm_jail::{Layer, Seccomp};
 
 pub use install::{probe, Binaries, Installed};
 pub use jail::{host_jail, HostJail, JailPlan};
-pub use qemu::Program as QemuProgram;
+pub use qemu::QemuBinary;
 pub use select::{find, select, BackendRequest, Selection};
 pub use transport::Transport;
 
@@ -159,9 +159,9 @@ pub const RAM_PLACE: &str = "/vm/ram";
 pub enum Origin {
     /// The kernel boots.
     Boot,
-    /// The kernel boots with its memory in this file, and [`Control::save`] makes a template of it.
+    /// The kernel boots with its memory in this file, and [`VmmControl::save`] makes a template of it.
     Record { ram: PathBuf },
-    /// A clone of a template, whose memory it maps copy-on-write; it waits for [`Control::load`].
+    /// A clone of a template, whose memory it maps copy-on-write; it waits for [`VmmControl::load`].
     Clone { ram: Arc<OwnedFd> },
 }
 
@@ -169,7 +169,7 @@ pub enum Origin {
 pub struct Launched {
     pub jailed: Jailed,
     pub agent: Transport,
-    pub control: Box<dyn Control>,
+    pub control: Box<dyn VmmControl>,
     pub tails: LiveTails,
     /// The host's end of the port that delivers the guest's identity; `None`: by its config drive.
     pub identity: Option<UnixStream>,
@@ -185,7 +185,7 @@ pub struct DiskIo {
 }
 
 /// The control API of one running VMM; each call has [`CONTROL_DEADLINE`].
-pub trait Control: Send + Sync {
+pub trait VmmControl: Send + Sync {
     /// Waits until the VMM listens: it has opened all its files then.
     fn connect(&self) -> BoxFuture<'_, Result<()>>;
     /// Has a VMM that was launched with [`Origin::Boot`] or [`Origin::Record`] boot its guest; nothing for one whose

@@ -15,7 +15,7 @@ use crate::vmm::JailPlan;
 
 /// One binary, with its libraries and those of the modules that it will load.
 #[derive(Debug, Clone)]
-pub struct Program {
+pub struct VmmBinary {
     pub binary: PathBuf,
     pub needs: elf::Needs,
     /// What it answers to `--version`.
@@ -34,7 +34,7 @@ fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-impl Program {
+impl VmmBinary {
     /// Looks at a binary, or remembers what it found out about the same file; `modules` names what it loads besides,
     /// `question` is a command line that it is run with. Blocking.
     ///
@@ -45,7 +45,7 @@ impl Program {
         modules: impl FnOnce(&Path) -> Vec<PathBuf>,
         question: Option<&[&str]>,
     ) -> Result<Arc<Self>> {
-        static KNOWN: PerProcess<Mutex<HashMap<Identity, Arc<Program>>>> = PerProcess::new();
+        static KNOWN: PerProcess<Mutex<HashMap<Identity, Arc<VmmBinary>>>> = PerProcess::new();
         let failed = |error: std::io::Error| Error::host("inspect", path.display(), error);
         let binary = path.canonicalize().map_err(failed)?;
         let identity = identity(&binary, &binary.metadata().map_err(failed)?);

@@ -171,7 +171,7 @@ class Replaced(CacheTestCase):
 
     def test_the_lists_say_beforehand_what_cannot_come_back_and_the_disk_can_be_had(self) -> None:
         image = self.rootfs()
-        vm = self.running(rootfs_path=str(image), vm_id="away")
+        vm = self.running(rootfs_path=str(image), vm_id="suspended")
         self.output(vm, "echo precious >/data/file; sync")
         self.assertTrue(vm.suspend(), vm.last_error)
         self.assertEqual([(each["usable"], each["differences"]) for each in self.manager.list_suspended()], [(True, [])])
@@ -181,7 +181,7 @@ class Replaced(CacheTestCase):
         self.assertIn("rootfs", " ".join(listed["differences"]))
         self.assertFalse(vm.resume())
         target = self.folder / "disk.ext4"
-        told = self.manager.export_disk("away", target)
+        told = self.manager.export_disk("suspended", target)
         self.assertEqual(told, {"bytes": 64 << 20, "verified": True}, self.manager.last_error)
         self.assertEqual(target.stat().st_mode & 0o777, 0o600)
         self.assertLess(target.stat().st_blocks * 512, 32 << 20)
@@ -190,12 +190,12 @@ class Replaced(CacheTestCase):
             said = subprocess.check_output([debugfs, "-R", "cat file", str(target)], stderr=subprocess.DEVNULL)
             self.assertEqual(said, b"precious\n")
         with self.assertRaises(InvalidValueError):
-            self.manager.export_disk("away", target)
+            self.manager.export_disk("suspended", target)
         self.assertIsNone(self.manager.export_disk("nobody", self.folder / "other"))
         self.assertEqual(self.manager.last_error.code, "vm_not_found")  # type: ignore[union-attr]
         os.replace(str(kept), str(image))
         self.assertTrue(vm.resume(), vm.last_error)
-        self.assertIsNone(self.manager.export_disk("away", self.folder / "other"))
+        self.assertIsNone(self.manager.export_disk("suspended", self.folder / "other"))
         self.assertEqual(self.manager.last_error.code, "invalid_state")  # type: ignore[union-attr]
 
     def test_the_disk_of_a_damaged_state_can_be_had(self) -> None:

@@ -505,27 +505,27 @@ class Suspended(SnapshotTestCase):
         )
 
     def test_it_is_resumed_by_another_process_and_there_once(self) -> None:
-        self.suspended_elsewhere("away-1")
-        self.assertEqual([each["vm_id"] for each in self.manager.list_suspended()], ["away-1"])
-        self.assertIsNone(self.manager.create_vm(IsolationType.SESSION, vm_id="away-1"))
+        self.suspended_elsewhere("suspended-1")
+        self.assertEqual([each["vm_id"] for each in self.manager.list_suspended()], ["suspended-1"])
+        self.assertIsNone(self.manager.create_vm(IsolationType.SESSION, vm_id="suspended-1"))
         self.assertEqual(self.manager.last_error.code, "vm_id_taken")  # type: ignore[union-attr]
-        self.assertTrue(self.manager.resume_vm("away-1"), self.manager.last_error)
-        vm = self.manager.get_vm("away-1")
+        self.assertTrue(self.manager.resume_vm("suspended-1"), self.manager.last_error)
+        vm = self.manager.get_vm("suspended-1")
         assert vm is not None
         self.assertEqual(vm.isolation_type, IsolationType.BROWSER_TAB)
         begun = self.count(vm)
         self.assertGreater(begun, 3)
         self.assertTrue(eventually(lambda: self.count(vm) > begun))
         self.assertEqual(self.output(vm, "cat /data/file"), "kept\n")
-        self.assertEqual(self.process("print(manager.resume_vm('away-1'), manager.last_error.code)"), "False vm_not_found")
+        self.assertEqual(self.process("print(manager.resume_vm('suspended-1'), manager.last_error.code)"), "False vm_not_found")
 
     def test_of_many_that_resume_it_one_does(self) -> None:
-        self.suspended_elsewhere("away-2")
+        self.suspended_elsewhere("suspended-2")
         head = (
             "import sys\nfrom {} import *\n"
             "manager = MicroVMIsolationManager({{'default_backend': 'QEMU', 'cache_dir': {!r}}})\nmanager.start()\n"
             "print('ready', flush=True); sys.stdin.readline()\n"
-            "done = manager.resume_vm('away-2')\n"
+            "done = manager.resume_vm('suspended-2')\n"
             "print(done, manager.last_error and manager.last_error.code, flush=True); sys.stdin.readline()\nmanager.stop()\n"
         ).format(IMPORT, CACHE)
         racers = [
@@ -562,9 +562,9 @@ class Suspended(SnapshotTestCase):
         self.assertTrue(self.manager.suspend_vm(vm.vm_id))
         self.assertTrue(self.manager.destroy_vm(vm.vm_id))
         self.assertEqual(self.manager.list_suspended(), [])
-        self.suspended_elsewhere("away-3")
-        self.assertTrue(self.manager.destroy_vm("away-3"))
-        self.assertFalse(self.manager.resume_vm("away-3"))
+        self.suspended_elsewhere("suspended-3")
+        self.assertTrue(self.manager.destroy_vm("suspended-3"))
+        self.assertFalse(self.manager.resume_vm("suspended-3"))
         self.assertEqual(self.manager.last_error.code, "vm_not_found")  # type: ignore[union-attr]
         other = self.running()
         self.assertTrue(other.suspend() and other.stop())

@@ -19,13 +19,13 @@ pub struct Table {
     head: String,
     /// What removes the table, there or not.
     drop: String,
-    state: Mutex<State>,
+    state: Mutex<TableState>,
     /// How often it was put back: what was added to it in between is lost.
     restored: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct TableState {
     next: u64,
     parts: BTreeMap<u64, String>,
     watcher: Option<JoinHandle<()>>,
@@ -46,7 +46,7 @@ impl Table {
         Arc::new(Self { name: name.to_owned(), head, drop, state, restored })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, TableState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -104,7 +104,7 @@ impl Table {
         }
     }
 
-    fn make_anew(&self, state: &State) -> Result<(), Refusal> {
+    fn make_anew(&self, state: &TableState) -> Result<(), Refusal> {
         let parts: String = state.parts.values().map(String::as_str).collect();
         let head = if state.parts.is_empty() { "" } else { &self.head };
         Tool::Nft.run(&format!("{}{head}{parts}", self.drop))?;

@@ -15,7 +15,7 @@ use crate::host::net::Tap;
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
 use crate::vmm::http::{Answer, Call, Client};
-use crate::vmm::{BoxFuture, Control, DiskIo, LaunchPlan, Origin, CONTROL_DEADLINE};
+use crate::vmm::{BoxFuture, DiskIo, LaunchPlan, Origin, VmmControl, CONTROL_DEADLINE};
 
 /// The API's name in the folder for sockets.
 pub const API: &str = "api";
@@ -89,7 +89,7 @@ fn refusal(answer: &Answer) -> String {
     }
 }
 
-impl Control for Api {
+impl VmmControl for Api {
     fn connect(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { self.ask("connect", bodies::ping()).await.map(drop) })
     }

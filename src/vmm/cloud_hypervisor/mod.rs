@@ -20,7 +20,7 @@ use crate::host::socket_dir::SocketDir;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade};
 use crate::vmm::install::needs_kvm;
-use crate::vmm::program::{library_path, Program};
+use crate::vmm::program::{library_path, VmmBinary};
 use crate::vmm::transport::{Awaited, Called};
 use crate::vmm::{
     Binaries, Capabilities, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire, RAM_PLACE,
@@ -36,7 +36,7 @@ const MORE_FILES: u64 = 512;
 /// Cloud Hypervisor on this host.
 #[derive(Debug, Clone)]
 pub struct CloudHypervisor {
-    program: Arc<Program>,
+    program: Arc<VmmBinary>,
 }
 
 impl CloudHypervisor {
@@ -45,7 +45,7 @@ impl CloudHypervisor {
     pub fn find(binaries: &Binaries) -> Result<Self> {
         let path = binaries.locate(Backend::CloudHypervisor)?;
         needs_kvm(Backend::CloudHypervisor)?;
-        Ok(Self { program: Program::inspect(&path, |_| Vec::new(), None)? })
+        Ok(Self { program: VmmBinary::inspect(&path, |_| Vec::new(), None)? })
     }
 }
 

@@ -23,7 +23,7 @@ use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
 use crate::vmm::http::{Answer, Call, Client};
 use crate::vmm::line::{self, read_line};
-use crate::vmm::{BoxFuture, Control, DiskIo, LaunchPlan, Origin, CONTROL_DEADLINE};
+use crate::vmm::{BoxFuture, DiskIo, LaunchPlan, Origin, VmmControl, CONTROL_DEADLINE};
 
 /// How long it may take to load a kernel and make a machine; the start has a deadline of its own besides.
 const BOOT_DEADLINE: Duration = Duration::from_secs(30);
@@ -160,7 +160,7 @@ fn refusal(answer: &Answer) -> String {
     }
 }
 
-impl Control for Api {
+impl VmmControl for Api {
     fn connect(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { self.ask("connect", Call::get("/version")).await.map(drop) })
     }

@@ -18,7 +18,7 @@ use crate::host::socket_dir::SocketDir;
 use crate::host::tail::Tail;
 use crate::model::{Backend, Grade};
 use crate::vmm::install::needs_kvm;
-use crate::vmm::program::{library_path, parse_version, Program};
+use crate::vmm::program::{library_path, parse_version, VmmBinary};
 use crate::vmm::transport::Awaited;
 use crate::vmm::{Binaries, Capabilities, LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmNeeds, Wire};
 use api::Api;
@@ -27,7 +27,7 @@ use bodies::RAM_FD;
 /// Firecracker on this host.
 #[derive(Debug, Clone)]
 pub struct Firecracker {
-    program: Arc<Program>,
+    program: Arc<VmmBinary>,
 }
 
 impl Firecracker {
@@ -36,7 +36,7 @@ impl Firecracker {
     pub fn find(binaries: &Binaries) -> Result<Self> {
         let path = binaries.locate(Backend::Firecracker)?;
         needs_kvm(Backend::Firecracker)?;
-        Ok(Self { program: Program::inspect(&path, |_| Vec::new(), None)? })
+        Ok(Self { program: VmmBinary::inspect(&path, |_| Vec::new(), None)? })
     }
 
     /// Whether the vsock is deaf for ever after a pause and a resume by the API: so in 1.16.0 and 1.16.1

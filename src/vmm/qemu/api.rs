@@ -12,7 +12,7 @@ use crate::host::process::Signals;
 use crate::host::rights::send_with;
 use crate::model::VmId;
 use crate::vmm::line::{self, read_line};
-use crate::vmm::{BoxFuture, Control, DiskIo, CONTROL_DEADLINE};
+use crate::vmm::{BoxFuture, DiskIo, VmmControl, CONTROL_DEADLINE};
 
 /// The name under which QEMU keeps the descriptor of a template's device state.
 const STATE: &str = "s";
@@ -183,7 +183,7 @@ impl Line {
     }
 }
 
-impl Control for Qmp {
+impl VmmControl for Qmp {
     fn connect(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.on_line("connect", async |line| line.commands([], None).await.map(drop)))
     }

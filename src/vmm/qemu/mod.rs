@@ -20,12 +20,12 @@ use crate::vmm::{
 };
 use api::Qmp;
 use args::{Accelerator, Host, AGENT_FD, IDENTITY_FD, QMP_FD, RAM_FD, TAP_FD};
-pub use program::Program;
+pub use program::QemuBinary;
 
 /// QEMU on this host.
 #[derive(Debug, Clone)]
 pub struct Qemu {
-    program: Program,
+    program: QemuBinary,
     accelerator: Accelerator,
 }
 
@@ -34,7 +34,7 @@ impl Qemu {
     /// [`Error::BackendUnavailable`], [`Error::Host`].
     pub fn find(binaries: &Binaries) -> Result<Self> {
         tsc::begin();
-        let program = Program::inspect(&binaries.locate(Backend::Qemu)?)?;
+        let program = QemuBinary::inspect(&binaries.locate(Backend::Qemu)?)?;
         let accelerator = if kvm::probe().usable { Accelerator::Kvm } else { Accelerator::Tcg };
         Ok(Self { program, accelerator })
     }

@@ -31,8 +31,8 @@ const TCG_MODULE: &str = "accel-tcg-x86_64.so";
 
 /// One QEMU binary.
 #[derive(Debug, Clone)]
-pub struct Program {
-    files: Arc<program::Program>,
+pub struct QemuBinary {
+    files: Arc<program::VmmBinary>,
     modules: Vec<PathBuf>,
     firmware: Vec<(&'static str, PathBuf)>,
 }
@@ -63,13 +63,13 @@ fn lists_cpu_flag(answer: &str, name: &str) -> bool {
     answer.split_once("CPUID flags:").is_some_and(|(_, flags)| flags.split_whitespace().any(|flag| flag == name))
 }
 
-impl Program {
+impl QemuBinary {
     /// Looks at a binary, or remembers what it found out about the same file. Blocking.
     ///
     /// # Errors
     /// [`crate::error::Error::Host`] when it is no program of this machine's, or misses a library.
     pub fn inspect(path: &Path) -> Result<Self> {
-        let files = program::Program::inspect(path, modules, Some(&["-cpu", "help"]))?;
+        let files = program::VmmBinary::inspect(path, modules, Some(&["-cpu", "help"]))?;
         let firmware = |name: &'static str| Some((name, beside(&files.binary, &FIRMWARE_FOLDERS, name)?));
         let firmware = FIRMWARE.into_iter().filter_map(firmware).collect();
         Ok(Self { modules: modules(&files.binary), firmware, files })

@@ -14,19 +14,19 @@ const KEPT: usize = 2;
 type Work = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
-struct State {
+struct PoolState {
     waiting: VecDeque<Work>,
     idle: usize,
 }
 
 #[derive(Default)]
 pub struct Pool {
-    state: Mutex<State>,
+    state: Mutex<PoolState>,
     wake: Condvar,
 }
 
 impl Pool {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, PoolState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -80,7 +80,7 @@ pub struct Identity {
     pub hostname: String,
     pub network: Option<GuestNetwork>,
     /// It is the guest that was frozen, and the calls of its session go on in the next one. In a clone, and in a
-    /// guest that was away, nobody waits for them.
+    /// guest that was suspended, no caller waits for them.
     pub keeps_calls: bool,
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use microvm_jail::launcher::{self, Become, Failure, Program};
+use microvm_jail::launcher::{self, Become, ExecImage, Failure};
 use microvm_jail::Stage;
 use nix::errno::Errno;
 
@@ -83,7 +83,7 @@ fn failed(what: &str) -> Failure {
     Failure::new(Stage::Exec, format!("the zygote: {what}"))
 }
 
-fn prepare(program: &Program) -> Result<(), Failure> {
+fn prepare(program: &ExecImage) -> Result<(), Failure> {
     // As execve(2) does: the process is its user's again (/proc/self/fd, by which QEMU opens its memory).
     nix::sys::prctl::set_dumpable(true).map_err(|errno| failed(errno.desc()))?;
     let name = program.argv.first().and_then(file_name).unwrap_or_default();
@@ -91,7 +91,7 @@ fn prepare(program: &Program) -> Result<(), Failure> {
 }
 
 /// Goes on into the VMM's `main`, as a process that has just executed it.
-fn enter_main(program: &Program) -> Result<Infallible, Failure> {
+fn enter_main(program: &ExecImage) -> Result<Infallible, Failure> {
     let start = START.get().ok_or_else(|| failed("it has not begun"))?;
     close_the_jails(program.first_free_fd);
     let argc = c_int::try_from(program.argv.len()).map_err(|_| failed("too many arguments"))?;

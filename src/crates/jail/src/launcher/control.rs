@@ -16,7 +16,7 @@ use super::failure::Failure;
 
 /// The control socket.
 #[derive(Debug)]
-pub struct Control(OwnedFd);
+pub struct ControlSocket(OwnedFd);
 
 /// What there was to read once the control socket was ready.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ pub enum Incoming {
     Closed,
 }
 
-impl Control {
+impl ControlSocket {
     /// Takes over stdin as the control socket; stdin itself stays open until something else is put there.
     pub fn take_stdin() -> Result<Self, Failure> {
         let stdin = std::io::stdin();
@@ -144,7 +144,7 @@ impl Control {
     }
 }
 
-impl AsFd for Control {
+impl AsFd for ControlSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

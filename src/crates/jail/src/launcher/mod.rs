@@ -29,18 +29,18 @@ use nix::sys::stat::{umask, Mode};
 use nix::unistd::ForkResult;
 
 use confine::Cgroups;
-use control::Control;
+use control::ControlSocket;
 use identity::{MapRequest, MapService};
 use tap::Tap;
 
 pub use failure::Failure;
 pub use process::shield;
-pub use program::{Become, Program};
+pub use program::{Become, ExecImage};
 
 /// What L hands on to C, and C to V.
 struct Prepared {
     spec: LaunchSpec,
-    program: Program,
+    program: ExecImage,
     /// In the order of `spec.fds`, numbered above all targets.
     passed: Vec<OwnedFd>,
     cgroups: Cgroups,
@@ -55,7 +55,7 @@ struct Prepared {
 /// thread. C and V are made in here, and V comes back only when it could not become the VMM.
 #[must_use]
 pub fn run(become_vmm: Become) -> i32 {
-    let control = match descriptors::close_inherited().and_then(|()| Control::take_stdin()) {
+    let control = match descriptors::close_inherited().and_then(|()| ControlSocket::take_stdin()) {
         Ok(control) => control,
         Err(failure) => {
             // Without a control socket, stderr is the only place left; the exit code is EX_USAGE of sysexits.h.
@@ -98,7 +98,7 @@ fn prepare(
     passed: Vec<OwnedFd>,
     become_vmm: Become,
 ) -> Result<(Prepared, Option<MapService>), Failure> {
-    let program = Program::new(&spec)?;
+    let program = ExecImage::new(&spec)?;
     let passed = descriptors::raise(passed, program.first_free_fd)?;
     descriptors::reserve(program.first_free_fd)?;
     let cgroups = confine::open_cgroups(&spec.cgroup_procs)?;
@@ -119,7 +119,7 @@ fn prepare(
     Ok((Prepared { spec, program, passed, cgroups, maps, tap, become_vmm }, service))
 }
 
-fn launch(control: Control, mut prepared: Prepared, service: Option<MapService>) -> i32 {
+fn launch(control: ControlSocket, mut prepared: Prepared, service: Option<MapService>) -> i32 {
     let birthplace = confine::birthplace(&prepared.spec.cgroup_procs);
     // SAFETY: this process has one thread, so the child's copy of it holds no lock and no half-done state.
     match unsafe { process::fork_into(birthplace.as_ref()) } {

@@ -14,19 +14,19 @@ use super::failure::Failure;
 #[derive(Debug, Clone, Copy)]
 pub struct Become {
     /// What the filter of system calls would not allow any more.
-    pub prepare: fn(&Program) -> Result<(), Failure>,
+    pub prepare: fn(&ExecImage) -> Result<(), Failure>,
     /// Comes back only with a failure.
-    pub enter: fn(&Program) -> Result<Infallible, Failure>,
+    pub enter: fn(&ExecImage) -> Result<Infallible, Failure>,
 }
 
 impl Become {
     /// By execve(2), which needs no preparation.
-    pub const EXEC: Self = Self { prepare: |_| Ok(()), enter: Program::exec };
+    pub const EXEC: Self = Self { prepare: |_| Ok(()), enter: ExecImage::exec };
 }
 
 /// Made before the first fork, so that a spec that cannot be executed fails as a spec.
 #[derive(Debug)]
-pub struct Program {
+pub struct ExecImage {
     path: CString,
     pub argv: Vec<CString>,
     pub env: Vec<CString>,
@@ -34,7 +34,7 @@ pub struct Program {
     pub first_free_fd: RawFd,
 }
 
-impl Program {
+impl ExecImage {
     pub(super) fn new(spec: &LaunchSpec) -> Result<Self, Failure> {
         let c_string = |text: String| {
             CString::new(text)

@@ -13,14 +13,14 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{fork, getpid, ForkResult, Pid};
 
 use super::audit::Audit;
-use super::control::{Control, Incoming};
+use super::control::{ControlSocket, Incoming};
 use super::failure::Failure;
 use super::process::{self, Ended};
 use super::vmm::{self, FromSupervisor};
 use super::{audit, confine, identity, root, Prepared};
 
 /// Runs to the end of the VMM, and gives the exit code.
-pub fn run(control: &Control, mut prepared: Prepared) -> i32 {
+pub fn run(control: &ControlSocket, mut prepared: Prepared) -> i32 {
     let (children, told, audit) = match confine(control, &mut prepared) {
         Ok(confined) => confined,
         Err(failure) => return control.report(&failure),
@@ -43,7 +43,10 @@ pub fn run(control: &Control, mut prepared: Prepared) -> i32 {
 }
 
 /// C's own stages, up to the point where the jail follows the control socket.
-fn confine(control: &Control, prepared: &mut Prepared) -> Result<(SignalFd, FromSupervisor, Option<Audit>), Failure> {
+fn confine(
+    control: &ControlSocket,
+    prepared: &mut Prepared,
+) -> Result<(SignalFd, FromSupervisor, Option<Audit>), Failure> {
     process::leave_session()?;
     confine::join_cgroups(std::mem::take(&mut prepared.cgroups))?;
     confine::enter_supervisor_namespaces(prepared.spec.namespaces)?;
@@ -115,7 +118,7 @@ impl Vmm {
     }
 }
 
-fn supervise(control: &Control, children: &SignalFd, vmm: &Vmm, mut audit: Option<Audit>) -> i32 {
+fn supervise(control: &ControlSocket, children: &SignalFd, vmm: &Vmm, mut audit: Option<Audit>) -> i32 {
     // Held: the manager is there and C listens. Once let go, C only waits for the VMM's death.
     let mut lifeline_held = true;
     loop {
@@ -151,7 +154,7 @@ enum Step {
 
 /// Waits for something to happen, and does what it calls for.
 fn step(
-    control: &Control,
+    control: &ControlSocket,
     children: &SignalFd,
     vmm: &Vmm,
     lifeline_held: bool,

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use crate::{Confined, JailEvent, Layer};
 use nix::unistd::Pid;
 
-use super::control::Control;
+use super::control::ControlSocket;
 use super::failure::Failure;
 use super::{audit, confine, descriptors, landlock, process, seccomp, Prepared};
 
@@ -23,14 +23,14 @@ pub struct FromSupervisor {
 }
 
 /// Becomes the VMM; comes back with an exit code only when that failed, after reporting why.
-pub fn run(control: &Control, prepared: &Prepared, told: FromSupervisor) -> i32 {
+pub fn run(control: &ControlSocket, prepared: &Prepared, told: FromSupervisor) -> i32 {
     match become_vmm(control, prepared, told) {
         Ok(never) => match never {},
         Err(failure) => control.report(&failure),
     }
 }
 
-fn become_vmm(control: &Control, prepared: &Prepared, told: FromSupervisor) -> Result<Infallible, Failure> {
+fn become_vmm(control: &ControlSocket, prepared: &Prepared, told: FromSupervisor) -> Result<Infallible, Failure> {
     let Prepared { spec, program, passed, .. } = prepared;
     process::leave_session()?;
     process::reset_signals()?;
