@@ -22,7 +22,7 @@ LIMITS = VMResourceLimits(
 
 
 def run(manager: MicroVMIsolationManager, backend: VMBackend) -> None:
-    # A kernel and a root file system of your own go in here as kernel_path= and rootfs_path=.
+    # kernel_path= and rootfs_path= name a kernel and a root file system of your own.
     vm_id = manager.create_vm(
         isolation_type=IsolationType.EXTENSION,
         resource_limits=LIMITS,

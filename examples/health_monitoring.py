@@ -29,7 +29,7 @@ def main() -> int:
         print("Uptime: {:.1f}s".format(metrics.uptime_seconds))
         print("Status: {}".format(metrics.health_status))
 
-        # Until the first heartbeat; without the break it would end with the manager, or 5 s after the last event.
+        # The loop ends at the first heartbeat. Without the break it ends with the manager, or 5 s after the last event.
         for event in events:
             print("{kind}: {detail}".format(**event))
             if event["kind"] == "health":

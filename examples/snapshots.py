@@ -43,7 +43,7 @@ def main() -> int:
         vm.suspend()
         print("Suspended: {}".format(vm.get_info()["suspended"]))
         print("Memory allocated: {} MB".format(manager.get_resource_usage()["memory_allocated_mb"]))
-        # Another manager, in another process, could do this just as well.
+        # A manager of another process can resume the VM, too.
         manager.resume_vm(vm.vm_id)
         print("Resumed: {} {}".format(shell(vm, "cat /tmp/count"), shell(vm, "cat /data/notes")))
     return 0

@@ -20,7 +20,7 @@ def linked(metadata: Dict[str, Any]) -> List[Dict[str, Any]]:
     left, found = [member for member in metadata["workspace_members"] if packages[member]["name"] in OURS], set()
     while left:
         package = left.pop()
-        # What runs in the compiler is not in the binary.
+        # A procedural macro runs in the compiler and is not part of the binary.
         if package not in found and not any("proc-macro" in target["kind"] for target in packages[package]["targets"]):
             found.add(package)
             normal = (dep["pkg"] for dep in nodes[package]["deps"] if any(kind["kind"] is None for kind in dep["dep_kinds"]))

@@ -125,7 +125,7 @@ def main() -> int:
             continue
         for name, code in (("basic.py", (ROOT / "examples" / "basic.py").read_text()), ("life", LIFE)):
             print("{}: {}".format(suite, name), flush=True)
-            # The package is shown without what belongs to this machine's interpreter.
+            # Only the package is mounted, not this machine's other Python packages.
             with tempfile.TemporaryDirectory() as shown:
                 ignore = shutil.ignore_patterns("__pycache__")
                 shutil.copytree(str(options.package / "thirstys_waterfall"), shown + "/thirstys_waterfall", ignore=ignore)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
-# The folders of the ordinary user whom some tests become: they would outlive that user. No VM is left in the first by now.
+# Default folders of the ordinary user that some tests switch to. They are removed at the end; no VM is left in them then.
 USER = 61234
 USERS_RUNTIME, USERS_CACHE = Path("/dev/shm/tw-microvm-{}".format(USER)), Path("/tmp/tw-microvm-cache-{}".format(USER))
 MARK = ".tw-microvm"

@@ -99,7 +99,7 @@ class Host:
     def __init__(self, runtime_dir: Path, prefix: str, cache_dir: Path = Path("/var/cache/tw-microvm")) -> None:
         self.runtime_dir, self.prefix, self.cache_dir = runtime_dir, prefix, cache_dir
         self.interfaces, self.tables, self.mounts = interfaces(), tables(), mounts()
-        # Of others on this machine.
+        # Leases that other processes of this machine left before the test.
         self.leases = set(unheld_leases())
 
     def left(self, known: Set[Process]) -> List[str]:

@@ -26,7 +26,7 @@ from tests.chaos.host import Host, descendants, groups, stat  # noqa: E402
 from tests.support import eventually, limits, open_files  # noqa: E402
 
 WORKERS = 4
-# How long a VM that was stopped, starved or robbed of its disk may take to be well again.
+# How long a VM may take to be healthy again after it was stopped, starved or lost its disk.
 RECOVERY_S = 30.0
 FOLLOWS = {
     "created": {"starting", "destroyed"},
@@ -154,7 +154,7 @@ class Storm:
                 parent = int(stat(pid)[1])
             except OSError:
                 return
-            # Never this process, should the VMM have been orphaned.
+            # An orphaned VMM's parent may be this process, which must not be killed.
             self.signal(parent if parent not in (1, os.getpid()) else None, signal.SIGKILL)
 
     def stop_vmm(self) -> None:
@@ -222,7 +222,7 @@ class Storm:
             alive = lambda: vm.get_state().value != "running" or vm.send_command("ping", timeout=5)
             if not eventually(alive, RECOVERY_S):
                 wrong("{} does not answer: {} {}".format(vm_id, vm.last_error, vm.get_info()["health"]))
-        # A VM that died a moment ago may still be on its way out.
+        # The clean-up of a VM that died a moment ago may still run.
         if not eventually(lambda: not self.orphans(), 5.0):
             wrong("orphans: {}".format(self.orphans()))
 
@@ -282,7 +282,7 @@ class Storm:
         left = lambda: self.host.left(known - janitor)
         if not eventually(lambda: not left(), 2.0):
             self.complain("left at the end: {}".format(left()))
-        # The runtime's own descriptors, the janitor's lifeline.
+        # The runtime and the janitor's lifeline hold up to 16 descriptors.
         if not eventually(lambda: open_files() <= self.files + 16, 5.0):
             self.complain("descriptors grew from {} to {}".format(self.files, open_files()))
         if dropped:

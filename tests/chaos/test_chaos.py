@@ -7,7 +7,7 @@ import unittest
 from .kill import kills
 from .storm import storm
 
-# Given to find a failure again; CI prints what a run had.
+# MICROVM_CHAOS_SEED repeats a failed run; each run prints its seed.
 SEED = int(os.environ.get("MICROVM_CHAOS_SEED", "0")) or int.from_bytes(os.urandom(4), "big")
 
 

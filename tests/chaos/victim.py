@@ -16,7 +16,7 @@ from ..support import limits
 
 def main() -> None:
     runtime_dir, prefix, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    # What the last one left is told by a warning at the start.
+    # A start warns about what the process before this one left behind; the parent reads that warning.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     config = {"runtime_dir": runtime_dir, "max_vcpus": 64, "health_interval_s": 0.5}
     manager = MicroVMIsolationManager(config)

@@ -62,7 +62,7 @@ class Life(BackendTestCase):
         folder = Path(info["socket_path"]).parent
         self.assertTrue(alive(info["pid"]))
         self.assertEqual(info["backend"], self.backend.value)
-        # Where a guest hears from a drive who it is, that says nothing any more.
+        # A config drive, where the backend uses one, is wiped once the session stands.
         for drive in folder.glob("config"):
             self.assertEqual(set(drive.read_bytes()), {0})
         self.assertEqual(self.result(vm, "ping"), "pong")

@@ -28,7 +28,7 @@ from thirstys_waterfall.security.microvm_isolation import (
 
 LIBC = ctypes.CDLL(None)
 IMAGE_BYTES = 64 * 1024
-# Taps of a connected intruder's own, and of somebody else.
+# The tap of a connected intruder, and the tap of another VM.
 OWN_TAP, OTHERS_TAP = "intruder0", "somebody0"
 # The tests run as root and as this user, who need not exist.
 USER = 61234
@@ -119,7 +119,7 @@ def find(name: str) -> Optional[int]:
 
 
 def main(task: Dict[str, Any]) -> Dict[str, Any]:
-    # What is made and mounted here goes with this process. Before it has threads: those would stay where they are.
+    # Mounts and interfaces made here end with this process. unshare(2) comes first, as threads would stay in the old namespaces.
     clone_newns, clone_newnet = 0x00020000, 0x40000000
     if task["connected"] and LIBC.unshare(clone_newnet) != 0:
         raise SystemExit("no network namespace can be made")

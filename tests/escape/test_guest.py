@@ -20,7 +20,7 @@ class Host:
         self.pid = info["pid"]
         self.folder = Path(info["socket_path"]).parent
         self.vm_id = info["vm_id"]
-        # What a clone may be counted besides: pages of its template that nobody has touched before.
+        # A clone's group may be charged for pages of the template that it is the first to touch.
         said = re.search(r"up to (\d+) MiB more", " ".join(info["limits"]["memory_mb"])) if "limits" in info else None
         self.first_touch_mb = int(said.group(1)) if said else 0
 
@@ -79,7 +79,7 @@ class Greedy(VMTestCase):
         self.assertGreater(int(answer["result"]["stdout"]), 500)
 
     def test_memory_is_the_guests_own_to_run_out_of(self) -> None:
-        # By a program, which the guest's own OOM killer ends, and by files in memory.
+        # A program that eats memory is ended by the guest's OOM killer; a tmpfs that fills up reports no space.
         self.assertIn("137", self.rage("tail /dev/zero; echo $?")["result"]["stdout"])
         answer = self.rage("dd if=/dev/zero of=/dev/shm/x bs=1M count=500; rm -f /dev/shm/x")
         self.assertIn("No space left", str(answer))

@@ -6,13 +6,13 @@ from typing import Any, Dict, Set
 from .arena import Arena
 from .driver import USER
 
-# What works on any Linux for any user when nothing confines it: without these, the suite would prove nothing.
+# These attacks work for any user without the jail; otherwise their failure in the jail would prove nothing.
 ALWAYS_WORK = {
     "read_host_file", "read_secret", "write_kernel", "write_outside", "make_executable", "set_user_id_bit", "symlink",
     "list_processes", "signal_process", "signal_everyone", "new_process", "tcp_to_host", "abstract_socket",
     "netlink_socket", "execute_shell", "host_name", "read_other_vm", "list_runtime_dir", "other_vms_socket",
 }
-# What nothing but the filter of system calls stops. None of it reaches anyone else: a process or socket in the jail's own
+# Only the seccomp filter stops these. None of them reaches another VM or user: a process or socket in the jail's own
 # namespaces, memory, a kernel interface that any user may use on himself.
 STOPPED_BY_SECCOMP_ALONE = {
     "new_process", "netlink_socket", "vsock_socket", "packet_socket", "io_uring", "userfaultfd", "perf", "keyring",
@@ -84,7 +84,7 @@ class AttacksAsRoot(Attacks, Arena):
         report = self.attack("cpu", orders={"seconds": 6})
         quota = 1.1
         self.assertLess(self.number(report, "CPU"), 1.1 * quota)
-        # The same seen from outside, between two looks.
+        # The same rate, measured from outside between two samples.
         first, last = report["samples"][5], report["samples"][-1]
         self.assertLess((last["cpu"] - first["cpu"]) / (last["time"] - first["time"]), 1.1 * quota)
         if not last["throttled"]:

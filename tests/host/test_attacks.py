@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 from ..support import DATA, IMPORT, children, eventually, find_tool
 
 VICTIM, ATTACKER, HOMELESS = 61240, 61241, 61242
-# What each of those who are attacked has to lose; ``HOMELESS`` is in no user database, as services are.
+# The home of each victim; ``HOMELESS`` is in no user database, as a service may be.
 HOMES = {0: "/mnt/root", VICTIM: "/mnt/home", HOMELESS: "/mnt/data"}
 # Where the victims' managers look for their folders: in memory, then where most hosts have them.
 RUNTIMES = ("/dev/shm/tw-microvm-{}", "/tmp/tw-microvm-{}")
@@ -146,7 +146,7 @@ from {module} import *
 base, config, tries, seconds = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 told, begun = collections.Counter(), time.monotonic()
 while sum(told.values()) < tries and time.monotonic() - begun < seconds:
-    # By turns what the folder is by default, and by name.
+    # Every other try uses the default folder, the others name it in the configuration.
     manager = MicroVMIsolationManager(config if sum(told.values()) % 2 else {{}})
     manager.start()
     connected = VMNetworkConfig(isolated_network=False)
@@ -173,7 +173,7 @@ def whole():
 while time.monotonic() < end and whole():
     tries += 1
     try:
-        # Looked at, then used.
+        # The check and the use are two steps: the race that the attacker waits for.
         if os.lstat(base).st_uid != os.geteuid():
             continue
     except OSError:
@@ -199,7 +199,7 @@ for path in sys.argv[1].split(":"):
     listeners.append(listener)
 print("ready", flush=True)
 for line in sys.stdin:
-    # Each client that has connected by now has sent, or has gone.
+    # Every client that has connected by now has sent its request or hung up.
     for listener in listeners:
         listener.setblocking(False)
         try:
@@ -269,7 +269,7 @@ for pid in os.listdir("/proc"):
     attempt("killed", pid, lambda: os.kill(int(pid), signal.SIGKILL))
 for each in (path, os.path.dirname(path) + "/../vm/sock"):
     attempt("connected", each, lambda: socket.socket(socket.AF_UNIX).connect(each))
-# The kernel names every socket that asks for credentials; no other user may connect to one.
+# /proc/net/unix lists every abstract socket; no other user may connect to one of ours.
 for line in open("/proc/net/unix").read().splitlines()[1:]:
     name = line.split()[7:]
     if name and name[0].startswith("@"):
@@ -291,7 +291,7 @@ with MicroVMIsolationManager(config) as manager:
     vm.snapshot("theirs")
     assert vm.suspend(), vm.last_error
 """.format(module=IMPORT)
-# All that answers from what is kept by name; each by a manager of its own, whose error is this one's.
+# Every call that reads kept states by name; a manager for each call, so that last_error is that call's.
 ASK = """
 import json
 from {module} import *
@@ -343,7 +343,7 @@ class Actor:
         try:
             return self.process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
-            # The namespace's end is its own.
+            # Killing the first process ends the whole namespace.
             self.process.kill()
             return self.process.communicate()
 
@@ -352,7 +352,7 @@ class Stage:
     """The namespaces, and who acts in them. Root of this test sees their files below :attr:`root`."""
 
     def __init__(self) -> None:
-        # Both may be where other users may not look, or where the namespace has something else.
+        # Package and interpreter may lie in folders that other users cannot read or that the namespace hides.
         package, interpreter = str(DATA.parents[3]), os.path.realpath(sys.base_prefix)
         shell = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
         self.outer = subprocess.Popen(
@@ -578,7 +578,7 @@ class Caches(AttackTestCase):
         return self.untouched(place)
 
     def test_no_vm_starts_from_a_template_that_another_user_left_where_it_would_be_looked_for(self) -> None:
-        # It is what a VM of this shape starts from, were it the user's own.
+        # A control: the planted template is used when it belongs to the user.
         self.planted("chown -R {0}:{0}".format(HOMELESS))
         (told,) = self.stage.started(HOMELESS, {})
         self.assertEqual((told[1], told[3]), (True, "clone"), told)
@@ -588,7 +588,7 @@ class Caches(AttackTestCase):
                 (told,) = self.stage.started(HOMELESS, {})
                 self.assert_refused(told, "cache_dir", CACHE.format(HOMELESS))
                 self.assertEqual(read(), [])
-        # A reading shows.
+        # A control: a read of the planted files would be noticed.
         self.stage.run(0, "sh", "-c", "cat {}/templates/*/manifest".format(CACHE.format(HOMELESS)))
         self.assertEqual([Path(path).name for path in read()][1:], ["manifest"])
 
@@ -618,7 +618,7 @@ class Caches(AttackTestCase):
                 self.lay(uid, bystander.first, *foreign)
                 script = "chmod -R go-rwx /tmp/closed-cache; mkdir -m 777 /tmp/above /tmp/above/empty"
                 self.stage.run(ATTACKER, "sh", "-c", script)
-                # Laid by the attacker, and then the user's own, but for the mode; and one in a folder of the attacker's.
+                # Folders that the attacker filled, then given to the user with an open mode; and one below the attacker's folder.
                 opened = ["/tmp/{:o}-cache".format(mode) for mode in (0o777, 0o770, 0o707, 0o1777, 0o710)]
                 self.lay(uid, bystander.first, *opened)
                 script = "chown -R -h {0}:{0} {1}; for f in {1}; do m=${{f#/tmp/}}; chmod ${{m%-cache}} $f; done"
@@ -689,7 +689,7 @@ class Groups(AttackTestCase):
                 before = self.stage.seen(evil, HOMES[uid])
                 (told,) = self.stage.started(uid, {"cache_dir": "/tmp/cache-" + str(uid), "templates": False})
                 self.assertTrue(told[1], told)
-                # Both were taken for dead VMs', and swept.
+                # Both traps look like folders of dead VMs of this user, and are swept.
                 left = os.listdir(str(self.stage.at(base)))
                 self.assertFalse({"kill", "link"} & set(left), left)
                 self.assertTrue({"make", "home", ".gone-0123456789abcdef"} <= set(left), left)
@@ -728,12 +728,12 @@ class Races(AttackTestCase):
             tries = sum(told.values())
             print("uid {}, {}: {} tries in {:.1f} s, {} flips: {}".format(uid, base, tries, seconds, turns, told))
             self.assertTrue(tries >= RACE_TRIES or seconds / tries > 0.015, said)
-            # Both came first at times.
+            # Each side won the race at least once.
             self.assertEqual(set(told), {"host_error", "network_unavailable"}, said)
             self.assertGreater(turns, tries)
             self.assert_kept(before, self.stage.seen(HOMES[uid], *evil), HOMES[uid], HOMES[uid] + "/.cache")
             self.assertTrue(bystander.lives())
-        # All that is that user's now, besides, is where its folders belong.
+        # Every other file that the user owns now lies in one of our folders.
         places = ("/dev/shm", "/tmp", "/run", "/var/cache")
         own = {path for path, info in self.stage.seen(*places).items() if info[1] == uid and path not in places}
         self.assertEqual({path for path in own if "/tw-microvm" not in path}, set())

@@ -86,7 +86,7 @@ class Disks(CacheTestCase):
             )
         said = {name: run.communicate(timeout=180) for name, run in runs.items()}
         self.assertEqual(said["A"][0].split(), ["A", "A"], said)
-        # B's state has the name that A's has: one of the two is kept at a time, and B was told so or came later.
+        # Both states have the same name and only one is kept at a time: B suspended after A's resume, or was refused.
         self.assertTrue(said["B"][0].startswith("suspended") or "destroy_vm" in said["B"][1], said)
         self.assertEqual(os.listdir(str(self.folder / "cache" / "disks")), [])
 
@@ -131,7 +131,7 @@ class Names(CacheTestCase):
         self.assertEqual([each["vm_id"] for each in other.list_suspended()], ["mail"])
         self.assertTrue(self.manager.resume_vm("mail"), self.manager.last_error)
         self.assertTrue(vm.suspend(), vm.last_error)
-        # Said outright, and with no VM of its own in the way, another manager may.
+        # A manager without a VM of this name may destroy another manager's suspended VM by its id.
         self.assertTrue(other.destroy_vm("mail"), other.last_error)
         self.assertEqual(self.manager.list_suspended(), [])
 
@@ -154,7 +154,7 @@ class Replaced(CacheTestCase):
 
     def test_a_copy_that_could_not_be_started_is_not_made_and_the_vm_goes_on(self) -> None:
         image = self.rootfs()
-        # Of a clone's files the content is known, so that the same content is enough.
+        # For a clone the image's digest is known, so a replaced image with the same content is accepted.
         self.assertTrue(self.manager.prepare(limits(), rootfs_path=str(image)), self.manager.last_error)
         vm = self.running(rootfs_path=str(image))
         kept = self.replace(image)

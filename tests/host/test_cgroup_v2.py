@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..support import ROOT, VMTestCase, limits, shell
 
-# Pieces that fit a message after base64.
+# Size of the pieces, so that each fits a message as base64.
 PIECE = 3 << 20
 
 

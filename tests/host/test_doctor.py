@@ -85,13 +85,13 @@ class Hosts(unittest.TestCase):
         self.refused(self.told(OURS + " && mount -o remount,ro " + CACHE), "Read-only file system", "cache_dir", CACHE)
 
     def test_cache_on_a_full_file_system(self) -> None:
-        # Where a file of the VM's may be: another file in the cache itself would be refused for itself.
+        # The filler lies in disks/, because a foreign file directly in cache_dir is refused before the space is checked.
         fill = "dd if=/dev/zero of={}/disks/full bs=64k 2>/dev/null || true".format(CACHE)
         made = "mkdir -p {0} && mount -t tmpfs -o mode=700,size=1m tmpfs {0} && mkdir -m 700 {0}/disks".format(CACHE)
         self.refused(self.told(made + " && " + fill), "No space left on device", "cache_dir", CACHE)
 
     def test_runtime_folders_on_read_only_file_systems(self) -> None:
-        # Wherever it is by default here, and where it would be else.
+        # Both places of the default runtime folder.
         mount = "mkdir -p {0}; mount -t tmpfs -o mode=700,ro tmpfs {0}; "
         mounts = "".join(mount.format(folder) for folder in ("/run/tw-microvm", "/dev/shm/tw-microvm-0"))
         self.refused(self.told(OURS + "; " + mounts + "true"), "Read-only file system", "runtime_dir")
@@ -100,13 +100,13 @@ class Hosts(unittest.TestCase):
         # With /run in memory, as on most hosts, and on a disk, as in a container.
         for run in ("mount -t tmpfs -o ro tmpfs /run", "mount --bind /etc /run && mount -o remount,bind,ro /run"):
             with self.subTest(run):
-                # A /dev/shm of its own, without the leases and VMs of others.
+                # An empty /dev/shm, without leases and VMs of other processes.
                 shared = "mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
                 told = self.told("{}; {}; {}".format(OURS, run, shared), LEASED)
                 self.assertTrue(told["started"], told["error"])
                 self.assertTrue(told["verdict"]["starts"], told)
                 self.assertEqual(told["runtime_dir"], "/dev/shm/tw-microvm-0")
-                # The client of another process looks for the VM where it is.
+                # A client in another process finds the VM's socket.
                 self.assertEqual(told["socket"], "/dev/shm/tw-microvm-0/" + told["vm_id"] + "/sock")
                 self.assertEqual(told["other"], ["/dev/shm/tw-microvm-0", True])
                 self.assertEqual(len(told["leases"]), 1, told)

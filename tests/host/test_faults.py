@@ -38,7 +38,7 @@ class SmallDisk(VMTestCase):
         self.disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m,mode=700", "tmpfs", str(self.disk)], check=True)
         self.addCleanup(subprocess.run, ["umount", "-l", str(self.disk)], check=True)
-        # No template: it would not fit.
+        # Templates are off, because one would not fit on the tmpfs.
         self.config = {"cache_dir": str(self.disk / "cache"), "templates": False, "health_interval_s": 0.3}
         super().setUp()
 
@@ -73,11 +73,11 @@ class SmallDisk(VMTestCase):
         self.assertIn("Input/output error", failed["stdout"])
         told = lambda: [event for event in seen if event.get("what") == "host_disk"]
         self.assertTrue(eventually(told, 20.0), seen)
-        # The guest's kernel knows it, too: of some VMMs it alone does. A program's word for it is not the kernel's.
+        # The guest's kernel counts the errors, too; with some VMMs it is the only source. A program cannot forge the count.
         count = lambda: self.result(vm, "health")["disk_write_errors"]
         self.assertGreater(count(), 0)
         self.assertEqual((self.result(vm, "ping"), vm.get_state().value), ("pong", "running"))
-        # Another VM's files need room, too; then both have it.
+        # With the filler removed, both this VM and another one can write.
         fill.unlink()
         self.assertEqual(self.result(vm, "exec", write)["exit_code"], 0)
         before = count()

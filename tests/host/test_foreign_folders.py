@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, List, Optional
 from ..support import IMPORT, alive, eventually
 
 USER = 61234
-# Use of a manager in every way that touches folders; says what became of it, then ends as it is told.
+# Calls every method of a manager that touches folders, prints the outcomes, then ends as told on stdin.
 LIFE = """
 import os, sys, time
 from {module} import *

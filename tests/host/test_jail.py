@@ -61,7 +61,7 @@ class Modes(VMTestCase):
         self.assertEqual(started, all_given(self.running().get_info()["jail"]), manager.last_error)
 
     def test_strict_names_what_is_missing(self) -> None:
-        # A group that cannot be divided further: its controllers are missing, whoever asks.
+        # The process moves into a v2 group that has no controllers, so that the layers are missing for root, too.
         if os.geteuid() != 0 or not (CGROUPS / "unified").is_dir():
             self.skipTest("needs root and a cgroup v2 hierarchy without controllers beside v1")
         code = RUNNING.replace('"default_memory_mb": 128', '"jail": "strict", "default_memory_mb": 128')
@@ -109,7 +109,7 @@ class Modes(VMTestCase):
         self.assertEqual(vm.get_info()["jail"]["would_deny"], [])
 
     def test_audit_copies_a_vm_that_runs_and_takes_one_back(self) -> None:
-        # A clone has most descriptors of all: the audit's own were where they are put.
+        # A clone is handed the most descriptors, and they must not collide with the audit's own.
         manager, name = MicroVMIsolationManager({"jail": "audit", "start_timeout_s": 120}), "audited-{}".format(os.getpid())
         manager.start()
         self.addCleanup(manager.stop)
@@ -128,7 +128,7 @@ class Modes(VMTestCase):
     def test_another_release_of_qemu_gets_the_deny_list_and_says_so(self) -> None:
         with tempfile.TemporaryDirectory(dir="/tmp") as name:
             os.chmod(name, 0o755)
-            # Looks like a newer QEMU to whoever asks for its version: the string is changed in a copy of the binary.
+            # A copy of QEMU whose version string is changed, so that it reports a newer release.
             real = Path(next(b["path"] for b in doctor()["backends"] if b["backend"] == "qemu")).resolve()
             content = real.read_bytes()
             if b"QEMU emulator version 7.2." not in content:
@@ -191,7 +191,7 @@ class Traces(VMTestCase):
         done = run_python(RUNNING + "print(vm.vm_id, flush=True); os.kill(os.getpid(), 9)")
         self.assertEqual(done.returncode, -signal.SIGKILL)
         left = lambda: [group for group in our_groups() if done.stdout.strip() in group]
-        # Its janitor outlives it for that; tests/chaos/kill.py does it at random moments.
+        # The janitor outlives the killed manager and cleans up; tests/chaos/kill.py kills at random moments.
         self.assertTrue(eventually(lambda: not left(), 1.0), left())
 
     def test_failed_start_leaves_nothing(self) -> None:
@@ -242,7 +242,7 @@ class Inherited(unittest.TestCase):
     def test_too_low_a_one_is_named_with_its_value_and_what_is_needed(self) -> None:
         cases = {"NOFILE": 70, "FSIZE": 32 << 20, "STACK": 900 << 10, "DATA": 900 << 20, "AS": 1400 << 20}
         if os.geteuid() == 0:
-            # Of an ordinary user the kernel counts all processes: how many are left is not known.
+            # RLIMIT_NPROC counts all processes of a uid, so only root's remaining number is known.
             cases["NPROC"] = 50
         for name, value in cases.items():
             with self.subTest(name):
@@ -270,7 +270,7 @@ class Borders(VMTestCase):
     def test_disk_rate_is_held_within_a_tenth(self) -> None:
         rate = 4 << 20
         vm = self.running(resource_limits=VMResourceLimits(1, 128, 128, disk_bytes_per_s=rate))
-        # The first second's worth goes through at once: the bucket is full when nothing was asked for.
+        # An idle token bucket is full, so the first second's worth of bytes goes through at once.
         script = "dd if=/dev/zero of=/data/x bs=1M count=8; sync; a=$(cut -d. -f1 /proc/uptime); " \
             "dd if=/dev/zero of=/data/y bs=1M count=48; sync; b=$(cut -d. -f1 /proc/uptime); echo $((b-a))"
         seconds = int(self.result(vm, "exec", shell(script, timeout=60))["stdout"])

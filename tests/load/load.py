@@ -27,7 +27,7 @@ from tests.support import children, limits, open_files  # noqa: E402
 
 NOTE_S = 10.0
 KINDS = ["browser_tab", "extension", "session", "plugin"]
-# In the two thirds that are looked at; an allocator's pools settle in the first.
+# Allowed growth in the last two thirds of the run; an allocator's pools settle in the first third.
 ALLOWED_GROWTH = {"rss_mib": 4.0, "descriptors": 8.0, "threads": 4.0, "children": 2.0}
 
 

@@ -18,7 +18,7 @@ from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManage
 
 from tests.support import children, limits, open_files  # noqa: E402
 
-# What an allocator may keep; a leak of one VM's bookkeeping per life would be far above it after 3 minutes.
+# An allocator may keep this much; a leak in each VM's life exceeds it by far after 3 minutes.
 ALLOWED_GROWTH_MIB = 16
 
 

@@ -18,7 +18,7 @@ from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManage
 
 from tests.support import limits  # noqa: E402
 
-# A VM that has just started still does what its kernel has put off.
+# A guest's kernel does deferred work for some time after its start.
 SETTLE_S = 10.0
 TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 

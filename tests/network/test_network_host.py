@@ -98,7 +98,7 @@ class Hosts(NetworkTestCase):
         """)
         remedy = self.refused_as_told("FORWARD")
         self.assertIn("iptables -I DOCKER-USER -i twm+ -j ACCEPT; iptables -I DOCKER-USER -o twm+ -m conntrack", remedy)
-        # The same in nft's words.
+        # The same remedy as nft commands.
         nft('insert rule ip filter DOCKER-USER iifname "twm*" accept')
         nft('insert rule ip filter DOCKER-USER oifname "twm*" {} accept'.format(ESTABLISHED))
         self.assertEqual(self.told(), [])

@@ -72,7 +72,7 @@ class Watched(NetworkTestCase):
         new = self.eyes.seen[before:]
         self.refusals = [seen for seen in new if is_refusal(seen, me)]
         where = ["{}: {}".format(seen.interface, seen.frame.hex()) for seen in new if mark in seen.frame and not is_refusal(seen, me)]
-        # An answer need not carry the mark, a SYN's does not.
+        # An answer to a SYN does not carry the mark.
         where += ["an answer: {}".format(seen.frame.hex()) for seen in new if seen.interface == me.tap and not is_refusal(seen, me)]
         return where + ["the host's service, from {}".format(peer) for peer in self.inbox.of(mark)]
 
@@ -209,7 +209,7 @@ class Policy(Watched):
         vm, victim = self.connected(), self.connected()
         hand, me, you = self.hand(vm), self.end(vm), self.end(victim)
         before = run("ip neigh")
-        # The operation, the sender's MAC and address, and whom it is about.
+        # ARP operation, sender MAC, sender address, target address.
         lies = [
             (1, me.mac, me.address, HOST_ADDRESS),
             (1, me.mac, me.address, HOST_OTHER_ADDRESS),
@@ -251,13 +251,13 @@ class Policy(Watched):
         stream.settimeout(1)
         with self.assertRaises(OSError):
             stream.connect((me.address, 7000))
-        # From the uplink, by a neighbour who knows the route.
+        # A neighbour on the uplink that knows the route sends to the VM.
         self.lab.order("send", to=HOST_ADDRESS, datagram=[me.address, 7000, mark.hex()])
         settle()
         self.assertEqual([seen for seen in self.eyes.seen if seen.interface == me.tap], [])
 
     def test_port_that_the_host_leads_elsewhere_is_not_reached(self) -> None:
-        # As a container engine publishes a port: the packet is forwarded, and yet it was for the host.
+        # A container engine publishes a port like this: the packet was sent to the host and is forwarded.
         run("nft add table ip published")
         self.addCleanup(run, "nft delete table ip published")
         run("nft add chain ip published ports { type nat hook prerouting priority dstnat ; }")
@@ -329,7 +329,7 @@ class GuestWithRoot(NetworkTestCase):
         for frame in self.lab.frames():
             kind = struct.unpack("!H", frame[12:14])[0]
             if kind == ARP:
-                continue  # The host and its neighbour.
+                continue  # ARP between the host and its neighbour on the wire.
             self.assertEqual(kind, 0x0800, frame.hex())
             sources.add(socket.inet_ntoa(frame[26:30]))
             allowed.add((socket.inet_ntoa(frame[30:34]), frame[23]))

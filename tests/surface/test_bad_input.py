@@ -53,7 +53,7 @@ def itself() -> Dict[str, Any]:
     return knot
 
 
-# What it is, the call, the error, and the words that its message must hold.
+# Name of the case, call, class of the error, words in its message.
 RAISED: List[Case] = [
     ("no vCPU", size(vcpu_count=0), ValueError, ("vcpu_count", "0", "1 to 32")),
     ("too many vCPUs", size(vcpu_count=33), ValueError, ("vcpu_count", "33")),

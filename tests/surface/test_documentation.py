@@ -27,9 +27,9 @@ from thirstys_waterfall.security.microvm_isolation import (
 from ..support import ROOT, VMTestCase, eventually, play
 
 STUB = Path(package.__file__).with_name("_native.pyi")
-# What their base classes document, and every enum and dataclass has.
+# Members of base classes and enums, which are documented elsewhere.
 INHERITED = {"with_traceback", "add_note", "args", "name", "value", "count", "index"}
-# What the description of an argument of such a name must say, and that of one that is a number beside it.
+# An argument or key whose name matches must have a description that matches.
 UNITS = {
     r"(timeout|_s|_seconds|_check)$": r"[Ss]econd",
     r"_mb$": r"MiB",
@@ -174,7 +174,7 @@ class Docstrings(unittest.TestCase):
 
 
 class Examples(VMTestCase):
-    # A heartbeat's event between two others would be one too many for the examples.
+    # No heartbeat, whose event could come between those that an example shows.
     config = {"health_interval_s": None}
 
     def test_every_example_of_a_docstring_says_what_happens(self) -> None:

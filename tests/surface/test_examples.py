@@ -6,7 +6,7 @@ import unittest
 
 from ..support import ROOT
 
-# What goes on a network is run by test_network.py, on one of its own.
+# tests/network/test_network.py runs network.py, in a network of its own.
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "network.py")
 
 

@@ -199,7 +199,7 @@ class Lifecycle(VMTestCase):
 
     def test_nothing_secret_is_in_a_file_or_in_argv(self) -> None:
         info = self.running().get_info()
-        # What the guest is told goes by a port of the VMM's; the conformance suite looks at those that have a drive for it.
+        # QEMU's guest gets its key by a port; the conformance suite checks the backends that use a drive.
         files = {path.name for path in Path(info["socket_path"]).parent.iterdir()}
         self.assertLessEqual(files, {"sock", "lock", "cgroups"})
         self.assertNotIn(b"key", Path("/proc/{}/cmdline".format(info["pid"])).read_bytes())
@@ -237,7 +237,7 @@ class Guest(VMTestCase):
         self.assertEqual(found["stdout"].strip(), "0")
 
     def test_missing_program_is_said_so_every_time(self) -> None:
-        # The reaper and the spawn that failed both wait for the child: neither may take it from the other.
+        # The agent's reaper and its failed spawn both wait for the child; neither may take the status from the other.
         vm = self.running()
         for _ in range(100):
             self.assertEqual(self.failure(vm, "exec", {"program": "no-such-program"}), "program_not_found")

@@ -46,7 +46,7 @@ class Ends(VMTestCase):
         self.assertEqual(done.returncode, -signal.SIGKILL)
         self.assertTrue(eventually(lambda: not left_of(done.stdout), 1.0))
         folder = Path(done.stdout.split()[0]).parent
-        # Whoever is first, the janitor of the dead or the next manager.
+        # The dead process's janitor or this manager's start removes the folder.
         self.manager.stop()
         self.manager.start()
         self.assertTrue(eventually(lambda: not folder.exists(), 1.0))

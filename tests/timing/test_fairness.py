@@ -13,7 +13,7 @@ from ..support import IMPORT, VMTestCase, shell
 FLOODERS = 4
 CPUS = len(os.sched_getaffinity(0))
 COUNT = shell("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done", timeout=120)
-# Other work on the machine, and the guests' own kernels.
+# Allowance for other work on the machine and for the guests' kernels.
 SLACK = 1.8
 
 FLOOD = """
@@ -70,5 +70,5 @@ class Fairness(VMTestCase):
         self.addCleanup(process.kill)
         self.assertEqual(process.stdout.readline(), "flooding\n")
         beside = seconds(lambda: self.result(victim, "ping"), 200)
-        # The flood's own process, its VM and the broker want a CPU each.
+        # The flooding client, its VM and the broker compete for the CPUs.
         self.assertLess(beside, max(10 * alone, 0.05), "{:.4f} s alone, {:.4f} s beside it".format(alone, beside))

@@ -146,7 +146,7 @@ class Streams(VMTestCase):
                 stream = vm.stream("sleep", ["1000"])
                 stream.signal(number)
                 self.assertEqual(stream.wait(20), -number)
-                # The program's own, too: PID 1 reaps it like any other.
+                # A program that signals itself is reported the same way.
                 ended = self.result(vm, "exec", shell("kill -{} $$".format(number)))
                 self.assertEqual((ended["exit_code"], ended["signal"]), (None, number))
         stream = vm.stream(SH, ["-c", "trap 'exit 5' 34; echo up; while :; do sleep 0.05; done"])
@@ -333,7 +333,7 @@ class Files(VMTestCase):
         with self.assertRaisesRegex(RuntimeError, "enough"):
             self.vm.upload(source, "/data/f", offset=0, progress=stop)
         size = lambda: self.result(self.vm, "read_file", {"path": "/data/f", "max_bytes": 0})["size"]
-        # A moment for what was on its way.
+        # Frames that were already sent need a moment to arrive.
         time.sleep(0.5)
         arrived = size()
         self.assertLessEqual(arrived, 2 << 20)
@@ -398,7 +398,7 @@ class Files(VMTestCase):
         self.vm.upload(io.BytesIO(b"in place"), "/data/mounted")
         self.assertEqual(self.result(self.vm, "read_file", {"path": "/data/other"})["data"], "in place")
         self.result(self.vm, "exec", shell("umount /data/mounted"))
-        # The same on the host.
+        # download() treats links and FIFOs on the host in the same way.
         real, link, fifo = self.folder / "real", self.folder / "link", self.folder / "fifo"
         real.write_text("old")
         link.symlink_to("real")
@@ -577,7 +577,7 @@ class Broker(VMTestCase):
         self.assertEqual(self.hear(patient), {"type": "pong", "id": 1})
         self.say(client, {"type": "command", "command": "write_file", "params": append})
         self.assertEqual(self.hear(client)["status"], "ok")
-        # Once or twice: the one that timed out may have been cancelled before the guest came to it.
+        # The command that timed out may have run or may have been cancelled before.
         self.assertIn(self.result(vm, "read_file", {"path": "/tmp/log"})["data"], ("x", "xx"))
 
     def test_client_that_does_not_read_hurts_nobody(self) -> None:

@@ -34,7 +34,7 @@ class Users(GuestTestCase):
         self.assertEqual(said.split(), "/home/user1000 user1000 user1000 /bin/sh C.UTF-8 user1000 user1000 /home/user1000".split())
         self.assertEqual(self.said(vm, "id -un; stat -c %a /home/user1000; df /home | tail -n1 | cut -d' ' -f1", uid=7).split()[:2], ["user7", "700"])
         self.assertEqual(self.said(vm, "grep -c :1000: /etc/passwd; echo $HOME $USER; cd && touch f", uid=1000).split()[0], "1")
-        # Of others it can read and remove nothing.
+        # A user can neither read nor remove files of other users.
         self.result(vm, "exec", shell("echo r >/data/roots; chmod 600 /data/roots"))
         self.assertNotEqual(self.result(vm, "exec", shell("rm -f /data/roots", uid=1000))["exit_code"], 0)
         self.assertNotEqual(self.result(vm, "exec", shell("ls /home/user1000", uid=7))["exit_code"], 0)
@@ -115,12 +115,12 @@ class Applets(GuestTestCase):
         vm = self.running()
         self.said(vm, "mkdir -p /data/www && echo page >/data/www/index.html && httpd -h /data/www -p 127.0.0.1:8080")
         self.assertEqual(self.said(vm, "wget -T 5 -q -O - http://localhost:8080/"), "page")
-        # Nobody accepts: the connection stands, and no answer comes.
+        # The listener accepts nothing, so the connection is established and no answer comes.
         silent = "(sleep 20 | nc -l -p 8081) >/dev/null 2>&1 & sleep 0.5; wget -T 1 -O - http://127.0.0.1:8081/"
         result = self.result(vm, "exec", shell(silent))
         self.assertEqual(result["exit_code"], 1, result)
         self.assertIn("timed out", result["stderr"])
-        # No certificate would be checked: process_request does that.
+        # busybox's wget checks no certificate, so it must refuse https; process_request checks them.
         self.assertIn("not an http or ftp url", self.result(vm, "exec", shell("wget -T 5 https://localhost/"))["stderr"])
 
     def test_applets_that_people_use_work(self) -> None:
@@ -224,7 +224,7 @@ class Documents(GuestTestCase):
         for name, byte in (("zeros", b"\0"), ("quotes", b'"')):
             read = self.result(vm, "read_file", {"path": "/data/" + name, "max_bytes": 8 << 20})
             self.assertEqual((base64.b64decode(read["data_base64"]) == byte * (8 << 20), read["eof"]), (True, True))
-        # What people write stays a text, and the size of any output is what was said.
+        # Ordinary text stays text, and max_output_bytes counts raw bytes.
         self.assertEqual(self.result(vm, "read_file", {"path": "/data/text"})["data"], '"a","b"\n\n\n')
         said = self.result(vm, "exec", {"program": "cat", "args": ["/data/zeros"], "max_output_bytes": 1 << 20})
         self.assertEqual((said["stdout"] == "\0" * (1 << 20), said["stdout_truncated"]), (True, True))

@@ -77,7 +77,7 @@ class Metrics(VMTestCase):
         self.assertTrue(eventually(lambda: self.values("microvm_vm_health", status="healthy", **mine) == [1.0]))
         self.assertEqual(self.values("microvm_vm_health", status="dead", **mine), [0.0])
         self.assertGreater(self.values("microvm_vm_resident_memory_bytes", **mine)[0], 10 << 20)
-        # A look at which the guest did not answer in time has neither.
+        # A measurement without the guest's answer has neither of these two families.
         for family, least in [("microvm_vm_guest_memory_available_bytes", 16 << 20), ("microvm_vm_heartbeat_seconds", 0.0)]:
             self.assertGreater((eventually(partial(self.values, family, **mine)) or [0.0])[0], least, family)
         self.assertEqual(self.values("microvm_events", kind="created"), [2.0])

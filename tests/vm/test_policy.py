@@ -11,7 +11,6 @@ from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManage
 
 from ..support import VMTestCase, eventually, limits, make_rootfs, shell
 
-
 # Each way in which a guest ends itself. By name the tools ask PID 1 to do it, with -f they call reboot(2), which halts a
 # kernel that cannot switch the power off. The last ask as systemd's do: SIGRTMIN+3, +4 and +5.
 WAYS = ["poweroff", "halt", "reboot", "poweroff -f", "halt -f", "reboot -f", "kill -37 1", "kill -38 1", "kill -39 1"]
@@ -200,7 +199,7 @@ class Limits(PolicyTestCase):
         stream = busy.stream("/bin/sleep", ["6"])
         self.assertTrue(eventually(lambda: self.manager.get_vm(idle.vm_id) is None, 5.0))
         self.assertEqual(self.actions(), ["idle_limit"])
-        # Longer than the limit: the stream is use, the heartbeat is none.
+        # The stream lasts longer than the limit: a stream counts as use, a heartbeat does not.
         self.assertEqual(stream.wait(timeout=30), 0)
         self.assertEqual(busy.get_state().value, "running")
         self.assertTrue(eventually(lambda: self.manager.get_vm(busy.vm_id) is None, 5.0))

@@ -73,7 +73,7 @@ class Reservations(VMTestCase):
         for thread in threads:
             thread.join()
         self.assertEqual(wrong, [])
-        # A stopped VM may have given its reservation back or not; started, it has one or was refused.
+        # A stopped VM may hold a reservation or not. After start() it holds one, unless start() was refused.
         for vm_id in self.manager.list_vms(state="stopped"):
             self.manager.start_vm(vm_id)
         counted = [
@@ -102,7 +102,7 @@ class Pools(VMTestCase):
     def test_vm_in_the_making_gives_way_to_one_that_is_created(self) -> None:
         self.assertTrue(self.manager.prepare(limits()), self.manager.last_error)
         for turn in range(6):
-            # Another moment of the making each time.
+            # Each turn hits another moment of the pool VM's start.
             time.sleep(0.05 * turn)
             ids = [self.create(), self.create()]
             end = time.monotonic() + 0.5
@@ -126,7 +126,7 @@ class Resumes(unittest.TestCase):
                 vm = first.get_vm(first.create_vm("plugin", limits(), vm_id=name))
                 self.assertTrue(vm.start() and vm.suspend(), vm.last_error)
             with MicroVMIsolationManager(config) as manager:
-                # While it is there, there is no room: the first of the two may fail and the second not.
+                # The filler takes the quota, so a resume before its removal fails and one after it succeeds.
                 filler = manager.create_vm("plugin", limits())
                 done: List[bool] = []
                 threads = [threading.Thread(target=lambda: done.append(manager.resume_vm(name))) for _ in range(2)]

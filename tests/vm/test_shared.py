@@ -26,7 +26,7 @@ class Shared(VMTestCase):
     config = {"health_interval_s": None}
 
     def test_one_shape_is_in_memory_once_for_managers_and_vms_on_their_own(self) -> None:
-        # In a process of its own: what other tests still hold has memory of its own.
+        # Runs in a process of its own, because earlier tests of this process may still hold templates.
         done = run_python("from tests.vm.test_shared import Alone; Alone('share').debug(); print('shared')", cwd=str(ROOT))
         self.assertEqual(done.stdout, "shared\n", done.stderr)
 
@@ -49,6 +49,6 @@ class Alone(VMTestCase):
                 self.assertTrue(each.start(), each.last_error)
                 self.assertTrue(each.start())
             self.assertEqual((len(template_memories()), len(zygotes())), (1, 1))
-        # One that has stopped takes nothing away from the others.
+        # A manager that stops leaves the shared zygote to the others.
         self.assertEqual(len(zygotes()), 1)
         self.running()

@@ -32,7 +32,7 @@ CACHE = ""
 # A program that counts in its memory, and says so in a file; it outlives the request that started it.
 COUNTER = "(i=0; while true; do i=$((i+1)); echo $i >/tmp/new; mv /tmp/new /tmp/count; sleep 0.02; done) </dev/null >/dev/null 2>&1 &"
 
-# As fast as it can: asks who it is. Once that has changed it says how many steps it took before, and random numbers.
+# Asks for the host name as fast as it can. When the name changes, it prints its number of steps and random numbers.
 STEPS = r"""
 #include <stdio.h>
 #include <string.h>
@@ -191,7 +191,7 @@ class Clones(SnapshotTestCase):
         vm = self.running()
         with tempfile.TemporaryDirectory() as folder:
             vm.upload(str(static_program(Path(folder), STEPS)), "/data/steps", mode=0o755)
-        # As a container engine's would, one that went to the root group, and one whose group its own user froze.
+        # One program in a container engine's group, one in the root group, and one whose group is frozen already.
         start = "mkdir -p {0} && (echo 0 >{0}/cgroup.procs; exec /data/steps /tmp/{1}) </dev/null >/dev/null 2>&1 &"
         groups = {"own": "/sys/fs/cgroup/other", "nested": "/sys/fs/cgroup/engine/box", "root": "/sys/fs/cgroup", "paused": "/sys/fs/cgroup/paused"}
         for name, group in groups.items():
@@ -209,7 +209,7 @@ class Clones(SnapshotTestCase):
                 self.assertEqual((len(numbers), len(set(numbers))), (12, 12))
         for each in clones + [vm]:
             self.assertEqual(self.output(each, "cat /sys/fs/cgroup/paused/cgroup.freeze /sys/fs/cgroup/other/cgroup.freeze"), "1\n0\n")
-            # Back where it was.
+            # The programs of the root group are back in it.
             self.assertEqual(self.output(each, "ls -d /sys/fs/cgroup/strays 2>/dev/null || true"), "")
 
     def test_what_was_under_way_is_answered_in_the_vm_and_cancelled_in_clones(self) -> None:
@@ -296,7 +296,7 @@ class Clones(SnapshotTestCase):
         self.assertEqual(self.manager.list_templates(), [])
 
     def test_an_instance_of_its_own_starts_from_a_template(self) -> None:
-        # Without a manager the cache is the user's.
+        # A VM without a manager uses the user's default cache.
         with MicroVMIsolationManager({"default_backend": "QEMU"}) as manager:
             name = "test-{}".format(os.getpid())
             vm_id = manager.create_vm(IsolationType.PLUGIN, limits())
@@ -415,7 +415,7 @@ class Refusals(SnapshotTestCase):
 
     def test_a_damaged_template_is_never_used(self) -> None:
         self.snapshot(self.counting())
-        # The manager has read it by now; it notices all the same.
+        # The manager has read the template by now, and must still notice a later change.
         self.clone()
         for name in ("ram", "state", "disk", "manifest"):
             path = Path(CACHE) / "snapshots" / "mine" / name
@@ -579,7 +579,7 @@ class Suspended(SnapshotTestCase):
         self.assertFalse(vm.resume())
         self.assertEqual((vm.last_error.code, vm.get_info()["suspended"]), ("state_damaged", True))
         state.write_bytes(content)
-        # Its place was given to another one.
+        # Another VM took the share of the quota.
         code = self.process(
             "small = MicroVMIsolationManager({{'max_memory_mb': 64, 'cache_dir': {!r}}})\n"
             "print(small.resume_vm({!r}), small.last_error.code, small.list_vms())".format(CACHE, vm.vm_id)
@@ -632,7 +632,7 @@ class Killed(SnapshotTestCase):
             self.assertTrue(eventually(lambda: not alive(pid)))
             self.manager.stop()
             self.manager.start()
-            # The janitor of the dead process is at it, too.
+            # The janitor of the dead process removes files at the same time.
             left = self.left
             self.assertTrue(eventually(lambda: not [name for name in left() if name.startswith(".")]), left())
             listed = self.manager.list_templates()

@@ -42,7 +42,7 @@ int main(void) {
 }
 """
 
-# One start of the smallest VM in a process of its own; says where it came from.
+# Starts the smallest VM in a process of its own and prints the origin of the start.
 ONE_START = """
 import sys
 from {module} import MicroVMIsolationManager, VMResourceLimits
@@ -140,7 +140,7 @@ class TestIdentity(TemplateTestCase):
 
     def identity(self, vm: Any, program: bytes) -> Dict[str, str]:
         """All that must differ; the clock is checked on the way."""
-        # Nobody can set a clock over a line closer than the line is long: 25 ms, more where the host is short of CPU.
+        # The clock is set by a message, so its error is up to that message's delay: 25 ms, more on a busy host.
         tolerance = max(CLOCK_TOLERANCE_S, vm.get_info()["start"]["stages_seconds"]["handshake"])
         before = time.time()
         told = self.result(vm, "system_info")["time_unix"]
@@ -187,7 +187,7 @@ class TestDamage(TemplateTestCase):
         self.assertEqual(self.origin(again), "clone")
         self.assertEqual(self.template(), template)
         self.assertNotEqual(made(template / name), before)
-        # The first one never noticed.
+        # The first clone still runs on the old template's memory.
         self.assertEqual(self.result(vm, "ping"), "pong")
 
     def test_ram_with_one_byte_changed_is_made_again(self) -> None:
@@ -225,7 +225,7 @@ class TestDamage(TemplateTestCase):
         kernel = self.folder / "vmlinux"
         shutil.copy(str(DATA / "vmlinux"), str(kernel))
         self.running(kernel_path=str(kernel))
-        # In the text of /proc/version.
+        # The flipped byte lies in the text of /proc/version, so the kernel still boots.
         flip(kernel, kernel.read_bytes().index(b"Linux version 6"))
         vm = self.running(kernel_path=str(kernel))
         self.assertEqual(self.origin(vm), "clone")
@@ -236,7 +236,7 @@ class TestDamage(TemplateTestCase):
         shutil.copytree(str(DATA.parent), str(copied))
         self.assertEqual(self.one_start(str(self.folder / "site")), "clone")
         (first,) = self.templates()
-        # A byte of busybox's help, which nobody reads.
+        # The flipped byte lies in busybox's help text, so the guest still works.
         initramfs = copied / "_data" / "initramfs.cpio"
         flip(initramfs, initramfs.read_bytes().index(b"Usage: "))
         self.assertEqual(self.one_start(str(self.folder / "site")), "clone")
@@ -336,7 +336,7 @@ class TestSmallCache(TemplateTestCase):
         self.running(resource_limits=limits(memory_mb=129))
         self.assertEqual(len(self.templates()), 1)
         self.assertNotIn(oldest, self.templates())
-        # A pruned template's clones have its memory still.
+        # Clones of a pruned template still have its memory.
         self.assertEqual(self.result(first, "ping"), "pong")
 
 
@@ -376,7 +376,7 @@ class TestDeath(TemplateTestCase):
             process.wait()
             process.stdout.close()
             if index % 2 == 0:
-                # Half of them find a template that was there before.
+                # The other half of the runs find a template that was there before.
                 shutil.rmtree(str(self.cache / "templates"), ignore_errors=True)
             with self.subTest(seed=seed, index=index):
                 self.assertEqual(self.one_start(), "clone")

@@ -14,7 +14,7 @@ from typing import Iterator, List
 from ..support import VMTestCase, alive, children, eventually, find_tool
 from .test_templates import TemplateTestCase
 
-# vCPUs of VMMs take their time on a host that is busy.
+# A busy host takes this long to stop a VMM's vCPUs.
 PATIENCE_S = 60.0
 
 
@@ -50,7 +50,7 @@ class SlowTemplate(TemplateTestCase):
             begun = time.monotonic()
             vm = self.running()
             self.assertEqual(self.origin(vm), "boot")
-            # It waited half of its time.
+            # The start waited for the template for half of start_timeout_s.
             self.assertGreater(time.monotonic() - begun, 20.0)
             self.assertEqual(self.templates(), [])
         self.assertTrue(eventually(lambda: [path for path in self.templates() if not path.suffix], PATIENCE_S))
@@ -65,7 +65,7 @@ class StoppedTemplate(TemplateTestCase):
         thread.start()
         making = lambda: list((self.cache / "templates").glob("*.new/ram"))
         self.assertTrue(eventually(making, PATIENCE_S))
-        # The jail's supervisor, whose end is that of its VMM, among others.
+        # The processes that make the template, with the jail's supervisor, whose end kills the VMM.
         makers = eventually(self.makers, PATIENCE_S)
         self.assertTrue(makers)
         self.manager.stop()

@@ -70,7 +70,7 @@ def _findings(title: str, findings: List[Mapping[str, Any]]) -> List[str]:
 
 
 def _backend(backend: Mapping[str, Any]) -> List[str]:
-    # One that cannot run here may be installed all the same.
+    # A backend that cannot run on this host may be installed.
     found = " ".join(filter(None, [backend.get("path"), backend.get("version")]))
     if not backend.get("available"):
         found = ", ".join(filter(None, ["not available", found]))

@@ -129,7 +129,7 @@ class OperationCancelledError(MicroVMError):
     """The VM was destroyed while the operation ran, or its wait was interrupted (``cancelled``)."""
 
 
-# Their first names. Not of `import *`, where they would take the place of asyncio's.
+# Their names in earlier versions. `import *` leaves them out, or they would hide asyncio's.
 CancelledError = OperationCancelledError
 InvalidStateError = VmStateError
 

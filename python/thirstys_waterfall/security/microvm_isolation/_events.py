@@ -15,7 +15,7 @@ from . import _native
 from ._logging import LOGGER_NAME
 from ._types import VMEvent
 
-# How long an exit, or `close`, waits for a callback that is under way.
+# How long an exit, or `close`, waits for a running callback.
 _JOIN_S = 2.0
 
 _live: "weakref.WeakSet[EventSubscription]" = weakref.WeakSet()
@@ -95,7 +95,7 @@ def _stop() -> None:
 
 
 def _begin_in_child() -> None:
-    # The parent's subscriptions have no threads here.
+    # The threads of the parent's subscriptions do not exist in the child.
     global _live
     _live = weakref.WeakSet()
 

@@ -16,7 +16,7 @@ from . import _native
 LOGGER_NAME = "thirstys_waterfall.security.microvm_isolation"
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-# How long the thread waits in the core before it looks up again, and how long exit waits for the thread.
+# How long one call of the thread waits in the core, and how long an exit waits for the thread's end.
 _WAIT_S = 1.0
 _JOIN_S = 2.0
 
@@ -50,8 +50,8 @@ def _deliver(records: List[Tuple[str, str, str]]) -> None:
 
 
 def _stop() -> None:
-    # Registered after `logging` registered its own exit hook, so this runs while its handlers still work. The log goes
-    # last: what the end of the last VMs says is heard.
+    # Registered after `logging` registered its own exit hook, so this runs while its handlers still work. The log is
+    # closed last, so that records about the end of the last VMs are delivered.
     _native.shutdown()
     _native.close_log()
     if _thread is not None:
@@ -59,7 +59,7 @@ def _stop() -> None:
 
 
 def _begin_in_child() -> None:
-    # Another thread may have held the lock at the fork, and the thread is the parent's.
+    # A thread of the parent may hold the lock, and the parent's log thread does not exist in the child.
     global _lock, _thread
     _lock, _thread = threading.Lock(), None
 

@@ -391,7 +391,7 @@ class _Event(TypedDict):
     detail: str
 
 
-# "from" is a keyword, so these keys need the other syntax.
+# "from" is a keyword of Python, so a class body cannot declare it.
 _Change = TypedDict("_Change", {"from": str, "to": str}, total=False)
 
 

@@ -22,7 +22,7 @@ from .report import Report
 
 PARTS = ("cold", "clone", "pool", "command", "many")
 THREADS = 8
-# How long a VM of the pool stands still before it is taken.
+# How long a ready VM of the pool rests before a start takes it.
 REST_S = 0.05
 DISK_MB = 64
 DATA = Path(__file__).resolve().parent.parent / "_data"
@@ -111,7 +111,7 @@ class Bench:
         }
         (folder / "cache").mkdir(mode=0o700)
         with self.manager() as manager:
-            # It makes the template, too: what is measured below finds it.
+            # This start also makes the template, so that no measured start has to.
             vm = self.vm(manager)
             vm.start()
             info = vm.get_info()
@@ -241,7 +241,7 @@ class Bench:
         bare_walls, bare_pss, walls, pss, teardowns = [], [], [], [], []
         for last in [False] * (rounds - 1) + [True]:
             bares: Dict[int, Running] = {}
-            # Ahead of the clock: Python copies a disk slower than anything else here works.
+            # The copies are made before the clock starts: Python copies a disk slower than QEMU starts.
             drives = [self.drives("many-{}".format(index)) for index in range(count)]
 
             def bare(index: int) -> None:
@@ -252,7 +252,7 @@ class Bench:
             for running in bares.values():
                 running.end()
             with self.manager() as manager:
-                # The first one has the template read and checked, once for all.
+                # The first start reads and checks the template for all later ones.
                 self.times(manager)
 
                 def ours(_: int) -> None:
@@ -266,7 +266,7 @@ class Bench:
                 begun = time.perf_counter()
                 manager.destroy_all_vms()
                 teardowns.append(1e3 * (time.perf_counter() - begun))
-        # Only now: ext4 looks at each file that was removed seconds ago before it makes another.
+        # Removed only at the end: ext4 is slow to make a file while it still scans recently removed ones.
         for each in drives:
             shutil.rmtree(str(each["disk"].parent))
         names = ["{}{} at once: {}".format(who, count, what) for who in ("bare ", "") for what in ("all answered", "PSS each")]
@@ -293,7 +293,7 @@ def copy_sparse(source: Path, target: Path) -> None:
             try:
                 at = os.lseek(original.fileno(), at, os.SEEK_DATA)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # Nothing but a hole is left.
+                if error.errno == errno.ENXIO:  # lseek(2): no data after this offset.
                     return
                 raise
             end = os.lseek(original.fileno(), at, os.SEEK_HOLE)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-# The jail's: where its root has QEMU's files, and QEMU's own part in it.
+# Options that only the jail needs: where its root has QEMU's files, and QEMU's own sandbox.
 JAIL_OPTIONS = ("-L", "-sandbox")
 # A record of the agent's prelude: length 1, kind 4. The agent answers it with its HELLO, in plain text.
 AGAIN = b"\x00\x01\x04"
@@ -24,7 +24,7 @@ class Machine:
     """The arguments of a VM of ours."""
 
     def __init__(self, pid: int, program: str) -> None:
-        # Behind those of a VMM that was forked there are as many zeros as its zygote had room for.
+        # The command line of a forked VMM is padded with zeros to the length of its zygote's.
         arguments = Path("/proc/{}/cmdline".format(pid)).read_bytes().decode().rstrip("\0").split("\0")[1:]
         pairs = zip([""] + arguments, arguments)
         ours = [argument for pair in pairs for argument in pair[1:] if not set(pair) & set(JAIL_OPTIONS)]
@@ -50,7 +50,7 @@ class Machine:
             option = argument if argument.startswith("-") else ""
             arguments.append(argument)
         begun = time.perf_counter()
-        process = subprocess.Popen(  # on stderr it warns of states without a description, which nobody needs
+        process = subprocess.Popen(  # QEMU's stderr has only warnings about states without a description
             arguments, pass_fds=tuple(ends.values()), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         for end in theirs:
@@ -63,7 +63,7 @@ class Running:
 
     def __init__(self, process: "subprocess.Popen[bytes]", ends: Sequence[socket.socket], begun: float) -> None:
         self.process, self.begun = process, begun
-        # Nobody says anything to the last one, by which a guest would hear who it is.
+        # The last socket is the identity port; nothing is sent on it.
         self.agent, qmp, self._identity = ends
         self.agent.settimeout(DEADLINE_S)
         qmp.settimeout(DEADLINE_S)
