@@ -55,7 +55,7 @@ impl MicroVm {
         if state == VmState::Running {
             self.become_state("suspend", VmState::Paused)?;
         }
-        if let Err(error) = self.save_and_end(&running, state).await {
+        if let Err(error) = self.save_state(&running, state).await {
             // Not if it died meanwhile.
             if state == VmState::Running && self.state() == VmState::Paused {
                 self.become_state("suspend", VmState::Running)?;
@@ -80,8 +80,8 @@ impl MicroVm {
         Ok(())
     }
 
-    /// Keeps the VM's state; it stands still then. After an error it goes on.
-    async fn save_and_end(&self, running: &Running, state: VmState) -> Result<()> {
+    /// Writes the VM's state to disk; its vCPUs are paused then. After an error it runs on.
+    async fn save_state(&self, running: &Running, state: VmState) -> Result<()> {
         let pending = self.begin_suspending().await?;
         let fit = fit_of(running, self.spec_of(running), &self.settings, "suspend()").await?;
         let copy = Copy::begin(running, &self.spec.limits, pending.path()).await?;

@@ -134,7 +134,7 @@ struct Source {
 struct Net<'a> {
     id: &'static str,
     mac: &'a str,
-    /// Frames as they are on the wire: the host's filter and shaper look at each.
+    /// Frames as they are on the wire: the host's filter and its ifb see each.
     offload_tso: bool,
     offload_ufo: bool,
     offload_csum: bool,

@@ -99,7 +99,7 @@ pub async fn all<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> 
 pub type Attack = Option<(Kind, bool, u32, Vec<u8>)>;
 
 /// A frame that a guest received.
-pub struct Heard {
+pub struct ReceivedFrame {
     pub kind: Kind,
     pub id: u32,
 }
@@ -231,10 +231,10 @@ impl Guest {
     }
 
     /// The next frame.
-    pub async fn hear(&mut self) -> Heard {
+    pub async fn hear(&mut self) -> ReceivedFrame {
         let plain = self.next_plain().await.expect("the host says something");
         let frame = Frame::decode(&plain).unwrap();
-        Heard { kind: frame.kind, id: frame.id }
+        ReceivedFrame { kind: frame.kind, id: frame.id }
     }
 
     pub async fn hear_for_ever(&mut self) {
