@@ -52,7 +52,7 @@ fn label(name: &'static str, value: impl Into<String>) -> Labels {
 /// All there is to say about `manager`, ending with `# EOF`.
 pub fn render(manager: &Manager) -> String {
     let mut page = Page(Registry::with_prefix("microvm"));
-    let vms = manager.list(None, None);
+    let vms = manager.all();
     totals(&mut page, manager, &vms);
     let looks: Vec<(String, Health)> =
         vms.iter().filter_map(|vm| Some((vm.id().to_string(), vm.last_health()?))).collect();

@@ -54,6 +54,20 @@ impl CreateRequest {
     }
 }
 
+/// Which VMs of a manager are asked for; `None` passes all.
+#[derive(Debug, Clone, Default)]
+pub struct VmFilter {
+    pub isolation_type: Option<IsolationType>,
+    pub state: Option<VmState>,
+}
+
+impl VmFilter {
+    fn passes(&self, vm: &MicroVm) -> bool {
+        self.isolation_type.is_none_or(|wanted| vm.spec().isolation_type == wanted)
+            && self.state.is_none_or(|wanted| vm.state() == wanted)
+    }
+}
+
 /// How many VMs there are, of which kind and in which state, and what they have reserved.
 #[derive(Debug, Clone, Default)]
 pub struct ResourceUsage {
@@ -371,7 +385,7 @@ impl Manager {
     ) -> Result<T> {
         let host = memory::read().filter(|_| !self.config.overcommit_memory);
         // Looked up before the registry is locked; a VM that starts meanwhile is counted in full, which is safe.
-        let taken: u64 = self.list(None, None).iter().map(|vm| vm.memory_taken_mib()).sum();
+        let taken: u64 = self.all().iter().map(|vm| vm.memory_taken_mib()).sum();
         let admitted = {
             let mut registry = self.registry();
             if let Some(host) = host {
@@ -405,15 +419,16 @@ impl Manager {
         self.get(vm_id).ok_or_else(|| Error::VmNotFound { vm_id: vm_id.to_owned() })
     }
 
-    /// The VMs of a kind and in a state, in the order of their creation.
+    /// Its VMs in the order of their creation.
     #[must_use]
-    pub fn list(&self, isolation_type: Option<IsolationType>, state: Option<VmState>) -> Vec<Arc<MicroVm>> {
-        let vms = self.registry().vms.clone();
-        let fits = |vm: &Arc<MicroVm>| {
-            isolation_type.is_none_or(|wanted| vm.spec().isolation_type == wanted)
-                && state.is_none_or(|wanted| vm.state() == wanted)
-        };
-        vms.into_iter().filter(fits).collect()
+    pub fn all(&self) -> Vec<Arc<MicroVm>> {
+        self.registry().vms.clone()
+    }
+
+    /// Those of them that pass a filter.
+    #[must_use]
+    pub fn list(&self, filter: &VmFilter) -> Vec<Arc<MicroVm>> {
+        self.all().into_iter().filter(|vm| filter.passes(vm)).collect()
     }
 
     /// Removes a VM and every trace of it, and gives its quota back.
@@ -445,7 +460,7 @@ impl Manager {
     }
 
     pub async fn destroy_all(&self) {
-        let vms = self.list(None, None);
+        let vms = self.all();
         let mut destroying = JoinSet::new();
         for vm in &vms {
             let vm = vm.clone();
@@ -507,7 +522,8 @@ async fn clean_up(manager: Weak<Manager>, interval: Duration) {
     loop {
         tokio::time::sleep(interval.min(Duration::from_secs(1))).await;
         let Some(manager) = manager.upgrade() else { return };
-        for vm in manager.list(None, Some(VmState::Error)) {
+        let dead = VmFilter { state: Some(VmState::Error), ..VmFilter::default() };
+        for vm in manager.list(&dead) {
             if vm.dead_for().is_some_and(|dead| dead >= interval) && !manager.remediations.is_under_way(vm.id()) {
                 manager.remove(&vm).await;
                 log::info!("{}: removed, it was dead", vm.id());

@@ -98,7 +98,7 @@ pub async fn enforce(manager: Weak<Manager>, subscriber: Arc<Subscriber>) {
 /// Destroys the VMs whose time is over; how long until the next one's may be.
 fn destroy_what_is_due(manager: &Arc<Manager>) -> Duration {
     let mut next = FAR;
-    for vm in manager.list(None, None) {
+    for vm in manager.all() {
         let policy = policy_of(manager, &vm);
         let left = |limit_s: Option<f64>, spent: Option<Duration>| {
             let (limit, spent) = (Duration::from_secs_f64(limit_s?), spent?);

@@ -16,7 +16,7 @@ use super::instance::{self, MicroVMInstance};
 use super::{convert, errors, logging};
 use crate::error::Error;
 use crate::image::template::SnapshotMetadata;
-use crate::manager::{CreateRequest, ExportedDisk, Manager, PoolUse, SnapshotEntry};
+use crate::manager::{CreateRequest, ExportedDisk, Manager, PoolUse, SnapshotEntry, VmFilter};
 use crate::model::{HealthStatus, IsolationType, ManagerConfig, PoolSpec, VmSpec, VmState};
 use crate::vm::MicroVm;
 
@@ -511,7 +511,7 @@ impl MicroVMIsolationManager {
     ) -> PyResult<Vec<String>> {
         let isolation_type = isolation_type.map(convert::isolation_type).transpose()?;
         let state = state.map(convert::vm_state).transpose()?;
-        let vms = self.manager.get(py)?.list(isolation_type, state);
+        let vms = self.manager.get(py)?.list(&VmFilter { isolation_type, state });
         Ok(vms.iter().map(|vm| vm.id().as_str().to_owned()).collect())
     }
 
@@ -535,7 +535,7 @@ impl MicroVMIsolationManager {
     ///
     /// Blocks for at most 2 s if a guest does not answer; all VMs are asked at the same time.
     fn get_all_vms_info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let vms = self.manager.get(py)?.list(None, None);
+        let vms = self.manager.get(py)?.all();
         let all = gate::wait(py, OnInterrupt::Abandon, async move {
             let mut asking = JoinSet::new();
             for vm in vms {
@@ -665,7 +665,7 @@ impl MicroVMIsolationManager {
     ///     >>> manager.get_health_status()["healthy_vms"]
     ///     1
     fn get_health_status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let vms = self.manager.get(py)?.list(None, None);
+        let vms = self.manager.get(py)?.all();
         let total = vms.len();
         let statuses = gate::wait(py, OnInterrupt::Abandon, async move {
             let mut asking = JoinSet::new();
@@ -780,7 +780,7 @@ impl MicroVMIsolationManager {
             return "<MicroVMIsolationManager of the parent process>".to_owned();
         }
         let manager = self.manager.peek();
-        let (vms, used, config) = (manager.list(None, None).len(), manager.allocated(), manager.config());
+        let (vms, used, config) = (manager.all().len(), manager.allocated(), manager.config());
         format!(
             "<MicroVMIsolationManager {}: {vms} VMs, {} of {} vCPUs and {} of {} MiB reserved>",
             if manager.is_cleaning_up() { "started" } else { "not started" },
