@@ -23,8 +23,8 @@ use crate::host::zygote::Zygotes;
 use crate::image::template::{self, StoreLimits};
 use crate::image::GuestImage;
 use crate::model::{
-    EventKind, IsolationType, JailMode, ManagerConfig, QuotaLedger, QuotaUse, Reservation, ResourceLimits, SpecPatch,
-    VmId, VmSpec, VmState,
+    EventKind, IsolationType, JailMode, Labels, ManagerConfig, QuotaLedger, QuotaUse, Reservation, ResourceLimits,
+    SpecPatch, VmId, VmSpec, VmState,
 };
 use crate::store::{path, Existing, Folders};
 use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings};
@@ -59,12 +59,15 @@ impl CreateRequest {
 pub struct VmFilter {
     pub isolation_type: Option<IsolationType>,
     pub state: Option<VmState>,
+    /// All of which a VM must have.
+    pub labels: Labels,
 }
 
 impl VmFilter {
     fn passes(&self, vm: &MicroVm) -> bool {
         self.isolation_type.is_none_or(|wanted| vm.spec().isolation_type == wanted)
             && self.state.is_none_or(|wanted| vm.state() == wanted)
+            && vm.spec().labels.contain(&self.labels)
     }
 }
 

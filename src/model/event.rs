@@ -98,6 +98,9 @@ impl Event {
             "detail": self.detail,
         });
         let mut add = |key: &str, value: Value| event[key] = value;
+        if !self.spec.labels.is_empty() {
+            add("labels", json!(self.spec.labels));
+        }
         match &self.kind {
             EventKind::Created | EventKind::Removed => {}
             EventKind::State { from, to } => {

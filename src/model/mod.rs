@@ -28,7 +28,7 @@ pub use policy::{OnFailure, Policies, Policy};
 pub use pool::{PoolSpec, PoolTier};
 pub use quota::{QuotaLedger, QuotaUse, Reservation};
 pub use spec::{
-    BootImage, EgressRule, EgressTarget, GuestAddress, MacAddress, NamePattern, NetworkConfig, NetworkText,
+    BootImage, EgressRule, EgressTarget, GuestAddress, Labels, MacAddress, NamePattern, NetworkConfig, NetworkText,
     ResourceLimits, SpecPatch, VmSpec, DEFAULT_PREFIX,
 };
 pub use state::VmState;

@@ -11,8 +11,8 @@ use super::errors;
 use crate::error::Error;
 use crate::image::GuestImage;
 use crate::model::{
-    Backend, BootImage, IsolationType, NetworkConfig, NetworkText, ResourceLimits, SpecPatch, TemplateName, VmId,
-    VmState,
+    Backend, BootImage, IsolationType, Labels, NetworkConfig, NetworkText, ResourceLimits, SpecPatch, TemplateName,
+    VmId, VmState,
 };
 use crate::store;
 
@@ -289,6 +289,7 @@ pub struct SpecArguments<'a, 'py> {
     pub kernel_path: Option<&'a Bound<'py, PyAny>>,
     pub rootfs_path: Option<&'a Bound<'py, PyAny>>,
     pub template: Option<&'a Bound<'py, PyAny>>,
+    pub labels: Option<&'a Bound<'py, PyAny>>,
 }
 
 impl SpecArguments<'_, '_> {
@@ -303,8 +304,20 @@ impl SpecArguments<'_, '_> {
                 rootfs_path: optional_absolute("rootfs_path", self.rootfs_path)?,
             },
             template: optional_template("template", self.template)?,
+            labels: self.labels.map(labels).transpose()?,
         })
     }
+}
+
+/// Labels from a mapping of strings to strings.
+pub fn labels(value: &Bound<'_, PyAny>) -> PyResult<Labels> {
+    let items = items("labels", value)?.ok_or_else(|| wrong_type("labels", value, "a dict of strings"))?;
+    let pair = |(key, item): (String, Bound<'_, PyAny>)| {
+        let item = text(&format!("labels[{key:?}]"), &item)?;
+        Ok((key, item))
+    };
+    let pairs = items.into_iter().map(pair).collect::<PyResult<_>>()?;
+    Labels::parse(pairs).map_err(|error| errors::raise(value.py(), &error))
 }
 
 /// A member of one of the package's enums.
@@ -376,15 +389,9 @@ fn to_json(field: &str, value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Valu
         let items = value.try_iter()?.enumerate();
         return items.map(|(i, item)| to_json(&format!("{field}[{i}]"), &item?, depth + 1)).collect();
     }
-    let mapping = py.import("collections.abc")?.getattr("Mapping")?;
-    if value.is_instance(&mapping)? {
+    if let Some(items) = items(field, value)? {
         let mut map = Map::new();
-        for pair in value.call_method0("items")?.try_iter()? {
-            let (key, item): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
-            if !key.is_instance_of::<PyString>() {
-                return Err(wrong_type(&format!("a key of {field}"), &key, "a string"));
-            }
-            let key = text(field, &key)?;
+        for (key, item) in items {
             let item = to_json(&format!("{field}[{key:?}]"), &item, depth + 1)?;
             map.insert(key, item);
         }
@@ -395,6 +402,22 @@ fn to_json(field: &str, value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Valu
         return text(field, &path).map(Value::String);
     }
     Err(wrong_type(field, value, "made of dict, list, str, int, float, bool and None"))
+}
+
+/// The items of a mapping with strings as keys; `None` for anything else.
+fn items<'py>(field: &str, value: &Bound<'py, PyAny>) -> PyResult<Option<Vec<(String, Bound<'py, PyAny>)>>> {
+    let mapping = value.py().import("collections.abc")?.getattr("Mapping")?;
+    if !value.is_instance(&mapping)? {
+        return Ok(None);
+    }
+    let item = |pair: PyResult<Bound<'py, PyAny>>| {
+        let (key, item): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
+        if !key.is_instance_of::<PyString>() {
+            return Err(wrong_type(&format!("a key of {field}"), &key, "a string"));
+        }
+        Ok((text(field, &key)?, item))
+    };
+    value.call_method0("items")?.try_iter()?.map(item).collect::<PyResult<_>>().map(Some)
 }
 
 /// Python's plain data from JSON.

@@ -38,6 +38,7 @@ use crate::vm::{network, Health, MicroVm};
 ///     kernel_path: A kernel for the VM, as in `MicroVMIsolationManager.create_vm`.
 ///     rootfs_path: An image for the VM, as in `MicroVMIsolationManager.create_vm`.
 ///     template: The name of a template, as in `MicroVMIsolationManager.create_vm`.
+///     labels: Strings by strings, as in `MicroVMIsolationManager.create_vm`.
 ///
 /// Raises:
 ///     InvalidTypeError: An argument has the wrong type.
@@ -153,6 +154,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "state": vm.state().as_str(),
         "suspended": vm.is_suspended(),
         "template": spec.template,
+        "labels": spec.labels,
         "pid": facts.pid,
         "socket_path": facts.socket,
         "kernel_path": spec.image.kernel_path,
@@ -230,7 +232,7 @@ impl MicroVMInstance {
 #[pymethods]
 impl MicroVMInstance {
     #[new]
-    #[pyo3(signature = (vm_id, backend, isolation_type, resource_limits, network_config=None, kernel_path=None, rootfs_path=None, template=None))]
+    #[pyo3(signature = (vm_id, backend, isolation_type, resource_limits, network_config=None, kernel_path=None, rootfs_path=None, template=None, labels=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn new(
         vm_id: &Bound<'_, PyAny>,
@@ -241,11 +243,13 @@ impl MicroVMInstance {
         kernel_path: Option<&Bound<'_, PyAny>>,
         rootfs_path: Option<&Bound<'_, PyAny>>,
         template: Option<&Bound<'_, PyAny>>,
+        labels: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = vm_id.py();
         let (id, isolation_type) = (convert::vm_id(vm_id)?, convert::isolation_type(isolation_type)?);
         let (backend, resource_limits) = (Some(backend), Some(resource_limits));
-        let arguments = SpecArguments { backend, resource_limits, network_config, kernel_path, rootfs_path, template };
+        let arguments =
+            SpecArguments { backend, resource_limits, network_config, kernel_path, rootfs_path, template, labels };
         let spec = VmSpec::new(isolation_type, arguments.parse()?);
         logging::start(py)?;
         let settings = manager::settings(&ManagerConfig::default(), convert::guest_image(py)?);

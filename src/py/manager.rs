@@ -211,6 +211,9 @@ impl MicroVMIsolationManager {
     ///         VM, with its programs running and its disk. Arguments that are left out are the template's.
     ///         vCPUs, memory, disk size, backend, kernel, image and whether there is a network cannot
     ///         differ from it.
+    ///     labels: At most 64 strings by strings, for `list_vms`, `get_info()` and events: keys of 1 to 63 of
+    ///         the letters, digits, `.`, `_`, `/` and `-`, beginning with a letter or digit; values of at most 256
+    ///         characters. They come back with a suspended VM; a clone has only its own.
     ///
     /// Returns:
     ///     The id of the VM, or `None`.
@@ -229,7 +232,7 @@ impl MicroVMIsolationManager {
     ///     >>> made = manager.create_vm(IsolationType.PLUGIN, VMResourceLimits(memory_mb=128))
     ///     >>> made.startswith("plugin-"), manager.destroy_vm(made)
     ///     (True, True)
-    #[pyo3(signature = (isolation_type, resource_limits=None, backend=None, network_config=None, vm_id=None, kernel_path=None, rootfs_path=None, template=None))]
+    #[pyo3(signature = (isolation_type, resource_limits=None, backend=None, network_config=None, vm_id=None, kernel_path=None, rootfs_path=None, template=None, labels=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
     fn create_vm(
         &self,
@@ -242,9 +245,11 @@ impl MicroVMIsolationManager {
         kernel_path: Option<&Bound<'_, PyAny>>,
         rootfs_path: Option<&Bound<'_, PyAny>>,
         template: Option<&Bound<'_, PyAny>>,
+        labels: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Option<String>> {
         let manager = self.manager.get(py)?;
-        let arguments = SpecArguments { backend, resource_limits, network_config, kernel_path, rootfs_path, template };
+        let arguments =
+            SpecArguments { backend, resource_limits, network_config, kernel_path, rootfs_path, template, labels };
         let request = CreateRequest {
             vm_id: vm_id.map(convert::vm_id).transpose()?,
             isolation_type: convert::isolation_type(isolation_type)?,
@@ -495,23 +500,26 @@ impl MicroVMIsolationManager {
     /// Args:
     ///     isolation_type: Only VMs of this type; VMs of every type where left out.
     ///     state: Only VMs in this state; VMs in every state where left out.
+    ///     labels: Only VMs that have all of these labels; VMs with any labels where left out.
     ///
     /// Raises:
-    ///     InvalidValueError: There is no such type or state.
+    ///     InvalidValueError: There is no such type or state, or a label is malformed.
     ///
     /// Example:
     ///     >>> vm_id in manager.list_vms(state=VMState.RUNNING)
     ///     True
-    #[pyo3(signature = (isolation_type=None, state=None))]
+    #[pyo3(signature = (isolation_type=None, state=None, labels=None))]
     fn list_vms(
         &self,
         py: Python<'_>,
         isolation_type: Option<&Bound<'_, PyAny>>,
         state: Option<&Bound<'_, PyAny>>,
+        labels: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<String>> {
         let isolation_type = isolation_type.map(convert::isolation_type).transpose()?;
         let state = state.map(convert::vm_state).transpose()?;
-        let vms = self.manager.get(py)?.list(&VmFilter { isolation_type, state });
+        let labels = labels.map(convert::labels).transpose()?.unwrap_or_default();
+        let vms = self.manager.get(py)?.list(&VmFilter { isolation_type, state, labels });
         Ok(vms.iter().map(|vm| vm.id().as_str().to_owned()).collect())
     }
 
@@ -824,6 +832,7 @@ fn snapshot_json(key: &str, entry: &SnapshotEntry) -> Value {
             "isolation_type": spec.isolation_type,
             "resource_limits": convert::limits_json(&spec.limits),
             "isolated_network": spec.network.isolated_network,
+            "labels": spec.labels,
             "kernel_path": spec.image.kernel_path,
             "rootfs_path": spec.image.rootfs_path,
             "created": created_unix_s,

@@ -449,7 +449,9 @@ impl Drop for PendingSnapshot {
 mod tests {
     use super::super::manifest::tests::fit;
     use super::*;
-    use crate::model::{Backend, BootImage, IsolationType, NetworkConfig, NetworkText, ResourceLimits, SpecPatch};
+    use crate::model::{
+        Backend, BootImage, IsolationType, Labels, NetworkConfig, NetworkText, ResourceLimits, SpecPatch,
+    };
     use std::fs;
     use std::fs::DirBuilder;
     use std::os::unix::fs::DirBuilderExt;
@@ -510,6 +512,7 @@ mod tests {
             network: NetworkConfig::parse(network).unwrap(),
             image: BootImage::default(),
             template: None,
+            labels: Labels::default(),
         };
         assert_eq!((written.metadata.vm_id.as_str(), &written.metadata.spec), ("old-1", &spec));
         assert!(written.metadata.machine_id != [0; 16] && written.metadata.vmm_version.is_some());

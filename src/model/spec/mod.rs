@@ -4,6 +4,7 @@
 //! checks it again. A caller's wishes are a [`SpecPatch`]; templates and the configuration fill in what it leaves out.
 
 mod egress;
+mod labels;
 mod limits;
 mod mac;
 mod network;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::{Backend, IsolationType, TemplateName};
 
 pub use egress::{EgressRule, EgressTarget, NamePattern};
+pub use labels::Labels;
 pub use limits::ResourceLimits;
 pub use mac::MacAddress;
 pub use network::{GuestAddress, NetworkConfig, NetworkText, DEFAULT_PREFIX};
@@ -32,6 +34,9 @@ pub struct VmSpec {
     /// One of the user's own that the VM is a clone of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<TemplateName>,
+    /// By which its owner finds it again; no part of its machine.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
 }
 
 /// The parts of a [`VmSpec`] that a caller may leave out.
@@ -42,6 +47,7 @@ pub struct SpecPatch {
     pub network: Option<NetworkConfig>,
     pub image: BootImage,
     pub template: Option<TemplateName>,
+    pub labels: Option<Labels>,
 }
 
 /// The caller's own files that a VM boots from; `None`: those that come with the package.
@@ -56,17 +62,18 @@ impl VmSpec {
     /// A VM as `patch` has it; what that leaves out is as the defaults of each part are.
     #[must_use]
     pub fn new(isolation_type: IsolationType, patch: SpecPatch) -> Self {
-        let SpecPatch { backend, limits, network, image, template } = patch;
-        let (limits, network) = (limits.unwrap_or_default(), network.unwrap_or_default());
-        Self { isolation_type, backend, limits, network, image, template }
+        let SpecPatch { backend, limits, network, image, template, labels } = patch;
+        let (limits, network, labels) =
+            (limits.unwrap_or_default(), network.unwrap_or_default(), labels.unwrap_or_default());
+        Self { isolation_type, backend, limits, network, image, template, labels }
     }
 
-    /// What a clone of a template that was taken of this VM has unless its maker says otherwise. Addresses are each VM's
-    /// own; where it may go is not.
+    /// What a clone of a template that was taken of this VM has unless its maker says otherwise. Addresses and labels
+    /// are each VM's own; where it may go is not.
     #[must_use]
     pub fn as_template(&self) -> SpecPatch {
         let network = Some(self.network.without_addresses());
-        SpecPatch { network, template: None, ..SpecPatch::from(self.clone()) }
+        SpecPatch { network, template: None, labels: None, ..SpecPatch::from(self.clone()) }
     }
 
     /// The VM whose state is the template of all VMs like this one, on `backend`: without what is each VM's own.
@@ -122,6 +129,7 @@ impl SpecPatch {
             network: self.network.or(defaults.network),
             image: self.image.or(defaults.image),
             template: self.template.or(defaults.template),
+            labels: self.labels.or(defaults.labels),
         }
     }
 }
@@ -129,8 +137,8 @@ impl SpecPatch {
 /// Leaves nothing out.
 impl From<VmSpec> for SpecPatch {
     fn from(spec: VmSpec) -> Self {
-        let VmSpec { isolation_type: _, backend, limits, network, image, template } = spec;
-        Self { backend, limits: Some(limits), network: Some(network), image, template }
+        let VmSpec { isolation_type: _, backend, limits, network, image, template, labels } = spec;
+        Self { backend, limits: Some(limits), network: Some(network), image, template, labels: Some(labels) }
     }
 }
 
@@ -166,6 +174,11 @@ mod tests {
         VmSpec::new(IsolationType::Session, SpecPatch::default())
     }
 
+    fn labelled() -> VmSpec {
+        let labels = Labels::parse([("team".to_owned(), "web".to_owned())].into()).unwrap();
+        VmSpec { labels, ..spec() }
+    }
+
     fn template() -> VmSpec {
         VmSpec { backend: Some(Backend::Qemu), isolation_type: IsolationType::BrowserTab, ..spec() }
     }
@@ -195,6 +208,16 @@ mod tests {
         let network = left.network.unwrap();
         assert_eq!((network.tap_device, network.gateway, left.template), (None, None, None));
         assert_eq!(network.egress, spec.network.egress);
+    }
+
+    #[test]
+    fn test_labels_are_one_vms_own_and_no_part_of_its_machine() {
+        assert_eq!(
+            (labelled().as_template().labels, labelled().to_record(Backend::Qemu).labels.is_empty()),
+            (None, true)
+        );
+        assert!(labelled().can_take(&spec()));
+        assert_eq!(labelled().mismatches(&spec()), Vec::<String>::new());
     }
 
     #[test]

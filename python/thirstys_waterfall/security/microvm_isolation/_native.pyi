@@ -136,6 +136,7 @@ class MicroVMIsolationManager:
         kernel_path: Optional[_Path] = None,
         rootfs_path: Optional[_Path] = None,
         template: Optional[str] = None,
+        labels: Optional[Mapping[str, str]] = None,
     ) -> Optional[str]:
         """Reserves quota for a VM and names it; starts no process and works before `start`.
 
@@ -155,6 +156,9 @@ class MicroVMIsolationManager:
                 VM, with its programs running and its disk. Arguments that are left out are the template's.
                 vCPUs, memory, disk size, backend, kernel, image and whether there is a network cannot
                 differ from it.
+            labels: At most 64 strings by strings, for `list_vms`, `get_info()` and events: keys of 1 to 63 of
+                the letters, digits, `.`, `_`, `/` and `-`, beginning with a letter or digit; values of at most 256
+                characters. They come back with a suspended VM; a clone has only its own.
 
         Returns:
             The id of the VM, or `None`.
@@ -351,6 +355,7 @@ class MicroVMIsolationManager:
         self,
         isolation_type: Union[IsolationType, str, None] = None,
         state: Union[VMState, str, None] = None,
+        labels: Optional[Mapping[str, str]] = None,
     ) -> List[str]:
         """Lists the ids of the VMs, in the order in which they were created.
 
@@ -359,9 +364,10 @@ class MicroVMIsolationManager:
         Args:
             isolation_type: Only VMs of this type; VMs of every type where left out.
             state: Only VMs in this state; VMs in every state where left out.
+            labels: Only VMs that have all of these labels; VMs with any labels where left out.
 
         Raises:
-            InvalidValueError: There is no such type or state.
+            InvalidValueError: There is no such type or state, or a label is malformed.
 
         Example:
             >>> vm_id in manager.list_vms(state=VMState.RUNNING)
@@ -541,6 +547,7 @@ class MicroVMInstance:
         kernel_path: A kernel for the VM, as in `MicroVMIsolationManager.create_vm`.
         rootfs_path: An image for the VM, as in `MicroVMIsolationManager.create_vm`.
         template: The name of a template, as in `MicroVMIsolationManager.create_vm`.
+        labels: Strings by strings, as in `MicroVMIsolationManager.create_vm`.
 
     Raises:
         InvalidTypeError: An argument has the wrong type.
@@ -594,6 +601,7 @@ class MicroVMInstance:
         kernel_path: Optional[_Path] = None,
         rootfs_path: Optional[_Path] = None,
         template: Optional[str] = None,
+        labels: Optional[Mapping[str, str]] = None,
     ) -> Self: ...
     def start(self) -> bool:
         """Starts the VM, as a clone of a template where there is one, and waits for its agent.

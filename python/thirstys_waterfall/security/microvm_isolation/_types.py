@@ -267,6 +267,7 @@ class VMInfo(TypedDict):
         state: A value of ``VMState``.
         suspended: Whether its state is on disk and it has no process.
         template: The snapshot that it is a clone of.
+        labels: The labels that it was given.
         pid: Process id of its VMM on the host.
         socket_path: Where its broker listens while it runs; see ``CommunicationChannel``.
         kernel_path: The kernel that it was given.
@@ -291,6 +292,7 @@ class VMInfo(TypedDict):
     state: str
     suspended: bool
     template: Optional[str]
+    labels: Dict[str, str]
     pid: Optional[int]
     socket_path: str
     kernel_path: Optional[str]
@@ -413,6 +415,7 @@ class VMEvent(_Event, _Change, total=False):
         what: The limit that was hit: ``quota``, ``processes`` or ``host_disk``; of ``limit``.
         action: ``restart``, ``replace``, ``give_up``, ``deadline`` or ``idle_limit``; of ``policy``.
         replacement: The id of the VM that takes its place, or ``None``; of ``policy``.
+        labels: The labels of the VM; only where it has some.
     """
 
     reason: str
@@ -421,6 +424,7 @@ class VMEvent(_Event, _Change, total=False):
     what: str
     action: str
     replacement: Optional[str]
+    labels: Dict[str, str]
 
 
 class _Saved(TypedDict):
@@ -435,6 +439,7 @@ class _SavedVM(_Saved, total=False):
     isolation_type: str
     resource_limits: LimitsInfo
     isolated_network: bool
+    labels: Dict[str, str]
     kernel_path: Optional[str]
     rootfs_path: Optional[str]
     created: int
@@ -453,6 +458,7 @@ class SuspendedVM(_SavedVM, total=False):
         isolation_type: What the VM is for.
         resource_limits: Its limits.
         isolated_network: Whether it has no network.
+        labels: The labels that it was given.
         kernel_path: The kernel that it was given.
         rootfs_path: The image that it was given.
         created: Unix seconds of its suspension.
@@ -475,6 +481,7 @@ class TemplateInfo(_SavedVM, total=False):
         isolation_type: What the VM was for.
         resource_limits: The limits of its clones.
         isolated_network: Whether its clones have no network.
+        labels: The labels of the VM; clones have only their own.
         kernel_path: The kernel that the VM was given.
         rootfs_path: The image that the VM was given.
         created: Unix seconds of the snapshot.
