@@ -1,23 +1,105 @@
-//! What a program needs to run besides itself: its interpreter and its libraries.
+//! ELF files: what a program needs to run besides itself, its interpreter and its libraries, and what a kernel tells in notes.
 //!
 //! The dynamic loader is asked, not imitated: search paths, caches and hardware variants are its own business. With
 //! `--list` it loads and prints, and runs no code of the program's.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::FileExt;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use object::elf::{FileHeader64, NoteType, ProgramType, EM_X86_64, PT_INTERP, PT_NOTE};
+use object::read::elf::{FileHeader, ProgramHeader};
+use object::{LittleEndian, ReadCache};
+
 use crate::error::{Error, Result};
 
-/// elf(5): e_ident of a 64-bit little-endian file, the program header of an interpreter, the size of one.
-const ELF64: &[u8] = b"\x7fELF\x02\x01";
-const PT_INTERP: u32 = 3;
-const PROGRAM_HEADER: usize = 56;
-/// The kernel's own limit on a path.
-const PATH_MAX: u64 = 4096;
+/// The kernel's own limit on a path (`PATH_MAX`).
+const MAX_INTERPRETER: u64 = 4096;
+/// Notes are a few hundred bytes; a longer segment is not read.
+const MAX_NOTES: u64 = 1 << 20;
+
+/// A 64-bit little-endian ELF file, read piece by piece.
+pub struct Elf {
+    data: ReadCache<File>,
+    size: u64,
+}
+
+type Header = FileHeader64<LittleEndian>;
+type Segment = <Header as FileHeader>::ProgramHeader;
+
+impl Elf {
+    /// # Errors
+    /// What reading says, and for a file that is not of this kind.
+    pub fn read(file: File) -> io::Result<Self> {
+        let size = file.metadata()?.len();
+        let elf = Self { data: ReadCache::new(file), size };
+        elf.header()?;
+        Ok(elf)
+    }
+
+    fn header(&self) -> io::Result<&Header> {
+        let header = Header::parse(&self.data).ok().filter(|header| header.is_class_64() && header.is_little_endian());
+        header.ok_or_else(|| io::Error::other("it is not a 64-bit ELF program"))
+    }
+
+    #[must_use]
+    pub fn is_of_this_machine(&self) -> bool {
+        self.header().is_ok_and(|header| header.e_machine(LittleEndian) == EM_X86_64)
+    }
+
+    /// The segments, each of which lies within the file.
+    fn segments(&self) -> io::Result<&[Segment]> {
+        let segments = self.header()?.program_headers(LittleEndian, &self.data);
+        let segments = segments.map_err(|_| io::Error::other("it is cut off: its program headers are missing"))?;
+        let is_within = |segment: &Segment| {
+            let (offset, length) = segment.file_range(LittleEndian);
+            offset.checked_add(length).is_some_and(|end| end <= self.size)
+        };
+        match segments.iter().all(is_within) {
+            true => Ok(segments),
+            false => Err(io::Error::other("it is cut off: a segment ends behind the end of the file")),
+        }
+    }
+
+    /// The segments of a kind that are no longer than `limit`.
+    fn short_segments(&self, kind: ProgramType, limit: u64) -> io::Result<impl Iterator<Item = &Segment>> {
+        let is_wanted = move |segment: &&Segment| {
+            segment.p_type(LittleEndian) == kind && segment.file_range(LittleEndian).1 <= limit
+        };
+        Ok(self.segments()?.iter().filter(is_wanted))
+    }
+
+    /// The path by which the kernel looks for the program's loader; `None`: the program is static.
+    ///
+    /// # Errors
+    /// For a file that is cut off or malformed.
+    pub fn interpreter(&self) -> io::Result<Option<PathBuf>> {
+        let Some(segment) = self.short_segments(PT_INTERP, MAX_INTERPRETER)?.next() else { return Ok(None) };
+        let path = segment.interpreter(LittleEndian, &self.data).map_err(io::Error::other)?;
+        Ok(path.map(|path| PathBuf::from(OsStr::from_bytes(path))))
+    }
+
+    /// Whether it has a note of an owner and a type (elf(5)).
+    ///
+    /// # Errors
+    /// For a file that is cut off.
+    pub fn has_note(&self, owner: &[u8], kind: u32) -> io::Result<bool> {
+        for segment in self.short_segments(PT_NOTE, MAX_NOTES)? {
+            let Ok(Some(mut notes)) = segment.notes(LittleEndian, &self.data) else { continue };
+            // What is malformed ends the list.
+            while let Ok(Some(note)) = notes.next() {
+                if note.name() == owner && note.n_type(LittleEndian) == NoteType(kind) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+}
 
 /// A program's files on this host, symbolic links resolved.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -72,31 +154,9 @@ pub fn needs(program: &Path, modules: &[PathBuf]) -> Result<Needs> {
 /// The path by which the kernel looks for the loader of `program`; `None`: it is static.
 ///
 /// # Errors
-/// What reading says, and for what is no program of this machine's.
-pub fn interpreter(program: &Path) -> std::io::Result<Option<PathBuf>> {
-    let file = File::open(program)?;
-    let mut header = [0; 64];
-    (&file).read_exact(&mut header)?;
-    if !header.starts_with(ELF64) {
-        return Err(std::io::Error::other("it is not a 64-bit ELF program"));
-    }
-    let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header.get(at + i).copied().unwrap_or(0)));
-    let half =
-        |at: usize| u64::from(u16::from_le_bytes(std::array::from_fn(|i| header.get(at + i).copied().unwrap_or(0))));
-    let (table, size, count) = (word(32), half(54), half(56));
-    for index in 0..count {
-        let mut entry = [0; PROGRAM_HEADER];
-        file.read_exact_at(&mut entry, table.saturating_add(index * size))?;
-        let field = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| entry.get(at + i).copied().unwrap_or(0)));
-        if field(0) as u32 != PT_INTERP {
-            continue;
-        }
-        let mut path = vec![0; usize::try_from(field(32).min(PATH_MAX)).unwrap_or(0)];
-        file.read_exact_at(&mut path, field(8))?;
-        let path = path.split(|byte| *byte == 0).next().unwrap_or_default();
-        return Ok(Some(PathBuf::from(String::from_utf8_lossy(path).into_owned())));
-    }
-    Ok(None)
+/// What reading says, and for a file that is no 64-bit ELF program.
+pub fn interpreter(program: &Path) -> io::Result<Option<PathBuf>> {
+    Elf::read(File::open(program)?)?.interpreter()
 }
 
 /// `name => path (address)` a line; what has no path is the kernel's own (vdso) or the loader.

@@ -6,14 +6,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::host::elf::Elf;
 
-/// elf(5): `e_machine` of x86-64, the program header of a note.
-const EM_X86_64: u16 = 62;
-const PT_NOTE: u32 = 4;
-/// The note that holds the PVH entry point (xen/include/public/elfnote.h).
+/// The note that holds the PVH entry point, and its owner (xen/include/public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
-/// Notes of a kernel are a few hundred bytes; a longer segment is not read further.
-const MAX_NOTES: u64 = 1 << 20;
+const XEN: &[u8] = b"Xen";
 
 fn open(field: &'static str, path: &Path) -> Result<(File, u64)> {
     let unreadable = |reason: String| Error::ImageUnreadable { field, path: path.to_owned(), reason };
@@ -26,20 +23,8 @@ fn open(field: &'static str, path: &Path) -> Result<(File, u64)> {
     Ok((file, meta.len()))
 }
 
-fn le<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..)?.first_chunk::<N>().copied()
-}
-
-fn le16(bytes: &[u8], at: usize) -> u16 {
-    le(bytes, at).map_or(0, u16::from_le_bytes)
-}
-
 fn le32(bytes: &[u8], at: usize) -> u32 {
-    le(bytes, at).map_or(0, u32::from_le_bytes)
-}
-
-fn le64(bytes: &[u8], at: usize) -> u64 {
-    le(bytes, at).map_or(0, u64::from_le_bytes)
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().map_or(0, u32::from_le_bytes)
 }
 
 /// Accepts an uncompressed x86-64 ELF kernel with a PVH entry, which all three VMMs boot.
@@ -49,7 +34,7 @@ fn le64(bytes: &[u8], at: usize) -> u64 {
 pub fn check_kernel(path: &Path) -> Result<()> {
     let invalid =
         |reason: &str| Error::ImageInvalid { field: "kernel_path", path: path.to_owned(), reason: reason.into() };
-    let (file, size) = open("kernel_path", path)?;
+    let (file, _) = open("kernel_path", path)?;
     let mut header = Vec::new();
     (&file).take(1024).read_to_end(&mut header).map_err(|error| invalid(&error.to_string()))?;
     if header.get(0x202..0x206) == Some(b"HdrS") {
@@ -57,45 +42,16 @@ pub fn check_kernel(path: &Path) -> Result<()> {
             "it is a compressed bzImage; give the uncompressed vmlinux (scripts/extract-vmlinux makes it)",
         ));
     }
-    if header.get(..4) != Some(b"\x7fELF") {
+    if !header.starts_with(b"\x7fELF") {
         return Err(invalid("it is not an ELF file; give an uncompressed x86-64 vmlinux"));
     }
-    if header.get(4..6) != Some(&[2, 1]) || le16(&header, 18) != EM_X86_64 {
-        return Err(invalid("it is an ELF file of another machine than x86-64"));
+    let kernel = Elf::read(file).ok().filter(Elf::is_of_this_machine);
+    let kernel = kernel.ok_or_else(|| invalid("it is an ELF file of another machine than x86-64"))?;
+    match kernel.has_note(XEN, XEN_ELFNOTE_PHYS32_ENTRY) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(invalid("it has no PVH entry point; build it with CONFIG_PVH=y")),
+        Err(error) => Err(invalid(&error.to_string())),
     }
-    let (table, entry_size, count) = (le64(&header, 32), u64::from(le16(&header, 54)), u64::from(le16(&header, 56)));
-    for index in 0..count {
-        let mut entry = [0; 56];
-        let read = table.checked_add(index * entry_size).map(|at| file.read_exact_at(&mut entry, at));
-        if !matches!(read, Some(Ok(()))) {
-            return Err(invalid("it is cut off: its program headers are missing"));
-        }
-        let (offset, length) = (le64(&entry, 8), le64(&entry, 32));
-        if offset.checked_add(length).is_none_or(|end| end > size) {
-            return Err(invalid("it is cut off: a segment ends behind the end of the file"));
-        }
-        if le32(&entry, 0) == PT_NOTE {
-            let mut notes = vec![0; usize::try_from(length.min(MAX_NOTES)).unwrap_or(0)];
-            file.read_exact_at(&mut notes, offset).map_err(|error| invalid(&error.to_string()))?;
-            if has_pvh_note(&notes) {
-                return Ok(());
-            }
-        }
-    }
-    Err(invalid("it has no PVH entry point; build it with CONFIG_PVH=y"))
-}
-
-fn has_pvh_note(mut notes: &[u8]) -> bool {
-    let aligned = |length: u32| (length as usize).checked_next_multiple_of(4).unwrap_or(usize::MAX);
-    while notes.len() >= 12 {
-        let (name, desc, kind) = (aligned(le32(notes, 0)), aligned(le32(notes, 4)), le32(notes, 8));
-        if kind == XEN_ELFNOTE_PHYS32_ENTRY && notes.get(12..16) == Some(b"Xen\0") {
-            return true;
-        }
-        let next = 12usize.saturating_add(name).saturating_add(desc);
-        notes = notes.get(next..).unwrap_or_default();
-    }
-    false
 }
 
 /// Accepts an ext4 image that is whole, by its superblock.
@@ -109,7 +65,7 @@ pub fn check_rootfs(path: &Path) -> Result<()> {
     if file.read_exact_at(&mut superblock, 1024).is_err() {
         return Err(invalid(format!("it has {size} bytes, too few for an ext4 image")));
     }
-    if le16(&superblock, 56) != 0xEF53 {
+    if superblock.get(56..58) != Some(&0xEF53_u16.to_le_bytes()) {
         return Err(invalid(
             "it is not an ext4 image; make one with mkfs.ext4 on a plain file, without partitions".into(),
         ));
