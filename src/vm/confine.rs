@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use microvm_jail::{Confined, Identity, Layer, Resource, Rlimit};
 use serde_json::{json, Map, Value};
 
-use super::Settings;
+use super::settings::Settings;
 use crate::error::{Error, Result, Shortfall};
 use crate::host::cgroup::{self, Controller, Device, Groups, Outcome};
 use crate::host::clock;

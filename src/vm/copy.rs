@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 
 use super::prepare::Seen;
 use super::running::Running;
-use super::{template, Settings};
+use super::settings::Settings;
+use super::template;
 use crate::error::{Error, Result};
 use crate::host::process_memory::ProcessMemory;
 use crate::image;

@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{network, Settings};
+use super::network;
+use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::host::fork::{self, ForkGuard, PerProcess};
 use crate::host::{cgroup, messages, process};

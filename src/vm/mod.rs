@@ -5,136 +5,53 @@
 //! instructions at a time and is never held across an await or a log call. `operation` is taken first; events are told
 //! under `cell`.
 
+mod attempt;
 mod boot;
 mod confine;
 mod copy;
 mod events;
 mod health;
+mod history;
 mod identity_delivery;
+mod ids;
 pub mod janitor;
+mod launching;
 mod monitor;
 pub mod network;
 mod prepare;
 mod running;
+mod settings;
 mod snapshot;
 mod streams;
 mod suspend;
 mod template;
 mod warm;
 
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
-use tokio::sync::{watch, Semaphore};
+use tokio::sync::watch;
 
 use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
-use crate::host::zygote::Zygotes;
 use crate::host::{clock, process};
-use crate::image::template::{Digests, SnapshotStore, Store};
-use crate::image::GuestImage;
-use crate::model::{Backend, EventKind, Grade, Ipv4Net, JailMode, Reservation, VmId, VmSpec, VmState};
-use crate::net::VmNetwork;
-use crate::store::{runtime, Folders};
-use crate::vmm::{Binaries, COST_MIB};
+use crate::model::{EventKind, Reservation, VmId, VmSpec, VmState};
+use crate::store::runtime;
+use crate::vmm::COST_MIB;
 
 pub use confine::{cgroup_layer, layers};
 pub use events::{Events, Recv, Subscriber};
-pub use health::Health;
-pub use monitor::Heartbeat;
+pub use history::Health;
+pub use ids::new_id;
 pub use prepare::{try_out, Tried};
 use running::Running;
+pub use settings::{Facts, Heartbeat, Settings};
 pub use snapshot::{check_clone, differences_here};
 pub use streams::Live;
 pub use suspend::forget as forget_suspended;
 pub use template::prepare as prepare_template;
 pub use warm::WarmVm;
-
-/// A name that no other VM has; it begins with `kind`.
-///
-/// # Errors
-/// [`Error::Host`].
-pub fn new_id(kind: &str) -> Result<VmId> {
-    VmId::parse(&format!("{kind}-{}", clock::hex(&clock::random::<6>()?)))
-}
-
-/// What the VMs of one manager have in common.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    pub folders: Folders,
-    pub image: GuestImage,
-    /// `None`: every VM boots.
-    pub templates: Option<Arc<Store>>,
-    /// Templates of the users' own, and suspended VMs.
-    pub snapshots: Arc<SnapshotStore>,
-    pub suspended: Arc<SnapshotStore>,
-    pub digests: Arc<Digests>,
-    pub binaries: Binaries,
-    pub min_isolation: Option<Grade>,
-    pub jail: JailMode,
-    /// `None`: each VMM is executed, with a layout of its own in memory.
-    pub zygotes: Option<Arc<Zygotes>>,
-    /// First and last uid for VMs, where root starts them.
-    pub uid_range: (u32, u32),
-    /// Below which group the VMs' groups are made; `None`: where this process may.
-    pub cgroup_parent: Option<PathBuf>,
-    pub start_timeout: Duration,
-    pub command_timeout: Duration,
-    pub network_range: Ipv4Net,
-    pub heartbeat: Heartbeat,
-    /// Turns to start: more at once would make each slower and none faster.
-    pub starts: Arc<Semaphore>,
-    /// Where what happens to them is told.
-    pub events: Arc<Events>,
-}
-
-impl Settings {
-    /// Names the configuration's key for the folder that is full, read-only or closed.
-    fn with_key(&self, error: Error) -> Error {
-        // EACCES, ENOSPC, EROFS, EDQUOT, as the standard library shows them.
-        let of_folder = [13, 28, 30, 122].map(|errno| format!("(os error {errno})"));
-        let is_of_folder = |reason: &str| of_folder.iter().any(|shown| reason.contains(shown));
-        let (operation, object, reason) = match error {
-            Error::Host { operation, object, reason } if is_of_folder(&reason) => (operation, object, reason),
-            other => return other,
-        };
-        let Folders { runtime, cache } = &self.folders;
-        let is_below = |folder: &Path| Path::new(&object).starts_with(folder);
-        let key = match (is_below(runtime.path()), is_below(cache.path())) {
-            (true, _) => "runtime_dir",
-            (_, true) => "cache_dir",
-            _ => return Error::Host { operation, object, reason },
-        };
-        let reason = match reason.contains("config[") {
-            true => reason,
-            false => format!("{reason}; config[{key:?}] names another folder"),
-        };
-        Error::Host { operation, object, reason }
-    }
-}
-
-/// What a VM got, beyond what was asked for.
-#[derive(Debug, Clone, Default)]
-pub struct Facts {
-    pub pid: Option<i32>,
-    pub backend: Option<Backend>,
-    /// Why it is that one.
-    pub backend_reason: Option<String>,
-    pub grade: Option<Grade>,
-    pub accelerator: Option<&'static str>,
-    /// `boot`, `clone`, `pool` or `resume`.
-    pub origin: Option<&'static str>,
-    /// The stages of its start and how long each took.
-    pub stages: Vec<(&'static str, Duration)>,
-    pub socket: PathBuf,
-    /// How it is confined, and where each limit is enforced; `None` while it does not run.
-    pub jail: Option<Value>,
-    pub limits: Option<Value>,
-    /// `None` while it is on no network.
-    pub vm_network: Option<Arc<VmNetwork>>,
-}
 
 /// The pool in which starts find warm VMs.
 pub trait VmPool: Send + Sync {

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 
-use super::health::{sample, Health};
+use super::health::sample;
+use super::history::Health;
 use super::running::Running;
 use super::MicroVm;
 use crate::host::{clock, process};
@@ -29,15 +30,6 @@ const HALT_DELAY: Duration = Duration::from_millis(200);
 const HALT_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a repair may take.
 const REPAIR_DEADLINE: Duration = Duration::from_secs(2);
-
-/// How VMs are monitored.
-#[derive(Debug, Clone, Copy)]
-pub struct Heartbeat {
-    /// `None`: a VM is sampled only when a caller asks.
-    pub interval: Option<Duration>,
-    /// How many samples in a row an agent may leave without a sign of life.
-    pub misses: u32,
-}
 
 const FAILED_WRITES: fn(&Health) -> Option<u64> = |health| Some(health.failed_writes);
 

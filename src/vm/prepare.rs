@@ -9,8 +9,10 @@ use microvm_protocol::identity::{
 };
 
 use super::confine::{check_limits, confine, Confinement, HostResources};
+use super::ids::Ids;
+use super::janitor;
 use super::network::{self, Connection};
-use super::{janitor, Settings};
+use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::image;
@@ -132,19 +134,6 @@ impl Prepared {
         });
         let written = writing.await.map_err(|error| Error::host("write the drives of", vm_id, error))?;
         written.map_err(|error| settings.with_key(error))
-    }
-}
-
-/// The names of a guest that it keeps for as long as it is the same VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ids {
-    pub machine_id: [u8; 16],
-    pub boot_id: [u8; 16],
-}
-
-impl Ids {
-    pub fn generate() -> Result<Self> {
-        Ok(Self { machine_id: clock::random()?, boot_id: clock::random()? })
     }
 }
 

@@ -10,11 +10,12 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::confine::Confinement;
-use super::health::HealthHistory;
+use super::history::HealthHistory;
 use super::identity_delivery::IdentityDelivery;
+use super::ids::Ids;
 use super::network::Connection;
-use super::prepare::{Ids, Seen};
-use super::{Facts, Settings};
+use super::prepare::Seen;
+use super::settings::{Facts, Settings};
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
 use crate::host::net::Counters;
@@ -143,6 +144,10 @@ impl Running {
     /// Ends the VMM by force; its end is noticed as any other.
     pub fn kill(&self) {
         self.jailed.kill();
+    }
+
+    pub fn health_history(&self) -> MutexGuard<'_, HealthHistory> {
+        self.health_history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn exit_receiver(&self) -> watch::Receiver<Option<Exit>> {

@@ -6,12 +6,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::boot::{run, Progress};
+use super::attempt::Progress;
 use super::copy::{fit_of, Copy};
-use super::prepare::{self, prepare, Ids};
+use super::ids::Ids;
+use super::launching::run;
+use super::prepare::{self, prepare};
 use super::running::Running;
+use super::settings::Settings;
 use super::template::{fit, look};
-use super::{MicroVm, Settings};
+use super::MicroVm;
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::image::template::{

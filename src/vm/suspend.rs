@@ -6,12 +6,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::boot::Progress;
+use super::attempt::Progress;
 use super::copy::{fit_of, Copy};
-use super::prepare::Ids;
+use super::ids::Ids;
 use super::running::Running;
+use super::settings::Settings;
 use super::snapshot::{finish, run_snapshot};
-use super::{MicroVm, Settings};
+use super::MicroVm;
 use crate::error::{Error, Result};
 use crate::image::template::{NameLock, PendingSnapshot, Snapshot};
 use crate::model::{VmId, VmState};

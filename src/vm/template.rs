@@ -11,10 +11,11 @@ use microvm_protocol::handshake::{has_failed, Ask};
 use microvm_protocol::identity::{CONFIG_SERIAL, DISK_SERIAL, DRIVE_BYTES, ROOTFS_SERIAL};
 use tokio::io::AsyncWriteExt;
 
-use super::boot::{Attempt, Progress, GUEST_BOOT, TEMPLATE};
+use super::attempt::{Attempt, Progress, GUEST_BOOT, TEMPLATE};
 use super::identity_delivery::IdentityDelivery;
+use super::ids::new_id;
 use super::prepare::{self, file_size, Prepared, Sources};
-use super::{new_id, Settings};
+use super::settings::Settings;
 use crate::channel::Agent;
 use crate::error::{Error, Result};
 use crate::host::kvm;

@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 use microvm_protocol::message::ADOPT;
 use serde_json::{json, Value};
 
-use super::boot::{Launching, Progress};
+use super::attempt::Progress;
+use super::launching::Launching;
 use super::prepare::prepare;
 use super::running::Running;
-use super::{template, Settings};
+use super::settings::Settings;
+use super::template;
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::model::{PoolTier, VmId, VmSpec};

@@ -1,0 +1,103 @@
+//! What the VMs of one manager have in common, and what one of them got.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::Semaphore;
+
+use super::events::Events;
+use crate::error::Error;
+use crate::host::zygote::Zygotes;
+use crate::image::template::{Digests, SnapshotStore, Store};
+use crate::image::GuestImage;
+use crate::model::{Backend, Grade, Ipv4Net, JailMode};
+use crate::net::VmNetwork;
+use crate::store::Folders;
+use crate::vmm::Binaries;
+
+/// How VMs are monitored.
+#[derive(Debug, Clone, Copy)]
+pub struct Heartbeat {
+    /// `None`: a VM is sampled only when a caller asks.
+    pub interval: Option<Duration>,
+    /// How many samples in a row an agent may leave without a sign of life.
+    pub misses: u32,
+}
+
+/// What the VMs of one manager have in common.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub folders: Folders,
+    pub image: GuestImage,
+    /// `None`: every VM boots.
+    pub templates: Option<Arc<Store>>,
+    /// Templates of the users' own, and suspended VMs.
+    pub snapshots: Arc<SnapshotStore>,
+    pub suspended: Arc<SnapshotStore>,
+    pub digests: Arc<Digests>,
+    pub binaries: Binaries,
+    pub min_isolation: Option<Grade>,
+    pub jail: JailMode,
+    /// `None`: each VMM is executed, with a layout of its own in memory.
+    pub zygotes: Option<Arc<Zygotes>>,
+    /// First and last uid for VMs, where root starts them.
+    pub uid_range: (u32, u32),
+    /// Below which group the VMs' groups are made; `None`: where this process may.
+    pub cgroup_parent: Option<PathBuf>,
+    pub start_timeout: Duration,
+    pub command_timeout: Duration,
+    pub network_range: Ipv4Net,
+    pub heartbeat: Heartbeat,
+    /// Turns to start: more at once would make each slower and none faster.
+    pub starts: Arc<Semaphore>,
+    /// Where what happens to them is told.
+    pub events: Arc<Events>,
+}
+
+impl Settings {
+    /// Names the configuration's key for the folder that is full, read-only or closed.
+    pub(super) fn with_key(&self, error: Error) -> Error {
+        // EACCES, ENOSPC, EROFS, EDQUOT, as the standard library shows them.
+        let of_folder = [13, 28, 30, 122].map(|errno| format!("(os error {errno})"));
+        let is_of_folder = |reason: &str| of_folder.iter().any(|shown| reason.contains(shown));
+        let (operation, object, reason) = match error {
+            Error::Host { operation, object, reason } if is_of_folder(&reason) => (operation, object, reason),
+            other => return other,
+        };
+        let Folders { runtime, cache } = &self.folders;
+        let is_below = |folder: &Path| Path::new(&object).starts_with(folder);
+        let key = match (is_below(runtime.path()), is_below(cache.path())) {
+            (true, _) => "runtime_dir",
+            (_, true) => "cache_dir",
+            _ => return Error::Host { operation, object, reason },
+        };
+        let reason = match reason.contains("config[") {
+            true => reason,
+            false => format!("{reason}; config[{key:?}] names another folder"),
+        };
+        Error::Host { operation, object, reason }
+    }
+}
+
+/// What a VM got, beyond what was asked for.
+#[derive(Debug, Clone, Default)]
+pub struct Facts {
+    pub pid: Option<i32>,
+    pub backend: Option<Backend>,
+    /// Why it is that one.
+    pub backend_reason: Option<String>,
+    pub grade: Option<Grade>,
+    pub accelerator: Option<&'static str>,
+    /// `boot`, `clone`, `pool` or `resume`.
+    pub origin: Option<&'static str>,
+    /// The stages of its start and how long each took.
+    pub stages: Vec<(&'static str, Duration)>,
+    pub socket: PathBuf,
+    /// How it is confined, and where each limit is enforced; `None` while it does not run.
+    pub jail: Option<Value>,
+    pub limits: Option<Value>,
+    /// `None` while it is on no network.
+    pub vm_network: Option<Arc<VmNetwork>>,
+}
