@@ -11,8 +11,8 @@ use std::time::Duration;
 use microvm_protocol::connection::Connection;
 use microvm_protocol::handshake::{Ask, HostHandshake, HostStep};
 use microvm_protocol::identity::Credentials;
-use microvm_protocol::message::{Failure, Outcome, Request, Response, FREEZE};
-use serde_json::Value;
+use microvm_protocol::message::{Failure, Outcome, Request, Response, FREEZE, WRITE_DISK};
+use serde_json::{json, Value};
 use tokio::sync::oneshot;
 use tokio::time::{timeout, Instant};
 
@@ -81,10 +81,10 @@ impl LinkState {
 
 impl Link {
     /// Sends FREEZE as the last record of this session.
-    async fn request_rehandshake(&self) -> Result<oneshot::Receiver<std::result::Result<(), Failure>>> {
+    async fn request_rehandshake(&self, params: Value) -> Result<oneshot::Receiver<std::result::Result<(), Failure>>> {
         let refused = |reason: String| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason, sent: false };
         let place = self.place().await?;
-        let request = Request { action: FREEZE.to_owned(), params: Value::Null, stream: false };
+        let request = Request { action: FREEZE.to_owned(), params, stream: false };
         let body = serde_json::to_vec(&request).map_err(|error| refused(error.to_string()))?;
         let (reply, answer) = oneshot::channel();
         {
@@ -138,14 +138,19 @@ impl Agent {
     }
 
     /// Has the guest stop its programs and wait for another OFFER; returns the HELLO that [`Agent::thaw`] goes on from.
-    /// Calls in flight wait.
+    /// Calls in flight wait. `writes_disk`: the guest writes what it caches to its disk.
     ///
     /// # Errors
     /// [`Error::Guest`] with the code `busy`, and nothing changed. After any other the session is closed.
-    pub async fn freeze(&self, deadline: Duration) -> Result<Vec<u8>> {
+    pub async fn freeze(&self, writes_disk: bool, deadline: Duration) -> Result<Vec<u8>> {
         let until = Instant::now() + deadline;
         let frozen = async {
-            let answer = self.link.request_rehandshake().await?.await.map_err(|_| self.link.closed(true))?;
+            let answer = self
+                .link
+                .request_rehandshake(json!({WRITE_DISK: writes_disk}))
+                .await?
+                .await
+                .map_err(|_| self.link.closed(true))?;
             answer.map_err(|failure| Error::Guest {
                 vm_id: self.link.vm_id.to_string(),
                 what: "freeze".into(),

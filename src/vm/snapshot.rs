@@ -24,6 +24,8 @@ use crate::model::{SpecPatch, TemplateName, VmId, VmSpec, VmState};
 
 /// How long a guest may take to stop its programs, and to shake hands once it is woken.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
+/// How much longer it may take when it writes its disk as well; it gives that up after 20 s (guest-agent/src/freeze.rs).
+const WRITE_DEADLINE: Duration = Duration::from_secs(25);
 
 /// Starts a clone of a template of the user's own. Nothing else will do in its place: it does not boot.
 pub async fn clone_of(name: &TemplateName, vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings) -> Result<Running> {
@@ -91,7 +93,7 @@ impl MicroVm {
             let pending = begin(&self.settings.snapshots, name).await?;
             let fit = fit_of(&running, self.spec_of(&running), &self.settings, "snapshot()").await?;
             let copy = Copy::begin(&running, &self.spec.limits, pending.path()).await?;
-            let hello = self.freeze(&running, state).await?;
+            let hello = self.freeze(&running, state, false).await?;
             let stopped = Instant::now();
             let taken = copy.take(&running).await;
             // Whatever became of the copy, the VM goes on.
@@ -119,16 +121,17 @@ impl MicroVm {
         }
     }
 
-    /// Stops the programs, the session and then the vCPUs of a VM in `state`.
+    /// Stops the programs, the session and then the vCPUs of a VM in `state`; `writes_disk`: its disk is to have every file.
     ///
     /// # Errors
     /// [`Error::Guest`], and nothing has changed; after any other the VMM is ended.
-    pub(super) async fn freeze(&self, running: &Running, state: VmState) -> Result<Vec<u8>> {
+    pub(super) async fn freeze(&self, running: &Running, state: VmState, writes_disk: bool) -> Result<Vec<u8>> {
+        let deadline = FREEZE_DEADLINE + if writes_disk { WRITE_DEADLINE } else { Duration::ZERO };
         let frozen = async {
             if state == VmState::Paused {
                 running.control().resume().await?;
             }
-            let frozen = running.agent().freeze(FREEZE_DEADLINE).await;
+            let frozen = running.agent().freeze(writes_disk, deadline).await;
             if frozen.is_ok() || state == VmState::Paused {
                 running.control().pause().await?;
             }

@@ -94,7 +94,8 @@ impl MicroVm {
                 format!("{open} requests or streams are under way and did not end within {limit} s; end them");
             return Err(Error::Guest { vm_id: self.id().to_string(), what: "suspend".into(), code: "busy", message });
         }
-        let hello = self.freeze(running, state).await?;
+        // The disk alone is what is left of a VM that cannot be resumed any more: export_disk().
+        let hello = self.freeze(running, state, true).await?;
         let saved = async {
             copy.take(running).await?;
             finish(pending, fit, hello.clone(), self.metadata(running)).await

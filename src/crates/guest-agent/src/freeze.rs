@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{mpsc, Arc};
 use std::time::{Duration, Instant};
 
 use microvm_protocol::message::{Code, Failure, Outcome};
@@ -25,6 +25,9 @@ use crate::{encode, failed};
 
 /// How long the kernel may take to stop every program: one that waits for a disk is stopped when that has answered.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
+/// How long the disk may take to be written; the host waits longer for the answer to FREEZE (vm/snapshot.rs).
+const WRITE_DEADLINE: Duration = Duration::from_secs(20);
+const WRITER_STACK_BYTES: usize = 64 << 10;
 /// The root group, where the agent is, cannot be frozen: programs that moved there wait in this one.
 const STRAYS: &str = "strays";
 /// include/linux/sched.h: a thread of the kernel's, which draws no numbers for anyone.
@@ -88,6 +91,22 @@ pub fn stop_programs() -> Result<Standstill, Failure> {
         if Instant::now() >= end {
             return Err(late("the programs that move between control groups could not be stopped".into()));
         }
+    }
+}
+
+/// Writes what is cached to the disk, so that the disk has it without the memory. A disk that takes longer does not keep the
+/// guest from being frozen: the rest is written when it wakes.
+pub fn write_disk() {
+    let (done, written) = mpsc::channel();
+    let write = move || {
+        nix::unistd::sync();
+        // The other end is gone when the time was over.
+        done.send(()).unwrap_or_default();
+    };
+    let begun = std::thread::Builder::new().name("sync".into()).stack_size(WRITER_STACK_BYTES).spawn(write);
+    let waited = begun.map_err(|error| error.to_string());
+    if let Err(error) = waited.and_then(|_| written.recv_timeout(WRITE_DEADLINE).map_err(|error| error.to_string())) {
+        eprintln!("microvm-agent: the disk was not written: {error}");
     }
 }
 

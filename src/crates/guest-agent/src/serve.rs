@@ -8,7 +8,9 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use microvm_protocol::json::{self, Unwritten};
-use microvm_protocol::message::{is_modest, Code, Failure, Request, Response, FREEZE, MAX_MESSAGE, MAX_VALUES};
+use microvm_protocol::message::{
+    is_modest, Code, Failure, Request, Response, FREEZE, MAX_MESSAGE, MAX_VALUES, WRITE_DISK,
+};
 use microvm_protocol::mux::Incoming;
 
 use crate::actions::{Answer, Guest};
@@ -91,9 +93,12 @@ impl Server {
     }
 
     /// Gets ready to be frozen: on this thread, so that nothing is taken in after it.
-    fn freeze(&self, id: u32) -> Result<Accepted, String> {
+    fn freeze(&self, id: u32, writes_disk: bool) -> Result<Accepted, String> {
         match self.guest.settle().and_then(|()| freeze::stop_programs()) {
             Ok(standstill) => {
+                if writes_disk {
+                    freeze::write_disk();
+                }
                 let body = serde_json::to_vec(&Response::Ok { result: serde_json::json!({}) });
                 self.sender.suspend(id, body.map_err(|e| e.to_string())?)?;
                 Ok(Accepted::Frozen(standstill))
@@ -120,7 +125,7 @@ impl Server {
     fn accept(self: &Arc<Self>, id: u32, body: Vec<u8>) -> Result<Accepted, String> {
         if let Some(request) = quick(&body) {
             if request.action == FREEZE {
-                return self.freeze(id);
+                return self.freeze(id, request.params[WRITE_DISK] == true);
             }
             if let Some(response) = self.guest.at_once(&request) {
                 return answer(&self.sender, id, &response).map(|()| Accepted::Taken);

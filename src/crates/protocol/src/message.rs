@@ -27,6 +27,8 @@ pub const DOWNLOAD: &str = "download";
 
 /// The request that ends a session for a while: the guest's programs stand still, and it waits for another OFFER.
 pub const FREEZE: &str = "freeze";
+/// The parameter of [`FREEZE`], true or false: what the guest caches is written to its disk. An earlier guest ignores it.
+pub const WRITE_DISK: &str = "write_disk";
 /// The request that gives a guest of the pool the names of the VM that it becomes.
 pub const ADOPT: &str = "adopt";
 /// Actions that only the host's own code asks for. The host refuses them from users before they are sent, so a guest of
