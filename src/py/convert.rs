@@ -404,8 +404,10 @@ fn to_json(field: &str, value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Valu
     Err(wrong_type(field, value, "made of dict, list, str, int, float, bool and None"))
 }
 
+type Item<'py> = (String, Bound<'py, PyAny>);
+
 /// The items of a mapping with strings as keys; `None` for anything else.
-fn items<'py>(field: &str, value: &Bound<'py, PyAny>) -> PyResult<Option<Vec<(String, Bound<'py, PyAny>)>>> {
+fn items<'py>(field: &str, value: &Bound<'py, PyAny>) -> PyResult<Option<Vec<Item<'py>>>> {
     let mapping = value.py().import("collections.abc")?.getattr("Mapping")?;
     if !value.is_instance(&mapping)? {
         return Ok(None);

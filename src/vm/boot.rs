@@ -6,13 +6,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::attempt::{Progress, TEMPLATE};
-use super::launching::run;
-use super::prepare::prepare;
 use super::running::Running;
 use super::settings::Settings;
-use super::warm::WarmVm;
-use super::{snapshot, template};
+use super::snapshot::take::clone_of;
+use super::start::attempt::{Progress, TEMPLATE};
+use super::start::launching::run;
+use super::start::prepare::prepare;
+use super::start::template;
+use super::start::warm::WarmVm;
 use crate::error::{Error, Result};
 use crate::model::{VmId, VmSpec};
 
@@ -20,7 +21,7 @@ use crate::model::{VmId, VmSpec};
 pub async fn boot(vm_id: &VmId, spec: &Arc<VmSpec>, settings: &Settings, warm: Option<WarmVm>) -> Result<Running> {
     let begun = Instant::now();
     if let Some(name) = &spec.template {
-        return snapshot::clone_of(name, vm_id, spec, settings).await;
+        return clone_of(name, vm_id, spec, settings).await;
     }
     if let Some(warm) = warm {
         match warm.become_vm(vm_id, settings).await {

@@ -5,27 +5,17 @@
 //! instructions at a time and is never held across an await or a log call. `operation` is taken first; events are told
 //! under `cell`.
 
-mod attempt;
 mod boot;
-mod confine;
-mod copy;
 mod events;
 mod health;
-mod history;
-mod identity_delivery;
 mod ids;
 pub mod janitor;
-mod launching;
-mod monitor;
 pub mod network;
-mod prepare;
 mod running;
 mod settings;
 mod snapshot;
+mod start;
 mod streams;
-mod suspend;
-mod template;
-mod warm;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -40,18 +30,18 @@ use crate::model::{EventKind, Reservation, VmId, VmSpec, VmState};
 use crate::store::runtime;
 use crate::vmm::COST_MIB;
 
-pub use confine::{cgroup_layer, layers};
 pub use events::{Events, Recv, Subscriber};
-pub use history::Health;
+pub use health::history::Health;
 pub use ids::new_id;
-pub use prepare::{try_out, Tried};
 use running::Running;
 pub use settings::{Facts, Heartbeat, Settings};
-pub use snapshot::{check_clone, differences_here};
+pub use snapshot::suspend::forget as forget_suspended;
+pub use snapshot::take::{check_clone, differences_here};
+pub use start::confine::{cgroup_layer, layers};
+pub use start::prepare::{try_out, Tried};
+pub use start::template::prepare as prepare_template;
+pub use start::warm::WarmVm;
 pub use streams::Live;
-pub use suspend::forget as forget_suspended;
-pub use template::prepare as prepare_template;
-pub use warm::WarmVm;
 
 /// The pool in which starts find warm VMs.
 pub trait VmPool: Send + Sync {
@@ -352,9 +342,9 @@ impl MicroVm {
             cell.died = None;
         }
         if let Some(interval) = self.settings.heartbeat.interval {
-            tokio::spawn(monitor::watch(Arc::downgrade(self), Arc::downgrade(&running), interval));
+            tokio::spawn(health::monitor::watch(Arc::downgrade(self), Arc::downgrade(&running), interval));
         }
-        tokio::spawn(monitor::watch_for_halt(Arc::downgrade(self), Arc::downgrade(&running)));
+        tokio::spawn(health::monitor::watch_for_halt(Arc::downgrade(self), Arc::downgrade(&running)));
         tokio::spawn(watch_over(Arc::downgrade(self), Arc::downgrade(&running), running.exit_receiver()));
     }
 

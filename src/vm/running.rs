@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::confine::Confinement;
-use super::history::HealthHistory;
-use super::identity_delivery::IdentityDelivery;
+use super::health::history::HealthHistory;
 use super::ids::Ids;
 use super::network::Connection;
-use super::prepare::Seen;
 use super::settings::{Facts, Settings};
+use super::start::confine::Confinement;
+use super::start::identity_delivery::IdentityDelivery;
+use super::start::prepare::Seen;
 use crate::channel::{Agent, Broker};
 use crate::error::{Error, Result, Tails};
 use crate::host::net::Counters;

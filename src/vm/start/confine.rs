@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use microvm_jail::{Confined, Identity, Layer, Resource, Rlimit};
 use serde_json::{json, Map, Value};
 
-use super::settings::Settings;
 use crate::error::{Error, Result, Shortfall};
 use crate::host::cgroup::{self, Controller, Device, Groups, Outcome};
 use crate::host::clock;
@@ -20,6 +19,7 @@ use crate::model::{Backend, Budget, JailMode, NetworkConfig, ResourceLimits, VmI
 use crate::store::disk::Disk;
 use crate::store::lease::Lease;
 use crate::store::VmDir;
+use crate::vm::settings::Settings;
 use crate::vmm::{self, HostJail, JailPlan, Vmm, OVERHEAD_MIB};
 
 const TAP_DEVICE: &str = "/dev/net/tun";

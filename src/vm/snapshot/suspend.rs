@@ -6,16 +6,16 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::attempt::Progress;
 use super::copy::{fit_of, Copy};
-use super::ids::Ids;
-use super::running::Running;
-use super::settings::Settings;
-use super::snapshot::{finish, run_snapshot};
-use super::MicroVm;
+use super::take::{finish, run_snapshot};
 use crate::error::{Error, Result};
 use crate::image::template::{NameLock, PendingSnapshot, Snapshot};
 use crate::model::{VmId, VmState};
+use crate::vm::ids::Ids;
+use crate::vm::running::Running;
+use crate::vm::settings::Settings;
+use crate::vm::start::attempt::Progress;
+use crate::vm::MicroVm;
 
 /// How long requests that are under way may take to end before a VM is suspended.
 const IDLE_DEADLINE: Duration = Duration::from_secs(5);
@@ -121,7 +121,7 @@ impl MicroVm {
     }
 
     /// Brings the VM back from disk; `operation` is held.
-    pub(super) async fn restore(self: &Arc<Self>) -> Result<()> {
+    pub(in crate::vm) async fn restore(self: &Arc<Self>) -> Result<()> {
         let begun = Instant::now();
         let claim = Claim::take(&self.settings, self.id()).await.inspect_err(|error| {
             if matches!(error, Error::VmNotFound { .. }) {
@@ -153,7 +153,7 @@ impl MicroVm {
     }
 
     /// Removes the state of a VM that is not to come back.
-    pub(super) async fn throw_away(&self) {
+    pub(in crate::vm) async fn throw_away(&self) {
         self.cell().suspended = false;
         if let Err(error) = forget(&self.settings, self.id()).await {
             log::warn!("{}: its suspended state was not removed: {error}", self.id());

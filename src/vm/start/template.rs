@@ -13,15 +13,15 @@ use tokio::io::AsyncWriteExt;
 
 use super::attempt::{Attempt, Progress, GUEST_BOOT, TEMPLATE};
 use super::identity_delivery::IdentityDelivery;
-use super::ids::new_id;
 use super::prepare::{self, file_size, Prepared, Sources};
-use super::settings::Settings;
 use crate::channel::Agent;
 use crate::error::{Error, Result};
 use crate::host::kvm;
 use crate::image::template::{Digests, Fit, FitDrive, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
 use crate::model::{Backend, VmId, VmSpec};
+use crate::vm::ids::new_id;
+use crate::vm::settings::Settings;
 use crate::vmm::{self, BackendRequest, Drive, JailPlan, LaunchPlan, Launched, Nic, Origin, Vmm, RAM_PLACE};
 
 /// HELLOs requested before the guest is frozen: it warms up before each.

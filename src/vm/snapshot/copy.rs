@@ -11,15 +11,15 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use super::prepare::Seen;
-use super::running::Running;
-use super::settings::Settings;
-use super::template;
 use crate::error::{Error, Result};
 use crate::host::process_memory::ProcessMemory;
 use crate::image;
 use crate::image::template::{differences, Fit, DISK, RAM, STATE};
 use crate::model::{Backend, ResourceLimits, VmId, VmSpec};
+use crate::vm::running::Running;
+use crate::vm::settings::Settings;
+use crate::vm::start::prepare::Seen;
+use crate::vm::start::template;
 use crate::vmm::Capabilities;
 
 /// The files of a copy; what does not change any more is in them before the VM stands still.

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 
-use super::health::sample;
 use super::history::Health;
-use super::running::Running;
-use super::MicroVm;
+use super::sample::sample;
 use crate::host::{clock, process};
 use crate::model::{EventKind, HealthStatus, Reason, VmState};
+use crate::vm::running::Running;
+use crate::vm::MicroVm;
 
 /// How long an agent may take to answer; an emulated guest on a busy host is slow, not ill.
 const PATIENCE: Duration = Duration::from_secs(2);

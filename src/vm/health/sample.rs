@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::history::Health;
-use super::running::Running;
 use crate::channel::Answer;
 use crate::error::Error;
 use crate::host::cgroup;
 use crate::host::{clock, procfs};
 use crate::model::{evaluate, GuestUse, HealthSample, Liveness, VmState};
+use crate::vm::running::Running;
 
 /// What the guest answered; why it did not, where it did not.
 #[derive(Default)]

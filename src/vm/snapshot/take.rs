@@ -6,21 +6,21 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::attempt::Progress;
 use super::copy::{fit_of, Copy};
-use super::ids::Ids;
-use super::launching::run;
-use super::prepare::{self, prepare};
-use super::running::Running;
-use super::settings::Settings;
-use super::template::{fit, look};
-use super::MicroVm;
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::image::template::{
     differences, Fit, PendingSnapshot, Snapshot, SnapshotManifest, SnapshotMetadata, SnapshotStore,
 };
 use crate::model::{SpecPatch, TemplateName, VmId, VmSpec, VmState};
+use crate::vm::ids::Ids;
+use crate::vm::running::Running;
+use crate::vm::settings::Settings;
+use crate::vm::start::attempt::Progress;
+use crate::vm::start::launching::run;
+use crate::vm::start::prepare::{self, prepare};
+use crate::vm::start::template::{fit, look};
+use crate::vm::MicroVm;
 
 /// How long a guest may take to stop its programs, and to shake hands once it is woken.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
@@ -110,7 +110,7 @@ impl MicroVm {
     }
 
     /// The VM's processes, where they are there: RUNNING or PAUSED and not suspended.
-    pub(super) fn live(&self, operation: &'static str) -> Result<(Arc<Running>, VmState)> {
+    pub(in crate::vm) fn live(&self, operation: &'static str) -> Result<(Arc<Running>, VmState)> {
         let cell = self.cell();
         match (cell.running(), cell.state) {
             (Some(running), state @ (VmState::Running | VmState::Paused)) => Ok((running.clone(), state)),
@@ -125,7 +125,7 @@ impl MicroVm {
     ///
     /// # Errors
     /// [`Error::Guest`], and nothing has changed; after any other the VMM is ended.
-    pub(super) async fn freeze(&self, running: &Running, state: VmState, writes_disk: bool) -> Result<Vec<u8>> {
+    pub(in crate::vm) async fn freeze(&self, running: &Running, state: VmState, writes_disk: bool) -> Result<Vec<u8>> {
         let deadline = FREEZE_DEADLINE + if writes_disk { WRITE_DEADLINE } else { Duration::ZERO };
         let frozen = async {
             if state == VmState::Paused {
@@ -148,7 +148,7 @@ impl MicroVm {
     ///
     /// # Errors
     /// Any: the VMM is ended then.
-    pub(super) async fn thaw(&self, running: &Running, hello: &[u8], state: VmState) -> Result<()> {
+    pub(in crate::vm) async fn thaw(&self, running: &Running, hello: &[u8], state: VmState) -> Result<()> {
         let thawed = async {
             let mut identity = prepare::identity(self.id(), &self.spec.limits, None, running.ids)?;
             identity.keeps_calls = true;
@@ -171,11 +171,11 @@ impl MicroVm {
     }
 
     /// The spec with the backend that the VM got.
-    pub(super) fn spec_of(&self, running: &Running) -> VmSpec {
+    pub(in crate::vm) fn spec_of(&self, running: &Running) -> VmSpec {
         VmSpec { backend: Some(running.backend), ..VmSpec::clone(&self.spec) }
     }
 
-    pub(super) fn metadata(&self, running: &Running) -> SnapshotMetadata {
+    pub(in crate::vm) fn metadata(&self, running: &Running) -> SnapshotMetadata {
         SnapshotMetadata {
             vm_id: self.id().clone(),
             spec: self.spec_of(running),

@@ -9,10 +9,6 @@ use microvm_protocol::identity::{
 };
 
 use super::confine::{check_limits, confine, Confinement, HostResources};
-use super::ids::Ids;
-use super::janitor;
-use super::network::{self, Connection};
-use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::image;
@@ -20,6 +16,10 @@ use crate::image::template::{FileId, Template};
 use crate::model::{BootImage, ResourceLimits, VmId, VmSpec};
 use crate::store::disk::Disk;
 use crate::store::VmDir;
+use crate::vm::ids::Ids;
+use crate::vm::janitor;
+use crate::vm::network::{self, Connection};
+use crate::vm::settings::Settings;
 use crate::vmm::{self, BackendRequest, Drive, JailPlan, LaunchPlan, Selection, Sockets, Vmm};
 
 /// The folder of a VMM's sockets in the VM's folder.

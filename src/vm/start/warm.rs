@@ -11,12 +11,12 @@ use serde_json::{json, Value};
 use super::attempt::Progress;
 use super::launching::Launching;
 use super::prepare::prepare;
-use super::running::Running;
-use super::settings::Settings;
 use super::template;
 use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::model::{PoolTier, VmId, VmSpec};
+use crate::vm::running::Running;
+use crate::vm::settings::Settings;
 
 /// How long a resumed guest may take to answer.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);

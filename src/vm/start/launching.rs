@@ -8,11 +8,7 @@ use microvm_protocol::identity::Identity;
 use super::attempt::{Attempt, Progress, GUEST_BOOT};
 use super::confine::Confinement;
 use super::identity_delivery::IdentityDelivery;
-use super::ids::Ids;
-use super::network::Connection;
 use super::prepare::{self, Prepared, Seen};
-use super::running::{Base, Running};
-use super::settings::Settings;
 use crate::channel::Agent;
 use crate::error::{Error, Result};
 use crate::host::memfd;
@@ -22,6 +18,10 @@ use crate::image::template::Template;
 use crate::model::{VmId, VmSpec};
 use crate::store::disk::Disk;
 use crate::store::VmDir;
+use crate::vm::ids::Ids;
+use crate::vm::network::Connection;
+use crate::vm::running::{Base, Running};
+use crate::vm::settings::Settings;
 use crate::vmm::{LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmControl};
 
 /// Launches what is prepared and brings it up.
