@@ -11,7 +11,7 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union, get_type_hints
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import (
@@ -98,6 +98,30 @@ def play(code: str, **names: Any) -> Tuple[Dict[str, Any], str]:
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "a block of the description", "exec"), space)
     return space, printed.getvalue()
+
+
+def misfits(value: Any, kind: Any, place: str) -> List[str]:
+    """Where a value is not of a type: a key too many or too few, or a value of another type."""
+    origin, inner = getattr(kind, "__origin__", None), getattr(kind, "__args__", ())
+    if kind is Any:
+        return []
+    if origin is Union:
+        found = [misfits(value, one, place) for one in inner]
+        return min(found, key=len)
+    if origin is list and isinstance(value, list):
+        return [one for i, item in enumerate(value) for one in misfits(item, inner[0], "{}[{}]".format(place, i))]
+    if origin is dict and isinstance(value, dict):
+        return [one for key, item in value.items() for one in misfits(item, inner[1], "{}[{!r}]".format(place, key))]
+    if hasattr(kind, "__total__") and isinstance(value, dict):
+        known = get_type_hints(kind)
+        wrong = ["{} has the unknown key {!r}".format(place, key) for key in value if key not in known]
+        # CPython 3.8 does not know the required keys of a class that adds others.
+        required = getattr(kind, "__required_keys__", known if kind.__total__ else ())
+        wrong += ["{} lacks {!r}".format(place, key) for key in required if key not in value]
+        inside = [(value[key], known[key], "{}[{!r}]".format(place, key)) for key in value if key in known]
+        return wrong + [one for each in inside for one in misfits(*each)]
+    # `bool` is an `int` to isinstance().
+    return [] if type(value) is kind else ["{} is {!r}, not {}".format(place, value, kind)]
 
 
 def find_tool(name: str) -> Optional[str]:

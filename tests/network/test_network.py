@@ -15,11 +15,12 @@ from thirstys_waterfall.security.microvm_isolation import (
     CommunicationChannel,
     IsolationType,
     MicroVMIsolationManager,
+    VMInfo,
     VMState,
     doctor,
 )
 
-from ..support import IMPORT, ROOT, eventually, limits, make_rootfs, run_python
+from ..support import IMPORT, ROOT, eventually, limits, make_rootfs, misfits, run_python
 from . import lab
 from .case import NetworkTestCase, connected, taps
 from .lab import HOST_ADDRESS, UPLINK, run, state
@@ -40,7 +41,9 @@ def load_tests(loader: Any, tests: unittest.TestSuite, pattern: Any) -> unittest
 class Connected(NetworkTestCase):
     def test_vm_with_nothing_but_the_wish_has_all_it_needs(self) -> None:
         vm = self.connected()
-        network = vm.get_info()["network_config"]
+        info = vm.get_info()
+        self.assertEqual(misfits(info, VMInfo, "info"), [])
+        network = info["network_config"]
         self.assertEqual((network["isolated"], network["prefix_length"]), (False, 30))
         self.assertTrue(network["ip_address"].startswith("10.173."))
         self.assertIn(network["mac_address"], self.sh(vm, "ip link show eth0"))

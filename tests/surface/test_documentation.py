@@ -12,7 +12,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Set, Tuple, Union, get_type_hints
+from typing import Any, Dict, Iterator, List, Set, Tuple
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import (
@@ -24,7 +24,7 @@ from thirstys_waterfall.security.microvm_isolation import (
     doctor,
 )
 
-from ..support import ROOT, VMTestCase, eventually, play
+from ..support import ROOT, VMTestCase, eventually, misfits, play
 
 STUB = Path(package.__file__).with_name("_native.pyi")
 # Members of base classes and enums, which are documented elsewhere.
@@ -93,30 +93,6 @@ def dicts() -> Iterator[Tuple[str, Any]]:
             if isinstance(value, type) and issubclass(value, dict) and not name.startswith("_"))
 
 
-def misfits(value: Any, kind: Any, place: str) -> List[str]:
-    """Where a value is not of a type: a key too many or too few, or a value of another type."""
-    origin, inner = getattr(kind, "__origin__", None), getattr(kind, "__args__", ())
-    if kind is Any:
-        return []
-    if origin is Union:
-        found = [misfits(value, one, place) for one in inner]
-        return min(found, key=len)
-    if origin is list and isinstance(value, list):
-        return [one for i, item in enumerate(value) for one in misfits(item, inner[0], "{}[{}]".format(place, i))]
-    if origin is dict and isinstance(value, dict):
-        return [one for key, item in value.items() for one in misfits(item, inner[1], "{}[{!r}]".format(place, key))]
-    if hasattr(kind, "__total__") and isinstance(value, dict):
-        known = get_type_hints(kind)
-        wrong = ["{} has the unknown key {!r}".format(place, key) for key in value if key not in known]
-        # CPython 3.8 does not know the required keys of a class that adds others.
-        required = getattr(kind, "__required_keys__", known if kind.__total__ else ())
-        wrong += ["{} lacks {!r}".format(place, key) for key in required if key not in value]
-        inside = [(value[key], known[key], "{}[{!r}]".format(place, key)) for key in value if key in known]
-        return wrong + [one for each in inside for one in misfits(*each)]
-    # `bool` is an `int` to isinstance().
-    return [] if type(value) is kind else ["{} is {!r}, not {}".format(place, value, kind)]
-
-
 class Docstrings(unittest.TestCase):
     def test_every_public_name_has_one(self) -> None:
         names = list(public())
@@ -182,7 +158,7 @@ class Examples(VMTestCase):
         vm = self.running()
         names.update(io=io, manager=self.manager, vm=vm, vm_id=vm.vm_id)
         tests = [doctest.DocTestParser().get_doctest(inspect.getdoc(value) or "", names, name, None, 0)
-                 for name, value in public()]
+                 for name, value in [("the package", package), *public()]]
         tests = [test for test in tests if test.examples]
         self.assertGreater(len(tests), 25)
         for test in tests:

@@ -21,11 +21,24 @@ from thirstys_waterfall.security.microvm_isolation import (
     MicroVMInstance,
     MicroVMIsolationManager,
     TemplateError,
+    TemplateInfo,
     VMNetworkConfig,
     VMState,
 )
 
-from ..support import IMPORT, QEMU, VMTestCase, alive, eventually, find_tool, limits, make_rootfs, run_python, shell
+from ..support import (
+    IMPORT,
+    QEMU,
+    VMTestCase,
+    alive,
+    eventually,
+    find_tool,
+    limits,
+    make_rootfs,
+    misfits,
+    run_python,
+    shell,
+)
 from .test_templates import ASK_FOR_RANDOM
 
 CACHE = ""
@@ -424,6 +437,7 @@ class Refusals(SnapshotTestCase):
             place = max(content.find(b"kept\n"), len(content) // 2)
             damaged[place] ^= 1
             path.write_bytes(bytes(damaged))
+            self.assertEqual(misfits(self.manager.list_templates(), List[TemplateInfo], "listed"), [])
             vm_id = self.manager.create_vm(IsolationType.SESSION, template="mine")
             error = self.manager.last_error
             if vm_id is not None:

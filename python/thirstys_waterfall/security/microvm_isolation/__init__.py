@@ -1,11 +1,14 @@
-"""A microVM of its own for every browser tab, extension, session and plugin.
+"""A microVM for every browser tab, extension, session and plugin.
+
+A ``MicroVMIsolationManager`` creates, finds and destroys VMs within one quota; a ``MicroVMInstance`` is one VM. Errors
+are ``MicroVMError`` and its subclasses. The docstring of each method says whether it blocks.
 
 Example:
     >>> from thirstys_waterfall.security.microvm_isolation import IsolationType, MicroVMIsolationManager
-    >>> with MicroVMIsolationManager() as manager:  # doctest: +SKIP
+    >>> with MicroVMIsolationManager() as manager:
     ...     vm_id = manager.create_vm(IsolationType.BROWSER_TAB)
-    ...     manager.start_vm(vm_id)
-    ...     manager.send_command_to_vm(vm_id, "ping")
+    ...     manager.start_vm(vm_id), manager.send_command_to_vm(vm_id, "ping")["result"]
+    (True, 'pong')
 """
 
 from . import _logging as _logging
