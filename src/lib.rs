@@ -10,6 +10,7 @@ pub mod host;
 pub mod image;
 pub mod manager;
 pub mod model;
+mod mutex;
 pub mod net;
 #[cfg(feature = "python")]
 mod py;

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use microvm_protocol::message::Response;
@@ -17,6 +17,7 @@ use super::agent::{patience, Agent};
 use super::framing::{self, FramingError, Reader, MAX_DOCUMENT};
 use crate::error::{Error, Result};
 use crate::model::VmId;
+use crate::mutex::Mutex;
 
 /// Clients served at once. One more takes the place of a client that asks nothing; it waits only while all are answered.
 const MAX_CLIENTS: usize = 256;
@@ -73,25 +74,21 @@ impl Place {
         Self(Arc::new(Mutex::new(Activity { has_asked: false, is_answered: false, since: Instant::now() })))
     }
 
-    fn activity(&self) -> MutexGuard<'_, Activity> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn heard(&self) {
-        self.activity().since = Instant::now();
+        self.0.lock().since = Instant::now();
     }
 
     fn asked(&self) {
-        *self.activity() = Activity { has_asked: true, is_answered: true, since: Instant::now() };
+        *self.0.lock() = Activity { has_asked: true, is_answered: true, since: Instant::now() };
     }
 
     fn answered(&self) {
-        *self.activity() = Activity { has_asked: true, is_answered: false, since: Instant::now() };
+        *self.0.lock() = Activity { has_asked: true, is_answered: false, since: Instant::now() };
     }
 
     /// The order in which idle clients give way: those that never asked first, then by how long they are silent.
     fn idle_rank(&self) -> Option<(bool, Instant)> {
-        let activity = self.activity();
+        let activity = self.0.lock();
         let is_idle = !activity.is_answered && activity.since.elapsed() >= GRACE;
         is_idle.then_some((activity.has_asked, activity.since))
     }

@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use microvm_protocol::connection::Connection;
@@ -24,6 +24,7 @@ use super::mailbox::Mailbox;
 use super::rehandshake::{Rehandshake, RehandshakeReply};
 use crate::error::{Error, Result};
 use crate::model::VmId;
+use crate::mutex::Mutex;
 
 /// Records are gathered up to about this many bytes for one write.
 const WRITE_CHUNK: usize = 64 * 1024;
@@ -79,7 +80,7 @@ pub(super) struct Writer {
 
 pub struct Link {
     pub vm_id: VmId,
-    state: Mutex<LinkState>,
+    pub(super) state: Mutex<LinkState>,
     pub(super) writer: Mutex<Writer>,
     blocked: Notify,
     /// Notified when no call is in flight.
@@ -121,30 +122,22 @@ impl Link {
             tokio::spawn(read(link.clone(), stream.clone(), decoder)).abort_handle(),
             tokio::spawn(write(link.clone(), stream)).abort_handle(),
         ];
-        link.tasks().extend(tasks);
+        link.tasks.lock().extend(tasks);
         // The session may have ended before its tasks were noted.
-        if link.state().closed.is_some() {
+        if link.state.lock().closed.is_some() {
             link.end_tasks();
         }
         link
     }
 
-    fn tasks(&self) -> MutexGuard<'_, Vec<AbortHandle>> {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn end_tasks(&self) {
-        self.tasks().drain(..).for_each(|task| task.abort());
-    }
-
-    pub(super) fn state(&self) -> MutexGuard<'_, LinkState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.tasks.lock().drain(..).for_each(|task| task.abort());
     }
 
     /// Ends the session and wakes all callers.
     pub fn close(&self, reason: &str) {
         let calls = {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             state.closed.get_or_insert_with(|| reason.to_owned());
             state.rehandshake = None;
             std::mem::take(&mut state.in_flight)
@@ -158,17 +151,17 @@ impl Link {
         self.places.close();
         self.streams.close();
         self.sign.notify_waiters();
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner).stream = None;
+        self.writer.lock().stream = None;
         self.end_tasks();
     }
 
     /// The lock is given back before the caller asks why: a guard in a `match` lives as long as its arms.
     fn is_closed(&self) -> bool {
-        self.state().closed.is_some()
+        self.state.lock().closed.is_some()
     }
 
     pub fn closed_reason(&self) -> String {
-        self.state().closed.clone().unwrap_or_else(|| "the session ended".into())
+        self.state.lock().closed.clone().unwrap_or_else(|| "the session ended".into())
     }
 
     pub fn closed(&self, sent: bool) -> Error {
@@ -182,7 +175,7 @@ impl Link {
 
     /// How long ago the last call of a user ended; zero while one is in flight.
     pub fn idle_for(&self) -> Duration {
-        let state = self.state();
+        let state = self.state.lock();
         match state.in_flight.values().any(|call| call.is_use) {
             true => Duration::ZERO,
             false => state.used.elapsed(),
@@ -223,7 +216,7 @@ impl Link {
     /// Begins a call and sends what can be sent at once.
     pub fn ask(&self, body: Vec<u8>, reply_to: ReplyTo, place: OwnedSemaphorePermit, is_use: bool) -> Result<u32> {
         let id = {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             if let Some(reason) = state.closed.clone() {
                 return Err(Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason, sent: false });
             }
@@ -243,7 +236,7 @@ impl Link {
     /// Cancels a call; returns whether the guest may have begun it.
     pub fn cancel(&self, id: u32) -> bool {
         let sent = {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             let sent = state.connection.calls.cancel(id) != Ok(Cancelled::NeverSent);
             if let Some(call) = state.in_flight.get_mut(&id).filter(|_| sent) {
                 call.reply_to = ReplyTo::Nobody;
@@ -265,7 +258,7 @@ impl Link {
 
     /// Runs `act` on the calls and sends what it queued.
     pub fn with<T>(&self, act: impl FnOnce(&mut Mux) -> T) -> T {
-        let done = act(&mut self.state().connection.calls);
+        let done = act(&mut self.state.lock().connection.calls);
         self.flush();
         done
     }
@@ -273,12 +266,8 @@ impl Link {
     /// Writes what waits, as far as the transport takes it. Never blocks.
     pub(super) fn flush(&self) {
         for _ in 0..ROUNDS {
-            let mut writer = match self.writer.try_lock() {
-                Ok(writer) => writer,
-                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                // The other one looks again before it goes.
-                Err(TryLockError::WouldBlock) => return,
-            };
+            // The thread that holds it looks again before it goes.
+            let Some(mut writer) = self.writer.try_lock() else { return };
             let Some(stream) = writer.stream.clone() else { return };
             if let Err(reason) = self.write_some(&mut writer, &stream) {
                 drop(writer);
@@ -289,7 +278,7 @@ impl Link {
             if is_stuck {
                 break;
             }
-            if !self.state().connection.has_outgoing() {
+            if !self.state.lock().connection.has_outgoing() {
                 return;
             }
         }
@@ -299,7 +288,7 @@ impl Link {
     fn write_some(&self, writer: &mut Writer, stream: &UnixStream) -> std::result::Result<(), String> {
         if writer.written == writer.bytes.len() {
             (writer.written, _) = (0, writer.bytes.clear());
-            let sealed = self.state().connection.transmit(&mut writer.bytes, WRITE_CHUNK);
+            let sealed = self.state.lock().connection.transmit(&mut writer.bytes, WRITE_CHUNK);
             sealed.map_err(|error| error.to_string())?;
         }
         while writer.written < writer.bytes.len() {
@@ -317,7 +306,7 @@ impl Link {
     fn take(&self, record: &[u8]) -> std::result::Result<(), String> {
         self.records_received.fetch_add(1, Ordering::Relaxed);
         self.sign.notify_waiters();
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if let Some(rehandshake) = state.rehandshake.take() {
             let next = rehandshake.take(record, &mut state.connection)?;
             // It may have been closed meanwhile.
@@ -401,7 +390,7 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
             }
         }
         // Credit and the like.
-        if link.state().connection.has_outgoing() {
+        if link.state.lock().connection.has_outgoing() {
             link.flush();
         }
         match stream.try_read(decoder.space()) {
@@ -417,7 +406,7 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
         // A guest that never stops talking must not keep a worker to itself.
         tokio::task::coop::consume_budget().await;
     };
-    if link.state().closed.is_none() {
+    if link.state.lock().closed.is_none() {
         log::debug!("{}: the session ended: {reason}", link.vm_id);
     }
     link.close(&reason);

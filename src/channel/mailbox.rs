@@ -1,9 +1,10 @@
 //! What the guest streamed and nobody has taken yet.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
+
+use crate::mutex::Mutex;
 
 /// Small pieces of one channel are joined up to this size.
 const PIECE: usize = 64 * 1024;
@@ -43,15 +44,11 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    fn mail(&self) -> MutexGuard<'_, Mail> {
-        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub fn push(&self, channel: u8, bytes: Vec<u8>) {
         if bytes.is_empty() {
             return;
         }
-        let mut mail = self.mail();
+        let mut mail = self.mail.lock();
         let many = mail.pieces.len() >= MAX_PIECES;
         let joined = mail.pieces.iter_mut().rev().take(if many { MAX_PIECES } else { 1 });
         let joined = joined.into_iter().find(|piece| piece.channel == channel);
@@ -64,17 +61,17 @@ impl Mailbox {
     }
 
     pub fn start(&self, body: Vec<u8>) {
-        self.mail().started = Some(body);
+        self.mail.lock().started = Some(body);
         self.changed.notify_waiters();
     }
 
     pub fn respond(&self, body: Vec<u8>) {
-        self.mail().response = Some(body);
+        self.mail.lock().response = Some(body);
         self.wake();
     }
 
     pub fn close(&self) {
-        self.mail().closed = true;
+        self.mail.lock().closed = true;
         self.wake();
     }
 
@@ -105,7 +102,7 @@ impl Mailbox {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            if let Some(taken) = take(&mut self.mail()) {
+            if let Some(taken) = take(&mut self.mail.lock()) {
                 return taken;
             }
             changed.await;
@@ -134,15 +131,15 @@ impl Mailbox {
     }
 
     pub fn response(&self) -> Option<Vec<u8>> {
-        self.mail().response.clone()
+        self.mail.lock().response.clone()
     }
 
     pub fn is_closed(&self) -> bool {
-        self.mail().closed
+        self.mail.lock().closed
     }
 
     pub fn is_over(&self) -> bool {
-        let mail = self.mail();
+        let mail = self.mail.lock();
         mail.closed || mail.response.is_some()
     }
 }
@@ -157,7 +154,7 @@ mod tests {
         for byte in 0..100_000u32 {
             mailbox.push(1 + (byte % 2) as u8, vec![byte as u8]);
         }
-        let mail = mailbox.mail();
+        let mail = mailbox.mail.lock();
         assert!(mail.pieces.len() <= MAX_PIECES);
         assert_eq!(mail.pieces.iter().map(|piece| piece.bytes.len()).sum::<usize>(), 100_000);
     }

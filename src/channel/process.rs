@@ -1,6 +1,6 @@
 //! A program that runs in the guest, live.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use microvm_protocol::message::{Control, Started};
@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use super::mailbox::Piece;
 use super::stream::{Next, Stream};
 use crate::error::{Error, Result};
+use crate::mutex::Mutex;
 
 /// How a program ended.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
@@ -61,7 +62,7 @@ impl Process {
     }
 
     fn stream(&self) -> Option<Arc<Stream>> {
-        self.stream.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.stream.lock().clone()
     }
 
     /// Notes how it ended; what was noted first holds.
@@ -130,7 +131,7 @@ impl Process {
 
     /// Kills the program and all its descendants; output that was not taken is dropped. Nothing when it has ended.
     pub fn kill(&self) {
-        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let stream = self.stream.lock().take();
         if let Some(stream) = stream.filter(|_| self.ended().is_none()) {
             // One that ended by itself before, its output not taken, keeps its own end.
             let how = stream.response().unwrap_or_else(|| Ok(self.killed()));

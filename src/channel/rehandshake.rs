@@ -5,7 +5,6 @@
 //! record leads to, so nothing that follows an ACCEPT is missed.
 
 use std::future::Future;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use microvm_protocol::connection::Connection;
@@ -88,8 +87,8 @@ impl Link {
         let body = serde_json::to_vec(&request).map_err(|error| refused(error.to_string()))?;
         let (reply, answer) = oneshot::channel();
         {
-            let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut state = self.state();
+            let mut writer = self.writer.lock();
+            let mut state = self.state.lock();
             if let Some(reason) = state.closed.clone() {
                 return Err(refused(reason));
             }
@@ -106,9 +105,9 @@ impl Link {
     /// Writes a record of the handshake: nothing else is written meanwhile.
     fn say(&self, record: &[u8], next: Rehandshake) {
         {
-            let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut writer = self.writer.lock();
             writer.bytes.extend_from_slice(record);
-            self.state().rehandshake = Some(next);
+            self.state.lock().rehandshake = Some(next);
         }
         self.flush();
     }
@@ -120,7 +119,7 @@ impl Link {
             tokio::pin!(became);
             // From here on a notification counts, also one that comes before the next line.
             became.as_mut().enable();
-            if self.state().in_flight.is_empty() {
+            if self.state.lock().in_flight.is_empty() {
                 return;
             }
             became.await;
@@ -133,7 +132,7 @@ impl Agent {
     pub async fn idle(&self, deadline: Duration) -> usize {
         match timeout(deadline, self.link.idle()).await {
             Ok(()) => 0,
-            Err(_) => self.link.state().in_flight.len(),
+            Err(_) => self.link.state.lock().in_flight.len(),
         }
     }
 

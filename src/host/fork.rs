@@ -175,9 +175,9 @@ extern "C" fn begin_in_child() {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mutex::Mutex;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
-    use std::sync::Mutex;
     use std::time::Duration;
 
     #[test]
@@ -229,11 +229,11 @@ mod tests {
     #[test]
     fn test_per_process_a_forked_child_has_its_own_though_the_parents_is_locked() {
         static NUMBER: PerProcess<Mutex<i32>> = PerProcess::new();
-        let mut held = NUMBER.get().lock().unwrap();
+        let mut held = NUMBER.get().lock();
         *held = 7;
-        assert_eq!(exit_code_of(|| *NUMBER.get().lock().unwrap()), 0);
+        assert_eq!(exit_code_of(|| *NUMBER.get().lock()), 0);
         drop(held);
-        assert_eq!(*NUMBER.get().lock().unwrap(), 7);
+        assert_eq!(*NUMBER.get().lock(), 7);
     }
 
     #[test]

@@ -10,12 +10,13 @@ use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
 use nix::sys::stat::{major, minor};
 use nix::unistd::{Gid, Group, Uid, User};
 
 use super::fork::PerProcess;
+
+use crate::mutex::Mutex;
 
 /// Where the kernel puts it (include/linux/miscdevice.h: major 10 of all "misc" devices, minor 232).
 const DEVICE: &str = "/dev/kvm";
@@ -61,7 +62,7 @@ fn tried(kvm: &File, meta: &Metadata) -> Tried {
     static KNOWN: PerProcess<Mutex<Option<(Node, Tried)>>> = PerProcess::new();
     let node = (meta.dev(), meta.ino(), meta.ctime());
     // Held throughout: a second caller would only do the same.
-    let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = KNOWN.get().lock();
     match &*known {
         Some((of, tried)) if *of == node => tried.clone(),
         _ => known.insert((node, trial::run(kvm))).1.clone(),

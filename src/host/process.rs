@@ -6,7 +6,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{self, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use microvm_jail::{Confined, JailEvent, JailRequest, LaunchSpec};
@@ -26,6 +26,7 @@ use super::fork::{self, ForkGuard};
 use super::pidfd;
 use super::zygote::Zygotes;
 use crate::error::{Error, Result};
+use crate::mutex::Mutex;
 
 /// How long a trial launch may take; it takes milliseconds.
 const TRIAL_DEADLINE_S: i64 = 10;
@@ -83,10 +84,6 @@ pub struct Finding {
 struct JailReport {
     confined: Option<Confined>,
     findings: Vec<Finding>,
-}
-
-fn lock(report: &Mutex<JailReport>) -> std::sync::MutexGuard<'_, JailReport> {
-    report.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Another process, whose end can be waited for.
@@ -168,7 +165,7 @@ impl Jailed {
     /// Which of the layers that depend on the kernel the program got, once it runs.
     #[must_use]
     pub fn confined(&self) -> Option<Confined> {
-        lock(&self.report).confined.clone()
+        self.report.lock().confined.clone()
     }
 
     /// Whether it came out of a zygote, whose layout in memory it shares.
@@ -180,7 +177,7 @@ impl Jailed {
     /// What an audit has found so far.
     #[must_use]
     pub fn findings(&self) -> Vec<Finding> {
-        lock(&self.report).findings.clone()
+        self.report.lock().findings.clone()
     }
 
     /// The program's process id on this host, once it runs.
@@ -392,12 +389,12 @@ async fn watch_jail(
     loop {
         match control.async_io(Interest::READABLE, receive).await {
             Ok(Some((JailEvent::Started { confined }, sender))) => {
-                lock(&report).confined = Some(confined);
+                report.lock().confined = Some(confined);
                 pid.send_replace(sender);
             }
             Ok(Some((JailEvent::WouldDeny { layer, what }, _))) => {
                 log::warn!("audit: {layer} would have denied {what}");
-                lock(&report).findings.push(Finding { layer, what });
+                report.lock().findings.push(Finding { layer, what });
             }
             Ok(Some((JailEvent::Failed { stage, errno, message }, _))) => {
                 ended = Some(Exit::failed(stage, errno, &message));

@@ -3,12 +3,14 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{ready, Context, Poll};
 
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
+
+use crate::mutex::Mutex;
 
 /// Sends bytes, at least one, and a descriptor with the first; for [`UnixStream::try_io`] and its kin.
 ///
@@ -47,7 +49,7 @@ impl AsyncRead for FdStream {
 impl AsyncWrite for FdStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let pending_fd = self.pending_fd.clone();
-        let mut pending_fd = pending_fd.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pending_fd = pending_fd.lock();
         let Some(fd) = pending_fd.as_ref() else { return Pin::new(&mut self.stream).poll_write(cx, bytes) };
         loop {
             ready!(self.stream.poll_write_ready(cx))?;
@@ -83,7 +85,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let pending_fd = PendingFd::default();
         let mut stream = FdStream::new(ours, pending_fd.clone());
-        *pending_fd.lock().unwrap() = Some(std::fs::File::open("/dev/null").unwrap().into());
+        *pending_fd.lock() = Some(std::fs::File::open("/dev/null").unwrap().into());
         stream.write_all(b"ab").await.unwrap();
         let received = |theirs: &UnixStream| {
             let (mut bytes, mut space) = ([0; 8], nix::cmsg_space!([i32; 2]));

@@ -2,13 +2,14 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use nix::fcntl::OFlag;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
+use crate::mutex::Mutex;
 
 /// How much of a stream is kept, in bytes.
 const KEEP: usize = 16 * 1024;
@@ -37,7 +38,7 @@ impl Tail {
             let mut buffer = [0; 4096];
             while let Ok(length @ 1..) = reader.read(&mut buffer).await {
                 {
-                    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut kept = kept.lock();
                     kept.extend(&buffer[..length]);
                     let excess = kept.len().saturating_sub(KEEP);
                     kept.drain(..excess);
@@ -72,7 +73,7 @@ impl Tail {
     /// As [`Tail::text`], of the last `length` bytes alone.
     #[must_use]
     pub fn text_of_last(&self, length: usize) -> String {
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.kept.lock();
         let bytes: Vec<u8> = kept.iter().skip(kept.len().saturating_sub(length)).copied().collect();
         String::from_utf8_lossy(&bytes).chars().filter(|c| *c == '\n' || *c == '\t' || !c.is_control()).collect()
     }

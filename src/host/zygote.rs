@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -22,6 +22,8 @@ use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 
 use super::fork::{self, ForkGuard, PerProcess};
+
+use crate::mutex::Mutex;
 
 /// How long a zygote may take to load, and to fork; it takes milliseconds.
 const DEADLINE_S: i64 = 5;
@@ -66,21 +68,17 @@ impl Zygotes {
         Self { library: library.to_owned(), shared: Mutex::default() }
     }
 
-    fn shared(&self) -> MutexGuard<'_, Option<Arc<Shared>>> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Forks the jail's launcher out of the zygote of `program`, with `control` as its end of the control socket; it is
     /// this process's child. `None` when there is no zygote: the first time one begins to load, beside the caller.
     #[must_use]
     pub fn fork(&self, program: &Path, control: &OwnedFd) -> Option<Pid> {
-        let shared = self.shared().get_or_insert_with(|| Shared::of_process(&self.library)).clone();
+        let shared = self.shared.lock().get_or_insert_with(|| Shared::of_process(&self.library)).clone();
         shared.fork(program, control)
     }
 
     /// Uses them no more, until the next fork.
     pub fn end(&self) {
-        let shared = self.shared().take();
+        let shared = self.shared.lock().take();
         drop(shared);
     }
 }
@@ -88,7 +86,7 @@ impl Zygotes {
 impl Shared {
     fn of_process(library: &Path) -> Arc<Self> {
         static ALL: PerProcess<Mutex<HashMap<PathBuf, Weak<Shared>>>> = PerProcess::new();
-        let mut all = ALL.get().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = ALL.get().lock();
         let found = all.get(library).and_then(Weak::upgrade);
         found.unwrap_or_else(|| {
             let made = Arc::new(Self { library: library.to_owned(), known: Mutex::default() });
@@ -97,12 +95,8 @@ impl Shared {
         })
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<PathBuf, ZygoteState>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn fork(self: &Arc<Self>, program: &Path, control: &OwnedFd) -> Option<Pid> {
-        let mut known = self.known();
+        let mut known = self.known.lock();
         match known.get(program) {
             Some(ZygoteState::Ready(zygote)) => match zygote.fork(control) {
                 Ok(launcher) => return Some(launcher),
@@ -124,7 +118,7 @@ impl Shared {
             };
             // Unless its last user is gone meanwhile.
             if let Some(shared) = shared.upgrade() {
-                shared.known().insert(program, state);
+                shared.known.lock().insert(program, state);
             }
         });
         None

@@ -12,7 +12,7 @@ mod snapshots;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -26,6 +26,7 @@ use crate::model::{
     EventKind, IsolationType, JailMode, Labels, ManagerConfig, QuotaLedger, QuotaUse, Reservation, ResourceLimits,
     SpecPatch, VmId, VmSpec, VmState,
 };
+use crate::mutex::Mutex;
 use crate::store::{path, Existing, Folders};
 use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings};
 use crate::vmm::{Binaries, COST_MIB};
@@ -237,14 +238,6 @@ impl Manager {
         &self.remediations
     }
 
-    fn registry(&self) -> MutexGuard<'_, Registry> {
-        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn tasks(&self) -> MutexGuard<'_, Tasks> {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Removes what dead processes left, begins to clean up, to make the templates that are to be prepared and to fill
     /// the pool; nothing when it runs already.
     ///
@@ -268,7 +261,7 @@ impl Manager {
             Ok(Err(error)) => return Err(error),
             Err(error) => log::warn!("the sweep of the runtime directory failed: {error}"),
         }
-        let mut tasks = self.tasks();
+        let mut tasks = self.tasks.lock();
         if std::mem::replace(&mut tasks.is_started, true) {
             return Ok(());
         }
@@ -291,7 +284,7 @@ impl Manager {
 
     /// Runs `task` beside the others of a started manager, which stops it; a stopped one runs none.
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let mut tasks = self.tasks();
+        let mut tasks = self.tasks.lock();
         // Those that have ended.
         while tasks.set.try_join_next().is_some() {}
         if tasks.is_started {
@@ -309,7 +302,7 @@ impl Manager {
 
     /// Destroys every VM and stops cleaning up; nothing when it is stopped already.
     pub async fn stop(&self) {
-        let Tasks { mut set, .. } = std::mem::take(&mut *self.tasks());
+        let Tasks { mut set, .. } = std::mem::take(&mut *self.tasks.lock());
         // None of them makes or starts a VM after this. A VM that one of them was at is destroyed with all the others.
         set.shutdown().await;
         self.remediations.forget_all();
@@ -327,7 +320,7 @@ impl Manager {
 
     #[must_use]
     pub fn is_cleaning_up(&self) -> bool {
-        self.tasks().is_started
+        self.tasks.lock().is_started
     }
 
     /// Reserves quota and a name; starts no process.
@@ -390,7 +383,7 @@ impl Manager {
         // Looked up before the registry is locked; a VM that starts meanwhile is counted in full, which is safe.
         let taken: u64 = self.all().iter().map(|vm| vm.memory_taken_mib()).sum();
         let admitted = {
-            let mut registry = self.registry();
+            let mut registry = self.registry.lock();
             if let Some(host) = host {
                 let cost = |memory_mb: u64| memory_mb + COST_MIB;
                 let present = registry.vms.iter().filter(|vm| vm.is_counted());
@@ -413,7 +406,7 @@ impl Manager {
 
     #[must_use]
     pub fn get(&self, vm_id: &str) -> Option<Arc<MicroVm>> {
-        self.registry().vms.iter().find(|vm| vm.id().as_str() == vm_id).cloned()
+        self.registry.lock().vms.iter().find(|vm| vm.id().as_str() == vm_id).cloned()
     }
 
     /// # Errors
@@ -425,7 +418,7 @@ impl Manager {
     /// Its VMs in the order of their creation.
     #[must_use]
     pub fn all(&self) -> Vec<Arc<MicroVm>> {
-        self.registry().vms.clone()
+        self.registry.lock().vms.clone()
     }
 
     /// Those of them that pass a filter.
@@ -451,7 +444,7 @@ impl Manager {
     async fn remove(&self, vm: &Arc<MicroVm>) {
         vm.destroy().await;
         {
-            let mut registry = self.registry();
+            let mut registry = self.registry.lock();
             let before = registry.vms.len();
             registry.vms.retain(|other| !Arc::ptr_eq(other, vm));
             // Two callers may destroy the same VM: only the one that took it out publishes the event.
@@ -477,7 +470,7 @@ impl Manager {
 
     #[must_use]
     pub fn usage(&self) -> ResourceUsage {
-        let vms = self.registry().vms.clone();
+        let vms = self.registry.lock().vms.clone();
         let (allocated, available) = (self.ledger.allocated(), self.ledger.available());
         let templates = self.settings.templates.as_ref().map_or((0, 0), |store| store.usage());
         let pool = self.pool.usage();

@@ -5,12 +5,13 @@
 //! those that took its place one after the other, has one count of failures.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::{CreateRequest, Manager};
 use crate::error::Error;
 use crate::model::{Event, EventKind, OnFailure, Policy, VmId, VmState};
+use crate::mutex::Mutex;
 use crate::vm::{MicroVm, Subscriber};
 
 /// Restarts or replacements of one lineage within [`WINDOW`], after which it is left alone.
@@ -32,17 +33,13 @@ struct Remediation {
 }
 
 impl Remediations {
-    fn map(&self) -> MutexGuard<'_, HashMap<VmId, Remediation>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub fn is_under_way(&self, vm_id: &VmId) -> bool {
-        self.map().get(vm_id).is_some_and(|remediation| remediation.is_under_way)
+        self.0.lock().get(vm_id).is_some_and(|remediation| remediation.is_under_way)
     }
 
     /// Begins a remediation; returns how many there were within the window, `None` when one is under way.
     fn begin(&self, vm_id: &VmId) -> Option<usize> {
-        let mut map = self.map();
+        let mut map = self.0.lock();
         let remediation = map.entry(vm_id.clone()).or_default();
         if remediation.is_under_way {
             return None;
@@ -55,26 +52,26 @@ impl Remediations {
     }
 
     fn end(&self, vm_id: &VmId) {
-        if let Some(remediation) = self.map().get_mut(vm_id) {
+        if let Some(remediation) = self.0.lock().get_mut(vm_id) {
             remediation.is_under_way = false;
         }
     }
 
     fn forget(&self, vm_id: &VmId) {
-        self.map().remove(vm_id);
+        self.0.lock().remove(vm_id);
     }
 
     pub fn forget_all(&self) {
-        self.map().clear();
+        self.0.lock().clear();
     }
 
     /// Continues the count of failures under the id of the replacement.
     fn hand_over(&self, remediation: Remediation, vm_id: &VmId) {
-        self.map().insert(vm_id.clone(), remediation);
+        self.0.lock().insert(vm_id.clone(), remediation);
     }
 
     fn take(&self, vm_id: &VmId) -> Remediation {
-        self.map().remove(vm_id).unwrap_or_default()
+        self.0.lock().remove(vm_id).unwrap_or_default()
     }
 }
 

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::host::memory;
 use crate::image::template::FileId;
 use crate::model::{PoolSpec, PoolTier, QuotaUse, VmSpec};
+use crate::mutex::Mutex;
 use crate::vm::{new_id, Settings, VmPool, WarmVm};
 
 /// How often dead warm VMs are swept and the host's memory is checked.
@@ -104,12 +105,8 @@ impl Pool {
         })
     }
 
-    fn stock(&self) -> MutexGuard<'_, Stock> {
-        self.stock.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub fn usage(&self) -> Vec<PoolUse> {
-        let stock = self.stock();
+        let stock = self.stock.lock();
         stock.buckets.iter().map(|bucket| PoolUse { spec: bucket.spec.clone(), ready: bucket.ready.len() }).collect()
     }
 
@@ -117,7 +114,7 @@ impl Pool {
     pub fn shrink_to(&self, left: QuotaUse) {
         let mut evicted = Vec::new();
         {
-            let mut stock = self.stock();
+            let mut stock = self.stock.lock();
             while !stock.used().fits_in(&left) {
                 evicted.extend(stock.evict_one());
             }
@@ -152,7 +149,7 @@ impl Pool {
                     drop(self.keep(&spec, pooled));
                 }
                 Err(error) => {
-                    self.stock().pending = None;
+                    self.stock.lock().pending = None;
                     log::warn!("a VM of the pool could not be made: {error}; the next try is in {back_off:?}");
                     tokio::time::sleep(back_off).await;
                     back_off = (back_off * 2).min(MAX_BACK_OFF);
@@ -164,7 +161,7 @@ impl Pool {
     /// Drops what is dead or outdated, and one more when the host runs short of memory.
     fn evict_stale(&self) {
         let mut out = Vec::new();
-        for bucket in &mut self.stock().buckets {
+        for bucket in &mut self.stock.lock().buckets {
             let (good, bad) = std::mem::take(&mut bucket.ready).into_iter().partition(PooledVm::is_usable);
             bucket.ready = good;
             out.push(bad);
@@ -174,7 +171,7 @@ impl Pool {
             log::warn!("{lost} VMs of the pool were dead or outdated");
         }
         if !memory::has_spare(0, SPARE_SHARE / 2) {
-            let evicted = self.stock().evict_one();
+            let evicted = self.stock.lock().evict_one();
             if evicted.is_some() {
                 log::info!("the host is short of memory: a warm VM was evicted");
             }
@@ -187,7 +184,7 @@ impl Pool {
             return None;
         }
         let left = left()?;
-        let mut stock = self.stock();
+        let mut stock = self.stock.lock();
         let used = stock.used();
         let fits = |bucket: &&Bucket| {
             let one = QuotaUse::from(&bucket.spec.vm.limits);
@@ -204,7 +201,7 @@ impl Pool {
 
     /// Puts a new warm VM into its bucket; returns it when it was cancelled at the last moment.
     fn keep(&self, spec: &PoolSpec, pooled: PooledVm) -> Option<PooledVm> {
-        let mut stock = self.stock();
+        let mut stock = self.stock.lock();
         let bucket = stock.pending.take().and(stock.buckets.iter_mut().find(|bucket| bucket.spec == *spec));
         match bucket {
             Some(bucket) => {
@@ -225,7 +222,7 @@ impl Pool {
     /// Ends every warm VM.
     pub fn drain(&self) {
         let ready: Vec<_> = {
-            let mut stock = self.stock();
+            let mut stock = self.stock.lock();
             stock.pending = None;
             stock.buckets.iter_mut().map(|bucket| std::mem::take(&mut bucket.ready)).collect()
         };
@@ -238,7 +235,7 @@ impl VmPool for Pool {
         let is_it = |bucket: &&mut Bucket| spec.can_take(&bucket.spec.vm);
         let mut out = Vec::new();
         let taken = {
-            let mut stock = self.stock();
+            let mut stock = self.stock.lock();
             // Of several forms of one kind the one that is furthest.
             let mut fitting: Vec<&mut Bucket> = stock.buckets.iter_mut().filter(is_it).collect();
             fitting.sort_by_key(|bucket| {

@@ -4,13 +4,14 @@
 //! user.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread;
 
 use tokio::sync::Semaphore;
 
 use crate::host::fork::PerProcess;
 use crate::image::template::{Digests, SnapshotStore, Store, StoreLimits};
+use crate::mutex::Mutex;
 
 /// Starts at once, for each CPU: one computes while another waits for the kernel.
 const STARTS_PER_CPU: usize = 2;
@@ -27,7 +28,7 @@ impl<K, V> Default for Known<K, V> {
 impl<K: PartialEq, V> Known<K, V> {
     /// The one made of `key` that is in use, or a new one.
     fn get(&self, key: K, make: impl FnOnce() -> V) -> Arc<V> {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.0.lock();
         known.retain(|(_, value)| value.strong_count() > 0);
         let found = known.iter().find(|(other, _)| *other == key).and_then(|(_, value)| value.upgrade());
         found.unwrap_or_else(|| {

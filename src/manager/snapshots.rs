@@ -96,7 +96,7 @@ impl Manager {
         let resumed = vm.resume().await;
         if resumed.is_err() {
             // Unless another caller has found it in the registry and resumed it since.
-            vm.disown(|| self.registry().vms.retain(|other| !Arc::ptr_eq(other, &vm))).await;
+            vm.disown(|| self.registry.lock().vms.retain(|other| !Arc::ptr_eq(other, &vm))).await;
         }
         resumed.map(|()| vm)
     }
@@ -109,7 +109,7 @@ impl Manager {
         let vm = self.vm(vm_id.clone(), metadata.spec);
         vm.set_suspended();
         debug_assert_eq!(vm.state(), VmState::Paused);
-        let mut registry = self.registry();
+        let mut registry = self.registry.lock();
         if registry.vms.iter().any(|other| *other.id() == vm_id) {
             return Err(Error::VmIdTaken { vm_id, owner: "this manager".into() });
         }

@@ -4,10 +4,11 @@
 //! reserve, and none to give back but to drop one.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::{ResourceLimits, VmId};
 use crate::error::{Error, Result};
+use crate::mutex::Mutex;
 
 /// What is given out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -78,7 +79,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if let Some((ledger, entry)) = self.0.take() {
-            ledger.entries().reserved.remove(&entry);
+            ledger.entries.lock().reserved.remove(&entry);
         }
     }
 }
@@ -88,10 +89,6 @@ impl QuotaLedger {
     pub fn new(max_vcpus: u64, max_memory_mb: u64) -> Arc<Self> {
         let max = QuotaUse { vcpus: max_vcpus, memory_mb: max_memory_mb };
         Arc::new(Self { max, entries: Mutex::default() })
-    }
-
-    fn entries(&self) -> MutexGuard<'_, Entries> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn left(&self, entries: &Entries) -> QuotaUse {
@@ -107,7 +104,7 @@ impl QuotaLedger {
     /// # Errors
     /// [`Error::QuotaExceeded`] naming what is short.
     pub fn reserve(self: &Arc<Self>, vm_id: &VmId, limits: &ResourceLimits) -> Result<Reservation> {
-        let mut entries = self.entries();
+        let mut entries = self.entries.lock();
         let (left, wanted) = (self.left(&entries), QuotaUse::from(limits));
         let each = [
             ("vCPUs", wanted.vcpus, left.vcpus, self.max.vcpus, "raise max_vcpus"),
@@ -127,12 +124,12 @@ impl QuotaLedger {
 
     #[must_use]
     pub fn allocated(&self) -> QuotaUse {
-        self.entries().sum()
+        self.entries.lock().sum()
     }
 
     #[must_use]
     pub fn available(&self) -> QuotaUse {
-        self.left(&self.entries())
+        self.left(&self.entries.lock())
     }
 }
 

@@ -1,7 +1,7 @@
 //! A channel's handle.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::prelude::*;
@@ -11,6 +11,7 @@ use super::gate::{self, OnInterrupt, Owned};
 use super::{convert, errors, logging};
 use crate::channel::Client;
 use crate::error::Error;
+use crate::mutex::Mutex;
 use crate::store::{self, runtime};
 
 /// How long a message may take to be written; the broker reads as fast as its VM answers.
@@ -52,7 +53,7 @@ impl CommunicationChannel {
     }
 
     fn keep(&self, error: Error) {
-        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        *self.last_error.lock() = Some(error);
     }
 }
 
@@ -208,7 +209,7 @@ impl CommunicationChannel {
     /// clear it.
     #[getter]
     fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let error = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let error = self.last_error.lock().clone();
         error.map(|error| errors::exception(py, &error)).transpose()
     }
 }

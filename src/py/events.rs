@@ -1,6 +1,6 @@
 //! The Python handle of a subscriber to a manager's events.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use super::gate::Owned;
 use super::{convert, errors};
 use crate::host::fork::PerProcess;
+use crate::mutex::Mutex;
 use crate::vm::{Recv, Subscriber};
 
 /// How long a signal may wait to be seen.
@@ -36,7 +37,7 @@ pub struct EventStream {
 
 impl EventStream {
     pub fn new(subscriber: Arc<Subscriber>, timeout: Option<Duration>) -> Self {
-        let mut subscribers = SUBSCRIBERS.get().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut subscribers = SUBSCRIBERS.get().lock();
         subscribers.retain(|subscriber| subscriber.strong_count() > 0);
         subscribers.push(Arc::downgrade(&subscriber));
         Self { subscriber: Owned::new("EventStream", subscriber), timeout }
@@ -160,6 +161,6 @@ pub fn serve<'py>(py: Python<'py>, stream: EventStream, callback: &Bound<'py, Py
 /// Ends every stream of events, so that the threads that wait for one can end: the interpreter exits.
 #[pyfunction]
 pub fn close_events(_py: Python<'_>) {
-    let subscribers = std::mem::take(&mut *SUBSCRIBERS.get().lock().unwrap_or_else(PoisonError::into_inner));
+    let subscribers = std::mem::take(&mut *SUBSCRIBERS.get().lock());
     subscribers.iter().filter_map(Weak::upgrade).for_each(|subscriber| subscriber.close());
 }

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use super::errors;
 use crate::error::Error;
 use crate::host::fork::{Incarnation, PerProcess};
+use crate::mutex::Mutex;
 use crate::vm::MicroVm;
 
 /// How long a signal may wait to be seen.
@@ -177,7 +178,7 @@ impl<T> Drop for Owned<T> {
 
 /// Notes a VM for the end of the process.
 pub fn track(vm: &Arc<MicroVm>) {
-    let mut live = LIVE.get().lock().unwrap_or_else(PoisonError::into_inner);
+    let mut live = LIVE.get().lock();
     live.retain(|vm| vm.strong_count() > 0);
     live.push(Arc::downgrade(vm));
 }
@@ -186,7 +187,7 @@ pub fn track(vm: &Arc<MicroVm>) {
 #[pyfunction]
 pub fn shutdown(py: Python<'_>) -> PyResult<()> {
     EXITING.store(true, Ordering::Release);
-    let live = std::mem::take(&mut *LIVE.get().lock().unwrap_or_else(PoisonError::into_inner));
+    let live = std::mem::take(&mut *LIVE.get().lock());
     let vms: Vec<_> = live.iter().filter_map(Weak::upgrade).filter(|vm| vm.state().is_live()).collect();
     if vms.is_empty() {
         return Ok(());

@@ -4,7 +4,7 @@
 //! Python thread fetches them.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
@@ -13,6 +13,7 @@ use pyo3::sync::PyOnceLock;
 
 use crate::host::fork::PerProcess;
 use crate::model::{printable, RECORD_BYTES};
+use crate::mutex::Mutex;
 
 const PACKAGE: &str = "thirstys_waterfall.security.microvm_isolation";
 /// Records kept while nobody fetches; older ones give way.
@@ -33,11 +34,7 @@ struct Records {
     arrived: Condvar,
 }
 
-impl Records {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+impl Records {}
 
 static RECORDS: PerProcess<Records> = PerProcess::new();
 
@@ -61,7 +58,7 @@ impl Log for Collector {
         // Records quote guests and VMMs.
         let message = printable(&record.args().to_string(), RECORD_BYTES).into_owned();
         let records = RECORDS.get();
-        let mut queue = records.queue();
+        let mut queue = records.queue.lock();
         if queue.closed {
             return;
         }
@@ -107,7 +104,7 @@ pub fn next_log_records(py: Python<'_>, timeout: f64) -> Option<Vec<Line>> {
     let deadline = Instant::now() + Duration::from_secs_f64(timeout.clamp(0.0, 60.0));
     py.detach(|| {
         let records = RECORDS.get();
-        let mut queue = records.queue();
+        let mut queue = records.queue.lock();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if !queue.lines.is_empty() || (left.is_zero() && !queue.closed) {
@@ -130,6 +127,6 @@ pub fn next_log_records(py: Python<'_>, timeout: f64) -> Option<Vec<Line>> {
 #[pyfunction]
 pub fn close_log() {
     let records = RECORDS.get();
-    records.queue().closed = true;
+    records.queue.lock().closed = true;
     records.arrived.notify_all();
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -18,6 +18,7 @@ use crate::error::Error;
 use crate::image::template::SnapshotMetadata;
 use crate::manager::{CreateRequest, ExportedDisk, Manager, PoolUse, SnapshotEntry, VmFilter};
 use crate::model::{HealthStatus, IsolationType, ManagerConfig, PoolSpec, VmSpec, VmState};
+use crate::mutex::Mutex;
 use crate::vm::MicroVm;
 
 /// How many events wait to be taken, unless a caller says otherwise; and at most.
@@ -68,20 +69,20 @@ impl MicroVMIsolationManager {
 
     fn settle<T>(&self, py: Python<'_>, result: Result<T, Error>) -> PyResult<Option<T>> {
         errors::settle(py, result, self.raising(), |error| {
-            *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            *self.last_error.lock() = Some(error);
         })
     }
 
     fn handle(&self, py: Python<'_>, vm: Arc<MicroVm>) -> PyResult<Py<MicroVMInstance>> {
         let id = vm.id().as_str().to_owned();
         {
-            let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+            let handles = self.handles.lock();
             if let Some(handle) = handles.get(&id).filter(|handle| Arc::ptr_eq(handle.get().vm(), &vm)) {
                 return Ok(handle.clone_ref(py));
             }
         }
         let made = Py::new(py, MicroVMInstance::wrap(vm, self.raising()))?;
-        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut handles = self.handles.lock();
         // Those of VMs that the core has removed by itself, as policies do, go now.
         let is_gone = |handle: &Py<MicroVMInstance>| handle.get().vm().state() == VmState::Destroyed;
         let gone: Vec<String> =
@@ -94,7 +95,7 @@ impl MicroVMIsolationManager {
     }
 
     fn forget_handle(&self, vm_id: &str) {
-        let old = self.handles.lock().unwrap_or_else(PoisonError::into_inner).remove(vm_id);
+        let old = self.handles.lock().remove(vm_id);
         drop(old);
     }
 
@@ -592,7 +593,7 @@ impl MicroVMIsolationManager {
         let Some(vm) = self.settle(py, self.manager.get(py)?.find(vm_id))? else { return Ok(None) };
         let answer = instance::ask(py, &vm, self.raising(), command, params, timeout)?;
         if answer.is_none() {
-            *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = vm.last_error();
+            *self.last_error.lock() = vm.last_error();
         }
         Ok(answer)
     }
@@ -779,7 +780,7 @@ impl MicroVMIsolationManager {
     /// clear it.
     #[getter]
     fn last_error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let error = self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let error = self.last_error.lock().clone();
         error.map(|error| errors::exception(py, &error)).transpose()
     }
 
@@ -862,7 +863,7 @@ fn pool_json(pool: &PoolUse) -> Value {
 
 impl MicroVMIsolationManager {
     fn forget_all(&self) {
-        let old = std::mem::take(&mut *self.handles.lock().unwrap_or_else(PoisonError::into_inner));
+        let old = std::mem::take(&mut *self.handles.lock());
         drop(old);
     }
 }

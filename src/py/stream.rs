@@ -1,6 +1,6 @@
 //! The handle of a program that runs in a VM.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use microvm_protocol::message::Control;
@@ -14,6 +14,7 @@ use super::gate::{self, OnInterrupt, Owned};
 use super::{convert, errors};
 use crate::channel::{Piece, Process};
 use crate::error::Error;
+use crate::mutex::Mutex;
 use crate::vm::Live;
 
 type Output<'py> = (Bound<'py, PyString>, Bound<'py, PyBytes>);
@@ -43,7 +44,7 @@ impl ProcessStream {
     }
 
     fn on_output(&self, py: Python<'_>) -> Option<Py<PyAny>> {
-        self.on_output.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|call| call.clone_ref(py))
+        self.on_output.lock().as_ref().map(|call| call.clone_ref(py))
     }
 
     /// The next output, or its end (`Some(None)`); `None` when neither came until `deadline`.
@@ -257,13 +258,13 @@ impl ProcessStream {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         match self.on_output.try_lock() {
-            Ok(on_output) => on_output.as_ref().map_or(Ok(()), |call| visit.call(call)),
-            Err(_) => Ok(()),
+            Some(on_output) => on_output.as_ref().map_or(Ok(()), |call| visit.call(call)),
+            None => Ok(()),
         }
     }
 
     fn __clear__(&self) {
-        let call = self.on_output.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let call = self.on_output.lock().take();
         drop(call);
     }
 }

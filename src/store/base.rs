@@ -13,7 +13,7 @@ use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use nix::fcntl::{AtFlags, FlockArg, AT_FDCWD};
 use nix::sys::stat::{fstat, lstat, FileStat, SFlag};
@@ -26,6 +26,7 @@ use super::mark::{self, Mark};
 use super::walk::{self, Found, Refusal};
 use crate::error::{Error, Result};
 use crate::model::VmId;
+use crate::mutex::Mutex;
 
 pub use super::mark::Kind;
 
@@ -144,7 +145,7 @@ impl Base {
     }
 
     fn open(&self, make: bool) -> Result<Option<Arc<Root>>> {
-        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut opened = self.opened.lock();
         // Another folder may have its name by now, or none, or others were let into it: then all is checked anew.
         if let Some(root) = opened.as_ref().filter(|root| is_still_at(root.id, &self.path)) {
             return Ok(Some(root.clone()));

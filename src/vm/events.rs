@@ -4,13 +4,14 @@
 //! `hub` and `queue` are held for a few instructions, `hub` first, never across an await or a log call.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
 use crate::host::clock;
 use crate::model::{printable, Event, EventKind, VmId, VmSpec, RECORD_BYTES};
+use crate::mutex::Mutex;
 
 #[derive(Debug, Default)]
 struct Hub {
@@ -53,15 +54,11 @@ pub enum Recv {
 }
 
 impl Events {
-    fn hub(&self) -> MutexGuard<'_, Hub> {
-        self.hub.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub fn publish(&self, vm_id: &VmId, spec: &Arc<VmSpec>, kind: EventKind, detail: impl Into<String>) {
         let detail = kind.detail(printable(&detail.into(), RECORD_BYTES).into_owned());
         let (vm_id, spec) = (vm_id.clone(), spec.clone());
         let unix_time_s = clock::unix_time_ns() as f64 / 1e9;
-        let mut hub = self.hub();
+        let mut hub = self.hub.lock();
         hub.sequence += 1;
         let name = kind.name();
         if let Some(index) = EventKind::NAMES.iter().position(|known| *known == name) {
@@ -88,32 +85,28 @@ impl Events {
             arrived: Condvar::new(),
             notify: Notify::new(),
         });
-        self.hub().subscribers.push(Arc::downgrade(&subscriber));
+        self.hub.lock().subscribers.push(Arc::downgrade(&subscriber));
         subscriber
     }
 
     /// Closes every subscriber.
     pub fn close(&self) {
-        let subscribers = std::mem::take(&mut self.hub().subscribers);
+        let subscribers = std::mem::take(&mut self.hub.lock().subscribers);
         subscribers.iter().filter_map(Weak::upgrade).for_each(|subscriber| subscriber.close());
     }
 
     /// How many events of each kind there were, in the order of [`EventKind::NAMES`], and how many were dropped from full queues.
     #[must_use]
     pub fn counts(&self) -> ([u64; EventKind::NAMES.len()], u64) {
-        let hub = self.hub();
+        let hub = self.hub.lock();
         (hub.counts, hub.dropped)
     }
 }
 
 impl Subscriber {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns whether an older event was lost.
     fn push(&self, event: Arc<Event>) -> bool {
-        let mut queue = self.queue();
+        let mut queue = self.queue.lock();
         if queue.closed {
             return false;
         }
@@ -131,7 +124,7 @@ impl Subscriber {
 
     /// Accepts no more events; queued ones can still be taken.
     pub fn close(&self) {
-        self.queue().closed = true;
+        self.queue.lock().closed = true;
         self.arrived.notify_all();
         self.notify.notify_one();
     }
@@ -139,13 +132,13 @@ impl Subscriber {
     /// How many events were dropped from the full queue.
     #[must_use]
     pub fn dropped(&self) -> u64 {
-        self.queue().dropped
+        self.queue.lock().dropped
     }
 
     /// How many wait to be taken.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.queue().events.len()
+        self.queue.lock().events.len()
     }
 
     fn take(queue: &mut Queue) -> Option<Recv> {
@@ -159,7 +152,7 @@ impl Subscriber {
     /// The next event; blocks the thread at most until `deadline`.
     #[must_use]
     pub fn wait(&self, deadline: Instant) -> Recv {
-        let mut queue = self.queue();
+        let mut queue = self.queue.lock();
         loop {
             if let Some(received) = Self::take(&mut queue) {
                 return received;
@@ -175,7 +168,7 @@ impl Subscriber {
     /// The next event; `None` when there will be none.
     pub async fn next(&self) -> Option<Arc<Event>> {
         loop {
-            match Self::take(&mut self.queue()) {
+            match Self::take(&mut self.queue.lock()) {
                 Some(Recv::Event(event)) => return Some(event),
                 Some(_) => return None,
                 None => {}

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::host::fork::{self, ForkGuard, PerProcess};
 use crate::host::{cgroup, messages, process};
 use crate::image::template;
+use crate::mutex::Mutex;
 use crate::store::{disk, lease, runtime, Kind, Root};
 
 /// How long a process that closes its descriptors may take to be gone.
@@ -85,7 +86,7 @@ pub fn sweep(runtime: Option<&Root>, cache: Option<&Root>, cgroup_parent: Option
 pub fn keep(settings: &Settings) -> Result<()> {
     let (runtime, cache) = settings.folders.roots()?;
     let roots = Roots { runtime, cache, has_templates: settings.templates.is_some() };
-    let mut janitor = JANITOR.get().lock().unwrap_or_else(PoisonError::into_inner);
+    let mut janitor = JANITOR.get().lock();
     let kept = try_keep(&mut janitor, &settings.image.janitor, roots);
     drop(janitor);
     if let Err(error) = kept {

@@ -17,7 +17,7 @@ mod snapshot;
 mod start;
 mod streams;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
@@ -27,6 +27,7 @@ use crate::channel::{patience, Answer};
 use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::model::{EventKind, Reservation, VmId, VmSpec, VmState};
+use crate::mutex::Mutex;
 use crate::store::runtime;
 use crate::vmm::COST_MIB;
 
@@ -139,42 +140,38 @@ impl MicroVm {
         &self.id
     }
 
-    fn cell(&self) -> MutexGuard<'_, Cell> {
-        self.cell.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     #[must_use]
     pub fn state(&self) -> VmState {
-        self.cell().state
+        self.cell.lock().state
     }
 
     #[must_use]
     pub fn last_error(&self) -> Option<Error> {
-        self.cell().last_error.clone()
+        self.cell.lock().last_error.clone()
     }
 
     /// Host memory, MiB, that this VM's VMM has touched; never more than what it may.
     #[must_use]
     pub fn memory_taken_mib(&self) -> u64 {
-        let pid = self.cell().running().and_then(|running| running.pid());
+        let pid = self.cell.lock().running().and_then(|running| running.pid());
         let taken = pid.and_then(crate::host::procfs::private_bytes).map_or(0, |bytes| bytes >> 20);
         taken.min(self.spec.limits.memory_mb + COST_MIB)
     }
 
     pub fn set_last_error(&self, error: Error) {
-        self.cell().last_error = Some(error);
+        self.cell.lock().last_error = Some(error);
     }
 
     /// How long ago a VM that ran was found dead; `None` when it is not in ERROR for that reason.
     #[must_use]
     pub fn dead_for(&self) -> Option<Duration> {
-        let cell = self.cell();
+        let cell = self.cell.lock();
         cell.died.filter(|_| cell.state == VmState::Error).map(|died| died.elapsed())
     }
 
     #[must_use]
     pub fn facts(&self) -> Facts {
-        let running = self.cell().running().cloned();
+        let running = self.cell.lock().running().cloned();
         let socket = runtime::socket_path(self.settings.folders.runtime.path(), self.id());
         match running {
             Some(running) => Facts { socket, ..running.facts() },
@@ -187,7 +184,7 @@ impl MicroVm {
     }
 
     fn now(&self) -> (VmState, Option<Arc<Running>>) {
-        let cell = self.cell();
+        let cell = self.cell.lock();
         (cell.state, cell.running().cloned())
     }
 
@@ -210,13 +207,13 @@ impl MicroVm {
 
     /// Has it hold what was reserved for it.
     pub(crate) fn hold(&self, reservation: Reservation) {
-        self.cell().reservation = Some(Arc::new(reservation));
+        self.cell.lock().reservation = Some(Arc::new(reservation));
     }
 
     /// Whether it is counted in its manager's quota.
     #[must_use]
     pub fn is_counted(&self) -> bool {
-        self.cell().reservation.is_some()
+        self.cell.lock().reservation.is_some()
     }
 
     /// Reserves from its manager's quota. A VM whose manager is gone is not counted.
@@ -228,11 +225,11 @@ impl MicroVm {
 
     /// The entry that it holds; a new one where that was given back.
     fn reserved(&self) -> Result<Arc<Reservation>> {
-        if let Some(reservation) = self.cell().reservation.clone() {
+        if let Some(reservation) = self.cell.lock().reservation.clone() {
             return Ok(reservation);
         }
         let reservation = self.reserve()?;
-        self.cell().reservation = Some(reservation.clone());
+        self.cell.lock().reservation = Some(reservation.clone());
         Ok(reservation)
     }
 
@@ -249,7 +246,7 @@ impl MicroVm {
 
     /// Changes the state if the table allows it.
     fn become_state(&self, operation: &'static str, next: VmState) -> Result<()> {
-        let mut cell = self.cell();
+        let mut cell = self.cell.lock();
         if cell.state.can_become(next) {
             self.enter(&mut cell, next, operation);
             return Ok(());
@@ -259,7 +256,7 @@ impl MicroVm {
     }
 
     fn fail(&self, error: &Error) {
-        let mut cell = self.cell();
+        let mut cell = self.cell.lock();
         if cell.state.can_become(VmState::Error) {
             cell.last_error = Some(error.clone());
             self.enter(&mut cell, VmState::Error, error.to_string());
@@ -283,7 +280,7 @@ impl MicroVm {
         }
         self.fail(&error);
         self.tear_down(false).await;
-        self.cell().died = Some(Instant::now());
+        self.cell.lock().died = Some(Instant::now());
         Ok(())
     }
 
@@ -302,7 +299,7 @@ impl MicroVm {
         self.become_state("start", VmState::Starting)?;
         let abandoned = Abandoned(self);
         // It died a moment ago, and what it held is not gone yet.
-        let remains = self.cell().counted.take();
+        let remains = self.cell.lock().counted.take();
         if let Some(Counted { running: remains, .. }) = remains {
             remains.reaped().await;
             remains.release().await;
@@ -334,7 +331,7 @@ impl MicroVm {
     fn runs(self: &Arc<Self>, running: Running, reservation: Arc<Reservation>, why: &'static str) {
         let running = Arc::new(running);
         {
-            let mut cell = self.cell();
+            let mut cell = self.cell.lock();
             self.enter(&mut cell, VmState::Running, why);
             cell.suspended = false;
             cell.reservation = Some(reservation.clone());
@@ -377,12 +374,12 @@ impl MicroVm {
     }
 
     async fn tear_down(&self, ask_guest: bool) {
-        let running = self.cell().running().cloned();
+        let running = self.cell.lock().running().cloned();
         if let Some(running) = running {
             running.shut_down(ask_guest).await;
             running.release().await;
         }
-        self.cell().counted = None;
+        self.cell.lock().counted = None;
     }
 
     /// Stops the vCPUs.
@@ -417,7 +414,7 @@ impl MicroVm {
     }
 
     fn running_in(&self, operation: &'static str, state: VmState) -> Result<Arc<Running>> {
-        let cell = self.cell();
+        let cell = self.cell.lock();
         match cell.running() {
             Some(running) if cell.state == state => Ok(running.clone()),
             _ => {
@@ -433,7 +430,7 @@ impl MicroVm {
         self.destroying.send_replace(true);
         let _operation = self.operation.lock().await;
         let is_first = {
-            let mut cell = self.cell();
+            let mut cell = self.cell.lock();
             let is_first = cell.state != VmState::Destroyed;
             if is_first {
                 self.enter(&mut cell, VmState::Destroyed, "destroy");
@@ -442,7 +439,7 @@ impl MicroVm {
         };
         self.tear_down(false).await;
         // What was reserved is free when nothing of it is left.
-        self.cell().reservation = None;
+        self.cell.lock().reservation = None;
         if is_first {
             log::info!("{}: destroyed", self.id());
         }
@@ -453,7 +450,7 @@ impl MicroVm {
     pub(crate) async fn disown(&self, forget: impl FnOnce()) {
         let _operation = self.operation.lock().await;
         {
-            let mut cell = self.cell();
+            let mut cell = self.cell.lock();
             if cell.counted.is_some() {
                 return;
             }
@@ -483,7 +480,7 @@ impl MicroVm {
         // What is under way ends first: it may be what shut the guest down.
         let _operation = self.operation.lock().await;
         {
-            let mut cell = self.cell();
+            let mut cell = self.cell.lock();
             if !cell.is_running(running) || !matches!(cell.state, VmState::Running | VmState::Paused) {
                 return;
             }
@@ -493,7 +490,7 @@ impl MicroVm {
         running.shut_down(false).await;
         running.release().await;
         {
-            let mut cell = self.cell();
+            let mut cell = self.cell.lock();
             cell.counted = None;
             self.enter(&mut cell, VmState::Stopped, WHY);
         }
@@ -506,7 +503,7 @@ impl MicroVm {
             return self.on_shutdown(running).await;
         }
         let error = {
-            let mut cell = self.cell();
+            let mut cell = self.cell.lock();
             if !cell.is_running(running) || !matches!(cell.state, VmState::Running | VmState::Paused) {
                 return;
             }
@@ -521,7 +518,7 @@ impl MicroVm {
         let _operation = self.operation.lock().await;
         running.reaped().await;
         running.release().await;
-        let mut cell = self.cell();
+        let mut cell = self.cell.lock();
         if cell.is_running(running) {
             cell.counted = None;
         }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -24,6 +24,7 @@ use crate::host::procfs::Usage;
 use crate::host::tail::Tail;
 use crate::image::template::Fit;
 use crate::model::{Backend, Grade, VmId};
+use crate::mutex::Mutex;
 use crate::store::disk::Disk;
 use crate::store::VmDir;
 use crate::vmm::{Capabilities, LiveTails, VmmControl};
@@ -102,17 +103,17 @@ impl Running {
 
     /// Gives clients of this user a socket to talk to the agent of `vm_id`.
     pub fn open_broker(&self, vm_id: &VmId, settings: &Settings) -> Result<()> {
-        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = self.dir.lock();
         let Some(dir) = dir.as_ref() else { return Ok(()) };
         let broker = Broker::serve(vm_id.clone(), &dir.socket(), self.agent.clone(), settings.command_timeout)?;
-        *self.broker.lock().unwrap_or_else(PoisonError::into_inner) = Some(broker);
+        *self.broker.lock() = Some(broker);
         Ok(())
     }
 
     /// Takes the directory and the disk of another name.
     pub fn rename(&self, vm_id: &VmId) -> Result<()> {
-        let mut dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut disk = self.disk();
+        let mut dir = self.dir.lock();
+        let mut disk = self.disk.lock();
         // In place: to hand it to another thread would take longer than what it does.
         tokio::task::block_in_place(|| {
             dir.as_mut().map_or(Ok(()), |dir| dir.rename(vm_id))?;
@@ -122,12 +123,8 @@ impl Running {
 
     /// Where its files are, as this host names it; `None` once they are gone.
     pub fn folder(&self) -> Option<PathBuf> {
-        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = self.dir.lock();
         dir.as_ref().map(|dir| dir.path().to_owned())
-    }
-
-    fn disk(&self) -> MutexGuard<'_, Option<Disk>> {
-        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Its disk, to be read.
@@ -136,7 +133,7 @@ impl Running {
     /// [`Error::Host`], also once it is gone.
     pub fn disk_reader(&self) -> Result<File> {
         let gone = || Error::host("open", &self.vm_id, "its disk is gone");
-        let disk = self.disk();
+        let disk = self.disk.lock();
         let disk = disk.as_ref().ok_or_else(gone)?;
         disk.reader().map_err(|error| Error::host("open", disk.path().display(), error))
     }
@@ -144,10 +141,6 @@ impl Running {
     /// Ends the VMM by force; its end is noticed as any other.
     pub fn kill(&self) {
         self.jailed.kill();
-    }
-
-    pub fn health_history(&self) -> MutexGuard<'_, HealthHistory> {
-        self.health_history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn exit_receiver(&self) -> watch::Receiver<Option<Exit>> {
@@ -169,7 +162,7 @@ impl Running {
             limits: Some(self.confinement.limits_json()),
             origin: Some(self.origin),
             stages: self.stages.clone(),
-            vm_network: self.connection().as_ref().map(|connection| connection.vm_network().clone()),
+            vm_network: self.connection.lock().as_ref().map(|connection| connection.vm_network().clone()),
             ..Facts::default()
         }
     }
@@ -237,27 +230,23 @@ impl Running {
         }
     }
 
-    fn connection(&self) -> MutexGuard<'_, Option<Connection>> {
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// What the VM's network device moved, from the host's side; `None` without one.
     pub fn network_counters(&self) -> Option<Counters> {
-        self.connection().as_ref().map(Connection::counters)
+        self.connection.lock().as_ref().map(Connection::counters)
     }
 
     /// The folders of the VM's control groups.
     pub fn groups(&self) -> Vec<PathBuf> {
-        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = self.dir.lock();
         dir.as_ref().map_or_else(Vec::new, |dir| dir.groups())
     }
 
     /// Removes the socket, the network and the files, even while someone still holds a reference.
     pub async fn release(&self) {
-        drop(self.broker.lock().unwrap_or_else(PoisonError::into_inner).take());
-        let connection = self.connection().take();
-        let dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let disk = self.disk().take();
+        drop(self.broker.lock().take());
+        let connection = self.connection.lock().take();
+        let dir = self.dir.lock().take();
+        let disk = self.disk.lock().take();
         // They take some milliseconds, and others' work must not wait for that.
         let removed = tokio::task::spawn_blocking(move || {
             drop(connection);

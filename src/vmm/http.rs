@@ -5,7 +5,6 @@
 use std::borrow::Cow;
 use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
@@ -98,7 +97,7 @@ impl Client {
                 Some(sender) => sender,
                 None => open(FdStream::new(connect().await?, self.pending_fd.clone())).await?,
             };
-            *self.pending_fd.lock().unwrap_or_else(PoisonError::into_inner) = fd;
+            *self.pending_fd.lock() = fd;
             let answer = send(&mut sender, call).await?;
             *place = Some(sender);
             Ok(answer)

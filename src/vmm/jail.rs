@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use microvm_jail::{Access, Confined, Identity, LaunchSpec, Layer, Namespaces, Resource, Rlimit, Seccomp, Visible};
 
@@ -14,6 +14,7 @@ use crate::host::fork::PerProcess;
 use crate::host::kernel;
 use crate::host::privileges;
 use crate::host::process::{self, Exit};
+use crate::mutex::Mutex;
 
 /// Yama's: 2 lets none but root read another process's memory, 3 nobody.
 const PTRACE_SCOPE: &str = "/proc/sys/kernel/yama/ptrace_scope";
@@ -221,7 +222,7 @@ pub fn host_jail(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<Arc<Host
     type Known = HashMap<(PathBuf, Seccomp), Arc<HostJail>>;
     static KNOWN: PerProcess<Mutex<Known>> = PerProcess::new();
     // Held throughout: whoever comes second would only do the same.
-    let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = KNOWN.get().lock();
     let key = (launcher.to_owned(), seccomp);
     if let Some(found) = known.get(&key) {
         return Ok(found.clone());

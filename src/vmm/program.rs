@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use microvm_jail::Access;
 
 use crate::error::{Error, Result};
 use crate::host::fork::PerProcess;
 use crate::host::{binary, elf};
+use crate::mutex::Mutex;
 use crate::vmm::JailPlan;
 
 /// One binary, with its libraries and those of the modules that it will load.
@@ -49,7 +50,7 @@ impl VmmBinary {
         let failed = |error: std::io::Error| Error::host("inspect", path.display(), error);
         let binary = path.canonicalize().map_err(failed)?;
         let identity = identity(&binary, &binary.metadata().map_err(failed)?);
-        let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = KNOWN.get().lock();
         if let Some(program) = known.get(&identity) {
             return Ok(program.clone());
         }

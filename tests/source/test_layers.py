@@ -7,7 +7,10 @@ from typing import Dict, Set
 
 SRC = Path(__file__).resolve().parent.parent.parent / "src"
 # What each top-level module may use; ARCHITECTURE draws the same picture.
+# The lock is used by all of them.
+LOCK = "mutex"
 BELOW = {
+    LOCK: set(),
     "error": {"model"},
     "model": {"error"},
     "net": {"error", "model"},
@@ -38,7 +41,7 @@ def used() -> Dict[str, Dict[str, Set[str]]]:
         for group in re.findall(r"\buse crate::\{(.*?)\};", text, re.S):
             names += re.findall(r"(?:^|,)\s*(\w+)", group)
         for name in names:
-            if name != parts[0]:
+            if name not in (parts[0], LOCK):
                 targets.setdefault(name, set()).add(str(path.relative_to(SRC)))
     return found
 

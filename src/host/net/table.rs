@@ -3,13 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use super::watch::Removals;
 use super::{Refusal, Tool};
+
+use crate::mutex::Mutex;
 
 /// The table of this process.
 #[derive(Debug)]
@@ -46,17 +48,13 @@ impl Table {
         Arc::new(Self { name: name.to_owned(), head, drop, state, restored })
     }
 
-    fn state(&self) -> MutexGuard<'_, TableState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Puts a part into force, all of it or nothing. Blocking; call on the runtime.
     ///
     /// # Errors
     /// What `nft` said.
     pub fn add(self: &Arc<Self>, add: String, remove: String) -> Result<Part, Refusal> {
         // Held while `nft` runs: what is in force and what is noted must be the same.
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.parts.is_empty() {
             Tool::Nft.run(&format!("{}{}{add}", self.drop, self.head))?;
         } else {
@@ -80,7 +78,7 @@ impl Table {
     /// # Errors
     /// What `nft` said.
     pub fn change(&self, text: &str) -> Result<(), Refusal> {
-        let _state = self.state();
+        let _state = self.state.lock();
         Tool::Nft.run(text)
     }
 
@@ -91,7 +89,7 @@ impl Table {
     }
 
     fn remove(&self, part: &Part) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.parts.remove(&part.id);
         let removed = if state.parts.is_empty() { Tool::Nft.run(&self.drop) } else { Tool::Nft.run(&part.remove) };
         // Someone else was at it: what is left is made anew.
@@ -114,7 +112,7 @@ impl Table {
 
     /// Puts the table back if it should be there and is not.
     fn restore(&self) {
-        let state = self.state();
+        let state = self.state.lock();
         if state.parts.is_empty() {
             return;
         }

@@ -5,11 +5,11 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
 use crate::host::memfd;
+use crate::mutex::Mutex;
 
 /// The unit of a sparse digest, and of what is copied: pages that hold only zeros count for nothing.
 const PAGE: usize = 4096;
@@ -68,7 +68,7 @@ impl Digests {
     /// What reading says.
     pub fn of_file(&self, path: &Path) -> io::Result<Digest> {
         let known = |id: FileId| {
-            let cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let cache = self.0.lock();
             cache.get(path).filter(|(seen, _)| *seen == id).map(|(_, digest)| digest.clone())
         };
         let id = FileId::of(path)?;
@@ -79,7 +79,7 @@ impl Digests {
         hasher.update_reader(File::open(path)?)?;
         let digest = Digest(hasher.finalize().to_hex().to_string());
         if FileId::of(path)? == id {
-            let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut cache = self.0.lock();
             cache.insert(path.to_owned(), (id, digest.clone()));
         }
         Ok(digest)

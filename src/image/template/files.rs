@@ -5,13 +5,14 @@ use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::digest::{self, FileId};
 use super::{folder, Digest, Fit, Manifest};
 use crate::host::fork::PerProcess;
 use crate::host::memfd;
+use crate::mutex::{Mutex, MutexGuard};
 use crate::store::Dir;
 
 /// What [`describe`] finds written.
@@ -107,9 +108,9 @@ pub(super) fn describe_unless(
 }
 
 /// The memory of all templates that this process holds, those included that only clones hold any more.
-fn held() -> std::sync::MutexGuard<'static, Vec<Weak<OwnedFd>>> {
+fn held() -> MutexGuard<'static, Vec<Weak<OwnedFd>>> {
     static HELD: PerProcess<Mutex<Vec<Weak<OwnedFd>>>> = PerProcess::new();
-    HELD.get().lock().unwrap_or_else(PoisonError::into_inner)
+    HELD.get().lock()
 }
 
 /// Bytes of all templates in memory that no page was made for yet: the first clone that writes there has one made, for

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
@@ -30,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::host::clock;
 use crate::image::copy_disk;
 use crate::model::{VmId, VmSpec};
+use crate::mutex::Mutex;
 use crate::store::{Dir, Entry, Lock};
 
 const SNAPSHOTS: &str = "snapshots";
@@ -218,8 +219,7 @@ impl SnapshotStore {
     /// # Errors
     /// [`Error::StateDamaged`].
     pub async fn load(self: &Arc<Self>, name: &str) -> Result<Option<Snapshot>> {
-        let slot =
-            self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(name.to_owned()).or_default().clone();
+        let slot = self.slots.lock().entry(name.to_owned()).or_default().clone();
         let mut known = slot.lock().await;
         if let Some(snapshot) = known.take().filter(|snapshot| snapshot.template.is_unchanged()) {
             *known = Some(snapshot.clone());
@@ -286,7 +286,7 @@ impl SnapshotStore {
         debug_assert_eq!(lock.name, name);
         let Some(dir) = self.folder.existing()? else { return Ok(None) };
         let gone = format!("{GONE}{}", clock::hex(&clock::random::<8>()?));
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.slots.lock().remove(name);
         match dir.rename(name, &dir, &gone) {
             Ok(()) => Ok(Some(Trash { dir, name: gone })),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),

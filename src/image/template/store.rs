@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
@@ -13,6 +13,7 @@ use super::files::{self, Template, DISK, MANIFEST};
 use super::folder::{self, Folder};
 use super::{Fit, Manifest};
 use crate::error::{Error, Result};
+use crate::mutex::Mutex;
 use crate::store::{Dir, Lock};
 
 /// Its time of change is that of the last use.
@@ -70,19 +71,15 @@ impl Store {
         self.folder.path()
     }
 
-    fn slots(&self) -> MutexGuard<'_, HashMap<String, TemplateSlot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The template of this [`Fit::key`], if this process holds it and its files are what they were.
     #[must_use]
     pub fn known(&self, key: &str) -> Option<Arc<Template>> {
-        let known = self.slots().get(key).and_then(|slot| slot.known.clone())?;
+        let known = self.slots.lock().get(key).and_then(|slot| slot.known.clone())?;
         if known.is_unchanged() {
             return Some(known);
         }
         log::warn!("template {key}: its files have changed; it is not used any more");
-        if let Some(slot) = self.slots().get_mut(key) {
+        if let Some(slot) = self.slots.lock().get_mut(key) {
             slot.known.take_if(|other| Arc::ptr_eq(other, &known));
         }
         None
@@ -121,7 +118,7 @@ impl Store {
     where
         F: Future<Output = Result<Vec<u8>>> + Send + 'static,
     {
-        let mut slots = self.slots();
+        let mut slots = self.slots.lock();
         let slot = slots.entry(key.clone()).or_default();
         // A sender that is gone is that of a task that panicked.
         if let Some(work) = slot.work.as_ref().filter(|work| work.done.has_changed().is_ok()) {
@@ -134,7 +131,7 @@ impl Store {
         tokio::spawn(async move {
             let outcome = store.find(&key, fit, make, stopped).await.map(Arc::new);
             {
-                let mut slots = store.slots();
+                let mut slots = store.slots.lock();
                 let slot = slots.entry(key).or_default();
                 slot.work = None;
                 slot.known = outcome.as_ref().ok().cloned();
@@ -171,7 +168,7 @@ impl Store {
             work.stop.send_replace(true);
             work.done.clone()
         };
-        let under_way: Vec<_> = self.slots().values().filter_map(|slot| slot.work.as_ref()).map(stop).collect();
+        let under_way: Vec<_> = self.slots.lock().values().filter_map(|slot| slot.work.as_ref()).map(stop).collect();
         for mut done in under_way {
             // An error is the end of the task, too.
             drop(done.wait_for(Option::is_some).await);
@@ -181,7 +178,7 @@ impl Store {
     /// Removes a template that did not work.
     pub async fn discard(&self, fit: &Fit) {
         let key = fit.key();
-        if let Some(slot) = self.slots().get_mut(&key) {
+        if let Some(slot) = self.slots.lock().get_mut(&key) {
             slot.known = None;
         }
         let removed = match self.folder.existing() {

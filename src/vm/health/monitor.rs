@@ -90,7 +90,7 @@ impl MicroVm {
     /// The last sample of the monitor, if there is one yet.
     #[must_use]
     pub fn last_health(&self) -> Option<Health> {
-        self.now().1.and_then(|running| running.health_history().last.clone())
+        self.now().1.and_then(|running| running.health_history.lock().last.clone())
     }
 
     /// The history: since when status and reason are the same, and the last samples.
@@ -99,7 +99,7 @@ impl MicroVm {
         match self.now().1 {
             None => (None, json!([])),
             Some(running) => {
-                let history = running.health_history();
+                let history = running.health_history.lock();
                 (history.last.as_ref().map(|_| history.since_unix_s), history.history_json())
             }
         }
@@ -133,7 +133,7 @@ impl MicroVm {
                 return;
             }
             let report = health.report.clone();
-            let before = running.health_history().note(health.clone());
+            let before = running.health_history.lock().note(health.clone());
             self.publish_health(before.as_ref(), &health);
             if is_second_sample || !self.repair(running, report.reason).await {
                 return;
@@ -145,7 +145,7 @@ impl MicroVm {
     async fn is_alive_as_before(&self, running: &Running, patience: Duration) -> bool {
         let received = running.agent().records_received();
         let (is_due, has_talked) = {
-            let mut history = running.health_history();
+            let mut history = running.health_history.lock();
             history.beats = history.beats.wrapping_add(1);
             let is_due = history.beats % FULL_SAMPLE_EVERY == FIRST_FULL_SAMPLE;
             let was_well = history.last.as_ref().is_none_or(|last| last.round_trip_s.is_some());
@@ -156,7 +156,7 @@ impl MicroVm {
         }
         has_talked || {
             let is_alive = running.agent().sign_of_life(patience).await.is_ok();
-            running.health_history().records_received = running.agent().records_received();
+            running.health_history.lock().records_received = running.agent().records_received();
             is_alive
         }
     }

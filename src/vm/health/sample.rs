@@ -1,6 +1,5 @@
 //! Samples the health of one VM.
 
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -28,17 +27,17 @@ pub async fn sample(running: &Running, state: VmState, deadline: Duration, allow
     let mut health = Health::of_state(state);
     health.uptime_seconds = running.since.elapsed().as_secs_f64();
     let usage = running.pid().and_then(procfs::usage).filter(|_| running.is_alive());
-    let groups = running.health_history().groups.clone();
+    let groups = running.health_history.lock().groups.clone();
     let groups = groups.unwrap_or_else(|| {
         let groups = running.groups();
-        running.health_history().groups = Some(groups.clone());
+        running.health_history.lock().groups = Some(groups.clone());
         groups
     });
     health.group = cgroup::usage(&groups);
     if let Some(usage) = usage {
         health.memory_usage_mb = usage.rss_bytes >> 20;
         health.cpu_s = usage.cpu_s;
-        let mut sample = running.cpu_sample.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sample = running.cpu_sample.lock();
         let now = Instant::now();
         let (before, used) = *sample;
         let elapsed = (now - before).as_secs_f64().max(0.001);
@@ -53,20 +52,20 @@ pub async fn sample(running: &Running, state: VmState, deadline: Duration, allow
         // The vCPUs of a paused VM stand still on request: its silence says nothing.
         (Some(_), VmState::Running) => {
             let (asked, disk) = tokio::join!(probe(running, deadline), disk_io(running, deadline));
-            let last = running.health_history().last.as_ref().map(|last| (last.disk_io_bytes, last.failed_writes));
+            let last = running.health_history.lock().last.as_ref().map(|last| (last.disk_io_bytes, last.failed_writes));
             // A VMM that does not answer has moved what it had.
             (health.disk_io_bytes, health.failed_writes) = disk.or(last).unwrap_or_default();
             asked
         }
         _ => (Liveness::NotProbed, ProbeResult::default()),
     };
-    let failed_before = running.health_history().last.as_ref().map_or(0, |last| last.failed_writes);
+    let failed_before = running.health_history.lock().last.as_ref().map_or(0, |last| last.failed_writes);
     health.failed_writes = failed_writes(health.failed_writes, probed.guest.as_ref(), failed_before);
     if let Liveness::Alive(round_trip_s) = liveness {
         health.round_trip_s = Some(round_trip_s);
     }
     let (before, missed) = {
-        let history = running.health_history();
+        let history = running.health_history.lock();
         let before = history.last.as_ref().map_or(crate::model::HealthStatus::Unknown, |last| last.report.status);
         (before, history.missed())
     };
@@ -136,7 +135,7 @@ async fn probe(running: &Running, deadline: Duration) -> (Liveness, ProbeResult)
 
 /// Waits once more, and measures meanwhile whether the VM gets to run at all.
 async fn wait_for_life(running: &Running, deadline: Duration) -> (Liveness, ProbeResult) {
-    let groups = running.health_history().groups.clone().unwrap_or_default();
+    let groups = running.health_history.lock().groups.clone().unwrap_or_default();
     // Waiting for a CPU and being held back at the quota alike.
     let starved_s = || {
         let scheduling = running.pid().and_then(procfs::scheduling).unwrap_or_default();

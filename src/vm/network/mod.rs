@@ -10,7 +10,7 @@ mod sweep;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use microvm_protocol::identity::GuestNetwork;
@@ -20,6 +20,7 @@ use crate::host::fork::PerProcess;
 use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
 use crate::host::{clock, kernel, privileges};
 use crate::model::{Ipv4Net, MacAddress, NetworkConfig, VmId};
+use crate::mutex::Mutex;
 use crate::net::{self, Before, HostNetwork, Interface, Problem, Resolution, Rules, VmNetwork};
 use crate::vmm::{Nic, Wire};
 use relay::Relay;
@@ -175,7 +176,7 @@ fn look(tap: Option<&str>, relayed: bool, age: Age) -> Vec<Problem> {
     let uplinks = host::uplinks().into_iter().map(|name| (host::forwards(&name), name));
     let uplinks = uplinks.map(|(forwards, name)| (name, forwards)).collect();
     // Held throughout: a second caller would only do the same.
-    let mut seen = SEEN.get().lock().unwrap_or_else(PoisonError::into_inner);
+    let mut seen = SEEN.get().lock();
     let (begun, took, firewall) = match seen.take() {
         Some((begun, took, firewall)) if age == Age::Recent && begun.elapsed() < took * REUSE => {
             (begun, took, firewall)
@@ -196,7 +197,7 @@ fn look(tap: Option<&str>, relayed: bool, age: Age) -> Vec<Problem> {
 fn tell(vm_id: &VmId, problems: &[Problem]) {
     static TOLD: PerProcess<Mutex<BTreeSet<String>>> = PerProcess::new();
     for Problem { what, remedy, .. } in problems {
-        if TOLD.get().lock().unwrap_or_else(PoisonError::into_inner).insert(what.clone()) {
+        if TOLD.get().lock().insert(what.clone()) {
             log::warn!("{vm_id}: {what}; {remedy}");
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -13,6 +13,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::host_servers;
 use crate::host::clock;
 use crate::host::net::{Listening, Table};
+use crate::mutex::Mutex as StdMutex;
 use crate::net::{Decision, Pinned, Question, Relayed, Rules, Transport, Upstream, VmNetwork, MAX_PINNED};
 
 const DNS_PORT: u16 = 53;
@@ -274,7 +275,7 @@ impl Asking {
 
     /// Warns, but not as often as a guest likes.
     fn warn(&self, what: &str) {
-        let admitted = lock(&self.warnings).admit(Instant::now());
+        let admitted = self.warnings.lock().admit(Instant::now());
         let tap = &self.vm_network.tap.name;
         match admitted {
             Some(0) => log::warn!("{tap}: {what}"),
@@ -318,7 +319,7 @@ impl Asking {
                 return Ok(());
             }
             if !pins.have_room(&relayed.pinned) {
-                lock(&self.wanted).retain(|pinned, _| !relayed.pinned.contains(pinned));
+                self.wanted.lock().retain(|pinned, _| !relayed.pinned.contains(pinned));
                 return Err(format!(
                     "its names stand for {} addresses already, the most that may be",
                     pins.until.len()
@@ -332,7 +333,7 @@ impl Asking {
     }
 
     fn want(&self, pinned: &[Pinned], seconds: u32) {
-        let mut wanted = lock(&self.wanted);
+        let mut wanted = self.wanted.lock();
         for pinned in pinned {
             let longest = wanted.entry(*pinned).or_default();
             *longest = seconds.max(*longest);
@@ -341,7 +342,7 @@ impl Asking {
 
     /// Lets pass what `relayed` needs, and in the same change what others wait for, as far as there is room.
     async fn change(&self, pins: &mut Pins, relayed: &Relayed, needed: u32) -> Result<(), String> {
-        let others = std::mem::take(&mut *lock(&self.wanted));
+        let others = std::mem::take(&mut *self.wanted.lock());
         let mut all: HashMap<Pinned, u32> = relayed.pinned.iter().map(|pinned| (*pinned, needed)).collect();
         let mut room = MAX_PINNED.saturating_sub(pins.until.len() + all.len());
         for (pinned, seconds) in others {
@@ -361,10 +362,6 @@ impl Asking {
         pins.until.extend(all.iter().map(|(pinned, lasts)| (*pinned, begun + Duration::from_secs(u64::from(*lasts)))));
         Ok(())
     }
-}
-
-fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn fresh_id() -> std::io::Result<u16> {

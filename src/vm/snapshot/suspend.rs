@@ -23,19 +23,19 @@ const IDLE_DEADLINE: Duration = Duration::from_secs(5);
 impl MicroVm {
     #[must_use]
     pub fn is_suspended(&self) -> bool {
-        let cell = self.cell();
+        let cell = self.cell.lock();
         cell.suspended && cell.state == VmState::Paused
     }
 
     /// Whether the state on disk under this VM's name is its own.
     #[must_use]
     pub fn has_suspended_state(&self) -> bool {
-        self.cell().suspended
+        self.cell.lock().suspended
     }
 
     /// Makes a VM one that was suspended before this process knew it.
     pub(crate) fn set_suspended(&self) {
-        let mut cell = self.cell();
+        let mut cell = self.cell.lock();
         (cell.state, cell.suspended) = (VmState::Paused, true);
     }
 
@@ -64,7 +64,7 @@ impl MicroVm {
             return Err(error.of(self.id()));
         }
         let reserved = {
-            let mut cell = self.cell();
+            let mut cell = self.cell.lock();
             // The VM may have died at the last moment: its state is on disk all the same.
             if cell.state != VmState::Paused {
                 self.enter(&mut cell, VmState::Paused, "suspend");
@@ -127,7 +127,7 @@ impl MicroVm {
             if matches!(error, Error::VmNotFound { .. }) {
                 // Someone else resumed or destroyed it.
                 self.fail(error);
-                self.cell().suspended = false;
+                self.cell.lock().suspended = false;
             }
         })?;
         // Given back by whatever ends this before the VM runs.
@@ -154,7 +154,7 @@ impl MicroVm {
 
     /// Removes the state of a VM that is not to come back.
     pub(in crate::vm) async fn throw_away(&self) {
-        self.cell().suspended = false;
+        self.cell.lock().suspended = false;
         if let Err(error) = forget(&self.settings, self.id()).await {
             log::warn!("{}: its suspended state was not removed: {error}", self.id());
         }

@@ -111,7 +111,7 @@ impl MicroVm {
 
     /// The VM's processes, where they are there: RUNNING or PAUSED and not suspended.
     pub(in crate::vm) fn live(&self, operation: &'static str) -> Result<(Arc<Running>, VmState)> {
-        let cell = self.cell();
+        let cell = self.cell.lock();
         match (cell.running(), cell.state) {
             (Some(running), state @ (VmState::Running | VmState::Paused)) => Ok((running.clone(), state)),
             (_, state) => {

@@ -1,13 +1,13 @@
 //! A start under way: how far it has come, and the wait for a VMM that was launched until it is of use, or not.
 
 use std::future::Future;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result, Tails};
 use crate::host::process::Jailed;
 use crate::host::procfs;
 use crate::model::VmId;
+use crate::mutex::Mutex;
 use crate::vmm::{LiveTails, Vmm};
 
 /// Stages in which a guest boots.
@@ -32,16 +32,16 @@ impl Progress {
     }
 
     pub fn at(&self, stage: &'static str) {
-        self.stages.lock().unwrap_or_else(PoisonError::into_inner).push((stage, Instant::now()));
+        self.stages.lock().push((stage, Instant::now()));
     }
 
     pub fn stage(&self) -> &'static str {
-        self.stages.lock().unwrap_or_else(PoisonError::into_inner).last().map_or("", |(stage, _)| stage)
+        self.stages.lock().last().map_or("", |(stage, _)| stage)
     }
 
     /// The stages up to now and their lengths.
     pub fn lengths(&self) -> Vec<(&'static str, Duration)> {
-        let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        let stages = self.stages.lock();
         let ends = stages.iter().skip(1).map(|(_, end)| *end).chain([Instant::now()]);
         stages.iter().zip(ends).map(|((stage, begun), end)| (*stage, end - *begun)).collect()
     }

@@ -1,6 +1,6 @@
 //! A VMM from its launch to a running VM. Whatever is made on the way is undone when a step fails or the future is dropped.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use microvm_protocol::identity::Identity;
@@ -16,6 +16,7 @@ use crate::host::process::Jailed;
 use crate::host::procfs::Usage;
 use crate::image::template::Template;
 use crate::model::{VmId, VmSpec};
+use crate::mutex::Mutex;
 use crate::store::disk::Disk;
 use crate::store::VmDir;
 use crate::vm::ids::Ids;

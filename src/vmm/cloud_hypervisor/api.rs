@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::bodies;
@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::host::net::Tap;
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
+use crate::mutex::Mutex;
 use crate::vmm::http::{Answer, Call, Client};
 use crate::vmm::{BoxFuture, DiskIo, LaunchPlan, Origin, VmmControl, CONTROL_DEADLINE};
 
@@ -99,7 +100,7 @@ impl VmmControl for Api {
             let [create, start] = self.machine.clone();
             let patient = Client::new(BOOT_DEADLINE);
             self.ask_by(&patient, "create", create, None).await?;
-            let nic = self.nic.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let nic = self.nic.lock().take();
             if let Some((call, tap)) = nic {
                 let fd = tap.fd.try_clone().map_err(|error| self.failed("connect", error.to_string()))?;
                 self.ask_by(&patient, "connect", call, Some(fd)).await?;
