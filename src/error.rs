@@ -89,6 +89,8 @@ pub enum Error {
         socket = socket.display()
     )]
     ForeignSocket { vm_id: String, socket: PathBuf, uid: u32 },
+    #[error("{vm_id}: {socket:?} is not trusted: {reason}; {remedy}: nothing was sent", socket = socket.display())]
+    UntrustedSocket { vm_id: String, socket: PathBuf, reason: String, remedy: String },
     #[error("{vm_id}: {what} was not done within {limit_s} s{}", outcome(*sent))]
     ChannelTimeout { vm_id: String, what: String, limit_s: f64, sent: bool },
     #[error("{vm_id}: {what}: {}", said(message))]
@@ -146,7 +148,7 @@ impl Error {
             Error::VmDied { .. } => "vm_died",
             Error::ChannelClosed { .. } => "channel_closed",
             Error::ChannelTimeout { .. } => "channel_timeout",
-            Error::ForeignSocket { .. } => "foreign_socket",
+            Error::ForeignSocket { .. } | Error::UntrustedSocket { .. } => "foreign_socket",
             Error::Guest { code, .. } => code,
             Error::ChecksumMismatch { .. } => "checksum_mismatch",
             Error::HandshakeFailed { .. } => "handshake_failed",
@@ -195,7 +197,7 @@ impl Error {
                 json!({"path": path.display().to_string(), "reason": reason, "remedy": remedy})
             }
             Error::ChannelClosed { sent, .. } | Error::ChannelTimeout { sent, .. } => json!({"sent": sent}),
-            Error::MessageTooLarge { .. } => json!({"sent": false}),
+            Error::MessageTooLarge { .. } | Error::UntrustedSocket { .. } => json!({"sent": false}),
             Error::ForeignSocket { uid, .. } => json!({"uid": uid, "sent": false}),
             Error::InvalidState { operation, state, .. } => json!({"operation": operation, "state": state.as_str()}),
             _ => json!({}),

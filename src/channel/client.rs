@@ -1,5 +1,7 @@
 //! The other end of a broker's socket.
 
+use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use tokio::sync::Mutex;
 use super::framing::{self, FramingError, Reader, MAX_DOCUMENT};
 use crate::error::{Error, Result};
 use crate::model::VmId;
+use crate::store::{self, Refusal};
 
 /// A client that can connect again after it was closed; sending and receiving do not wait for each other.
 #[derive(Debug)]
@@ -51,15 +54,23 @@ impl Client {
     /// Connects to the broker, dropping an older connection.
     ///
     /// # Errors
-    /// [`Error::ChannelClosed`] when nobody listens, [`Error::ChannelTimeout`], [`Error::ForeignSocket`].
+    /// [`Error::ChannelClosed`] when nobody listens, [`Error::ChannelTimeout`], [`Error::ForeignSocket`],
+    /// [`Error::UntrustedSocket`].
     pub async fn connect(&self, deadline: Duration) -> Result<()> {
-        let connected = tokio::time::timeout(deadline, UnixStream::connect(&self.socket)).await;
-        let stream = connected.map_err(|_| self.timeout("connect", deadline, false))?.map_err(|error| {
-            self.closed(
-                format!("{}: {error}; is the VM running, and this process of its user?", self.socket.display()),
-                false,
-            )
+        let unreachable = |error: io::Error| {
+            let shown = self.socket.display();
+            self.closed(format!("{shown}: {error}; is the VM running, and this process of its user?"), false)
+        };
+        // Another user could lead the path, by a link in a folder of theirs, to the broker of another VM of this user.
+        let found = store::to_socket(&self.socket).map_err(|Refusal { reason, remedy }| {
+            let (vm_id, socket) = (self.vm_id.to_string(), self.socket.clone());
+            Error::UntrustedSocket { vm_id, socket, reason, remedy }
         })?;
+        let socket = found.ok_or_else(|| unreachable(io::Error::from_raw_os_error(libc::ENOENT)))?;
+        // What was checked, whatever its path leads to by now (proc_pid_fd(5)).
+        let checked = format!("/proc/self/fd/{}", socket.as_raw_fd());
+        let connected = tokio::time::timeout(deadline, UnixStream::connect(checked)).await;
+        let stream = connected.map_err(|_| self.timeout("connect", deadline, false))?.map_err(unreachable)?;
         // A socket's path can be guessed: whoever made it first would be told all that is sent.
         let owner = stream.peer_cred().map_err(|error| self.closed(error, false))?.uid();
         if !is_trusted(owner, nix::unistd::geteuid().as_raw()) {

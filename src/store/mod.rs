@@ -19,3 +19,4 @@ pub use base::{check_apart, default_cache, default_runtime, Base, Kind, Root};
 pub use dir::{Dir, Entry, Id};
 pub use lock::{Lock, Turn};
 pub use runtime::{Existing, Folders, VmDir};
+pub use walk::{to_socket, Refusal};

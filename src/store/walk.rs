@@ -50,6 +50,39 @@ struct Step {
 
 /// Opens the folder at an absolute path; `make`: also the missing ones on the way to it. `None` when it is not there.
 pub fn to(path: &Path, make: bool) -> Result<Option<Found>, Refusal> {
+    let Some(mut steps) = follow(path, make, false)? else { return Ok(None) };
+    let above = steps.iter().rev().skip(1).map(|step| Id::of(&step.stat)).collect();
+    let Some(last) = steps.pop() else { return Ok(None) };
+    check_last(&last)?;
+    let dir = Dir::from_fd(&last.fd, path.to_owned()).map_err(|error| cannot("open", &last.path, error))?;
+    Ok(Some(Found { dir, id: Id::of(&last.stat), above }))
+}
+
+/// Opens (`O_PATH`) the socket at an absolute path, of root's or this user's, that no other user can exchange. `None` when it
+/// is not there.
+pub fn to_socket(path: &Path) -> Result<Option<OwnedFd>, Refusal> {
+    to_socket_by(path, LINKS)
+}
+
+fn to_socket_by(path: &Path, links_left: u32) -> Result<Option<OwnedFd>, Refusal> {
+    let no_socket = |path: &Path| Refusal::new(format!("{} is not a socket", path.display()), "name a VM's socket");
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else { return Err(no_socket(path)) };
+    let Some(steps) = follow(folder, false, true)? else { return Ok(None) };
+    let Some(at) = steps.last() else { return Ok(None) };
+    check_step(at)?;
+    match step(at, name, false)? {
+        Some(found) if is_kind(&found.stat, SFlag::S_IFSOCK) => Ok(Some(found.fd)),
+        Some(link) if is_kind(&link.stat, SFlag::S_IFLNK) && links_left > 0 => {
+            let target = readlinkat(&link.fd, "").map_err(|errno| cannot("read", &link.path, errno))?;
+            to_socket_by(&folder.join(target), links_left - 1)
+        }
+        Some(found) => Err(no_socket(&found.path)),
+        None => Ok(None),
+    }
+}
+
+/// The folders from the root to the one at an absolute path, which may be a link where `takes_link`.
+fn follow(path: &Path, make: bool, takes_link: bool) -> Result<Option<Vec<Step>>, Refusal> {
     let mut ahead: VecDeque<OsString> = names(path).collect();
     let mut steps = vec![root()?];
     let mut links = 0;
@@ -63,7 +96,7 @@ pub fn to(path: &Path, make: bool) -> Result<Option<Found>, Refusal> {
         let Some(next) = step(at, &name, make)? else { return Ok(None) };
         if is_kind(&next.stat, SFlag::S_IFLNK) {
             links += 1;
-            if ahead.is_empty() || links > LINKS {
+            if (ahead.is_empty() && !takes_link) || links > LINKS {
                 let reason = format!("{} is a symbolic link", next.path.display());
                 return Err(Refusal::new(reason, "name the folder that it leads to"));
             }
@@ -80,11 +113,7 @@ pub fn to(path: &Path, make: bool) -> Result<Option<Found>, Refusal> {
             return Err(Refusal::new(reason, "name a folder"));
         }
     }
-    let above = steps.iter().rev().skip(1).map(|step| Id::of(&step.stat)).collect();
-    let Some(last) = steps.pop() else { return Ok(None) };
-    check_last(&last)?;
-    let dir = Dir::from_fd(&last.fd, path.to_owned()).map_err(|error| cannot("open", &last.path, error))?;
-    Ok(Some(Found { dir, id: Id::of(&last.stat), above }))
+    Ok(Some(steps))
 }
 
 fn names(path: &Path) -> impl Iterator<Item = OsString> + '_ {
@@ -256,6 +285,25 @@ mod tests {
         assert!(to(&scratch.0.join("link"), true).unwrap_err().reason.contains("symbolic link"));
         symlink("loop", scratch.0.join("loop")).unwrap();
         assert!(to(&scratch.0.join("loop/base"), true).unwrap_err().reason.contains("symbolic link"));
+    }
+
+    #[test]
+    fn test_a_socket_is_reached_where_no_other_user_can_exchange_what_leads_to_it() {
+        let scratch = Scratch::new("socket");
+        fs::create_dir(scratch.0.join("own")).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(scratch.0.join("own/sock")).unwrap();
+        symlink("own", scratch.0.join("link")).unwrap();
+        symlink("own/sock", scratch.0.join("other")).unwrap();
+        symlink("round", scratch.0.join("round")).unwrap();
+        for path in ["own/sock", "link/sock", "other"] {
+            assert!(to_socket(&scratch.0.join(path)).unwrap().is_some(), "{path}");
+        }
+        assert!(to_socket(&scratch.0.join("own/none")).unwrap().is_none());
+        for path in ["own", "round"] {
+            assert!(to_socket(&scratch.0.join(path)).unwrap_err().reason.contains("not a socket"), "{path}");
+        }
+        mode(&scratch.0.join("own"), 0o777);
+        assert!(to_socket(&scratch.0.join("own/sock")).unwrap_err().reason.contains("other users may write"));
     }
 
     #[test]

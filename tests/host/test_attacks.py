@@ -653,8 +653,7 @@ class Sockets(AttackTestCase):
                     with self.subTest(path, uid=uid):
                         self.assertIn(path, paths)
                         self.assertEqual((connected, code, answer), (False, "foreign_socket", None))
-                heard = listener.ask()
-                self.assertTrue(heard and not heard.replace("<>", ""), heard)
+                self.assertEqual(listener.ask().replace("<>", ""), "")
 
     def test_a_vms_broker_and_processes_are_closed_to_another_user(self) -> None:
         path = RUNTIMES[0].format(VICTIM) + "/vm/sock"
@@ -664,7 +663,10 @@ class Sockets(AttackTestCase):
             self.assertIn("pong", json.dumps(answer))
             self.stage.run(ATTACKER, *link(path, "/tmp/link"))
             for told in json.loads(self.stage.act(ATTACKER, SPEAK, "vm", path, "/tmp/link"))[1:]:
-                self.assertEqual((told[1], told[2], told[3]), (False, "channel_closed", None))
+                self.assertEqual((told[1], told[2], told[3]), (False, "foreign_socket", None))
+            # A link of another user's leads the VM's own user nowhere, although the broker at its end is the user's.
+            (_, (_, connected, code, answer)) = json.loads(self.stage.act(VICTIM, SPEAK, "vm", "/tmp/link"))
+            self.assertEqual((connected, code, answer), (False, "foreign_socket", None))
             tried = json.loads(self.stage.act(ATTACKER, TRY, path, str(VICTIM)))
             self.assertGreaterEqual(tried["processes"], 3)
             self.assertEqual((tried["opened"], tried["killed"], tried["connected"], tried["abstract"]), ([], [], [], []))

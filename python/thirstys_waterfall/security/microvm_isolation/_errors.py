@@ -103,7 +103,7 @@ class ChannelError(MicroVMError):
     """The channel to the guest failed.
 
     Codes: ``channel_closed``, ``channel_timeout``, ``handshake_failed``, ``message_too_large``,
-    ``checksum_mismatch``, ``foreign_socket`` (another user listens at the VM's socket; nothing was sent).
+    ``checksum_mismatch``, ``foreign_socket`` (another user listens at the VM's socket, or could exchange its path; nothing was sent).
     ``details["sent"]`` of ``channel_closed``, ``channel_timeout`` and ``message_too_large`` is ``False`` when
     nothing reached the guest, so that the command can safely be sent again, and ``True`` when it was sent
     and may have run.
