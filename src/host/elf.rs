@@ -29,7 +29,7 @@ pub struct Elf {
 }
 
 type Header = FileHeader64<LittleEndian>;
-type ProgramHeader = <Header as FileHeader>::ProgramHeader;
+type Phdr = <Header as FileHeader>::ProgramHeader;
 
 impl Elf {
     /// # Errors
@@ -52,10 +52,10 @@ impl Elf {
     }
 
     /// The segments, each of which lies within the file.
-    fn segments(&self) -> io::Result<&[ProgramHeader]> {
+    fn segments(&self) -> io::Result<&[Phdr]> {
         let segments = self.header()?.program_headers(LittleEndian, &self.data);
         let segments = segments.map_err(|_| io::Error::other("it is cut off: its program headers are missing"))?;
-        let is_within = |segment: &ProgramHeader| {
+        let is_within = |segment: &Phdr| {
             let (offset, length) = segment.file_range(LittleEndian);
             offset.checked_add(length).is_some_and(|end| end <= self.size)
         };
@@ -66,10 +66,9 @@ impl Elf {
     }
 
     /// The segments of a kind that are no longer than `limit`.
-    fn short_segments(&self, kind: ProgramType, limit: u64) -> io::Result<impl Iterator<Item = &ProgramHeader>> {
-        let is_wanted = move |segment: &&ProgramHeader| {
-            segment.p_type(LittleEndian) == kind && segment.file_range(LittleEndian).1 <= limit
-        };
+    fn short_segments(&self, kind: ProgramType, limit: u64) -> io::Result<impl Iterator<Item = &Phdr>> {
+        let is_wanted =
+            move |segment: &&Phdr| segment.p_type(LittleEndian) == kind && segment.file_range(LittleEndian).1 <= limit;
         Ok(self.segments()?.iter().filter(is_wanted))
     }
 
