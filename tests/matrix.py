@@ -8,15 +8,23 @@ python3 and whatever of CPython 3.8 and 3.13 is in PATH or below ``$PYENV_ROOT``
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import List, Sequence
+from typing import Iterator, List, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    # This folder is no place to import from: it would hide packages.
+    sys.path[0] = str(ROOT)
+
+from tests import skips  # noqa: E402
+
 MODULE = "thirstys_waterfall.security.microvm_isolation"
 CRATES = ("microvm-protocol", "microvm-jail", "microvm-agent", "microvm-tools")
 WANTED = ("3.8", "3.13")
@@ -28,29 +36,48 @@ class Totals:
     """What passed, failed and was skipped so far."""
 
     def __init__(self) -> None:
-        self.passed = self.failed = self.skipped = 0
+        self.passed = self.failed = 0
+        self.skipped: List[skips.Skip] = []
         self.notes: List[str] = []
+        self.begun = time.monotonic()
 
-    def add(self, name: str, passed: int, failed: int, skipped: int) -> None:
+    def add(self, name: str, passed: int, failed: int, skipped: Sequence[skips.Skip] = ()) -> None:
         self.passed += passed
         self.failed += failed
         self.skipped += skipped
-        self.notes.append("{}: {} passed, {} failed, {} skipped".format(name, passed, failed, skipped))
+        seconds, self.begun = time.monotonic() - self.begun, time.monotonic()
+        counts = (seconds, passed, failed, len(skipped), name)
+        self.notes.append("{:8.0f} s  {:5} passed, {} failed, {} skipped: {}".format(*counts))
 
 
 def cargo(command: str, totals: Totals) -> None:
-    """Run ``cargo test`` for the core and each crate on its own: in one build their features would unify."""
+    """Run ``cargo test`` for the core and each crate on its own: in one build their features would unify.
+
+    A Rust test that cannot run prints ``skipped: `` and the reason, and returns: the test programs count it as passed.
+    """
     runs = [["--no-default-features"]] + [["-p", crate] for crate in CRATES]
     for options in runs:
-        call = [command, "test", "--no-fail-fast"] + options
+        call = [command, "test", "--locked", "--no-fail-fast"] + options + ["--", "--show-output"]
         print("+ " + " ".join(call), flush=True)
         done = subprocess.run(call, cwd=str(ROOT), stdout=subprocess.PIPE, universal_newlines=True)
         print(done.stdout, flush=True)
         counts = re.findall(r"test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", done.stdout)
-        passed, failed, skipped = (sum(int(row[i]) for row in counts) for i in range(3))
+        passed, failed, ignored = (sum(int(row[i]) for row in counts) for i in range(3))
         # Without a failed test a bad exit code means that the crate did not compile.
         failed = max(failed, 1) if done.returncode else failed
-        totals.add("cargo test " + " ".join(options), passed, failed, skipped)
+        name = "cargo test " + " ".join(options)
+        skipped = [(test, reason) for test, reason in skipped_in(done.stdout)] + [(name, "ignored")] * ignored
+        unlisted = skips.unknown(skipped)
+        print("\n".join("failed: " + text for text in unlisted))
+        totals.add(name, passed - len(skipped) + ignored, failed + len(unlisted), skipped)
+
+
+def skipped_in(output: str) -> Iterator[skips.Skip]:
+    """The Rust tests that said that they were skipped, once each."""
+    for test, said in re.findall(r"^---- (\S+) stdout ----\n(.*?)(?=^----|^successes:|^failures:|\Z)", output, re.M | re.S):
+        reason = re.search(r"^skipped: (.*)", said, re.M)
+        if reason:
+            yield test, reason.group(1)
 
 
 def environment(build: Path, python: str, wheel: Path) -> str:
@@ -100,20 +127,21 @@ def stubtest(python: str, build: Path, wheel: Path, totals: Totals) -> None:
     call = [python, "-m", "mypy.stubtest", MODULE, "--mypy-config-file", str(settings)]
     print("+ " + " ".join(call), flush=True)
     done = subprocess.run(call, cwd=str(target), env=variables)
-    totals.add("mypy.stubtest", int(done.returncode == 0), int(done.returncode != 0), 0)
+    totals.add("mypy.stubtest", int(done.returncode == 0), int(done.returncode != 0))
 
 
 def suite(python: str, build: Path, wheel: Path, totals: Totals, names: Sequence[str] = ()) -> None:
     """Run the Python suite, or the parts of it with these names, with one interpreter."""
-    numbers = build / "totals"
-    if numbers.exists():
-        numbers.unlink()
-    call = [python, str(ROOT / "tests" / "runner.py"), "--totals", str(numbers)] + list(names)
+    report = build / "report.json"
+    if report.exists():
+        report.unlink()
+    call = [python, str(ROOT / "tests" / "runner.py"), "--report", str(report)] + list(names)
     print("+ " + " ".join(call), flush=True)
     subprocess.run(call, cwd=str(ROOT), env=dict(os.environ, MICROVM_WHEEL=str(wheel)))
-    counted = [int(n) for n in numbers.read_text().split()] if numbers.exists() else [0, 1, 0]
+    told = json.loads(report.read_text()) if report.exists() else {"passed": 0, "failed": [call], "skipped": []}
     part = "surface" if names else "suite"
-    totals.add("Python {} under {}".format(part, Path(python).parents[1].name), *counted)
+    name = "Python {} under {}".format(part, Path(python).parents[1].name)
+    totals.add(name, told["passed"], len(told["failed"]), [(test, reason) for test, reason in told["skipped"]])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -131,7 +159,8 @@ def main(arguments: Sequence[str]) -> int:
     for index, python in enumerate(pythons()):
         suite(environment(build, python, wheel), build, wheel, totals, SURFACE if index else ())
     print("\n" + "\n".join(totals.notes))
-    print("{} passed, {} failed, {} skipped".format(totals.passed, totals.failed, totals.skipped))
+    skips.show(totals.skipped)
+    print("{} passed, {} failed, {} skipped".format(totals.passed, totals.failed, len(totals.skipped)))
     return 1 if totals.failed else 0
 
 

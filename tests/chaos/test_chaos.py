@@ -7,6 +7,8 @@ import unittest
 from .kill import kills
 from .storm import storm
 
+# Read by tests/runner.py, which runs this module by itself.
+ALONE = "it looks for what is left on the whole host, a second after a death"
 # MICROVM_CHAOS_SEED repeats a failed run; each run prints its seed.
 SEED = int(os.environ.get("MICROVM_CHAOS_SEED", "0")) or int.from_bytes(os.urandom(4), "big")
 

@@ -9,12 +9,15 @@ from thirstys_waterfall.security.microvm_isolation import VMNetworkConfig, docto
 from ..support import eventually, find_tool, limits, play, shell
 from .case import BackendTestCase, for_each_backend, load_made
 
+# Read by tests/runner.py, which runs this module by itself.
+ALONE = "its VMs are connected in the host's own network namespace"
+
 
 class Connected(BackendTestCase):
     def setUp(self) -> None:
         told = doctor()["network"]
         if not told["connected_vms"]:
-            self.skipTest("{}: {}".format(told["reason"], told["remedy"]))
+            self.skipTest("the host's own network carries no VM: {}: {}".format(told["reason"], told["remedy"]))
         super().setUp()
 
     def test_guest_reaches_its_gateway_and_no_more(self) -> None:

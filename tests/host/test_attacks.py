@@ -16,6 +16,8 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from ..support import DATA, IMPORT, children, eventually, find_tool
 
+# Read by tests/runner.py, which runs this module by itself.
+ALONE = "races are as good as the number of tries within their time"
 VICTIM, ATTACKER, HOMELESS = 61240, 61241, 61242
 # The home of each victim; ``HOMELESS`` is in no user database, as a service may be.
 HOMES = {0: "/mnt/root", VICTIM: "/mnt/home", HOMELESS: "/mnt/data"}

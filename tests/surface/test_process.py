@@ -9,7 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import List
+from typing import List, Tuple
 
 from ..support import IMPORT, VMTestCase, alive, children, eventually, limits, open_files, run_python
 
@@ -21,12 +21,30 @@ manager = MicroVMIsolationManager({{"default_memory_mb": 128, "default_disk_size
 manager.start()
 vm = manager.get_vm(manager.create_vm("plugin"))
 """.format(IMPORT)
+SLEEP = "vm.send_command('exec', {'program': 'sleep', 'args': ['20']})"
 RUNNING = HEAD + "assert vm.start(), vm.last_error\npid = vm.get_info()['pid']\n"
 
 
 def left_of(output: str) -> bool:
     """Whether the VMM whose pid a script printed on its last line is still there."""
     return alive(int(output.split()[-1]))
+
+
+def interrupt(action: str) -> Tuple[float, List[str]]:
+    """Ctrl-C in the middle of an action: how many seconds later it was raised, and what holds afterwards."""
+    # A boot takes long enough to be interrupted in the middle.
+    code = RUNNING if action.startswith("vm.send") else HEAD.replace("{", '{"templates": False, ', 1)
+    code += (
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\nbegun = time.monotonic()\n"
+        "try:\n    " + action + "\nexcept KeyboardInterrupt:\n"
+        "    print(time.monotonic() - begun - 0.3)\n    time.sleep(0.5)\n"
+        "    print(vm.get_state().value, vm.start(), vm.send_command('ping')['result'])\n"
+    )
+    done = run_python(code)
+    if done.returncode:
+        raise AssertionError(done.stderr)
+    delay, *words = done.stdout.split()
+    return float(delay), words
 
 
 class Ends(VMTestCase):
@@ -200,26 +218,17 @@ class Forks(VMTestCase):
 
 
 class Signals(VMTestCase):
-    def interrupt(self, action: str) -> List[str]:
-        """Ctrl-C in the middle of an action: what was raised, after how long, and what holds afterwards."""
-        # A boot takes long enough to be interrupted in the middle.
-        code = RUNNING if action.startswith("vm.send") else HEAD.replace("{", '{"templates": False, ', 1)
-        code += (
-            "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\nbegun = time.monotonic()\n"
-            "try:\n    " + action + "\nexcept KeyboardInterrupt:\n"
-            "    print(time.monotonic() - begun - 0.3 < 0.1)\n    time.sleep(0.5)\n"
-            "    print(vm.get_state().value, vm.start(), vm.send_command('ping')['result'])\n"
-        )
-        done = run_python(code)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return done.stdout.split()
+    def after(self, action: str) -> List[str]:
+        delay, words = interrupt(action)
+        # Far below what the action takes; tests/timing has how soon it is.
+        self.assertLess(delay, 2.0)
+        return words
 
     def test_interrupted_start_is_undone_and_can_be_tried_again(self) -> None:
-        self.assertEqual(self.interrupt("vm.start()"), ["True", "error", "True", "pong"])
+        self.assertEqual(self.after("vm.start()"), ["error", "True", "pong"])
 
     def test_interrupted_command_leaves_the_vm_running(self) -> None:
-        command = "vm.send_command('exec', {'program': 'sleep', 'args': ['20']})"
-        self.assertEqual(self.interrupt(command), ["True", "running", "True", "pong"])
+        self.assertEqual(self.after(SLEEP), ["running", "True", "pong"])
 
 
 class Pools(VMTestCase):
