@@ -4,11 +4,7 @@
 //! [`VmmControl`]. It owns no files, holds no state of a VM's life, and nobody above knows which backend it is.
 
 mod cloud_hypervisor;
-#[cfg(test)]
-mod fake;
 mod firecracker;
-#[cfg(test)]
-mod golden;
 mod http;
 mod install;
 mod jail;
@@ -17,7 +13,7 @@ mod program;
 mod qemu;
 mod select;
 #[cfg(test)]
-mod spec;
+mod testing;
 mod transport;
 
 use std::fmt::Debug;

@@ -173,8 +173,8 @@ fn sum(body: &[u8]) -> std::result::Result<DiskIo, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::fake::{Does, Fake};
-    use crate::vmm::golden::plan;
+    use crate::vmm::testing::fake::{Does, Fake};
+    use crate::vmm::testing::golden::plan;
     use hyper::StatusCode;
 
     fn answer(status: u16, body: &'static str) -> Answer {

@@ -236,7 +236,7 @@ pub fn shutdown() -> Call {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::golden::{assert_golden, calls, plan};
+    use crate::vmm::testing::golden::{assert_golden, calls, plan};
 
     fn all() -> Vec<Call> {
         let rest = [nic(&Nic::unplugged()), ping(), pause(), resume(), counters(), shutdown()];
@@ -258,6 +258,6 @@ mod tests {
 
     #[test]
     fn test_requests_are_valid_by_the_specification() {
-        crate::vmm::spec::assert_valid("cloud-hypervisor", &all());
+        crate::vmm::testing::spec::assert_valid("cloud-hypervisor", &all());
     }
 }

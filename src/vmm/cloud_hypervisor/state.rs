@@ -49,7 +49,7 @@ pub fn unpack<'a>(packed: &'a [u8], plan: &LaunchPlan) -> Result<(Vec<u8>, &'a [
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::golden::plan;
+    use crate::vmm::testing::golden::plan;
 
     const MADE: &str = r#"{"memory": {"size": 0, "zones": [{"id": "ram", "file": "/vm/ram", "shared": true}]},
         "payload": {"kernel": "/image/kernel", "initramfs": "/image/initramfs"},

@@ -225,7 +225,7 @@ pub fn resume() -> Call {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::golden::{assert_golden, calls, plan};
+    use crate::vmm::testing::golden::{assert_golden, calls, plan};
 
     fn all() -> Vec<Call> {
         let connected = LaunchPlan { nic: Some(Nic::unplugged()), ..plan() };
@@ -253,6 +253,6 @@ mod tests {
 
     #[test]
     fn test_requests_are_valid_by_the_specification() {
-        crate::vmm::spec::assert_valid("firecracker", &all());
+        crate::vmm::testing::spec::assert_valid("firecracker", &all());
     }
 }

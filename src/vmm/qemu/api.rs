@@ -273,7 +273,7 @@ fn sum_block_stats(answer: &Value) -> DiskIo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::golden::assert_golden;
+    use crate::vmm::testing::golden::assert_golden;
     use tokio::io::AsyncBufReadExt;
 
     /// A peer that greets, then answers each command with the given lines (`ID` stands for the command's id).

@@ -192,7 +192,7 @@ fn throttling(plan: &LaunchPlan) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::golden::{assert_golden, plan};
+    use crate::vmm::testing::golden::{assert_golden, plan};
 
     const HOST: Host = Host {
         accelerator: Accelerator::Tcg,

@@ -2,9 +2,9 @@
 
 use std::fmt::Write;
 
-use super::http::Call;
-use super::{Drive, JailPlan, LaunchPlan, Sockets};
 use crate::model::{ResourceLimits, VmId};
+use crate::vmm::http::Call;
+use crate::vmm::{Drive, JailPlan, LaunchPlan, Sockets};
 
 /// A VM with everything but a network.
 pub fn plan() -> LaunchPlan {
