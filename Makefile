@@ -76,7 +76,7 @@ check: setup
 	@$(CARGO) clippy -q --locked -- -D warnings
 	@for crate in $(CRATES); do $(CARGO) clippy -q --locked -p $$crate --all-targets -- -D warnings; done
 	@$(DENY) check --hide-inclusion-graph licenses bans sources
-	@$(VENV)/bin/ruff check -q python tests examples fuzz
+	@$(VENV)/bin/ruff check -q python tests examples fuzz tools
 	@$(VENV)/bin/mypy -p thirstys_waterfall.security.microvm_isolation
 	@$(VENV)/bin/mypy examples
 	@$(PYTHON) -m unittest -q tests.source.test_layers tests.source.test_vocabulary
@@ -96,7 +96,7 @@ dev: setup
 
 # The docstrings of the core, which are doc comments in src/py, into its type stub.
 stub: dev
-	PYTHONPATH=python $(PYTHON) src/stub-docs.py
+	PYTHONPATH=python $(PYTHON) tools/stub-docs.py
 
 t: dev
 	PYTHONPATH=python $(PYTHON) -m unittest -v $(T)
@@ -104,11 +104,11 @@ t: dev
 # The kernel takes minutes and busybox one: each is built again only when the SHA-256 of all that goes into it changes.
 kernel: setup
 	@mkdir -p $(BUILD)
-	@key=$$(cat $(KERNEL_TARBALL) src/guest/kernel.config src/guest/build-kernel.sh | sha256sum | cut -d' ' -f1); \
+	@key=$$(cat $(KERNEL_TARBALL) guest/kernel.config guest/build-kernel.sh | sha256sum | cut -d' ' -f1); \
 	if [ ! -f $(BUILD)/vmlinux ] || [ "$$(cat $(BUILD)/vmlinux.key 2>/dev/null || true)" != "$$key" ]; then \
 	    echo 'building the guest kernel (once, some minutes)'; \
 	    rm -rf $(BUILD)/kernel; \
-	    env -u MAKEFLAGS src/guest/build-kernel.sh $(KERNEL_TARBALL) $(CURDIR)/src/guest/kernel.config $(BUILD)/kernel $(BUILD)/vmlinux; \
+	    env -u MAKEFLAGS guest/build-kernel.sh $(KERNEL_TARBALL) $(CURDIR)/guest/kernel.config $(BUILD)/kernel $(BUILD)/vmlinux; \
 	    rm -rf $(BUILD)/kernel; \
 	    echo "$$key" >$(BUILD)/vmlinux.key; \
 	fi
@@ -119,27 +119,27 @@ agent: setup
 
 busybox: setup
 	@mkdir -p $(BUILD)
-	src/guest/fetch-busybox.sh $(BUILD)/busybox.tar.bz2
-	@key=$$(cat $(BUILD)/busybox.tar.bz2 src/guest/busybox.config src/guest/build-busybox.sh | sha256sum | cut -d' ' -f1); \
+	guest/fetch-busybox.sh $(BUILD)/busybox.tar.bz2
+	@key=$$(cat $(BUILD)/busybox.tar.bz2 guest/busybox.config guest/build-busybox.sh | sha256sum | cut -d' ' -f1); \
 	if [ ! -f $(BUILD)/busybox ] || [ "$$(cat $(BUILD)/busybox.key 2>/dev/null || true)" != "$$key" ]; then \
 	    echo "building the guest's busybox (once, about a minute)"; \
 	    rm -rf $(BUILD)/busybox-tree; \
-	    env -u MAKEFLAGS src/guest/build-busybox.sh $(BUILD)/busybox.tar.bz2 $(CURDIR)/src/guest/busybox.config $(BUILD)/busybox-tree $(BUILD)/busybox; \
+	    env -u MAKEFLAGS guest/build-busybox.sh $(BUILD)/busybox.tar.bz2 $(CURDIR)/guest/busybox.config $(BUILD)/busybox-tree $(BUILD)/busybox; \
 	    rm -rf $(BUILD)/busybox-tree; \
 	    echo "$$key" >$(BUILD)/busybox.key; \
 	fi
 
 guest: kernel agent busybox
 	@mkdir -p $(DATA)
-	src/guest/build-initramfs.sh $(TARGET_DIR)/$(HOST)/agent/microvm-agent $(TARGET_DIR)/$(HOST)/static/microvm-tools \
+	guest/build-initramfs.sh $(TARGET_DIR)/$(HOST)/agent/microvm-agent $(TARGET_DIR)/$(HOST)/static/microvm-tools \
 	    $(BUILD)/busybox $(BUILD)/initramfs.cpio
-	src/guest/build-disk.sh $(BUILD)/disk.ext4
+	guest/build-disk.sh $(BUILD)/disk.ext4
 	@for file in vmlinux initramfs.cpio disk.ext4; do \
 	    cmp -s $(BUILD)/$$file $(DATA)/$$file || cp --sparse=always $(BUILD)/$$file $(DATA)/$$file; done
 	@cp NOTICE-GPL.md $(DATA)/NOTICE-GPL.md
 	@dpkg-query -W -f '$${source:Package} $${source:Version} ($${binary:Package})\n' linux-source-6.1 >$(DATA)/KERNEL-SOURCE.txt
-	@echo "busybox $$(sed -n 's/^version=//p' src/guest/fetch-busybox.sh) (upstream's tarball, SHA-256" \
-	    "$$(sed -n 's/^sha256=//p' src/guest/fetch-busybox.sh))" >>$(DATA)/KERNEL-SOURCE.txt
+	@echo "busybox $$(sed -n 's/^version=//p' guest/fetch-busybox.sh) (upstream's tarball, SHA-256" \
+	    "$$(sed -n 's/^sha256=//p' guest/fetch-busybox.sh))" >>$(DATA)/KERNEL-SOURCE.txt
 
 jail: setup
 	@mkdir -p $(DATA)
@@ -171,7 +171,7 @@ attackers: setup
 
 wheel: guest jail zygote janitor
 	@rm -rf dist
-	@$(CARGO) metadata --locked --format-version 1 --filter-platform $(HOST) | $(PYTHON) src/third-party.py >$(DATA)/THIRD-PARTY.txt
+	@$(CARGO) metadata --locked --format-version 1 --filter-platform $(HOST) | $(PYTHON) tools/third-party.py >$(DATA)/THIRD-PARTY.txt
 	$(VENV)/bin/maturin build --release --locked -o dist
 
 # The wheel in an environment that holds nothing else.

@@ -143,7 +143,7 @@ class Docstrings(unittest.TestCase):
                 self.assertEqual(unitless, {})
 
     def test_stub_is_what_make_stub_writes(self) -> None:
-        with_docs = runpy.run_path(str(ROOT / "src" / "stub-docs.py"))["with_docs"]
+        with_docs = runpy.run_path(str(ROOT / "tools" / "stub-docs.py"))["with_docs"]
         stub = STUB.read_text()
         self.assertGreater(len(BLOCKS.findall(stub)), 50)
         self.assertEqual(stub, with_docs(stub, package._native))
