@@ -157,8 +157,9 @@ def run_apart(chosen: Module, lane: Optional[Path], output: threading.Lock) -> O
             command = NAMESPACES + ["sh", "-ec", LANE, "lane", str(lane)] + command
         begun = time.monotonic()
         with log.open("wb") as file:
-            process = subprocess.Popen(command, cwd=str(ROOT), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-            deadline = threading.Timer(MODULE_S, os.killpg, (process.pid, signal.SIGKILL))
+            process = subprocess.Popen(command, cwd=str(ROOT), stdout=file, stderr=subprocess.STDOUT)
+            # The end of a lane's first process is that of all others there.
+            deadline = threading.Timer(MODULE_S, os.kill, (process.pid, signal.SIGKILL))
             deadline.start()
             usage = os.wait4(process.pid, 0)[2]
             late = not deadline.is_alive()
@@ -220,10 +221,14 @@ def run_all(chosen: Sequence[Module], lanes: int, tries: int) -> List[Outcome]:
 
     with caches(min(lanes, len(together))) as folders:
         threads = [threading.Thread(target=work, args=(folder,)) for folder in folders]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            # Ctrl-C has reached the modules that run; no other begins.
+            together.clear()
     outcomes += [run(each, None) for each in alone]
     return outcomes
 
