@@ -68,7 +68,8 @@ def cargo(command: str, totals: Totals) -> None:
         name = "cargo test " + " ".join(options)
         skipped = [(test, reason) for test, reason in skipped_in(done.stdout)] + [(name, "ignored")] * ignored
         unlisted = skips.unknown(skipped)
-        print("\n".join("failed: " + text for text in unlisted))
+        for text in unlisted:
+            print("failed: " + text)
         totals.add(name, passed - len(skipped) + ignored, failed + len(unlisted), skipped)
 
 
