@@ -11,6 +11,7 @@ mod jail;
 mod line;
 mod program;
 mod qemu;
+mod rest;
 mod select;
 #[cfg(test)]
 mod testing;

@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use super::bodies;
 use super::state::{pack, unpack, DEVICES, MACHINE, MAX_BYTES};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::host::net::Tap;
 use crate::host::socket_dir::SocketDir;
-use crate::model::VmId;
 use crate::mutex::Mutex;
-use crate::vmm::http::{Answer, Call, Client};
-use crate::vmm::{BoxFuture, DiskIo, LaunchPlan, Origin, VmmControl, CONTROL_DEADLINE};
+use crate::vmm::http::{Call, Client};
+use crate::vmm::rest::Rest;
+use crate::vmm::{BoxFuture, DiskIo, LaunchPlan, Origin, VmmControl};
 
 /// The API's name in the folder for sockets.
 pub const API: &str = "api";
@@ -29,9 +29,7 @@ const NOTHING: u64 = u64::MAX;
 
 /// The control of one Cloud Hypervisor.
 pub struct Api {
-    vm_id: VmId,
-    sockets: Arc<SocketDir>,
-    client: Client,
+    rest: Rest,
     /// The folder for sockets, as the VMM finds it.
     folder: PathBuf,
     /// The requests that make the machine and start it.
@@ -46,9 +44,7 @@ impl Api {
         let ram = if let Origin::Record { ram } = origin { Some(ram.as_path()) } else { None };
         let nic = plan.nic.as_ref().and_then(|nic| Some((bodies::nic(nic), nic.tap.clone()?)));
         Self {
-            vm_id: plan.vm_id.clone(),
-            sockets,
-            client: Client::new(CONTROL_DEADLINE),
+            rest: Rest::new(plan.vm_id.clone(), sockets, API, words),
             folder,
             machine: bodies::machine(plan, ram),
             nic: Mutex::new(nic),
@@ -56,88 +52,62 @@ impl Api {
             plan: LaunchPlan { nic: None, ..plan.clone() },
         }
     }
-
-    fn failed(&self, operation: &'static str, reason: String) -> Error {
-        Error::Vmm { vm_id: self.vm_id.clone(), operation, reason }
-    }
-
-    async fn ask(&self, operation: &'static str, call: Call) -> Result<Answer> {
-        self.ask_by(&self.client, operation, call, None).await
-    }
-
-    async fn ask_by(
-        &self,
-        client: &Client,
-        operation: &'static str,
-        call: Call,
-        fd: Option<OwnedFd>,
-    ) -> Result<Answer> {
-        let connect = || async { self.sockets.connect(API).await.map_err(|error| error.to_string()) };
-        let named = format!("{} {}", call.method, call.path);
-        let answer = client.ask(call, fd, connect).await.map_err(|reason| self.failed(operation, reason))?;
-        if answer.status.is_success() {
-            return Ok(answer);
-        }
-        Err(self.failed(operation, format!("{named}: {}", refusal(&answer))))
-    }
 }
 
-/// Its words, outermost first, or the status where it has none.
-fn refusal(answer: &Answer) -> String {
-    match serde_json::from_slice::<Vec<String>>(&answer.body) {
-        Ok(chain) if !chain.is_empty() => chain.join(": "),
-        _ => format!("{}: {}", answer.status, String::from_utf8_lossy(&answer.body).trim()),
-    }
+/// Cloud Hypervisor's words in a refusal, outermost first.
+fn words(body: &[u8]) -> Option<String> {
+    let chain = serde_json::from_slice::<Vec<String>>(body).ok()?;
+    (!chain.is_empty()).then(|| chain.join(": "))
 }
 
 impl VmmControl for Api {
     fn connect(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.ask("connect", bodies::ping()).await.map(drop) })
+        Box::pin(async { self.rest.ask("connect", bodies::ping()).await.map(drop) })
     }
 
     fn boot(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
             let [create, start] = self.machine.clone();
             let patient = Client::new(BOOT_DEADLINE);
-            self.ask_by(&patient, "create", create, None).await?;
+            self.rest.ask_by(&patient, "create", create, None).await?;
             let nic = self.nic.lock().take();
             if let Some((call, tap)) = nic {
-                let fd = tap.fd.try_clone().map_err(|error| self.failed("connect", error.to_string()))?;
-                self.ask_by(&patient, "connect", call, Some(fd)).await?;
+                let fd = tap.fd.try_clone().map_err(|error| self.rest.failed("connect", error.to_string()))?;
+                self.rest.ask_by(&patient, "connect", call, Some(fd)).await?;
             }
-            self.ask_by(&patient, "boot", start, None).await.map(drop)
+            self.rest.ask_by(&patient, "boot", start, None).await.map(drop)
         })
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.ask("pause", bodies::pause()).await.map(drop) })
+        Box::pin(async { self.rest.ask("pause", bodies::pause()).await.map(drop) })
     }
 
     fn resume(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.ask("resume", bodies::resume()).await.map(drop) })
+        Box::pin(async { self.rest.ask("resume", bodies::resume()).await.map(drop) })
     }
 
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             let patient = Client::new(SAVE_DEADLINE);
-            self.ask("save", bodies::pause()).await?;
-            self.ask_by(&patient, "save", bodies::snapshot(&self.folder), None).await?;
-            let read = |name| self.sockets.read(name, MAX_BYTES);
-            let packed = pack(&read(MACHINE)?, &read(DEVICES)?).map_err(|reason| self.failed("save", reason))?;
-            File::from(state).write_all(&packed).map_err(|error| self.failed("save", error.to_string()))
+            self.rest.ask("save", bodies::pause()).await?;
+            self.rest.ask_by(&patient, "save", bodies::snapshot(&self.folder), None).await?;
+            let read = |name| self.rest.sockets.read(name, MAX_BYTES);
+            let packed = pack(&read(MACHINE)?, &read(DEVICES)?).map_err(|reason| self.rest.failed("save", reason))?;
+            File::from(state).write_all(&packed).map_err(|error| self.rest.failed("save", error.to_string()))
         })
     }
 
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            let failed = |reason| self.failed("load", reason);
+            let failed = |reason| self.rest.failed("load", reason);
             let io_failed = |error: std::io::Error| failed(error.to_string());
             let mut packed = Vec::new();
             File::from(state).read_to_end(&mut packed).map_err(io_failed)?;
             let (machine, devices) = unpack(&packed, &self.plan).map_err(failed)?;
-            self.sockets.file(MACHINE)?.write_all(&machine).map_err(io_failed)?;
-            self.sockets.file(DEVICES)?.write_all(devices).map_err(io_failed)?;
-            self.ask("load", bodies::restore(&self.folder)).await?;
+            self.rest.sockets.file(MACHINE)?.write_all(&machine).map_err(io_failed)?;
+            self.rest.sockets.file(DEVICES)?.write_all(devices).map_err(io_failed)?;
+            self.rest.ask("load", bodies::restore(&self.folder)).await?;
             if run {
                 self.resume().await?;
             }
@@ -146,14 +116,14 @@ impl VmmControl for Api {
     }
 
     fn quit(&self) -> BoxFuture<'_, Result<bool>> {
-        Box::pin(async { self.ask("quit", bodies::shutdown()).await.map(|_| true) })
+        Box::pin(async { self.rest.ask("quit", bodies::shutdown()).await.map(|_| true) })
     }
 
     fn disk_io(&self) -> BoxFuture<'_, Result<DiskIo>> {
         Box::pin(async {
             let operation = "read the counters";
-            let answer = self.ask(operation, bodies::counters()).await?;
-            sum(&answer.body).map_err(|reason| self.failed(operation, reason))
+            let answer = self.rest.ask(operation, bodies::counters()).await?;
+            sum(&answer.body).map_err(|reason| self.rest.failed(operation, reason))
         })
     }
 }
@@ -173,6 +143,8 @@ fn sum(body: &[u8]) -> std::result::Result<DiskIo, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::http::Answer;
+    use crate::vmm::rest::refusal;
     use crate::vmm::testing::fake::{Does, Fake};
     use crate::vmm::testing::golden::plan;
     use hyper::StatusCode;
@@ -184,9 +156,12 @@ mod tests {
     #[test]
     fn test_refusal_is_the_whole_chain_in_its_words() {
         let body = r#"["Error from API","The VM could not be paused","Invalid transition"]"#;
-        assert_eq!(refusal(&answer(500, body)), "Error from API: The VM could not be paused: Invalid transition");
-        assert_eq!(refusal(&answer(404, "")), "404 Not Found: ");
-        assert_eq!(refusal(&answer(400, "[]")), "400 Bad Request: []");
+        assert_eq!(
+            refusal(&answer(500, body), words),
+            "Error from API: The VM could not be paused: Invalid transition"
+        );
+        assert_eq!(refusal(&answer(404, ""), words), "404 Not Found: ");
+        assert_eq!(refusal(&answer(400, "[]"), words), "400 Bad Request: []");
     }
 
     #[test]

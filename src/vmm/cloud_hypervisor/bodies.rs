@@ -10,6 +10,7 @@ use microvm_protocol::VSOCK_PORT;
 use serde::Serialize;
 
 use crate::vmm::http::Call;
+use crate::vmm::rest::{rate_limiter, RateLimiter, GUEST_CID};
 use crate::vmm::transport::VSOCK;
 use crate::vmm::{Drive, LaunchPlan, Nic};
 
@@ -19,11 +20,7 @@ pub const API_FD: i32 = 3;
 pub const EVENTS_FD: i32 = 4;
 /// And at which a clone finds its template's memory.
 pub const RAM_FD: i32 = 5;
-/// Any number from 3 up: this vsock knows no other guest.
-const GUEST_CID: u32 = 3;
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
-/// In milliseconds: a bucket is filled at this pace, and holds as much.
-const REFILL_MS: u64 = 1000;
 
 #[derive(Debug, Serialize)]
 struct VmConfig<'a> {
@@ -80,20 +77,6 @@ struct Disk<'a> {
     image_type: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_limiter_config: Option<RateLimiter>,
-}
-
-#[derive(Debug, Serialize)]
-pub struct RateLimiter {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    bandwidth: Option<TokenBucket>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ops: Option<TokenBucket>,
-}
-
-#[derive(Debug, Serialize)]
-struct TokenBucket {
-    size: u64,
-    refill_time: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -190,13 +173,6 @@ fn disk<'a>(drive: &'a Drive, plan: &LaunchPlan) -> Disk<'a> {
         image_type: "Raw",
         rate_limiter_config: if drive.read_only { None } else { rate_limiter(plan) },
     }
-}
-
-/// Reads and writes together, as the limits mean it.
-pub fn rate_limiter(plan: &LaunchPlan) -> Option<RateLimiter> {
-    let bucket = |size| TokenBucket { size, refill_time: REFILL_MS };
-    let (bandwidth, ops) = (plan.limits.disk_bytes_per_s.map(bucket), plan.limits.disk_ops_per_s.map(bucket));
-    (bandwidth.is_some() || ops.is_some()).then_some(RateLimiter { bandwidth, ops })
 }
 
 pub fn ping() -> Call {

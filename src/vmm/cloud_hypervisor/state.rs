@@ -7,7 +7,8 @@
 use microvm_protocol::identity::DISK_SERIAL;
 use serde_json::Value;
 
-use super::bodies::{rate_limiter, RAM_FD};
+use super::bodies::RAM_FD;
+use crate::vmm::rest::rate_limiter;
 use crate::vmm::LaunchPlan;
 
 /// The names of the two.

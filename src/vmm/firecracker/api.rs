@@ -16,13 +16,14 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::bodies;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::host::process::Signals;
 use crate::host::procfs;
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
-use crate::vmm::http::{Answer, Call, Client};
+use crate::vmm::http::{Call, Client};
 use crate::vmm::line::{self, read_line};
+use crate::vmm::rest::Rest;
 use crate::vmm::{BoxFuture, DiskIo, LaunchPlan, Origin, VmmControl, CONTROL_DEADLINE};
 
 /// How long it may take to load a kernel and make a machine; the start has a deadline of its own besides.
@@ -41,11 +42,9 @@ struct Fault {
 
 /// The control of one Firecracker.
 pub struct Api {
-    vm_id: VmId,
-    sockets: Arc<SocketDir>,
+    rest: Rest,
     /// The folder for sockets, as the VMM finds it.
     folder: PathBuf,
-    client: Client,
     /// The requests that describe the machine.
     machine: Vec<Call>,
     /// What gives a clone's disk its limits.
@@ -98,10 +97,8 @@ impl Api {
         let (sender, totals) = watch::channel(Totals::default());
         let reading = tokio::spawn(read_counters(vm_id.clone(), metrics, sender, signals.clone()));
         Self {
-            vm_id,
-            sockets,
+            rest: Rest::new(vm_id, sockets, bodies::API, words),
             folder,
-            client: Client::new(CONTROL_DEADLINE),
             machine: bodies::machine(plan),
             disk_limit: bodies::limit_disk(plan),
             ram: if let Origin::Record { ram } = origin { ram.clone() } else { PathBuf::new() },
@@ -109,25 +106,6 @@ impl Api {
             counters: Counters { totals, reading },
             stopper: signals.filter(|_| stops).map(|signals| Stopper { signals, stopped: AtomicBool::new(false) }),
         }
-    }
-
-    fn failed(&self, operation: &'static str, reason: String) -> Error {
-        Error::Vmm { vm_id: self.vm_id.clone(), operation, reason }
-    }
-
-    async fn ask(&self, operation: &'static str, call: Call) -> Result<Answer> {
-        self.ask_by(&self.client, operation, call).await
-    }
-
-    async fn ask_by(&self, client: &Client, operation: &'static str, call: Call) -> Result<Answer> {
-        let failed = |reason| self.failed(operation, reason);
-        let connect = || async { self.sockets.connect(bodies::API).await.map_err(|error| error.to_string()) };
-        let named = format!("{} {}", call.method, call.path);
-        let answer = client.ask(call, None, connect).await.map_err(failed)?;
-        if answer.status.is_success() {
-            return Ok(answer);
-        }
-        Err(failed(format!("{named}: {}", refusal(&answer))))
     }
 }
 
@@ -152,34 +130,31 @@ impl Stopper {
     }
 }
 
-/// Its words, or the status where it has none.
-fn refusal(answer: &Answer) -> String {
-    match serde_json::from_slice(&answer.body) {
-        Ok(Fault { fault_message }) => fault_message,
-        Err(_) => format!("{}: {}", answer.status, String::from_utf8_lossy(&answer.body).trim()),
-    }
+/// Firecracker's words in a refusal.
+fn words(body: &[u8]) -> Option<String> {
+    serde_json::from_slice::<Fault>(body).ok().map(|fault| fault.fault_message)
 }
 
 impl VmmControl for Api {
     fn connect(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.ask("connect", Call::get("/version")).await.map(drop) })
+        Box::pin(async { self.rest.ask("connect", Call::get("/version")).await.map(drop) })
     }
 
     fn boot(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
             let patient = Client::new(BOOT_DEADLINE);
             for call in &self.machine {
-                self.ask_by(&patient, "configure", call.clone()).await?;
+                self.rest.ask_by(&patient, "configure", call.clone(), None).await?;
             }
-            self.ask_by(&patient, "boot", bodies::start()).await.map(drop)
+            self.rest.ask_by(&patient, "boot", bodies::start(), None).await.map(drop)
         })
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
             match &self.stopper {
-                None => self.ask("pause", bodies::pause()).await.map(drop),
-                Some(stopper) => stopper.stop().await.map_err(|reason| self.failed("pause", reason)),
+                None => self.rest.ask("pause", bodies::pause()).await.map(drop),
+                Some(stopper) => stopper.stop().await.map_err(|reason| self.rest.failed("pause", reason)),
             }
         })
     }
@@ -191,22 +166,22 @@ impl VmmControl for Api {
                     stopper.go_on();
                     Ok(())
                 }
-                _ => self.ask("resume", bodies::resume()).await.map(drop),
+                _ => self.rest.ask("resume", bodies::resume()).await.map(drop),
             }
         })
     }
 
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            let failed = |error: std::io::Error| self.failed("save", error.to_string());
+            let failed = |error: std::io::Error| self.rest.failed("save", error.to_string());
             if self.ram.as_os_str().is_empty() {
-                return Err(self.failed("save", "it was not launched to become a template".into()));
+                return Err(self.rest.failed("save", "it was not launched to become a template".into()));
             }
-            let mut written = self.sockets.file(bodies::STATE)?;
+            let mut written = self.rest.sockets.file(bodies::STATE)?;
             // This pause is for good: what the API's resume does to the vsock does not matter.
-            self.ask("save", bodies::pause()).await?;
+            self.rest.ask("save", bodies::pause()).await?;
             let patient = Client::new(SAVE_DEADLINE);
-            self.ask_by(&patient, "save", bodies::create_snapshot(&self.folder, &self.ram)).await?;
+            self.rest.ask_by(&patient, "save", bodies::create_snapshot(&self.folder, &self.ram), None).await?;
             let mut state = File::from(state);
             std::io::copy(&mut written, &mut state).map(drop).map_err(failed)
         })
@@ -214,14 +189,14 @@ impl VmmControl for Api {
 
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            let failed = |error: std::io::Error| self.failed("load", error.to_string());
-            let mut given = self.sockets.file(bodies::STATE)?;
+            let failed = |error: std::io::Error| self.rest.failed("load", error.to_string());
+            let mut given = self.rest.sockets.file(bodies::STATE)?;
             std::io::copy(&mut File::from(state), &mut given).map_err(failed)?;
             let at_once = run && self.disk_limit.is_none();
             self.is_loaded_only.store(!at_once, Ordering::Relaxed);
-            self.ask("load", bodies::load_snapshot(&self.folder, at_once)).await?;
+            self.rest.ask("load", bodies::load_snapshot(&self.folder, at_once)).await?;
             if let Some(limit) = &self.disk_limit {
-                self.ask("load", limit.clone()).await?;
+                self.rest.ask("load", limit.clone()).await?;
             }
             if run && !at_once {
                 self.resume().await?;
@@ -243,13 +218,13 @@ impl VmmControl for Api {
                 return Ok(totals.borrow().sum);
             }
             let before = totals.borrow().lines;
-            self.ask(operation, bodies::flush_metrics()).await?;
+            self.rest.ask(operation, bodies::flush_metrics()).await?;
             let sum =
                 match tokio::time::timeout(CONTROL_DEADLINE, totals.wait_for(|totals| totals.lines > before)).await {
                     Ok(Ok(totals)) => Some(totals.sum),
                     Ok(Err(_)) | Err(_) => None,
                 };
-            sum.ok_or_else(|| self.failed(operation, "it wrote no counters into its pipe".into()))
+            sum.ok_or_else(|| self.rest.failed(operation, "it wrote no counters into its pipe".into()))
         })
     }
 }
@@ -300,6 +275,8 @@ fn added(line: &[u8]) -> std::result::Result<DiskIo, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::http::Answer;
+    use crate::vmm::rest::refusal;
     use crate::vmm::testing::fake::{Does, Fake};
     use crate::vmm::testing::golden::plan;
     use hyper::StatusCode;
@@ -311,8 +288,8 @@ mod tests {
     #[test]
     fn test_refusal_is_in_firecrackers_words() {
         let body = r#"{"fault_message":"The requested operation is not supported after starting the microVM."}"#;
-        assert!(refusal(&answer(400, body)).starts_with("The requested operation is not supported"));
-        assert_eq!(refusal(&answer(500, "gone")), "500 Internal Server Error: gone");
+        assert!(refusal(&answer(400, body), words).starts_with("The requested operation is not supported"));
+        assert_eq!(refusal(&answer(500, "gone"), words), "500 Internal Server Error: gone");
     }
 
     #[test]

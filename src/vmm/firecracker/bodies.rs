@@ -8,6 +8,7 @@ use microvm_protocol::VSOCK_PORT;
 use serde::Serialize;
 
 use crate::vmm::http::Call;
+use crate::vmm::rest::{rate_limiter, RateLimiter, GUEST_CID};
 use crate::vmm::transport::VSOCK;
 use crate::vmm::{Drive, LaunchPlan, Nic};
 
@@ -17,12 +18,8 @@ pub const METRICS: &str = "metrics";
 pub const STATE: &str = "state";
 /// The descriptor at which a clone finds its template's memory.
 pub const RAM_FD: i32 = 3;
-/// Any number from 3 up: this vsock knows no other guest.
-const GUEST_CID: u32 = 3;
 /// A reboot by the keyboard controller is what ends Firecracker; there is no PCI bus to look at.
 const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1 pci=off";
-/// In milliseconds: a bucket is filled at this pace, and holds as much.
-const REFILL_MS: u64 = 1000;
 
 #[derive(Debug, Serialize)]
 struct MachineConfiguration {
@@ -45,20 +42,6 @@ struct DriveBody<'a> {
     is_read_only: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_limiter: Option<RateLimiter>,
-}
-
-#[derive(Debug, Serialize)]
-struct RateLimiter {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    bandwidth: Option<TokenBucket>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ops: Option<TokenBucket>,
-}
-
-#[derive(Debug, Serialize)]
-struct TokenBucket {
-    size: u64,
-    refill_time: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -177,13 +160,6 @@ fn body(drive: &Drive, rate_limiter: Option<RateLimiter>) -> DriveBody<'_> {
         is_read_only: drive.read_only,
         rate_limiter,
     }
-}
-
-/// Reads and writes together, as the limits mean it.
-fn rate_limiter(plan: &LaunchPlan) -> Option<RateLimiter> {
-    let bucket = |size| TokenBucket { size, refill_time: REFILL_MS };
-    let (bandwidth, ops) = (plan.limits.disk_bytes_per_s.map(bucket), plan.limits.disk_ops_per_s.map(bucket));
-    (bandwidth.is_some() || ops.is_some()).then_some(RateLimiter { bandwidth, ops })
 }
 
 /// Gives a clone's disk the limits of its VM; its template has none.
