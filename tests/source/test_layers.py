@@ -3,7 +3,7 @@
 import re
 import unittest
 from pathlib import Path
-from typing import Dict, Set
+from typing import Dict, Optional, Sequence, Set
 
 SRC = Path(__file__).resolve().parent.parent.parent / "src"
 # What each top-level module may use; ARCHITECTURE draws the same picture.
@@ -46,6 +46,29 @@ def used() -> Dict[str, Dict[str, Set[str]]]:
     return found
 
 
+def file_of(name: Sequence[str]) -> Optional[Path]:
+    """The file that a path of modules below ``src`` leads to; a ``mod.rs`` hands names on and is left out."""
+    for length in range(len(name), 0, -1):
+        path = SRC.joinpath(*name[:length]).with_suffix(".rs")
+        if path.is_file():
+            return path
+    return None
+
+
+def files_used(path: Path) -> Set[Path]:
+    """The files that a file of the same top-level module is made of, by its ``use`` lines."""
+    module = path.relative_to(SRC).with_suffix("").parts
+    found = set()
+    for line in path.read_text().split(TESTS)[0].splitlines():
+        match = re.match(r"(?:pub )?use (crate|super)::([\w:]+)", line)
+        if match:
+            above = () if match.group(1) == "crate" else module[:-1]
+            target = file_of((*above, *match.group(2).strip(":").split("::")))
+            if target and target != path and target.relative_to(SRC).parts[0] == module[0]:
+                found.add(target)
+    return found
+
+
 class Layers(unittest.TestCase):
     def test_every_module_has_its_place(self) -> None:
         self.assertEqual(set(used()) - set(BELOW), set())
@@ -62,6 +85,19 @@ class Layers(unittest.TestCase):
             return goal in below or any(reaches(each, goal, seen | {each}) for each in below)
 
         self.assertEqual([module for module in BELOW if reaches(module, module, set())], [])
+
+    def test_files_of_vm_use_each_other_without_a_circle(self) -> None:
+        below = {path: files_used(path) for path in (SRC / "vm").rglob("*.rs") if path.name != "mod.rs"}
+        self.assertGreater(sum(map(len, below.values())), 40, "the use lines are read no more")
+
+        def reached(start: Path, seen: Set[Path]) -> Set[Path]:
+            for each in below.get(start, set()) - seen:
+                seen.add(each)
+                reached(each, seen)
+            return seen
+
+        circular = [str(path.relative_to(SRC)) for path in sorted(below) if path in reached(path, set())]
+        self.assertEqual(circular, [])
 
 
 class Statics(unittest.TestCase):
