@@ -96,10 +96,10 @@ dev: setup
 
 # The docstrings of the core, which are doc comments in src/py, into its type stub.
 stub: dev
-	PYTHONPATH=python $(PYTHON) tools/stub-docs.py
+	PYTHONPATH=$(CURDIR)/python $(PYTHON) tools/stub-docs.py
 
 t: dev
-	PYTHONPATH=python $(PYTHON) -m unittest -v $(T)
+	PYTHONPATH=$(CURDIR)/python $(PYTHON) -m unittest -v $(T)
 
 # The kernel takes minutes and busybox one: each is built again only when the SHA-256 of all that goes into it changes.
 kernel: setup
@@ -190,7 +190,7 @@ test: wheel attackers
 # Something of each area, for the time between two edits.
 test-fast: dev
 	$(CARGO) test -q --locked --no-default-features --lib
-	PYTHONPATH=python $(PYTHON) tests/runner.py @tests/fast.txt
+	PYTHONPATH=$(CURDIR)/python $(PYTHON) tests/runner.py @tests/fast.txt
 	@echo "test-fast: all green $(took)"
 
 # What measures time or shares: one after the other, and once or twice more before it is called a failure.
