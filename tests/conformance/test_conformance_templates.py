@@ -1,4 +1,4 @@
-"""Clones of a template, from the shelf and on demand; and what a backend says when a VM that runs is to be copied."""
+"""Clones of a template, from the pool and on demand; and what a backend says when a VM that runs is to be copied."""
 
 import time
 import unittest

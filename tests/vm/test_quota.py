@@ -97,7 +97,7 @@ class Pools(VMTestCase):
 
     def used(self) -> int:
         usage = self.manager.get_resource_usage()
-        return int(usage["memory_allocated_mb"]) + MEMORY * sum(shelf["ready"] for shelf in usage["pool"])
+        return int(usage["memory_allocated_mb"]) + MEMORY * sum(each["ready"] for each in usage["pool"])
 
     def test_vm_in_the_making_gives_way_to_one_that_is_created(self) -> None:
         self.assertTrue(self.manager.prepare(limits()), self.manager.last_error)

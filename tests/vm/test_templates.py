@@ -401,8 +401,8 @@ class TestPool(TemplateTestCase):
     more = {"pool": [{"size": 2}], "max_vcpus": 3}
 
     def ready(self) -> int:
-        (shelf,) = self.manager.get_resource_usage()["pool"]
-        return int(shelf["ready"])
+        (usage,) = self.manager.get_resource_usage()["pool"]
+        return int(usage["ready"])
 
     def test_start_takes_a_warm_vm_and_the_pool_is_refilled(self) -> None:
         self.assertTrue(eventually(lambda: self.ready() == 2, 30))
