@@ -112,12 +112,12 @@ mod tests {
 
     #[test]
     fn test_make_folder_leaves_what_is_there() {
-        let dir = std::env::temp_dir().join(format!("agent-folders-{}", std::process::id()));
-        let (path, mode) = (dir.join("a/b"), |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777);
+        let dir = tempfile::tempdir().unwrap();
+        let (path, mode) =
+            (dir.path().join("a/b"), |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777);
         make_folder(path.to_str().unwrap(), 0o1777).unwrap();
         assert_eq!(mode(&path), 0o1777);
         make_folder(path.to_str().unwrap(), 0o700).unwrap();
         assert_eq!(mode(&path), 0o1777);
-        fs::remove_dir_all(dir).unwrap();
     }
 }

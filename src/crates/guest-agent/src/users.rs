@@ -130,12 +130,11 @@ mod tests {
 
     #[test]
     fn test_append_begins_a_line_of_its_own() {
-        let path = std::env::temp_dir().join(format!("agent-passwd-{}", std::process::id()));
-        let shown = path.to_str().unwrap();
-        fs::write(&path, "a:x:1:1::/:").unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let shown = file.path().to_str().unwrap();
+        fs::write(&file, "a:x:1:1::/:").unwrap();
         append(shown, &read(shown), "b:x:2:2::/:").unwrap();
         append(shown, &read(shown), "c:x:3:3::/:").unwrap();
         assert_eq!(read(shown), "a:x:1:1::/:\nb:x:2:2::/:\nc:x:3:3::/:\n");
-        fs::remove_file(path).unwrap();
     }
 }

@@ -183,13 +183,11 @@ fn test_root_and_files_cannot_be_written_even_without_landlock() {
 #[test]
 fn test_landlock_denies_what_the_mounts_would_allow() {
     // A file that may be written, but was shown to be read: the mount alone would say the same, so it is a folder here.
-    let folder = std::env::temp_dir().join(format!("jail-landlock-{}", std::process::id()));
-    std::fs::create_dir(&folder).unwrap();
-    let shown = Visible::new(folder.canonicalize().unwrap(), "/folder", Access::Write);
+    let folder = tempfile::tempdir().unwrap();
+    let shown = Visible::new(folder.path().canonicalize().unwrap(), "/folder", Access::Write);
     let Some(mut spec) = script("echo x > /folder/new && echo created") else { return };
     spec.files.push(shown);
     let (with, without) = (run(spec.clone()), run(LaunchSpec { landlock: false, ..spec }));
-    std::fs::remove_dir_all(&folder).unwrap();
     assert!(without.output.contains("created"), "{}", without.output);
     if matches!(with.confined.unwrap().landlock, Layer::Given(_)) {
         assert!(with.output.contains("Permission denied"), "{}", with.output);
@@ -321,16 +319,14 @@ fn test_tap_is_handed_to_the_usual_opening_alone() {
 #[test]
 fn test_folder_for_sockets_takes_files_only_where_it_is_said() {
     for (access, takes_files) in [(Access::Sockets, false), (Access::Folder, true)] {
-        let folder = std::env::temp_dir().join(format!("jail-sockets-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
-        std::fs::write(folder.join("there"), "old\n").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("there"), "old\n").unwrap();
         let text =
             "read was </run/there; echo $was; echo new >/run/there; read is </run/there; echo $is; echo x >/run/made";
-        let Some(mut spec) = script(text) else { return std::fs::remove_dir_all(&folder).unwrap() };
-        spec.files.push(file(&folder.display().to_string(), "/run", access));
+        let Some(mut spec) = script(text) else { return };
+        spec.files.push(file(&folder.path().display().to_string(), "/run", access));
         let outcome = run(spec);
-        let made = folder.join("made").exists();
-        std::fs::remove_dir_all(&folder).unwrap();
+        let made = folder.path().join("made").exists();
         assert!(outcome.output.starts_with("old\nnew\n"), "{}", outcome.output);
         assert_eq!(made, takes_files, "{}", outcome.output);
         assert_eq!(outcome.output.contains("/run/made: Permission denied"), !takes_files, "{}", outcome.output);

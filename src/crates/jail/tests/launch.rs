@@ -555,12 +555,10 @@ fn test_missing_cwd_fails_before_started() {
 #[test]
 fn test_supervisor_writes_itself_into_the_cgroup() {
     // A plain file stands in for cgroup.procs, which needs rights this test may not have.
-    let procs = std::env::temp_dir().join(format!("jail-test-cgroup-{}", std::process::id()));
-    std::fs::write(&procs, "").unwrap();
-    let jail = Jail::launch(&LaunchSpec { cgroup_procs: vec![procs.clone()], ..spec(&["/bin/true"]) }, &[]);
+    let procs = tempfile::NamedTempFile::new().unwrap();
+    let jail = Jail::launch(&LaunchSpec { cgroup_procs: vec![procs.path().to_owned()], ..spec(&["/bin/true"]) }, &[]);
     let events = jail.events();
     let written = std::fs::read_to_string(&procs).unwrap();
-    std::fs::remove_file(&procs).unwrap();
     assert_all_events_until(&events, &exited(0));
     assert_eq!(written, "0");
 }

@@ -162,8 +162,8 @@ mod tests {
 
     #[test]
     fn test_files_round_trip_in_pieces() {
-        let dir = std::env::temp_dir().join(format!("agent-files-{}", std::process::id()));
-        let path = dir.join("a/b");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
         write_file(json!({"path": path, "data": "hello", "make_dirs": true, "mode": "0600"})).unwrap();
         write_file(json!({"path": path, "data_base64": "/w==", "append": true})).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
@@ -171,7 +171,6 @@ mod tests {
         assert_eq!(first, json!({"data": "hello", "size": 6, "offset": 0, "eof": false}));
         let rest = read_file(json!({"path": path, "offset": 5})).unwrap();
         assert_eq!(rest, json!({"data_base64": "/w==", "size": 6, "offset": 5, "eof": true}));
-        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]

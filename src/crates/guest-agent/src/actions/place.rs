@@ -389,12 +389,6 @@ pub mod tests {
         }
     }
 
-    fn folder(name: &str) -> PathBuf {
-        let folder = std::env::temp_dir().join(format!("agent-{name}-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        folder
-    }
-
     fn put(path: &Path, bytes: &[u8], mode: Option<u32>) -> Result<(), Failure> {
         let mut destination = Destination::replace(path.to_str().unwrap(), mode.unwrap_or(0o644), &Impatient)?;
         destination.write(bytes, &Impatient)?;
@@ -407,8 +401,9 @@ pub mod tests {
 
     #[test]
     fn test_replace_keeps_mode_links_and_other_names() {
-        let folder = folder("place");
-        let (file, link, dangling) = (folder.join("file"), folder.join("link"), folder.join("dangling"));
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link, dangling) =
+            (folder.path().join("file"), folder.path().join("link"), folder.path().join("dangling"));
         put(&file, b"one", Some(0o600)).unwrap();
         std::os::unix::fs::symlink("file", &link).unwrap();
         put(&link, b"two", None).unwrap();
@@ -418,34 +413,32 @@ pub mod tests {
         assert_eq!(mode(&file), 0o755);
         std::os::unix::fs::symlink("new", &dangling).unwrap();
         put(&dangling, b"three", None).unwrap();
-        assert_eq!(fs::read(folder.join("new")).unwrap(), b"three");
-        fs::hard_link(&file, folder.join("twin")).unwrap();
+        assert_eq!(fs::read(folder.path().join("new")).unwrap(), b"three");
+        fs::hard_link(&file, folder.path().join("twin")).unwrap();
         put(&file, b"four", None).unwrap();
-        assert_eq!(fs::read(folder.join("twin")).unwrap(), b"four");
+        assert_eq!(fs::read(folder.path().join("twin")).unwrap(), b"four");
         let hidden = fs::read_dir(&folder)
             .unwrap()
             .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with('.'));
         assert_eq!(hidden.count(), 0);
-        fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]
     fn test_replace_given_up_leaves_the_old_file_and_no_draft() {
-        let folder = folder("given-up");
-        let file = folder.join("file");
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
         fs::write(&file, b"old").unwrap();
         let mut destination = Destination::replace(file.to_str().unwrap(), 0o644, &Impatient).unwrap();
         destination.write(b"half", &Impatient).unwrap();
         drop(destination);
         let names: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!((names, fs::read(&file).unwrap()), (vec!["file".into()], b"old".to_vec()));
-        fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]
     fn test_special_files_are_refused_waited_for_or_written_in_place() {
-        let folder = folder("special");
-        let fifo = folder.join("fifo");
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
         let path = fifo.to_str().unwrap();
         assert_eq!(open_to_read(path).unwrap_err().code, Code::NotAFile);
@@ -464,13 +457,12 @@ pub mod tests {
         let (mut file, _) = open_to_read(name.to_str().unwrap()).unwrap();
         let read = read_some("tty", &mut file, &mut [0; 8], &Impatient);
         assert_eq!(read.unwrap_err().code, Code::Cancelled);
-        fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]
     fn test_zeros_become_holes_and_read_back_as_zeros() {
-        let folder = folder("holes");
-        let file = folder.join("file");
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
         let mut bytes = vec![0u8; 1 << 20];
         (bytes[5000], bytes[700_000]) = (1, 2);
         let mut destination = Destination::replace(file.to_str().unwrap(), 0o644, &Impatient).unwrap();
@@ -481,6 +473,5 @@ pub mod tests {
         destination.finish(None).unwrap();
         assert!(fs::read(&file).unwrap() == bytes);
         assert!(fs::metadata(&file).unwrap().blocks() * 512 <= 64 * 1024);
-        fs::remove_dir_all(folder).unwrap();
     }
 }
