@@ -12,6 +12,9 @@ CARGO ?= cargo
 HOST := x86_64-unknown-linux-gnu
 # Where cargo puts its output, wherever CARGO_TARGET_DIR or a configuration file points.
 TARGET_DIR = $(shell $(CARGO) metadata --no-deps --format-version 1 | $(PYTHON) -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
+# The C library that the wheel needs at least, so that old distributions take it: zig links against that one's symbols.
+GLIBC := 2.17
+WITH_ZIG = PATH="$(VENV)/bin:$$PATH"
 KERNEL_TARBALL := /usr/src/linux-source-6.1.tar.xz
 BUILD := $(CURDIR)/build
 VENV := $(BUILD)/venv
@@ -36,7 +39,7 @@ help:
 	@echo 'make stub    after a change of a doc comment in src/py: the docstrings of the type stub'
 	@echo 'make against BEFORE=WHEEL: the starts of two wheels, in turns; N=60'
 	@echo 'make test-nested  the conformance suite on every backend, in a guest with KVM: TIMES=5 MICROVM_TEST_BIN=FOLDER'
-	@echo 'make test-distributions  the example and a life on Debian 13 and sid, with their QEMU: SUITES="trixie sid"'
+	@echo 'make test-distributions  the example and a life on Debian 11, 13 and sid, with their QEMU: SUITES="trixie sid"'
 	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
 	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
 	@echo 'make clones  the long forms of the template tests: CLONES=200 identities, KILLS=50 deaths'
@@ -149,7 +152,7 @@ jail: setup
 # The jail once more, as a library in the VMM's own process.
 zygote: setup
 	@mkdir -p $(DATA)
-	$(CARGO) build --locked -p microvm-zygote --profile zygote --target $(HOST)
+	$(WITH_ZIG) $(CARGO) zigbuild --locked -p microvm-zygote --profile zygote --target $(HOST).$(GLIBC)
 	@install -m 644 $(TARGET_DIR)/$(HOST)/zygote/libmicrovm_zygote.so $(DATA)/libmicrovm_zygote.so
 
 # Who cleans up after a process that was killed: the core's own sweep, as a program.
@@ -172,7 +175,7 @@ attackers: setup
 wheel: guest jail zygote janitor
 	@rm -rf dist
 	@$(CARGO) metadata --locked --format-version 1 --filter-platform $(HOST) | $(PYTHON) tools/third-party.py >$(DATA)/THIRD-PARTY.txt
-	$(VENV)/bin/maturin build --release --locked -o dist
+	$(WITH_ZIG) $(VENV)/bin/maturin build --release --locked --zig --compatibility manylinux_$(subst .,_,$(GLIBC)) --target $(HOST) -o dist
 
 # The wheel in an environment that holds nothing else.
 installed: wheel

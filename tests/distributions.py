@@ -1,8 +1,8 @@
 """The package on other distributions, with their own QEMU, Python and libc (``make test-distributions``).
 
 Each is a folder that ``mmdebstrap`` fills from the archive that apt is set up with here, and in which examples/basic.py and a
-VM's life run as root, in namespaces of their own. ``--package`` names the folder that holds ``thirstys_waterfall``, built here:
-the C library of a distribution must be at least as new as this one's.
+VM's life run as root, in namespaces of their own. ``--package`` names the folder that holds ``thirstys_waterfall``, as the wheel
+installs it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = "qemu-system-x86,python3"
-DEFAULT = ["trixie", "sid"]
+DEFAULT = ["bullseye", "trixie", "sid"]
 # mmdebstrap takes a minute or two, a VM's life under TCG some seconds.
 MAKE_S, RUN_S = 1200, 300
 

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import tempfile
 import unittest
+import zipfile
 from pathlib import Path
+from typing import Set, Tuple
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import doctor
@@ -17,6 +21,28 @@ PUBLIC = {
     "CommunicationChannel", "IsolationType", "MicroVMInstance", "MicroVMIsolationManager", "VMBackend",
     "VMHealthMetrics", "VMNetworkConfig", "VMResourceLimits", "VMState", "MicroVMError", "doctor",
 }
+
+
+def glibc_versions(elf: bytes) -> Set[Tuple[int, ...]]:
+    """The versions of glibc's symbols that an ELF file needs, from its section SHT_GNU_verneed (the LSB's symbol versioning)."""
+    found: Set[Tuple[int, ...]] = set()
+    table, size, count = struct.unpack_from("<Q", elf, 40)[0], *struct.unpack_from("<HH", elf, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", elf, table + i * size) for i in range(count)]
+    for _, kind, _, _, at, _, link, needed, _, _ in sections:
+        if kind != 0x6FFFFFFE:
+            continue
+        names = sections[link][4]
+        for _ in range(needed):
+            _, versions, _, aux, following = struct.unpack_from("<HHIII", elf, at)
+            one = at + aux
+            for _ in range(versions):
+                _, _, _, name, more = struct.unpack_from("<IHHII", elf, one)
+                text = elf[names + name : elf.index(b"\0", names + name)].decode()
+                if text.startswith("GLIBC_"):
+                    found.add(tuple(int(number) for number in text[6:].split(".")))
+                one += more
+            at += following
+    return found
 
 
 class Package(unittest.TestCase):
@@ -69,6 +95,24 @@ class Package(unittest.TestCase):
         outside = [str(f) for f in files if not str(f).startswith(folder) and ".dist-info/" not in str(f)]
         self.assertEqual(outside, [])
         self.assertTrue({folder + "py.typed", folder + "_native.pyi"} <= {str(f) for f in files})
+
+    def test_every_elf_file_needs_no_newer_glibc_than_the_wheels_tag_says(self) -> None:
+        wheel = os.environ.get("MICROVM_WHEEL")
+        if not wheel:
+            self.skipTest("needs MICROVM_WHEEL, the path of the wheel (make test sets it)")
+        tag = re.search(r"manylinux_(\d+)_(\d+)_x86_64", Path(wheel).name)
+        assert tag is not None, wheel
+        allowed = tuple(int(number) for number in tag.groups())
+        self.assertLessEqual(allowed, (2, 17))
+        checked = {}
+        with zipfile.ZipFile(wheel) as files:
+            for name in files.namelist():
+                content = files.read(name)
+                if content.startswith(b"\x7fELF"):
+                    checked[Path(name).name] = max(glibc_versions(content), default=(0,))
+        self.assertTrue({"_native.abi3.so", "libmicrovm_zygote.so", "microvm-jail"} <= set(checked), checked)
+        self.assertGreater(checked["_native.abi3.so"], (2,))
+        self.assertEqual({name: needs for name, needs in checked.items() if needs > allowed}, {})
 
     def test_licences_of_all_that_is_linked_in_come_along(self) -> None:
         data = Path(package.__file__).parent / "_data"
