@@ -11,7 +11,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use microvm_isolation::image::{self, GuestImage};
 use microvm_isolation::model::VmId;
 use microvm_protocol::identity::{Credentials, Identity, Key, DRIVE_BYTES};
 use serde_json::{json, Value};
+use tempfile::TempDir;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -32,7 +33,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// A QEMU with a raw port beside the agent's, killed when dropped.
 struct Bench {
     child: Child,
-    dir: PathBuf,
+    /// The drives and the sockets; the folder is removed when the bench ends.
+    _dir: TempDir,
     raw: UnixStream,
     agent: Agent,
     port: String,
@@ -43,16 +45,12 @@ impl Drop for Bench {
         if let Err(error) = self.child.kill().and_then(|()| self.child.wait()) {
             eprintln!("QEMU: {error}");
         }
-        if let Err(error) = std::fs::remove_dir_all(&self.dir) {
-            eprintln!("{}: {error}", self.dir.display());
-        }
     }
 }
 
 impl Bench {
     async fn launch(image: &GuestImage) -> Result<Self, Failure> {
-        let dir = std::env::temp_dir().join(format!("microvm-bench-channel-{}", std::process::id()));
-        std::fs::create_dir(&dir)?;
+        let dir = tempfile::tempdir()?;
         let credentials = Credentials::agree(Key([0x42; 32]), &Key([1; 32]), &Key([2; 32]));
         let identity = Identity {
             credentials: credentials.clone(),
@@ -66,15 +64,15 @@ impl Bench {
             network: None,
             keeps_calls: false,
         };
-        image::create_drive(&dir.join("config"), DRIVE_BYTES as u64, None)?;
-        image::write_config_drive(&dir.join("config"), &identity.to_drive()?)?;
-        let disk = image::create_drive(&dir.join("disk"), 1 << 30, None)?;
+        image::create_drive(&dir.path().join("config"), DRIVE_BYTES as u64, None)?;
+        image::write_config_drive(&dir.path().join("config"), &identity.to_drive()?)?;
+        let disk = image::create_drive(&dir.path().join("disk"), 1 << 30, None)?;
         image::write_disk(&image.disk_template, &disk)?;
-        let listen = |name: &str| UnixListener::bind(dir.join(name));
+        let listen = |name: &str| UnixListener::bind(dir.path().join(name));
         let (agent, raw) = (listen("agent")?, listen("raw")?);
-        let chardev = |name: &str| format!("socket,id={name},path={}", dir.join(name).display());
+        let chardev = |name: &str| format!("socket,id={name},path={}", dir.path().join(name).display());
         let drive = |name: &str, only: &str| {
-            format!("id={name},if=none,format=raw,readonly={only},file={}", dir.join(name).display())
+            format!("id={name},if=none,format=raw,readonly={only},file={}", dir.path().join(name).display())
         };
         let tsc = tsc::frequency_khz().map_or_else(String::new, |khz| format!(" tsc_early_khz={khz}"));
         let child = Command::new("qemu-system-x86_64")
@@ -112,7 +110,7 @@ impl Bench {
         let vm_id = VmId::parse("bench")?;
         let hello = Agent::hello(&vm_id, &mut stream).await?;
         let agent = Agent::connect(vm_id, stream, credentials.of_peer(), &hello).await?;
-        let mut bench = Self { child, dir, raw, agent, port: String::new() };
+        let mut bench = Self { child, _dir: dir, raw, agent, port: String::new() };
         let find =
             "for p in /sys/class/virtio-ports/*; do [ \"$(cat $p/name)\" = bench.raw ] && echo /dev/${p##*/}; done";
         bench.port = bench.shell(find).await?.trim().to_owned();

@@ -4,8 +4,10 @@
 //!
 //! Environment: MICROVM_BENCH_N (default 40; 50 times as many round trips), MICROVM_BENCH_JSON (a file to write).
 
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -204,13 +206,13 @@ async fn round_trips(binary: &Path, qemu: &QemuBinary, image: &GuestImage, n: us
         [owned(&GUEST), owned(&files), owned(&["-device", "virtio-blk-device,drive=config,serial=config"])].concat()
     };
     // It says nothing, and may be read by everyone.
-    let config = std::env::temp_dir().join(format!("microvm-bench-config-{}", std::process::id()));
-    std::fs::write(&config, [0; DRIVE_BYTES])?;
-    let mut bare = Bare::launch(binary, &arguments(&image.kernel, &image.initramfs, &config))?;
+    let mut config = tempfile::Builder::new().permissions(Permissions::from_mode(0o644)).tempfile()?;
+    config.write_all(&[0; DRIVE_BYTES])?;
+    let mut bare = Bare::launch(binary, &arguments(&image.kernel, &image.initramfs, config.path()))?;
     let (jailed, mut stream) = launch(binary, qemu, &image.launcher, Step::Whole, |plan| {
         let kernel = plan.show("kernel", &image.kernel, "/vm/kernel", Access::Read)?;
         let initramfs = plan.show("initramfs", &image.initramfs, "/vm/initramfs", Access::Read)?;
-        let config = plan.show("config", &config, "/vm/config", Access::Read)?;
+        let config = plan.show("config", config.path(), "/vm/config", Access::Read)?;
         Ok(arguments(&kernel, &initramfs, &config))
     })?;
     let measured = tokio::task::block_in_place(|| {
@@ -230,7 +232,6 @@ async fn round_trips(binary: &Path, qemu: &QemuBinary, image: &GuestImage, n: us
     });
     jailed.kill();
     jailed.reaped().await;
-    std::fs::remove_file(&config)?;
     measured
 }
 

@@ -283,12 +283,6 @@ mod tests {
 
     const SLICE: Duration = Duration::from_millis(20);
 
-    fn folder(name: &str) -> PathBuf {
-        let folder = std::env::temp_dir().join(format!("destination-{name}-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        folder
-    }
-
     fn put(mut destination: Destination, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let taken = destination.write(bytes, SLICE).unwrap();
@@ -303,8 +297,8 @@ mod tests {
 
     #[test]
     fn test_replace_keeps_mode_links_and_other_names() {
-        let folder = folder("replace");
-        let (file, link) = (folder.join("file"), folder.join("link"));
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
         put(Destination::replace(&file, 0o640).unwrap(), b"one");
         assert_eq!(mode(&file) & 0o600, 0o600);
         fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
@@ -312,24 +306,23 @@ mod tests {
         put(Destination::replace(&link, 0o755).unwrap(), b"two");
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!((fs::read(&file).unwrap(), mode(&file)), (b"two".to_vec(), 0o600));
-        std::os::unix::fs::symlink("new", folder.join("dangling")).unwrap();
-        put(Destination::replace(&folder.join("dangling"), 0o600).unwrap(), b"three");
-        assert_eq!(fs::read(folder.join("new")).unwrap(), b"three");
-        fs::hard_link(&file, folder.join("twin")).unwrap();
+        std::os::unix::fs::symlink("new", folder.path().join("dangling")).unwrap();
+        put(Destination::replace(&folder.path().join("dangling"), 0o600).unwrap(), b"three");
+        assert_eq!(fs::read(folder.path().join("new")).unwrap(), b"three");
+        fs::hard_link(&file, folder.path().join("twin")).unwrap();
         put(Destination::replace(&file, 0o644).unwrap(), b"four");
-        assert_eq!(fs::read(folder.join("twin")).unwrap(), b"four");
-        drop(Destination::replace(&folder.join("new"), 0o644).unwrap());
-        assert_eq!(fs::read(folder.join("new")).unwrap(), b"three");
+        assert_eq!(fs::read(folder.path().join("twin")).unwrap(), b"four");
+        drop(Destination::replace(&folder.path().join("new"), 0o644).unwrap());
+        assert_eq!(fs::read(folder.path().join("new")).unwrap(), b"three");
         let mut names: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["dangling", "file", "link", "new", "twin"]);
-        fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]
     fn test_zeros_become_holes_in_new_files_and_are_written_to_others() {
-        let folder = folder("holes");
-        let file = folder.join("file");
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
         let mut bytes = vec![0u8; 1 << 20];
         bytes[300_000] = 1;
         for destination in [Destination::replace(&file, 0o600), Destination::resume(&file, 0, 0o600)] {
@@ -337,13 +330,12 @@ mod tests {
             assert!(fs::read(&file).unwrap() == bytes);
             assert!(fs::metadata(&file).unwrap().blocks() * 512 <= 64 * 1024);
         }
-        fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]
     fn test_fifos_are_waited_for_in_slices_and_written_in_place() {
-        let folder = folder("fifos");
-        let fifo = folder.join("fifo");
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
         let error = Destination::replace(&fifo, 0o600).unwrap_err();
         assert!(is_unread(&fifo, &error));
@@ -353,7 +345,6 @@ mod tests {
         assert_eq!(read_some(&source, &meta, 10, SLICE).unwrap(), Some(b"\0through".to_vec()));
         assert_eq!(read_some(&source, &meta, 10, SLICE).unwrap(), Some(Vec::new()));
         assert!(fs::metadata(&fifo).unwrap().file_type().is_fifo());
-        assert!(open_source(&folder, 0).unwrap_err().to_string().contains("tar"));
-        fs::remove_dir_all(folder).unwrap();
+        assert!(open_source(folder.path(), 0).unwrap_err().to_string().contains("tar"));
     }
 }

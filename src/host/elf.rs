@@ -194,9 +194,8 @@ mod tests {
 
     #[test]
     fn test_needs_of_a_script_is_an_error() {
-        let script = std::env::temp_dir().join(format!("elf-{}", std::process::id()));
+        let script = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&script, "#!/bin/sh\n".repeat(20)).unwrap();
-        assert!(needs(&script, &[]).unwrap_err().to_string().contains("not a 64-bit ELF"));
-        std::fs::remove_file(script).unwrap();
+        assert!(needs(script.path(), &[]).unwrap_err().to_string().contains("not a 64-bit ELF"));
     }
 }

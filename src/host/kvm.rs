@@ -183,16 +183,14 @@ mod tests {
 
     #[test]
     fn test_assess_what_is_not_the_node_is_named_and_not_opened() {
-        let file = std::env::temp_dir().join(format!("kvm-{}", std::process::id()));
-        File::create(&file).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
         let cases =
-            [(file.as_path(), "a regular file"), (Path::new("/dev/null"), "device 1:3"), (Path::new("/"), "a folder")];
+            [(file.path(), "a regular file"), (Path::new("/dev/null"), "device 1:3"), (Path::new("/"), "a folder")];
         for (path, expected) in cases {
             let kvm = assess(path, Some("vmx"), never);
             assert!(!kvm.device && !kvm.usable && kvm.remedy.is_some());
             assert!(kvm.reason.contains(expected), "{}", kvm.reason);
         }
-        fs::remove_file(file).unwrap();
     }
 
     #[test]
@@ -216,20 +214,19 @@ mod tests {
 
     #[test]
     fn test_refused_remedy_fits_the_modes_of_the_node() {
-        let file = std::env::temp_dir().join(format!("kvm-mode-{}", std::process::id()));
-        File::create(&file).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
         let denied = io::Error::from(ErrorKind::PermissionDenied);
         let told = |mode| {
             fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
-            refused(&file, &file.metadata().unwrap(), &denied)
+            refused(file.path(), &file.as_file().metadata().unwrap(), &denied)
         };
         assert!(told(0o600).0.contains("mode 600, owner"));
         let expected = if Uid::effective().is_root() { "device control group" } else { "lets no group" };
         assert!(told(0o600).1.contains(expected), "{}", told(0o600).1);
         assert!(told(0o666).1.contains("device control group"));
-        let dead = refused(&file, &file.metadata().unwrap(), &io::Error::from_raw_os_error(libc::ENXIO));
+        let dead =
+            refused(file.path(), &file.as_file().metadata().unwrap(), &io::Error::from_raw_os_error(libc::ENXIO));
         assert!(dead.1.contains("no working driver"));
-        fs::remove_file(file).unwrap();
     }
 
     #[test]

@@ -102,13 +102,11 @@ mod tests {
 
     #[test]
     fn test_data_extents_leave_the_holes_out() {
-        let path = std::env::temp_dir().join(format!("extents-{}", std::process::id()));
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
+        let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         file.write_all_at(&[1; 4096], 512 << 10).unwrap();
         assert_eq!(data_extents(&file, 1 << 20).unwrap(), vec![Range { start: 512 << 10, end: 516 << 10 }]);
         punch_hole(&file, (512 << 10)..(516 << 10)).unwrap();
         assert_eq!(data_extents(&file, 1 << 20).unwrap(), []);
-        std::fs::remove_file(path).unwrap();
     }
 }

@@ -150,8 +150,7 @@ mod tests {
         }
         // SAFETY: within the mapping; read, so that a page of the file's is present, too.
         assert_eq!(unsafe { start.as_ptr().cast::<u8>().add(4 * PAGE as usize).read() }, 1);
-        let path = std::env::temp_dir().join(format!("own-pages-{}", std::process::id()));
-        let copy = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        let copy = tempfile::tempfile().unwrap();
         copy.set_len(LENGTH).unwrap();
         let memory = ProcessMemory::find(std::process::id() as i32, LENGTH).unwrap();
         assert_eq!(memory.copy_own_pages(&copy).unwrap(), 3);
@@ -169,7 +168,6 @@ mod tests {
         // Those that were touched; none for having been looked at.
         let made = memfd::data_extents(&File::from(file), LENGTH).unwrap();
         assert_eq!(made, [3 * PAGE..5 * PAGE, 40 * PAGE..42 * PAGE]);
-        fs::remove_file(path).unwrap();
     }
 
     #[test]

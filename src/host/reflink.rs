@@ -25,12 +25,11 @@ mod tests {
 
     #[test]
     fn test_share_has_the_content_or_leaves_the_file_alone() {
-        let dir = std::env::temp_dir().join(format!("reflink-{}", std::process::id()));
-        std::fs::create_dir(&dir).unwrap();
-        std::fs::write(dir.join("original"), vec![7; 8192]).unwrap();
-        let (original, copy) = (File::open(dir.join("original")).unwrap(), File::create(dir.join("copy")).unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("original"), vec![7; 8192]).unwrap();
+        let (original, copy) =
+            (File::open(dir.path().join("original")).unwrap(), File::create(dir.path().join("copy")).unwrap());
         let expected = if share(&original, &copy).is_ok() { vec![7; 8192] } else { Vec::new() };
-        assert_eq!(std::fs::read(dir.join("copy")).unwrap(), expected);
-        std::fs::remove_dir_all(dir).unwrap();
+        assert_eq!(std::fs::read(dir.path().join("copy")).unwrap(), expected);
     }
 }

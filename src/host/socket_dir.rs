@@ -212,43 +212,35 @@ impl std::fmt::Debug for SocketDir {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tempfile::tempdir;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-    fn folder(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("sockets-{}-{name}", std::process::id()));
-        fs::create_dir(&path).unwrap();
-        path
-    }
 
     /// What a VMM in an attacker's power does between our making of a name and our next step.
     #[tokio::test]
     async fn test_what_the_vmm_put_in_a_names_place_is_neither_given_nor_opened() {
-        let (path, outside) = (folder("swapped"), folder("swapped-outside"));
-        let (victim, other) = (outside.join("victim"), outside.join("fifo"));
+        let (folder, outside) = (tempdir().unwrap(), tempdir().unwrap());
+        let (victim, other) = (outside.path().join("victim"), outside.path().join("fifo"));
         fs::write(&victim, b"").unwrap();
         fs::set_permissions(&victim, fs::Permissions::from_mode(0o644)).unwrap();
         nix::unistd::mkfifo(&other, Mode::S_IRWXU).unwrap();
-        let sockets = SocketDir::open(&path, None).unwrap();
+        let sockets = SocketDir::open(folder.path(), None).unwrap();
         for (name, target) in [("socket", &victim), ("pipe", &other)] {
-            std::os::unix::fs::symlink(target, path.join(name)).unwrap();
+            std::os::unix::fs::symlink(target, folder.path().join(name)).unwrap();
             for kind in [SFlag::S_IFSOCK, SFlag::S_IFIFO, SFlag::S_IFREG] {
                 assert!(sockets.made(name, kind, OFlag::O_PATH).is_err(), "{name}");
             }
             assert!(sockets.listen(name).is_err() && sockets.pipe(name).is_err() && sockets.file(name).is_err());
         }
-        fs::hard_link(&victim, path.join("twin")).unwrap();
+        fs::hard_link(&victim, folder.path().join("twin")).unwrap();
         assert!(sockets.made("twin", SFlag::S_IFREG, OFlag::O_PATH).is_err());
         assert_eq!(victim.metadata().unwrap().permissions().mode() & 0o777, 0o644);
-        for folder in [path, outside] {
-            fs::remove_dir_all(folder).unwrap();
-        }
     }
 
     #[tokio::test]
     async fn test_connect_waits_for_a_socket_that_is_made_later() {
-        let path = folder("later");
-        let sockets = SocketDir::open(&path, None).unwrap();
-        let made = path.join("api");
+        let folder = tempdir().unwrap();
+        let sockets = SocketDir::open(folder.path(), None).unwrap();
+        let made = folder.path().join("api");
         let serving = tokio::spawn(async move {
             tokio::task::yield_now().await;
             std::fs::write(made.with_file_name("other"), b"").unwrap();
@@ -257,12 +249,13 @@ mod tests {
         let mut stream = tokio::time::timeout(Duration::from_secs(5), sockets.connect("api")).await.unwrap().unwrap();
         assert_eq!(stream.read_u8().await.unwrap(), b'x');
         serving.await.unwrap();
-        fs::remove_dir_all(path).unwrap();
     }
 
     #[tokio::test]
     async fn test_open_removes_what_was_left_and_names_outlive_a_rename() {
-        let path = folder("left");
+        let folder = tempdir().unwrap();
+        let path = folder.path().join("sockets");
+        fs::create_dir(&path).unwrap();
         fs::write(path.join("stale"), b"").unwrap();
         let sockets = SocketDir::open(&path, None).unwrap();
         assert!(!path.join("stale").exists());
@@ -272,32 +265,29 @@ mod tests {
         assert!(moved.join("agent").exists());
         sockets.remove("agent");
         assert!(!moved.join("agent").exists());
-        fs::remove_dir_all(moved).unwrap();
     }
 
     #[tokio::test]
     async fn test_read_takes_files_of_a_size_alone() {
-        let path = folder("read");
-        let sockets = SocketDir::open(&path, None).unwrap();
-        fs::write(path.join("file"), b"1234").unwrap();
+        let folder = tempdir().unwrap();
+        let sockets = SocketDir::open(folder.path(), None).unwrap();
+        fs::write(folder.path().join("file"), b"1234").unwrap();
         assert_eq!(sockets.read("file", 4).unwrap(), b"1234");
         assert!(sockets.read("file", 3).unwrap_err().to_string().contains("at most 3 bytes"));
-        std::os::unix::fs::symlink("file", path.join("link")).unwrap();
+        std::os::unix::fs::symlink("file", folder.path().join("link")).unwrap();
         assert!(sockets.read("link", 4).is_err());
         let _pipe = sockets.pipe("pipe").unwrap();
         assert!(sockets.read("pipe", 4).is_err());
-        fs::remove_dir_all(path).unwrap();
     }
 
     #[tokio::test]
     async fn test_pipe_is_read_across_writers() {
-        let path = folder("pipe");
-        let sockets = SocketDir::open(&path, None).unwrap();
+        let folder = tempdir().unwrap();
+        let sockets = SocketDir::open(folder.path(), None).unwrap();
         let mut pipe = sockets.pipe("metrics").unwrap();
         for byte in [1, 2] {
-            fs::write(path.join("metrics"), [byte]).unwrap();
+            fs::write(folder.path().join("metrics"), [byte]).unwrap();
             assert_eq!(pipe.read_u8().await.unwrap(), byte);
         }
-        fs::remove_dir_all(path).unwrap();
     }
 }

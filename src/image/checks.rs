@@ -85,12 +85,13 @@ pub fn check_rootfs(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::PathBuf;
+    use std::io::Write;
+    use tempfile::NamedTempFile;
 
-    fn file(name: &str, content: &[u8]) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("image-{}-{name}", std::process::id()));
-        std::fs::write(&path, content).unwrap();
-        path
+    fn file(content: &[u8]) -> NamedTempFile {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(content).unwrap();
+        file
     }
 
     fn reason(result: Result<()>) -> String {
@@ -106,9 +107,7 @@ mod tests {
             ("empty", vec![], "not an ELF"),
         ];
         for (name, content, expected) in cases {
-            let path = file(name, &content);
-            assert!(reason(check_kernel(&path)).contains(expected), "{name}");
-            std::fs::remove_file(path).unwrap();
+            assert!(reason(check_kernel(file(&content).path())).contains(expected), "{name}");
         }
     }
 
@@ -129,8 +128,6 @@ mod tests {
         image[1024 + 56..1024 + 58].copy_from_slice(&0xEF53u16.to_le_bytes());
         image[1024 + 4] = 200;
         image[1024 + 40] = 16;
-        let path = file("cut", &image);
-        assert!(reason(check_rootfs(&path)).contains("cut off"));
-        std::fs::remove_file(path).unwrap();
+        assert!(reason(check_rootfs(file(&image).path())).contains("cut off"));
     }
 }

@@ -104,9 +104,8 @@ mod tests {
 
     #[test]
     fn test_write_disk_is_sparse_private_and_begins_with_the_template() {
-        let dir = std::env::temp_dir().join(format!("drives-{}", std::process::id()));
-        std::fs::create_dir(&dir).unwrap();
-        let (template, disk) = (dir.join("template"), dir.join("disk"));
+        let dir = tempfile::tempdir().unwrap();
+        let (template, disk) = (dir.path().join("template"), dir.path().join("disk"));
         let mut content = vec![0; 1 << 20];
         content[300_000] = 7;
         std::fs::write(&template, &content).unwrap();
@@ -118,6 +117,5 @@ mod tests {
         let mut start = vec![0; content.len()];
         File::open(&disk).unwrap().read_exact_at(&mut start, 0).unwrap();
         assert!(start == content);
-        std::fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -356,24 +356,24 @@ mod tests {
 
     #[test]
     fn test_a_new_folder_is_made_marked_and_opened_once() {
-        let scratch = Scratch::new("base");
-        let first = base(Kind::Runtime, scratch.0.join("a/run"));
-        assert!(first.existing().unwrap().is_none() && !scratch.0.join("a").exists());
+        let scratch = Scratch::new();
+        let first = base(Kind::Runtime, scratch.path().join("a/run"));
+        assert!(first.existing().unwrap().is_none() && !scratch.path().join("a").exists());
         let root = first.root().unwrap();
         assert!(Arc::ptr_eq(&root, &first.root().unwrap()));
-        let again = base(Kind::Runtime, scratch.0.join("a/run")).existing().unwrap().unwrap();
+        let again = base(Kind::Runtime, scratch.path().join("a/run")).existing().unwrap().unwrap();
         assert_eq!(again.mark_id(), root.mark_id());
         fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
         assert!(refusal(&first).contains("755"));
-        fs::remove_dir_all(scratch.0.join("a/run")).unwrap();
+        fs::remove_dir_all(scratch.path().join("a/run")).unwrap();
         assert!(first.existing().unwrap().is_none());
         assert_ne!(first.root().unwrap().mark_id(), root.mark_id());
     }
 
     #[test]
     fn test_an_empty_folder_is_taken_and_one_with_other_files_is_refused() {
-        let scratch = Scratch::new("foreign");
-        let path = scratch.0.join("run");
+        let scratch = Scratch::new();
+        let path = scratch.path().join("run");
         fs::create_dir(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
         let folder = base(Kind::Runtime, path.clone());
@@ -391,30 +391,30 @@ mod tests {
 
     #[test]
     fn test_a_folder_of_another_kind_is_refused() {
-        let scratch = Scratch::new("kinds");
-        base(Kind::Cache, scratch.0.join("x")).root().unwrap();
-        assert!(refusal(&base(Kind::Runtime, scratch.0.join("x"))).contains("it is a cache folder"));
+        let scratch = Scratch::new();
+        base(Kind::Cache, scratch.path().join("x")).root().unwrap();
+        assert!(refusal(&base(Kind::Runtime, scratch.path().join("x"))).contains("it is a cache folder"));
     }
 
     #[test]
     fn test_a_mark_that_is_a_link_is_none() {
-        let scratch = Scratch::new("mark-link");
-        let real = base(Kind::Cache, scratch.0.join("real"));
+        let scratch = Scratch::new();
+        let real = base(Kind::Cache, scratch.path().join("real"));
         real.root().unwrap();
-        let path = scratch.0.join("false");
+        let path = scratch.path().join("false");
         fs::create_dir(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
-        symlink(scratch.0.join("real").join(mark::FILE), path.join(mark::FILE)).unwrap();
+        symlink(scratch.path().join("real").join(mark::FILE), path.join(mark::FILE)).unwrap();
         assert!(refusal(&base(Kind::Cache, path)).contains("cannot be read"));
     }
 
     #[test]
     fn test_folders_that_are_one_or_lie_in_one_another_are_refused() {
-        let scratch = Scratch::new("apart");
-        let cache = base(Kind::Cache, scratch.0.join("c")).root().unwrap();
-        let within = base(Kind::Runtime, scratch.0.join("c/x/run")).root().unwrap();
-        let apart = base(Kind::Runtime, scratch.0.join("run")).root().unwrap();
-        let below = base(Kind::Cache, scratch.0.join("run/c")).root().unwrap();
+        let scratch = Scratch::new();
+        let cache = base(Kind::Cache, scratch.path().join("c")).root().unwrap();
+        let within = base(Kind::Runtime, scratch.path().join("c/x/run")).root().unwrap();
+        let apart = base(Kind::Runtime, scratch.path().join("run")).root().unwrap();
+        let below = base(Kind::Cache, scratch.path().join("run/c")).root().unwrap();
         check_apart(&apart, &cache).unwrap();
         assert!(check_apart(&within, &cache).unwrap_err().to_string().contains("it lies in"));
         assert!(check_apart(&apart, &below).unwrap_err().to_string().contains("it holds"));
@@ -427,7 +427,7 @@ mod tests {
 
     #[test]
     fn test_what_an_earlier_version_made_is_adopted_at_the_defaults_alone() {
-        let scratch = Scratch::new("adopt");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
         let run = dir.make_dir("run").unwrap();
         drop(run.make_dir("tab-1").unwrap().make_lock("lock").unwrap());
@@ -450,8 +450,8 @@ mod tests {
 
     #[test]
     fn test_received_checks_the_descriptor_again() {
-        let scratch = Scratch::new("received");
-        let root = base(Kind::Runtime, scratch.0.join("run")).root().unwrap();
+        let scratch = Scratch::new();
+        let root = base(Kind::Runtime, scratch.path().join("run")).root().unwrap();
         let received = Root::received(Kind::Runtime, &root.to_send().unwrap(), root.path()).unwrap();
         assert_eq!(received.mark_id(), root.mark_id());
         assert!(Root::received(Kind::Cache, &root.to_send().unwrap(), root.path()).is_err());

@@ -356,33 +356,34 @@ pub(super) mod tests {
     use super::*;
     use std::fs;
     use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
+    use tempfile::TempDir;
+
+    /// A folder that only this user may enter; a plain TempDir has the mode that the umask leaves.
+    pub fn private_dir() -> TempDir {
+        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o700)).tempdir().unwrap()
+    }
 
     /// A folder of a test's own; removed when dropped.
-    pub struct Scratch(pub PathBuf);
+    pub struct Scratch(TempDir);
 
     impl Scratch {
-        pub fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("store-{}-{name}", std::process::id()));
-            fs::create_dir(&path).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
-            Self(path)
+        pub fn new() -> Self {
+            Self(private_dir())
+        }
+
+        pub fn path(&self) -> &Path {
+            self.0.path()
         }
 
         pub fn dir(&self) -> Dir {
-            let fd = nix::fcntl::open(&self.0, OFlag::O_PATH, Mode::empty()).unwrap();
-            Dir::from_fd(&fd, self.0.clone()).unwrap()
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            fs::remove_dir_all(&self.0).unwrap();
+            let fd = nix::fcntl::open(self.path(), OFlag::O_PATH, Mode::empty()).unwrap();
+            Dir::from_fd(&fd, self.path().to_owned()).unwrap()
         }
     }
 
     #[test]
     fn test_names_of_more_than_one_component_are_refused() {
-        let scratch = Scratch::new("names");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
         for name in ["", ".", "..", "a/b", "/etc", "a\0b"] {
             assert_eq!(dir.create(name).unwrap_err().kind(), ErrorKind::InvalidInput, "{name:?}");
@@ -392,12 +393,12 @@ pub(super) mod tests {
 
     #[test]
     fn test_links_are_not_followed_by_any_operation() {
-        let (scratch, outside) = (Scratch::new("links"), Scratch::new("links-outside"));
+        let (scratch, outside) = (Scratch::new(), Scratch::new());
         let dir = scratch.dir();
-        fs::write(outside.0.join("file"), b"kept").unwrap();
-        symlink(outside.0.join("file"), scratch.0.join("to-file")).unwrap();
-        symlink(outside.0.join("new"), scratch.0.join("to-nothing")).unwrap();
-        symlink(&outside.0, scratch.0.join("to-folder")).unwrap();
+        fs::write(outside.path().join("file"), b"kept").unwrap();
+        symlink(outside.path().join("file"), scratch.path().join("to-file")).unwrap();
+        symlink(outside.path().join("new"), scratch.path().join("to-nothing")).unwrap();
+        symlink(outside.path(), scratch.path().join("to-folder")).unwrap();
         assert!(dir.open("to-file").is_err() && dir.open_writable("to-file").is_err());
         assert!(dir.create("to-nothing").is_err() && dir.create_or_open("to-nothing").is_err());
         assert!(dir.dir("to-folder").is_err() && dir.make_or_open_dir("to-folder").is_err());
@@ -406,20 +407,20 @@ pub(super) mod tests {
         for name in ["to-file", "to-nothing", "to-folder"] {
             dir.remove_all(name).unwrap();
         }
-        assert_eq!(fs::read(outside.0.join("file")).unwrap(), b"kept");
-        assert_eq!(fs::read_dir(&outside.0).unwrap().count(), 1);
-        assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
+        assert_eq!(fs::read(outside.path().join("file")).unwrap(), b"kept");
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
     }
 
     #[test]
     fn test_only_regular_files_with_one_name_are_opened() {
-        let scratch = Scratch::new("regular");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
-        nix::unistd::mkfifo(&scratch.0.join("fifo"), Mode::S_IRWXU).unwrap();
-        fs::write(scratch.0.join("file"), b"12345").unwrap();
+        nix::unistd::mkfifo(&scratch.path().join("fifo"), Mode::S_IRWXU).unwrap();
+        fs::write(scratch.path().join("file"), b"12345").unwrap();
         assert_eq!(dir.read("file", 5).unwrap(), b"12345");
         assert_eq!(dir.read("file", 4).unwrap_err().kind(), ErrorKind::InvalidData);
-        fs::hard_link(scratch.0.join("file"), scratch.0.join("twin")).unwrap();
+        fs::hard_link(scratch.path().join("file"), scratch.path().join("twin")).unwrap();
         for name in ["fifo", "file", "twin"] {
             assert!(dir.open(name).is_err() && dir.open_writable(name).is_err(), "{name}");
         }
@@ -427,22 +428,22 @@ pub(super) mod tests {
 
     #[test]
     fn test_a_folder_open_to_others_is_not_opened() {
-        let scratch = Scratch::new("open");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
         dir.make_dir("shared").unwrap();
-        fs::set_permissions(scratch.0.join("shared"), fs::Permissions::from_mode(0o750)).unwrap();
+        fs::set_permissions(scratch.path().join("shared"), fs::Permissions::from_mode(0o750)).unwrap();
         assert!(dir.dir("shared").unwrap_err().to_string().contains("750"));
         assert!(dir.make_or_open_dir("shared").is_err());
     }
 
     #[test]
     fn test_write_replaces_and_leaves_no_draft() {
-        let scratch = Scratch::new("write");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
         dir.write("file", b"one").unwrap();
         dir.write("file", b"two").unwrap();
         assert_eq!(dir.read("file", 10).unwrap(), b"two");
         assert_eq!(dir.entries().unwrap().len(), 1);
-        assert_eq!(scratch.0.join("file").metadata().unwrap().mode() & 0o777, 0o600);
+        assert_eq!(scratch.path().join("file").metadata().unwrap().mode() & 0o777, 0o600);
     }
 }

@@ -178,9 +178,9 @@ mod tests {
     use std::sync::Arc;
 
     /// A cache, and the disks' folder in it.
-    fn cache(name: &str) -> (Scratch, Arc<Root>, PathBuf) {
-        let scratch = Scratch::new(&format!("disks-{name}"));
-        let root = Base::new(Kind::Cache, scratch.0.join("cache")).root().unwrap();
+    fn cache() -> (Scratch, Arc<Root>, PathBuf) {
+        let scratch = Scratch::new();
+        let root = Base::new(Kind::Cache, scratch.path().join("cache")).root().unwrap();
         let folder = root.at(DISKS);
         (scratch, root, folder)
     }
@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn test_disks_of_one_name_are_two_and_each_goes_with_its_owner() {
-        let (_scratch, cache, folder) = cache("twins");
+        let (_scratch, cache, folder) = cache();
         let (one, other) = (made(&cache, "twin"), made(&cache, "twin"));
         one.file().write_all_at(b"A", 0).unwrap();
         other.file().write_all_at(b"B", 0).unwrap();
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn test_reader_has_the_disk_that_was_made_whatever_its_name_stands_for() {
-        let (_scratch, cache, _) = cache("reader");
+        let (_scratch, cache, _) = cache();
         let disk = made(&cache, "vm");
         disk.file().write_all_at(b"own", 0).unwrap();
         fs::remove_file(disk.path()).unwrap();
@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn test_rename_keeps_the_disk_and_its_lock() {
-        let (_scratch, cache, folder) = cache("rename");
+        let (_scratch, cache, folder) = cache();
         let mut disk = made(&cache, "old");
         disk.rename(&VmId::parse("new").unwrap()).unwrap();
         sweep(&cache);
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn test_sweep_removes_what_a_dead_manager_left_and_nothing_else() {
-        let (_scratch, cache, folder) = cache("sweep");
+        let (_scratch, cache, folder) = cache();
         let (held, dead) = (made(&cache, "held"), made(&cache, "dead"));
         let stale = dead.path().to_owned();
         drop(dead);
@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn test_sweep_in_a_folder_that_others_may_write_to_removes_nothing() {
-        let (_scratch, cache, folder) = cache("open");
+        let (_scratch, cache, folder) = cache();
         let stale = folder.join("0123456789abcdef-vm");
         fs::create_dir(&folder).unwrap();
         fs::write(&stale, b"x").unwrap();
@@ -278,7 +278,7 @@ mod tests {
     fn test_disk_and_its_folder_are_the_owners_whatever_the_umask() {
         const CHILD: &str = "TEST_DISK_WITH_UMASK";
         if std::env::var_os(CHILD).is_some() {
-            let (_scratch, cache, folder) = cache("umask");
+            let (_scratch, cache, folder) = cache();
             let disk = made(&cache, "vm");
             let mode = |path: &Path| path.metadata().unwrap().mode() & 0o777;
             assert_eq!((mode(&folder), mode(disk.path())), (0o700, 0o600));
@@ -295,7 +295,7 @@ mod tests {
     /// What opens the disk by its name, as a VMM does, neither holds its lock nor is kept out by it, QEMU's locks included.
     #[test]
     fn test_lock_is_the_managers_and_not_the_vmms() {
-        let (_scratch, cache, folder) = cache("vmm");
+        let (_scratch, cache, folder) = cache();
         let disk = made(&cache, "vm");
         disk.file().set_len(4096).unwrap();
         let vmm =
@@ -317,7 +317,7 @@ mod tests {
 
     #[test]
     fn test_making_and_sweeping_at_once_loses_no_disk() {
-        let (_scratch, cache, folder) = cache("race");
+        let (_scratch, cache, folder) = cache();
         drop(made(&cache, "first"));
         let done = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {

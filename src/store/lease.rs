@@ -107,8 +107,8 @@ mod tests {
 
     #[test]
     fn test_take_never_gives_a_uid_twice_and_drop_gives_it_back() {
-        let scratch = Scratch::new("leases");
-        let folder = Base::new(Kind::Leases, scratch.0.join("uids")).root().unwrap();
+        let scratch = Scratch::new();
+        let folder = Base::new(Kind::Leases, scratch.path().join("uids")).root().unwrap();
         let first = Lease::take_in(&folder, 7, 8).unwrap();
         let second = Lease::take_in(&folder, 7, 8).unwrap();
         assert_ne!(first.uid(), second.uid());
@@ -122,8 +122,8 @@ mod tests {
 
     #[test]
     fn test_sweep_removes_what_nobody_holds_and_nothing_else() {
-        let scratch = Scratch::new("leases-swept");
-        let folder = Base::new(Kind::Leases, scratch.0.join("uids")).root().unwrap();
+        let scratch = Scratch::new();
+        let folder = Base::new(Kind::Leases, scratch.path().join("uids")).root().unwrap();
         let held = Lease::take_in(&folder, 7, 7).unwrap();
         for name in ["8", "readme"] {
             folder.create(name).unwrap();

@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn test_turns_are_shared_by_those_who_add_and_alone_for_one_who_clears() {
-        let scratch = Scratch::new("turns");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
         let adds = dir.turn(FlockArg::LockShared).unwrap();
         drop(dir.turn(FlockArg::LockSharedNonblock).unwrap());
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn test_lock_is_one_holders_and_is_never_made_to_find_out() {
-        let scratch = Scratch::new("lock");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
         assert_eq!(dir.lock("lock").unwrap_err().kind(), ErrorKind::NotFound);
         assert!(!dir.has("lock").unwrap());
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn test_lock_of_a_file_that_lost_its_name_is_not_taken() {
-        let scratch = Scratch::new("lost");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
         let file = dir.create_or_open("lock").unwrap();
         dir.remove_file("lock").unwrap();
@@ -149,18 +149,18 @@ mod tests {
 
     #[test]
     fn test_is_held_by_us_only_while_it_is_held() {
-        let scratch = Scratch::new("ours");
+        let scratch = Scratch::new();
         let held = scratch.dir().make_lock("lock").unwrap().unwrap();
-        assert!(is_held_by_us(&scratch.0.join("lock")));
+        assert!(is_held_by_us(&scratch.path().join("lock")));
         drop(held);
-        assert!(!is_held_by_us(&scratch.0.join("lock")));
+        assert!(!is_held_by_us(&scratch.path().join("lock")));
     }
 
     #[test]
     fn test_lock_behind_a_link_is_not_made() {
-        let (scratch, outside) = (Scratch::new("lock-link"), Scratch::new("lock-link-outside"));
-        symlink(outside.0.join("made"), scratch.0.join("lock")).unwrap();
+        let (scratch, outside) = (Scratch::new(), Scratch::new());
+        symlink(outside.path().join("made"), scratch.path().join("lock")).unwrap();
         assert!(scratch.dir().make_lock("lock").is_err());
-        assert!(!outside.0.join("made").exists());
+        assert!(!outside.path().join("made").exists());
     }
 }

@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn test_a_mark_is_read_as_it_was_written_and_nothing_else_is_one() {
-        let scratch = Scratch::new("mark");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
         assert_eq!(read(&dir).unwrap(), None);
         let mark = write(&dir, Kind::Cache).unwrap();

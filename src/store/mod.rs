@@ -16,6 +16,8 @@ pub mod runtime;
 mod walk;
 
 pub use base::{check_apart, default_cache, default_runtime, Base, Kind, Root};
+#[cfg(test)]
+pub(crate) use dir::tests::private_dir;
 pub use dir::{Dir, Entry, Id};
 pub use lock::{Lock, Turn};
 pub use runtime::{Existing, Folders, VmDir};

@@ -124,27 +124,27 @@ mod tests {
 
     #[test]
     fn test_all_removes_what_is_closed_and_what_is_deep() {
-        let scratch = Scratch::new("deep");
+        let scratch = Scratch::new();
         let dir = scratch.dir();
-        fs::create_dir_all(scratch.0.join("x").join(["d"; 300].join("/"))).unwrap();
-        fs::create_dir_all(scratch.0.join("x/closed/within")).unwrap();
-        fs::write(scratch.0.join("x/closed/within/file"), b"").unwrap();
-        fs::set_permissions(scratch.0.join("x/closed/within"), fs::Permissions::from_mode(0o500)).unwrap();
-        fs::set_permissions(scratch.0.join("x/closed"), fs::Permissions::from_mode(0o000)).unwrap();
+        fs::create_dir_all(scratch.path().join("x").join(["d"; 300].join("/"))).unwrap();
+        fs::create_dir_all(scratch.path().join("x/closed/within")).unwrap();
+        fs::write(scratch.path().join("x/closed/within/file"), b"").unwrap();
+        fs::set_permissions(scratch.path().join("x/closed/within"), fs::Permissions::from_mode(0o500)).unwrap();
+        fs::set_permissions(scratch.path().join("x/closed"), fs::Permissions::from_mode(0o000)).unwrap();
         dir.remove_all("x").unwrap();
         dir.remove_all("x").unwrap();
-        assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
     }
 
     #[test]
     fn test_all_keeps_what_links_lead_to() {
-        let (scratch, outside) = (Scratch::new("link"), Scratch::new("link-outside"));
-        fs::write(outside.0.join("file"), b"").unwrap();
-        fs::create_dir(scratch.0.join("x")).unwrap();
-        symlink(&outside.0, scratch.0.join("x/folder")).unwrap();
-        symlink(outside.0.join("file"), scratch.0.join("x/file")).unwrap();
+        let (scratch, outside) = (Scratch::new(), Scratch::new());
+        fs::write(outside.path().join("file"), b"").unwrap();
+        fs::create_dir(scratch.path().join("x")).unwrap();
+        symlink(outside.path(), scratch.path().join("x/folder")).unwrap();
+        symlink(outside.path().join("file"), scratch.path().join("x/file")).unwrap();
         scratch.dir().remove_all("x").unwrap();
-        assert!(outside.0.join("file").exists() && !scratch.0.join("x").exists());
+        assert!(outside.path().join("file").exists() && !scratch.path().join("x").exists());
     }
 
     #[test]

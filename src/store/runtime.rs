@@ -348,7 +348,7 @@ mod tests {
     use std::os::unix::fs::{symlink, PermissionsExt};
 
     fn folders(scratch: &Scratch) -> Folders {
-        Folders::new(Some(scratch.0.join("run")), Some(scratch.0.join("cache")))
+        Folders::new(Some(scratch.path().join("run")), Some(scratch.path().join("cache")))
     }
 
     fn id(name: &str) -> VmId {
@@ -380,7 +380,7 @@ mod tests {
 
     #[test]
     fn test_create_twice_says_taken_and_drop_removes() {
-        let scratch = Scratch::new("taken");
+        let scratch = Scratch::new();
         let folders = folders(&scratch);
         let first = made(&folders, "a");
         assert_eq!(VmDir::create(&folders, &id("a")).unwrap_err().code(), "vm_id_taken");
@@ -391,7 +391,7 @@ mod tests {
 
     #[test]
     fn test_rename_takes_the_files_along() {
-        let scratch = Scratch::new("rename");
+        let scratch = Scratch::new();
         let folders = folders(&scratch);
         let mut dir = made(&folders, "old");
         fs::write(dir.path().join("config"), b"y").unwrap();
@@ -408,7 +408,7 @@ mod tests {
 
     #[test]
     fn test_sweep_removes_only_what_nobody_holds() {
-        let scratch = Scratch::new("sweep");
+        let scratch = Scratch::new();
         let folders = folders(&scratch);
         let held = made(&folders, "held");
         abandon(made(&folders, "stale"));
@@ -418,11 +418,11 @@ mod tests {
 
     #[test]
     fn test_sweep_leaves_what_no_vm_made() {
-        let (scratch, outside) = (Scratch::new("strangers"), Scratch::new("strangers-outside"));
+        let (scratch, outside) = (Scratch::new(), Scratch::new());
         let folders = folders(&scratch);
         drop(made(&folders, "vm"));
         let base = folders.runtime.path();
-        fs::write(outside.0.join("lock"), b"").unwrap();
+        fs::write(outside.path().join("lock"), b"").unwrap();
         for folder in ["empty", "full", ".new-x", ".gone-x", "disks"] {
             fs::create_dir(base.join(folder)).unwrap();
             fs::set_permissions(base.join(folder), fs::Permissions::from_mode(0o700)).unwrap();
@@ -430,13 +430,13 @@ mod tests {
         for file in ["full/thesis", "lock", ".gone-0123456789abcdef"] {
             fs::write(base.join(file), b"").unwrap();
         }
-        symlink(&outside.0, base.join("linked")).unwrap();
+        symlink(outside.path(), base.join("linked")).unwrap();
         fs::create_dir(base.join("lock-is-a-link")).unwrap();
         fs::set_permissions(base.join("lock-is-a-link"), fs::Permissions::from_mode(0o700)).unwrap();
-        symlink(outside.0.join("lock"), base.join("lock-is-a-link/lock")).unwrap();
+        symlink(outside.path().join("lock"), base.join("lock-is-a-link/lock")).unwrap();
         let before = names(base);
         assert!(swept(&folders).is_empty());
-        assert_eq!((names(base), names(&outside.0)), (before, vec!["lock".to_owned()]));
+        assert_eq!((names(base), names(outside.path())), (before, vec!["lock".to_owned()]));
         for taken in ["empty", "full", "linked", "lock-is-a-link"] {
             let message = VmDir::create(&folders, &id(taken)).unwrap_err().to_string();
             assert!(message.contains(taken), "{message}");
@@ -446,7 +446,7 @@ mod tests {
 
     #[test]
     fn test_sweep_removes_what_was_half_made_or_half_removed() {
-        let scratch = Scratch::new("half");
+        let scratch = Scratch::new();
         let folders = folders(&scratch);
         drop(made(&folders, "vm"));
         let runtime = folders.runtime.root().unwrap();
@@ -461,7 +461,7 @@ mod tests {
 
     #[test]
     fn test_folder_stays_until_the_groups_that_it_names_are_gone() {
-        let scratch = Scratch::new("groups");
+        let scratch = Scratch::new();
         let folders = folders(&scratch);
         let dir = made(&folders, "vm");
         let groups = cgroup::Groups::create(&format!("stays-{}", std::process::id()), None, &cgroup::PROBED).unwrap();
@@ -484,7 +484,7 @@ mod tests {
     fn test_folders_are_made_in_the_midst_of_sweeps() {
         use std::sync::atomic::{AtomicBool, Ordering};
 
-        let scratch = Scratch::new("midst");
+        let scratch = Scratch::new();
         let folders = folders(&scratch);
         let (runtime, _) = folders.roots().unwrap();
         let over = AtomicBool::new(false);
@@ -516,10 +516,10 @@ mod tests {
     #[test]
     fn test_create_in_an_open_base_is_refused() {
         for open in ["run", "cache"] {
-            let scratch = Scratch::new("open-base");
+            let scratch = Scratch::new();
             let folders = folders(&scratch);
-            fs::create_dir(scratch.0.join(open)).unwrap();
-            fs::set_permissions(scratch.0.join(open), fs::Permissions::from_mode(0o755)).unwrap();
+            fs::create_dir(scratch.path().join(open)).unwrap();
+            fs::set_permissions(scratch.path().join(open), fs::Permissions::from_mode(0o755)).unwrap();
             let error = VmDir::create(&folders, &id("a")).unwrap_err();
             assert!(error.code() == "host_error" && error.to_string().contains("chmod 700"), "{error}");
         }

@@ -247,75 +247,75 @@ mod tests {
 
     #[test]
     fn test_what_is_missing_is_made_private_or_not_at_all() {
-        let scratch = Scratch::new("walk");
-        let path = scratch.0.join("a/b");
+        let scratch = Scratch::new();
+        let path = scratch.path().join("a/b");
         assert!(to(&path, false).unwrap().is_none());
         let found = to(&path, true).unwrap().unwrap();
         assert_eq!(found.dir.path(), path);
         for made in ["a", "a/b"] {
-            assert_eq!(scratch.0.join(made).metadata().unwrap().mode() & 0o777, 0o700);
+            assert_eq!(scratch.path().join(made).metadata().unwrap().mode() & 0o777, 0o700);
         }
-        let parent = to(&scratch.0.join("a"), false).unwrap().unwrap();
+        let parent = to(&scratch.path().join("a"), false).unwrap().unwrap();
         assert!(found.above.contains(&parent.id) && !parent.above.contains(&found.id));
     }
 
     #[test]
     fn test_a_folder_in_which_others_may_write_is_no_way() {
-        let scratch = Scratch::new("writable");
-        fs::create_dir(scratch.0.join("open")).unwrap();
+        let scratch = Scratch::new();
+        fs::create_dir(scratch.path().join("open")).unwrap();
         for (bits, taken) in [(0o777, false), (0o702, false), (0o1777, true), (0o755, true)] {
-            mode(&scratch.0.join("open"), bits);
-            let found = to(&scratch.0.join("open/base"), true);
+            mode(&scratch.path().join("open"), bits);
+            let found = to(&scratch.path().join("open/base"), true);
             assert_eq!(found.is_ok(), taken, "{bits:o} {found:?}");
         }
-        mode(&scratch.0.join("open"), 0o777);
-        let refusal = to(&scratch.0.join("open/base"), false).unwrap_err();
+        mode(&scratch.path().join("open"), 0o777);
+        let refusal = to(&scratch.path().join("open/base"), false).unwrap_err();
         assert!(refusal.reason.contains("open (mode 777)") && refusal.remedy.contains("chmod go-w"), "{refusal:?}");
     }
 
     #[test]
     fn test_links_are_followed_on_the_way_and_refused_at_its_end() {
-        let scratch = Scratch::new("way");
-        fs::create_dir(scratch.0.join("real")).unwrap();
-        mode(&scratch.0.join("real"), 0o700);
-        symlink("real", scratch.0.join("link")).unwrap();
-        symlink(scratch.0.join("link"), scratch.0.join("far")).unwrap();
-        assert!(to(&scratch.0.join("far/base"), true).unwrap().is_some());
-        assert!(to(&scratch.0.join("far/../real/./base"), false).unwrap().is_some());
-        assert!(to(&scratch.0.join("link"), true).unwrap_err().reason.contains("symbolic link"));
-        symlink("loop", scratch.0.join("loop")).unwrap();
-        assert!(to(&scratch.0.join("loop/base"), true).unwrap_err().reason.contains("symbolic link"));
+        let scratch = Scratch::new();
+        fs::create_dir(scratch.path().join("real")).unwrap();
+        mode(&scratch.path().join("real"), 0o700);
+        symlink("real", scratch.path().join("link")).unwrap();
+        symlink(scratch.path().join("link"), scratch.path().join("far")).unwrap();
+        assert!(to(&scratch.path().join("far/base"), true).unwrap().is_some());
+        assert!(to(&scratch.path().join("far/../real/./base"), false).unwrap().is_some());
+        assert!(to(&scratch.path().join("link"), true).unwrap_err().reason.contains("symbolic link"));
+        symlink("loop", scratch.path().join("loop")).unwrap();
+        assert!(to(&scratch.path().join("loop/base"), true).unwrap_err().reason.contains("symbolic link"));
     }
 
     #[test]
     fn test_a_socket_is_reached_where_no_other_user_can_exchange_what_leads_to_it() {
-        let scratch = Scratch::new("socket");
-        fs::create_dir(scratch.0.join("own")).unwrap();
-        let _listener = std::os::unix::net::UnixListener::bind(scratch.0.join("own/sock")).unwrap();
-        symlink("own", scratch.0.join("link")).unwrap();
-        symlink("own/sock", scratch.0.join("other")).unwrap();
-        symlink("round", scratch.0.join("round")).unwrap();
+        let scratch = Scratch::new();
+        fs::create_dir(scratch.path().join("own")).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(scratch.path().join("own/sock")).unwrap();
+        symlink("own", scratch.path().join("link")).unwrap();
+        symlink("own/sock", scratch.path().join("other")).unwrap();
+        symlink("round", scratch.path().join("round")).unwrap();
         for path in ["own/sock", "link/sock", "other"] {
-            assert!(to_socket(&scratch.0.join(path)).unwrap().is_some(), "{path}");
+            assert!(to_socket(&scratch.path().join(path)).unwrap().is_some(), "{path}");
         }
-        assert!(to_socket(&scratch.0.join("own/none")).unwrap().is_none());
+        assert!(to_socket(&scratch.path().join("own/none")).unwrap().is_none());
         for path in ["own", "round"] {
-            assert!(to_socket(&scratch.0.join(path)).unwrap_err().reason.contains("not a socket"), "{path}");
+            assert!(to_socket(&scratch.path().join(path)).unwrap_err().reason.contains("not a socket"), "{path}");
         }
-        mode(&scratch.0.join("own"), 0o777);
-        assert!(to_socket(&scratch.0.join("own/sock")).unwrap_err().reason.contains("other users may write"));
+        mode(&scratch.path().join("own"), 0o777);
+        assert!(to_socket(&scratch.path().join("own/sock")).unwrap_err().reason.contains("other users may write"));
     }
 
     #[test]
     fn test_the_folder_itself_must_be_closed() {
-        let scratch = Scratch::new("closed");
-        fs::create_dir(scratch.0.join("base")).unwrap();
-        mode(&scratch.0.join("base"), 0o755);
-        let refusal = to(&scratch.0.join("base"), true).unwrap_err();
+        let scratch = Scratch::new();
+        fs::create_dir(scratch.path().join("base")).unwrap();
+        mode(&scratch.path().join("base"), 0o755);
+        let refusal = to(&scratch.path().join("base"), true).unwrap_err();
         assert!(refusal.reason.contains("755") && refusal.remedy.contains("chmod 700"), "{refusal:?}");
-        fs::write(scratch.0.join("file"), b"").unwrap();
-        assert!(to(&scratch.0.join("file"), true).unwrap_err().reason.contains("not a folder"));
-        assert!(to(&scratch.0.join("file/base"), true).unwrap_err().reason.contains("not a folder"));
+        fs::write(scratch.path().join("file"), b"").unwrap();
+        assert!(to(&scratch.path().join("file"), true).unwrap_err().reason.contains("not a folder"));
+        assert!(to(&scratch.path().join("file/base"), true).unwrap_err().reason.contains("not a folder"));
     }
 
     #[test]

@@ -185,15 +185,15 @@ mod tests {
 
     #[test]
     fn test_receive_gets_folders_with_their_descriptors() {
-        let scratch = std::env::temp_dir().join(format!("janitor-{}", std::process::id()));
-        let folders = Folders::new(Some(scratch.join("run")), Some(scratch.join("cache")));
+        let scratch = tempfile::tempdir().unwrap();
+        let folders = Folders::new(Some(scratch.path().join("run")), Some(scratch.path().join("cache")));
         let (runtime, cache) = folders.roots().unwrap();
         let roots = Roots { runtime, cache, has_templates: true };
         let (ours, theirs) = messages::pair().unwrap();
         send(&ours, &roots).unwrap();
         drop(ours);
         // The descriptors lead to the folders, wherever these are by now.
-        std::fs::rename(scratch.join("run"), scratch.join("moved")).unwrap();
+        std::fs::rename(scratch.path().join("run"), scratch.path().join("moved")).unwrap();
         let (message, fds) = receive(&theirs).unwrap().unwrap();
         let [runtime, cache] = &fds[..] else { panic!("{fds:?}") };
         assert_eq!(
@@ -203,6 +203,5 @@ mod tests {
         assert_eq!(Root::received(Kind::Cache, cache, &message.cache).unwrap().mark_id(), roots.cache.mark_id());
         assert!(Root::received(Kind::Runtime, cache, &message.cache).is_err());
         assert!(receive(&theirs).unwrap().is_none());
-        std::fs::remove_dir_all(scratch).unwrap();
     }
 }

@@ -117,10 +117,9 @@ mod tests {
 
     #[tokio::test]
     async fn test_call_is_repeated_until_it_is_answered_and_leaves_the_guests_words() {
-        let path = std::env::temp_dir().join(format!("transport-{}", std::process::id()));
-        std::fs::create_dir(&path).unwrap();
-        let sockets = Arc::new(SocketDir::open(&path, None).unwrap());
-        let listener = UnixListener::bind(path.join(VSOCK)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let sockets = Arc::new(SocketDir::open(folder.path(), None).unwrap());
+        let listener = UnixListener::bind(folder.path().join(VSOCK)).unwrap();
         let called = async {
             for answer in ["", "nonsense that is longer than any answer may be", "OK 1073741824\nhello"] {
                 let (mut stream, _) = listener.accept().await.unwrap();
@@ -134,6 +133,5 @@ mod tests {
         let mut said = String::new();
         stream.unwrap().read_to_string(&mut said).await.unwrap();
         assert_eq!(said, "hello");
-        std::fs::remove_dir_all(path).unwrap();
     }
 }

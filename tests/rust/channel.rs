@@ -282,7 +282,7 @@ async fn test_hostile_initramfs_in_a_real_vm_is_refused_and_harms_nothing() {
         ("future", "printf '\\0\\7\\1TWMV\\176\\177' >$port; sleep 1000"),
     ] {
         let before = resident_bytes();
-        let image = support::hostile_image(name, script);
+        let image = support::hostile_image(script);
         let refused = support::launch_untapped(name, &image.image).await;
         assert_eq!(refused.err().expect("refused").code(), "handshake_failed", "{name}");
         assert!(logged(name, "refused"), "{name}");

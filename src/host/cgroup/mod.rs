@@ -455,15 +455,15 @@ mod tests {
 
     #[test]
     fn test_sweep_removes_recorded_groups_and_nothing_else() {
-        let dir = std::env::temp_dir().join(format!("cgroup-sweep-{}", std::process::id()));
-        let fake = dir.join("tw-microvm-fake");
-        fs::create_dir_all(&fake).unwrap();
-        fs::write(dir.join("kept"), "kept").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let fake = dir.path().join("tw-microvm-fake");
+        fs::create_dir(&fake).unwrap();
+        fs::write(dir.path().join("kept"), "kept").unwrap();
         // An ordinary folder with a group's name and files is none, wherever its files lead.
         let child = std::process::Command::new("/bin/sleep").arg("60").spawn().unwrap();
         fs::write(fake.join("cgroup.procs"), format!("{}\n", child.id())).unwrap();
-        std::os::unix::fs::symlink(dir.join("kept"), fake.join("cgroup.kill")).unwrap();
-        let link = dir.join("tw-microvm-link");
+        std::os::unix::fs::symlink(dir.path().join("kept"), fake.join("cgroup.kill")).unwrap();
+        let link = dir.path().join("tw-microvm-link");
         let mut folders = abandoned("swept");
         std::os::unix::fs::symlink(folders.first().map_or(Path::new("/sys"), PathBuf::as_path), &link).unwrap();
         let groups = folders.clone();
@@ -472,17 +472,16 @@ mod tests {
             link.clone(),
             "/sys/fs/cgroup".into(),
             "tw-microvm-relative".into(),
-            dir.clone(),
+            dir.path().to_owned(),
         ]);
         assert!(sweep(&recorded(record(&folders).as_bytes())));
         assert!(groups.iter().all(|folder| !folder.exists()), "{groups:?}");
-        assert_eq!(fs::read(dir.join("kept")).unwrap(), b"kept");
+        assert_eq!(fs::read(dir.path().join("kept")).unwrap(), b"kept");
         assert!(fake.exists() && link.symlink_metadata().is_ok());
         let mut child = child;
         assert_eq!(child.try_wait().unwrap(), None, "a process of no group was killed");
         child.kill().unwrap();
         child.wait().unwrap();
-        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]

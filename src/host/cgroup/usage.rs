@@ -70,9 +70,9 @@ mod tests {
 
     #[test]
     fn test_usage_reads_both_generations() {
-        let base = std::env::temp_dir().join(format!("cgroup-use-{}", std::process::id()));
+        let base = tempfile::tempdir().unwrap();
         let group = |name: &str, files: &[(&str, &str)]| {
-            let folder = base.join(name);
+            let folder = base.path().join(name);
             fs::create_dir_all(&folder).unwrap();
             files.iter().for_each(|(file, text)| fs::write(folder.join(file), text).unwrap());
             folder
@@ -102,6 +102,5 @@ mod tests {
         assert_eq!(usage(&v1), wanted);
         assert_eq!(usage(&v2), GroupUse { memory_pressure_centi: Some(125), ..wanted });
         assert_eq!(usage(&[]), GroupUse::default());
-        fs::remove_dir_all(base).unwrap();
     }
 }

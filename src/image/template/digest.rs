@@ -123,19 +123,13 @@ pub fn pages(file: &File, mut visit: impl FnMut(u64, Option<&[u8]>) -> io::Resul
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::fs::OpenOptions;
-
-    fn file(name: &str) -> (PathBuf, File) {
-        let path = std::env::temp_dir().join(format!("digest-{}-{name}", std::process::id()));
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
-        (path, file)
-    }
+    use tempfile::{tempfile, NamedTempFile};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(16))]
         #[test]
         fn test_pages_holes_or_written_zeros_have_the_same_digest(writes in prop::collection::vec((0u64..500, any::<u8>()), 0..20)) {
-            let ((one, sparse), (two, full)) = (file("sparse"), file("full"));
+            let (sparse, full) = (tempfile().unwrap(), tempfile().unwrap());
             sparse.set_len(501 * PAGE as u64).unwrap();
             full.write_all_at(&vec![0; 501 * PAGE], 0).unwrap();
             for (page, byte) in writes {
@@ -145,31 +139,27 @@ mod tests {
             }
             let skip = |_: u64, _: Option<&[u8]>| Ok(());
             prop_assert_eq!(pages(&sparse, skip).unwrap(), pages(&full, skip).unwrap());
-            std::fs::remove_file(one).unwrap();
-            std::fs::remove_file(two).unwrap();
         }
     }
 
     #[test]
     fn test_pages_any_changed_byte_changes_the_digest() {
-        let (path, file) = file("byte");
+        let file = tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let skip = |_: u64, _: Option<&[u8]>| Ok(());
         let before = pages(&file, skip).unwrap();
         file.write_all_at(&[1], 777_777).unwrap();
         assert_ne!(pages(&file, skip).unwrap(), before);
-        std::fs::remove_file(path).unwrap();
     }
 
     #[test]
     fn test_digests_notice_a_byte_written_in_place() {
-        let (path, file) = file("place");
-        file.write_all_at(b"one", 0).unwrap();
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().write_all_at(b"one", 0).unwrap();
         let digests = Digests::default();
-        let before = digests.of_file(&path).unwrap();
+        let before = digests.of_file(file.path()).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(20));
-        file.write_all_at(b"x", 1).unwrap();
-        assert_ne!(digests.of_file(&path).unwrap(), before);
-        std::fs::remove_file(path).unwrap();
+        file.as_file().write_all_at(b"x", 1).unwrap();
+        assert_ne!(digests.of_file(file.path()).unwrap(), before);
     }
 }

@@ -452,14 +452,16 @@ mod tests {
     use crate::model::{
         Backend, BootImage, IsolationType, Labels, NetworkConfig, NetworkText, ResourceLimits, SpecPatch,
     };
+    use crate::store::private_dir;
     use std::fs;
     use std::fs::DirBuilder;
     use std::os::unix::fs::DirBuilderExt;
-    use std::path::PathBuf;
+    use tempfile::TempDir;
 
-    fn store(name: &str) -> (PathBuf, Arc<SnapshotStore>) {
-        let cache = std::env::temp_dir().join(format!("snapshots-{}-{name}", std::process::id()));
-        (cache.clone(), Arc::new(SnapshotStore::snapshots(&cache)))
+    fn store() -> (TempDir, Arc<SnapshotStore>) {
+        let cache = private_dir();
+        let store = Arc::new(SnapshotStore::snapshots(cache.path()));
+        (cache, store)
     }
 
     fn metadata() -> SnapshotMetadata {
@@ -533,7 +535,7 @@ mod tests {
 
     #[test]
     fn test_holes_of_a_template_count_for_as_long_as_a_clone_holds_its_memory() {
-        let (cache, store) = store("holes");
+        let (_cache, store) = store();
         let pending = store.make(store.lock("a").unwrap().unwrap(), "a").unwrap();
         for file in [RAM, STATE, DISK] {
             fs::write(pending.path().join(file), file).unwrap();
@@ -546,12 +548,11 @@ mod tests {
         assert!(files::untouched_bytes() >= bytes - 4096);
         drop(ram);
         assert!(files::untouched_bytes() < bytes / 2);
-        fs::remove_dir_all(cache).unwrap();
     }
 
     #[tokio::test]
     async fn test_snapshot_is_found_again_and_removed_whole() {
-        let (cache, store) = store("found");
+        let (cache, store) = store();
         keep(&store, "a");
         assert_eq!(store.manifest("a").unwrap().unwrap().metadata, metadata());
         let kept = store.load("a").await.unwrap().unwrap();
@@ -561,17 +562,16 @@ mod tests {
         assert!(store.remove(&lock, "a").unwrap().is_some() && store.remove(&lock, "a").unwrap().is_none());
         drop(lock);
         assert!(store.load("a").await.unwrap().is_none() && store.manifest("a").unwrap().is_none());
-        assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 0);
-        fs::remove_dir_all(cache).unwrap();
+        assert_eq!(fs::read_dir(cache.path().join("snapshots")).unwrap().count(), 0);
     }
 
     #[tokio::test]
     async fn test_any_changed_byte_is_refused() {
-        let (cache, store) = store("damage");
+        let (cache, store) = store();
         for file in [RAM, STATE, DISK, MANIFEST] {
             keep(&store, "a");
             store.load("a").await.unwrap().unwrap();
-            let path = cache.join("snapshots/a").join(file);
+            let path = cache.path().join("snapshots/a").join(file);
             let mut bytes = fs::read(&path).unwrap();
             let last = bytes.len() - 1;
             bytes[last] ^= 1;
@@ -581,7 +581,6 @@ mod tests {
             assert!(store.read("a").is_err());
             drop(store.remove(&store.lock("a").unwrap().unwrap(), "a").unwrap());
         }
-        fs::remove_dir_all(cache).unwrap();
     }
 
     /// Another user who may write in a folder on the way could put a state of his own there, with digests that fit.
@@ -589,34 +588,33 @@ mod tests {
     fn test_snapshot_in_folders_open_to_others_is_not_used_and_stays() {
         use std::os::unix::fs::{symlink, PermissionsExt};
 
-        let (cache, store) = store("open");
+        let (cache, store) = store();
         keep(&store, "a");
         let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-        for path in [cache.clone(), cache.join("snapshots"), cache.join("snapshots/a")] {
+        for path in [cache.path().to_owned(), cache.path().join("snapshots"), cache.path().join("snapshots/a")] {
             set(&path, 0o777);
             assert!(store.read("a").is_err() && store.manifest("a").is_err(), "{}", path.display());
             store.clean_up();
             set(&path, 0o700);
             assert!(store.read("a").unwrap().is_some());
         }
-        let outside = cache.with_extension("outside");
+        let outside = cache.path().join("outside");
         for file in [RAM, STATE, DISK, MANIFEST] {
-            let path = cache.join("snapshots/a").join(file);
+            let path = cache.path().join("snapshots/a").join(file);
             fs::rename(&path, &outside).unwrap();
             symlink(&outside, &path).unwrap();
             assert_eq!(store.read("a").unwrap_err().code(), "state_damaged", "{file}");
             fs::rename(&outside, &path).unwrap();
         }
-        symlink(&outside, cache.join("snapshots/.lock-b")).unwrap();
+        symlink(&outside, cache.path().join("snapshots/.lock-b")).unwrap();
         assert!(store.lock("b").is_err() && !outside.exists());
-        fs::remove_dir_all(cache).unwrap();
     }
 
     #[test]
     fn test_clean_up_leaves_foreign_files() {
-        let (cache, store) = store("foreign");
+        let (cache, store) = store();
         keep(&store, "a");
-        let folder = cache.join("snapshots");
+        let folder = cache.path().join("snapshots");
         for name in ["2024-01-01", ".git", ".gone", ".cache"] {
             fs::create_dir(folder.join(name)).unwrap();
             fs::write(folder.join(name).join("file"), b"x").unwrap();
@@ -628,38 +626,35 @@ mod tests {
         clean_up_folder(&folder);
         assert_eq!(fs::read_dir(&folder).unwrap().count(), before);
         assert!(folder.join("2024-01-01/file").exists());
-        fs::remove_dir_all(cache).unwrap();
     }
 
     #[test]
     fn test_lock_has_one_holder_at_a_time_and_leaves_nothing() {
-        let (cache, store) = store("hold");
+        let (cache, store) = store();
         let lock = store.lock("a").unwrap().unwrap();
         assert!(store.lock("a").unwrap().is_none());
         assert!(store.lock("b").unwrap().is_some());
         drop(lock);
         assert!(store.lock("a").unwrap().is_some());
-        assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 0);
-        fs::remove_dir_all(cache).unwrap();
+        assert_eq!(fs::read_dir(cache.path().join("snapshots")).unwrap().count(), 0);
     }
 
     #[test]
     fn test_pending_snapshot_cancelled_or_of_a_dead_process_leaves_nothing() {
-        let (cache, store) = store("cancelled");
+        let (cache, store) = store();
         drop(store.make(store.lock("a").unwrap().unwrap(), "a").unwrap());
         for name in [".new-b", ".gone-0123456789abcdef"] {
-            DirBuilder::new().mode(0o700).create(cache.join("snapshots").join(name)).unwrap();
-            fs::write(cache.join("snapshots").join(name).join(RAM), b"half").unwrap();
+            DirBuilder::new().mode(0o700).create(cache.path().join("snapshots").join(name)).unwrap();
+            fs::write(cache.path().join("snapshots").join(name).join(RAM), b"half").unwrap();
         }
-        fs::write(cache.join("snapshots/.lock-b"), b"").unwrap();
-        let (lock, mine) = (store.lock("c").unwrap(), cache.join("snapshots/.new-c"));
+        fs::write(cache.path().join("snapshots/.lock-b"), b"").unwrap();
+        let (lock, mine) = (store.lock("c").unwrap(), cache.path().join("snapshots/.new-c"));
         fs::create_dir(&mine).unwrap();
         store.clean_up();
         assert!(mine.exists());
         drop(lock);
         fs::remove_dir(mine).unwrap();
-        assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(cache.path().join("snapshots")).unwrap().count(), 0);
         assert_eq!(store.list(), []);
-        fs::remove_dir_all(cache).unwrap();
     }
 }

@@ -419,18 +419,20 @@ mod tests {
     use super::super::manifest::tests::fit;
     use super::super::{RAM, STATE};
     use super::*;
+    use crate::store::private_dir;
     use std::fs;
     use std::os::unix::fs::{chown, symlink, PermissionsExt};
+    use tempfile::TempDir;
     use tokio::sync::Notify;
 
     const NOTHING: StoreLimits = StoreLimits { max_bytes: 0, max_age: Duration::ZERO };
     const KEY: &str = "0123456789abcdef0123456789abcdef";
 
-    fn store(name: &str) -> (PathBuf, Arc<Store>) {
-        let cache = std::env::temp_dir().join(format!("store-{}-{name}", std::process::id()));
-        drop(fs::remove_dir_all(&cache));
+    fn store() -> (TempDir, Arc<Store>) {
+        let cache = private_dir();
         let limits = StoreLimits { max_bytes: u64::MAX, max_age: Duration::MAX };
-        (cache.clone(), Arc::new(Store::new(&cache, limits)))
+        let store = Arc::new(Store::new(cache.path(), limits));
+        (cache, store)
     }
 
     fn write(dir: &Path) -> Vec<u8> {
@@ -447,7 +449,7 @@ mod tests {
 
     #[tokio::test]
     async fn test_making_outlives_those_that_wait_and_is_done_once() {
-        let (cache, store) = store("outlives");
+        let (_cache, store) = store();
         let go_on = Arc::new(Notify::new());
         let wait = go_on.clone();
         let first = store.find_or_make(fit(), |dir| async move {
@@ -461,12 +463,11 @@ mod tests {
         go_on.notify_one();
         let made = second.await.unwrap();
         assert!(Arc::ptr_eq(&store.known(&fit().key()).unwrap(), &made));
-        fs::remove_dir_all(cache).unwrap();
     }
 
     #[tokio::test]
     async fn test_cancel_ends_the_making_and_leaves_nothing() {
-        let (cache, store) = store("cancelled");
+        let (cache, store) = store();
         let waiting = tokio::spawn({
             let store = store.clone();
             async move {
@@ -478,16 +479,15 @@ mod tests {
             }
         });
         let begun = std::time::Instant::now();
-        while left_or_none(&cache).is_empty() {
+        while left_or_none(cache.path()).is_empty() {
             assert!(begun.elapsed() < Duration::from_secs(20));
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         store.cancel().await;
         assert!(waiting.await.unwrap().unwrap_err().to_string().contains("cancelled"));
-        assert_eq!(left(&cache), [] as [PathBuf; 0]);
+        assert_eq!(left(cache.path()), [] as [PathBuf; 0]);
         // A manager can be started again.
         store.find_or_make(fit(), |dir| async move { Ok(write(&dir)) }).await.unwrap();
-        fs::remove_dir_all(cache).unwrap();
     }
 
     fn left_or_none(cache: &Path) -> Vec<PathBuf> {
@@ -500,19 +500,12 @@ mod tests {
 
     #[tokio::test]
     async fn test_failure_is_told_to_all_and_the_next_try_makes_it() {
-        let (cache, store) = store("fails");
+        let (cache, store) = store();
         let fails = |_| async { Err(Error::host("make", "it", "no")) };
         let (one, other) = tokio::join!(store.find_or_make(fit(), fails), store.find_or_make(fit(), fails));
         assert!(one.is_err() && other.is_err());
-        assert_eq!(left(&cache), [] as [PathBuf; 0]);
+        assert_eq!(left(cache.path()), [] as [PathBuf; 0]);
         store.find_or_make(fit(), |dir| async move { Ok(write(&dir)) }).await.unwrap();
-        fs::remove_dir_all(cache).unwrap();
-    }
-
-    fn cache(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("templates-{}-{name}", std::process::id()));
-        drop(fs::remove_dir_all(&path));
-        path
     }
 
     async fn made(cache: &Path) -> Result<Arc<Template>> {
@@ -527,8 +520,9 @@ mod tests {
 
     #[tokio::test]
     async fn test_cleaning_up_removes_templates_and_what_their_dead_makers_left_and_nothing_else() {
-        let cache = cache("foreign");
-        made(&cache).await.unwrap();
+        let scratch = private_dir();
+        let cache = scratch.path();
+        made(cache).await.unwrap();
         let folder = cache.join("templates");
         // What another program might keep in a folder of this name, put there after the cache was marked.
         for name in ["admin", "mail.new", "0123", "snapshots"] {
@@ -557,92 +551,89 @@ mod tests {
             fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect::<std::collections::BTreeSet<_>>()
         };
         let mut expected = list();
-        Store::new(&cache, NOTHING).clean_up();
+        Store::new(cache, NOTHING).clean_up();
         remove_unfinished(&folder);
         assert!(expected.remove(&template) && expected.remove(&dead));
         assert_eq!(list(), expected);
         for name in ["admin", "mail.new", "0123", "snapshots"] {
             assert_eq!(fs::read(folder.join(name).join("base.html")).unwrap(), b"<html>");
         }
-        fs::remove_dir_all(cache).unwrap();
     }
 
     #[tokio::test]
     async fn test_a_cache_that_is_not_this_users_alone_is_neither_read_nor_cleaned() {
-        let cache = cache("open");
-        made(&cache).await.unwrap();
-        found(&cache).await.unwrap();
+        let scratch = private_dir();
+        let cache = scratch.path();
+        made(cache).await.unwrap();
+        found(cache).await.unwrap();
         let (folder, template) = (cache.join("templates"), cache.join("templates").join(fit().key()));
-        for (path, mode) in [(&cache, 0o777), (&cache, 0o770), (&folder, 0o777), (&folder, 0o750), (&template, 0o777)] {
+        let (folder, template) = (folder.as_path(), template.as_path());
+        for (path, mode) in [(cache, 0o777), (cache, 0o770), (folder, 0o777), (folder, 0o750), (template, 0o777)] {
             fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-            let error = found(&cache).await.unwrap_err().to_string();
+            let error = found(cache).await.unwrap_err().to_string();
             assert!(error.contains(&format!("{mode:o}")), "{error}");
-            if path != &template {
+            if path != template {
                 assert!(error.contains("cache_dir"), "{error}");
-                Store::new(&cache, NOTHING).clean_up();
+                Store::new(cache, NOTHING).clean_up();
             }
             assert!(template.join("ram").exists(), "{} {mode:o}", path.display());
             fs::set_permissions(path, fs::Permissions::from_mode(0o700)).unwrap();
         }
-        for path in [&cache, &folder, &template, &template.join("ram"), &template.join("manifest")] {
+        for path in [cache, folder, template, &template.join("ram"), &template.join("manifest")] {
             if chown(path, Some(12345), None).is_err() {
                 eprintln!("skipped: only root may give files away");
                 break;
             }
-            let outcome = found(&cache).await;
+            let outcome = found(cache).await;
             drop(chown(path, Some(0), None));
             let error = outcome.unwrap_err().to_string();
-            if path.starts_with(&template) && path != &template {
+            if path.starts_with(template) && path != template {
                 // Its owner may remove what is damaged; it is not used.
                 assert!(error.contains("there is none") && !template.exists(), "{error}");
-                made(&cache).await.unwrap();
+                made(cache).await.unwrap();
             } else {
                 assert!(error.contains("12345") && template.exists(), "{error}");
             }
         }
-        fs::remove_dir_all(cache).unwrap();
     }
 
     #[tokio::test]
     async fn test_links_are_not_followed() {
-        let (cache, outside) = (cache("links"), cache("links-outside"));
-        made(&cache).await.unwrap();
-        fs::create_dir(&outside).unwrap();
+        let (scratch, others) = (private_dir(), private_dir());
+        let (cache, outside) = (scratch.path(), others.path());
+        made(cache).await.unwrap();
         fs::write(outside.join("svc.db"), "precious").unwrap();
         let template = cache.join("templates").join(fit().key());
         // `used` is written at each use.
         fs::remove_file(template.join(USED)).unwrap();
         symlink(outside.join("svc.db"), template.join(USED)).unwrap();
-        found(&cache).await.unwrap();
+        found(cache).await.unwrap();
         let lock = cache.join("templates").join(format!("{}.lock", fit().key()));
         fs::remove_file(&lock).unwrap();
         symlink(outside.join("made"), &lock).unwrap();
         fs::rename(template.join("ram"), outside.join("ram")).unwrap();
         symlink(outside.join("ram"), template.join("ram")).unwrap();
-        assert!(made(&cache).await.is_err());
+        assert!(made(cache).await.is_err());
         assert_eq!(fs::read(outside.join("svc.db")).unwrap(), b"precious");
         assert!(outside.join("ram").exists() && !outside.join("made").exists());
         // The folder of templates as a link.
         fs::rename(cache.join("templates"), outside.join("templates")).unwrap();
         symlink(outside.join("templates"), cache.join("templates")).unwrap();
-        assert!(found(&cache).await.unwrap_err().to_string().contains("cache_dir"));
-        Store::new(&cache, NOTHING).clean_up();
+        assert!(found(cache).await.unwrap_err().to_string().contains("cache_dir"));
+        Store::new(cache, NOTHING).clean_up();
         assert!(outside.join("templates").exists());
-        fs::remove_dir_all(cache).unwrap();
-        fs::remove_dir_all(outside).unwrap();
     }
 
     #[tokio::test]
     async fn test_a_cache_with_other_files_is_refused_and_stays_as_it_is() {
-        let cache = cache("project");
+        let scratch = private_dir();
+        let cache = scratch.path();
         fs::create_dir_all(cache.join("templates/admin")).unwrap();
-        fs::set_permissions(&cache, fs::Permissions::from_mode(0o700)).unwrap();
         fs::write(cache.join("templates/admin/base.html"), "<html>").unwrap();
-        let error = made(&cache).await.unwrap_err();
+        let error = made(cache).await.unwrap_err();
         assert!(error.to_string().contains("cache_dir"), "{error}");
-        Store::new(&cache, NOTHING).clean_up();
+        Store::new(cache, NOTHING).clean_up();
         assert_eq!(fs::read(cache.join("templates/admin/base.html")).unwrap(), b"<html>");
-        assert_eq!(fs::read_dir(&cache).unwrap().count(), 1);
-        fs::remove_dir_all(cache).unwrap();
+        assert_eq!(fs::read_dir(cache).unwrap().count(), 1);
     }
 }

@@ -179,7 +179,7 @@ mod tests {
     #[tokio::test]
     async fn test_refused_boot_keeps_the_whole_chain() {
         let chain = r#"["The VM could not boot","Cannot load the kernel into memory","Invalid ELF magic number"]"#;
-        let fake = Fake::serve("ch-refused", vec![Does::Answers(204, ""), Does::Answers(500, chain)]);
+        let fake = Fake::serve(vec![Does::Answers(204, ""), Does::Answers(500, chain)]);
         let text = api(&fake).boot().await.unwrap_err().to_string();
         let expected = "PUT /api/v1/vm.boot: The VM could not boot: Cannot load the kernel into memory: Invalid ELF";
         assert!(text.contains(expected), "{text}");
@@ -187,7 +187,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn test_api_that_sleeps_is_given_up_and_asked_anew() {
-        let fake = Fake::serve("ch-sleeps", vec![Does::HangsUp, Does::Sleeps]);
+        let fake = Fake::serve(vec![Does::HangsUp, Does::Sleeps]);
         let api = api(&fake);
         assert!(api.resume().await.is_err());
         assert!(api.quit().await.unwrap_err().to_string().contains("no answer within 5 s"));

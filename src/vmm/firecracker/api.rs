@@ -308,7 +308,7 @@ mod tests {
     #[tokio::test]
     async fn test_refused_boot_names_the_request_and_keeps_the_words() {
         let fault = r#"{"fault_message":"The kernel file cannot be opened: No such file or directory (os error 2)"}"#;
-        let fake = Fake::serve("fc-refused", vec![Does::Answers(204, ""), Does::Answers(400, fault)]);
+        let fake = Fake::serve(vec![Does::Answers(204, ""), Does::Answers(400, fault)]);
         let error = api(&fake).boot().await.unwrap_err();
         assert_eq!(error.code(), "vmm_error");
         let text = error.to_string();
@@ -317,7 +317,7 @@ mod tests {
 
     #[tokio::test]
     async fn test_api_that_goes_in_the_middle_is_an_error_and_is_asked_anew() {
-        let fake = Fake::serve("fc-gone", vec![Does::HangsUp, Does::Answers(204, "")]);
+        let fake = Fake::serve(vec![Does::HangsUp, Does::Answers(204, "")]);
         let api = api(&fake);
         assert!(api.pause().await.unwrap_err().to_string().contains("PATCH /vm"));
         api.resume().await.unwrap();
@@ -325,7 +325,7 @@ mod tests {
 
     #[tokio::test]
     async fn test_counters_without_an_end_are_read_up_to_a_limit() {
-        let fake = Fake::serve("fc-flood", vec![]);
+        let fake = Fake::serve(vec![]);
         let (api, pipe) = (api(&fake), fake.path().join(bodies::METRICS));
         let mut pipe = pipe::OpenOptions::new().open_sender(pipe).unwrap();
         let mut sent = 0;
@@ -340,7 +340,7 @@ mod tests {
 
     #[tokio::test]
     async fn test_counters_that_never_come_are_an_error() {
-        let fake = Fake::serve("fc-counters", vec![Does::Answers(204, ""), Does::Answers(204, "")]);
+        let fake = Fake::serve(vec![Does::Answers(204, ""), Does::Answers(204, "")]);
         let api = api(&fake);
         let line = "{\"block\":{\"read_bytes\":7,\"write_bytes\":1,\"invalid_reqs_count\":0}}\n";
         let pipe = fake.path().join(bodies::METRICS);

@@ -179,14 +179,12 @@ mod tests {
             println!("skipped: this system's QEMU has no modules");
             return;
         };
-        let folder = std::env::temp_dir().join(format!("modules-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
-        let copy = folder.join("qemu");
+        let folder = tempfile::tempdir().unwrap();
+        let copy = folder.path().join("qemu");
         std::fs::copy("/usr/bin/qemu-system-x86_64", &copy).unwrap();
         assert_eq!(modules(&copy), [system]);
         std::fs::write(&copy, "no program").unwrap();
         assert_eq!(modules(&copy), [] as [PathBuf; 0]);
-        std::fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]

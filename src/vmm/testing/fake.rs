@@ -1,8 +1,9 @@
 //! A VMM's API that answers as recorded from the real ones, or goes wrong: for faults that cannot be made for real.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 
@@ -21,17 +22,16 @@ pub enum Does {
 
 /// A folder with an API in it; removed when dropped.
 pub struct Fake {
-    path: PathBuf,
+    folder: TempDir,
     pub sockets: Arc<SocketDir>,
 }
 
 impl Fake {
     /// Serves one `Does` a request, in turn, on any number of connections.
-    pub fn serve(name: &str, script: Vec<Does>) -> Self {
-        let path = std::env::temp_dir().join(format!("fake-{}-{name}", std::process::id()));
-        std::fs::create_dir(&path).unwrap();
-        let sockets = Arc::new(SocketDir::open(&path, None).unwrap());
-        let listener = UnixListener::bind(path.join("api")).unwrap();
+    pub fn serve(script: Vec<Does>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let sockets = Arc::new(SocketDir::open(folder.path(), None).unwrap());
+        let listener = UnixListener::bind(folder.path().join("api")).unwrap();
         tokio::spawn(async move {
             let mut script = script.into_iter();
             while let Ok((mut stream, _)) = listener.accept().await {
@@ -52,16 +52,10 @@ impl Fake {
                 }
             }
         });
-        Self { path, sockets }
+        Self { folder, sockets }
     }
 
     pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for Fake {
-    fn drop(&mut self) {
-        std::fs::remove_dir_all(&self.path).unwrap();
+        self.folder.path()
     }
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, Once};
 
 use microvm_isolation::channel::Agent;
@@ -17,6 +17,7 @@ use microvm_protocol::identity::{Credentials, Identity, Key, CONFIG_SERIAL, DISK
 use microvm_protocol::mux::{Incoming, Mux};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::{Role, Session};
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -319,29 +320,12 @@ pub fn image() -> GuestImage {
     GuestImage::in_directory(&data)
 }
 
-/// A folder that is removed when it is dropped.
-pub struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("channel-{}-{name}", std::process::id()));
-        std::fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        std::fs::remove_dir_all(&self.0).unwrap();
-    }
-}
-
 /// Launches QEMU as the core does, with the key on its config drive.
-fn launch(name: &str, image: &GuestImage) -> (Launched, Folder) {
+fn launch(name: &str, image: &GuestImage) -> (Launched, TempDir) {
     listen();
     image.check().expect("the guest is built: make guest jail");
-    let folder = Folder::new(name);
-    let path = |name: &str| folder.0.join(name);
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
     let identity = Identity {
         credentials: credentials(name, KEY),
         seed: OTHER_KEY,
@@ -390,7 +374,7 @@ pub struct Tapped {
     to_guest: Tape,
     to_host: Tape,
     _launched: microvm_isolation::host::process::Jailed,
-    _folder: Folder,
+    _folder: TempDir,
 }
 
 impl Tapped {
@@ -418,12 +402,12 @@ pub async fn launch_untapped(name: &str, image: &GuestImage) -> Result<Agent> {
 /// An image whose PID 1 is a hostile script.
 pub struct HostileImage {
     pub image: GuestImage,
-    _folder: Folder,
+    _folder: TempDir,
 }
 
 /// The initramfs is ours with another /init behind it: of two files of one name the kernel keeps the later.
-pub fn hostile_image(name: &str, script: &str) -> HostileImage {
-    let folder = Folder::new(&format!("{name}-image"));
+pub fn hostile_image(script: &str) -> HostileImage {
+    let folder = tempfile::tempdir().unwrap();
     let mut image = image();
     let init = format!(
         "#!/bin/sh\nmount -t devtmpfs dev /dev\nmount -t sysfs sys /sys\nwhile [ -z \"$port\" ]; do\n\
@@ -433,7 +417,7 @@ pub fn hostile_image(name: &str, script: &str) -> HostileImage {
     let mut archive = std::fs::read(&image.initramfs).unwrap();
     archive.extend(cpio("init", 0o100_755, init.as_bytes()));
     archive.extend(cpio("TRAILER!!!", 0, b""));
-    image.initramfs = folder.0.join("initramfs.cpio");
+    image.initramfs = folder.path().join("initramfs.cpio");
     std::fs::write(&image.initramfs, archive).unwrap();
     HostileImage { image, _folder: folder }
 }
