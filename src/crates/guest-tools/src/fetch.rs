@@ -21,7 +21,7 @@ use ureq::{Agent, AsSendBody, ResponseExt};
 use url::Url;
 
 use crate::resolve::{resolve, Unresolved};
-use crate::{fail, read, Outcome};
+use crate::{fail, read_params, Outcome};
 
 const DEFAULT_BYTES: u64 = 1 << 20;
 const MAX_BYTES: u64 = 8 << 20;
@@ -55,7 +55,7 @@ pub struct Fetched {
 }
 
 pub fn process_request(params: Value, has_network: bool) -> Outcome {
-    let params: Params = read(params)?;
+    let params: Params = read_params(params)?;
     let bad = |message: String| Failure { code: Code::BadParams, message };
     let url = parse_url(&params.url)?;
     let method = params.method.as_deref().unwrap_or("GET").to_ascii_uppercase();

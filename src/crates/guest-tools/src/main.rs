@@ -11,10 +11,9 @@ mod resolve;
 use std::io::{self, Read, Write};
 
 use microvm_protocol::json::{self, Unwritten};
-use microvm_protocol::message::{Code, Failure, Response};
-use serde::de::DeserializeOwned;
+use microvm_protocol::message::{fail, read_params, Code, Failure, Response};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 pub type Outcome = Result<Value, Failure>;
 
@@ -56,18 +55,4 @@ fn perform(task: Task) -> Outcome {
         "process_request" => fetch::process_request(task.params, task.has_network),
         other => fail(Code::UnknownAction, format!("there is no action {other:?} here")),
     }
-}
-
-pub fn fail<T>(code: Code, message: impl Into<String>) -> Result<T, Failure> {
-    Err(Failure { code, message: message.into() })
-}
-
-/// Reads an action's parameters; the error names the field.
-pub fn read<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
-    let params = if params.is_null() { Value::Object(Map::new()) } else { params };
-    serde_path_to_error::deserialize(params).map_err(|error| {
-        let path = error.path().to_string();
-        let place = if path == "." { String::new() } else { format!("{path}: ") };
-        Failure { code: Code::BadParams, message: format!("{place}{}", error.inner()) }
-    })
 }

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 use url::Url;
 
-use crate::{fail, fetch, read, Outcome};
+use crate::{fail, fetch, read_params, Outcome};
 
 const MAX_HTML: usize = 4 << 20;
 const PARSE_DEADLINE: Duration = Duration::from_secs(5);
@@ -33,7 +33,7 @@ struct Params {
 }
 
 pub fn render_page(params: Value, has_network: bool, max_response: usize) -> Outcome {
-    let params: Params = read(params)?;
+    let params: Params = read_params(params)?;
     if let Some(url) = params.url.as_ref().filter(|url| url.len() > MAX_URL) {
         return fail(Code::BadParams, format!("url: {} bytes, at most {MAX_URL}", url.len()));
     }

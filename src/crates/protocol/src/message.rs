@@ -1,7 +1,8 @@
 //! The JSON documents inside messages.
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// The longest message, in bytes of JSON.
 pub const MAX_MESSAGE: usize = 16 * 1024 * 1024;
@@ -91,6 +92,27 @@ pub struct Failure {
     #[serde(flatten)]
     pub code: Code,
     pub message: String,
+}
+
+/// A failure as a result.
+///
+/// # Errors
+/// Always: the failure.
+pub fn fail<T>(code: Code, message: impl Into<String>) -> Result<T, Failure> {
+    Err(Failure { code, message: message.into() })
+}
+
+/// Reads an action's parameters; null is an object without fields.
+///
+/// # Errors
+/// [`Code::BadParams`], with the name of the field.
+pub fn read_params<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
+    let params = if params.is_null() { Value::Object(Map::new()) } else { params };
+    serde_path_to_error::deserialize(params).or_else(|error| {
+        let path = error.path().to_string();
+        let place = if path == "." { String::new() } else { format!("{path}: ") };
+        fail(Code::BadParams, format!("{place}{}", error.inner()))
+    })
 }
 
 /// The stable codes of the agent's failures.
@@ -234,6 +256,18 @@ mod tests {
         let text = format!("{{\"data\":\"{}\"}}", "a,[{\\\",".repeat(MAX_VALUES / 2));
         assert!(serde_json::from_str::<Value>(&text).is_ok() && is_modest(text.as_bytes()));
         assert!(!is_modest(format!("[{}0]", "[],".repeat(MAX_VALUES)).as_bytes()));
+    }
+
+    #[test]
+    fn test_read_params_null_has_no_fields_and_an_error_names_its_field() {
+        #[derive(Debug, PartialEq, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Params {
+            size: Option<u8>,
+        }
+        assert_eq!(read_params(Value::Null), Ok(Params { size: None }));
+        let failure = read_params::<Params>(json!({"size": "x"})).unwrap_err();
+        assert!(failure.code == Code::BadParams && failure.message.starts_with("size: "), "{failure:?}");
     }
 
     #[test]

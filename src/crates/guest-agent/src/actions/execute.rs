@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 
 use super::program::{Collected, Program, ROOT};
-use super::{fail, read, Outcome};
+use super::{fail, read_params, Outcome};
 use crate::children::Ended;
 use crate::job::Job;
 use crate::memory;
@@ -109,7 +109,7 @@ impl Params {
 }
 
 pub fn execute(params: Value, identity: &Identity, job: &Job) -> Outcome {
-    let mut params: Params = read(params)?;
+    let mut params: Params = read_params(params)?;
     if params.pty || params.rows.is_some() || params.columns.is_some() {
         return fail(Code::BadParams, "pty, rows, columns: only a stream runs on a terminal");
     }
@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     fn refusal(params: Value) -> String {
-        let params: Params = read(params).unwrap();
+        let params: Params = read_params(params).unwrap();
         params.streamed().err().unwrap().message
     }
 

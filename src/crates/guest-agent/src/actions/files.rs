@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 
 use super::place::{open_to_read, Destination, Waiter};
-use super::{fail, read, Outcome};
+use super::{fail, read_params, Outcome};
 use crate::memory;
 
 const DEFAULT_READ: u64 = 1 << 20;
@@ -80,7 +80,7 @@ pub fn io_failure(path: &str, error: &io::Error) -> Failure {
 }
 
 pub fn read_file(params: Value, waiter: &dyn Waiter) -> Outcome {
-    let params: ReadParams = read(params)?;
+    let params: ReadParams = read_params(params)?;
     let max = params.max_bytes.unwrap_or(DEFAULT_READ);
     if max > MAX_READ {
         return fail(Code::BadParams, format!("max_bytes: {max} is over {MAX_READ}; read in pieces by offset"));
@@ -121,7 +121,7 @@ pub fn read_file(params: Value, waiter: &dyn Waiter) -> Outcome {
 }
 
 pub fn write_file(params: Value, waiter: &dyn Waiter) -> Outcome {
-    let params: WriteParams = read(params)?;
+    let params: WriteParams = read_params(params)?;
     let bad = |message: String| Failure { code: Code::BadParams, message };
     let bytes = match (params.data, params.data_base64) {
         (Some(text), None) => text.into_bytes(),

@@ -11,9 +11,10 @@ mod system;
 mod tool;
 mod transfer;
 
-use microvm_protocol::message::{refuse_internal, Code, Failure, Request, Response, ADOPT, DOWNLOAD, STREAM, UPLOAD};
-use serde::de::DeserializeOwned;
-use serde_json::{json, Map, Value};
+use microvm_protocol::message::{
+    fail, read_params, refuse_internal, Code, Failure, Request, Response, ADOPT, DOWNLOAD, STREAM, UPLOAD,
+};
+use serde_json::{json, Value};
 
 use crate::identity::GuestIdentity;
 use crate::job::Job;
@@ -42,20 +43,6 @@ const BUILT_IN: [&str; 12] = [
     "system_info",
     "write_file",
 ];
-
-pub fn fail<T>(code: Code, message: impl Into<String>) -> Result<T, Failure> {
-    Err(Failure { code, message: message.into() })
-}
-
-/// Reads an action's parameters; the error names the field.
-pub fn read<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
-    let params = if params.is_null() { Value::Object(Map::new()) } else { params };
-    serde_path_to_error::deserialize(params).map_err(|error| {
-        let path = error.path().to_string();
-        let place = if path == "." { String::new() } else { format!("{path}: ") };
-        Failure { code: Code::BadParams, message: format!("{place}{}", error.inner()) }
-    })
-}
 
 /// The guest as the actions see it.
 pub struct Guest {
@@ -147,7 +134,7 @@ fn no_params(params: Value) -> Result<(), Failure> {
     #[derive(serde::Deserialize)]
     #[serde(deny_unknown_fields)]
     struct None {}
-    read::<None>(params).map(|None {}| ())
+    read_params::<None>(params).map(|None {}| ())
 }
 
 enum Redirect {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::execute::{ended_json, Params};
 use super::program::{Next, Partner};
-use super::{read, Outcome};
+use super::{read_params, Outcome};
 use crate::job::{Input, Job};
 
 /// The host, as a program's partner: it hears no faster than it gives credit.
@@ -50,7 +50,7 @@ impl Partner for Live<'_> {
 }
 
 pub fn stream(params: Value, identity: &Identity, job: &Job) -> Outcome {
-    let params: Params = read(params)?;
+    let params: Params = read_params(params)?;
     let program = params.streamed()?;
     let begun = Instant::now();
     let running = program.start(identity, job, true)?;

@@ -6,7 +6,7 @@ use microvm_protocol::message::{Code, Failure};
 use serde::Deserialize;
 use serde_json::{json, Value};
 
-use super::{kernel_log, read, Outcome};
+use super::{kernel_log, read_params, Outcome};
 use crate::boot::{DATA, MEMORY_EVENTS, PROCESS_EVENTS};
 use crate::identity::{self, GuestIdentity, Names};
 
@@ -113,7 +113,7 @@ pub fn set_clock(params: Value) -> Outcome {
     struct Params {
         unix_time_ns: u64,
     }
-    let params: Params = read(params)?;
+    let params: Params = read_params(params)?;
     identity::set_clock(params.unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
     Ok(json!({}))
 }
@@ -127,7 +127,7 @@ pub fn adopt(params: Value, guest: &GuestIdentity) -> Outcome {
         hostname: String,
         unix_time_ns: u64,
     }
-    let Params { vm_id, hostname, unix_time_ns } = read(params)?;
+    let Params { vm_id, hostname, unix_time_ns } = read_params(params)?;
     guest.adopt(Names { vm_id, hostname }, unix_time_ns).map_err(|message| Failure { code: Code::IoError, message })?;
     Ok(json!({}))
 }

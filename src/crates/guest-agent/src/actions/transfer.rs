@@ -13,7 +13,7 @@ use serde_json::{json, Value};
 
 use super::files::{io_failure, Mode, DEFAULT_MODE};
 use super::place::{open_to_read, read_some, Destination};
-use super::{read, Outcome};
+use super::{read_params, Outcome};
 use crate::checksum::Crc32;
 use crate::job::{cancelled, Input, Job};
 
@@ -40,7 +40,7 @@ struct DownloadParams {
 }
 
 pub fn upload(params: Value, job: &Job) -> Outcome {
-    let params: UploadParams = read(params)?;
+    let params: UploadParams = read_params(params)?;
     let mode = params.mode.as_ref().map(Mode::bits).transpose()?;
     let new_mode = mode.or(params.new_mode).unwrap_or(DEFAULT_MODE);
     let failed = |error: io::Error| io_failure(&params.path, &error);
@@ -75,7 +75,7 @@ pub fn upload(params: Value, job: &Job) -> Outcome {
 }
 
 pub fn download(params: Value, job: &Job) -> Outcome {
-    let params: DownloadParams = read(params)?;
+    let params: DownloadParams = read_params(params)?;
     let failed = |error: io::Error| io_failure(&params.path, &error);
     let (mut file, meta) = open_to_read(&params.path)?;
     if params.offset > 0 {
