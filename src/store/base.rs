@@ -8,7 +8,7 @@
 //! it but what an earlier version made. Any other is refused: what is in it is not ours.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -59,6 +59,31 @@ impl Root {
     #[must_use]
     pub fn mark_id(&self) -> &str {
         &self.mark.id
+    }
+
+    /// A folder in this one, which is made when there is none.
+    ///
+    /// # Errors
+    /// [`Error::FolderRefused`] when it is not this user's alone or cannot be made.
+    pub fn make_folder(&self, name: &str) -> Result<Dir> {
+        self.make_or_open_dir(name).map_err(|error| self.refuse(name, &error))
+    }
+
+    /// A folder in this one, if it is there.
+    ///
+    /// # Errors
+    /// [`Error::FolderRefused`] when it is not this user's alone.
+    pub fn existing_folder(&self, name: &str) -> Result<Option<Dir>> {
+        match self.dir(name) {
+            Ok(dir) => Ok(Some(dir)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(self.refuse(name, &error)),
+        }
+    }
+
+    fn refuse(&self, name: &str, error: &io::Error) -> Error {
+        let refusal = Refusal::new(error.to_string(), "make it this user's alone, or name another folder");
+        refuse(self.mark.kind, &self.at(name), refusal)
     }
 
     /// Takes over a descriptor that another process of this user's checked; the checks that need no path are made again.

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{openat, OFlag};
 use nix::sys::stat::Mode;
 
-use super::base::{Kind, Root};
+use super::base::Root;
 use super::dir::Dir;
 use super::lock::Lock;
 use crate::error::{Error, Result};
@@ -46,12 +46,7 @@ impl Disk {
     /// # Errors
     /// [`Error::FolderRefused`] when the disks' folder is not this user's alone; [`Error::Host`].
     pub fn create(cache: &Root, vm_id: &VmId) -> Result<Self> {
-        let folder = cache.make_or_open_dir(DISKS).map_err(|error| Error::FolderRefused {
-            field: Kind::Cache.field(),
-            path: cache.at(DISKS),
-            reason: error.to_string(),
-            remedy: "make it this user's alone, or name another folder".into(),
-        })?;
+        let folder = cache.make_folder(DISKS)?;
         let failed = |error: io::Error| Error::host("create a disk in", folder.path().display(), error);
         for _ in 0..TRIES {
             let name = format!("{}-{vm_id}", clock::hex(&clock::random::<{ DIGITS / 2 }>()?));
@@ -170,7 +165,7 @@ fn stale(dir: &Dir, name: &str) -> io::Result<Option<Lock>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::base::Base;
+    use super::super::base::{Base, Kind};
     use super::super::dir::tests::Scratch;
     use super::*;
     use std::fs;

@@ -4,12 +4,12 @@
 //! the cache and its parents were checked then (owner, mode, mark), and the folder is this user's alone. The digests lie beside
 //! what they are of, so these checks are what keeps another user's files from being restored.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::files::MANIFEST;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::store::{Base, Dir, Entry, Kind};
 
 /// Bytes of a manifest at most: its own are a few thousand.
@@ -36,34 +36,20 @@ impl Folder {
         &self.path
     }
 
-    fn refused(&self, error: &io::Error) -> Error {
-        Error::FolderRefused {
-            field: Kind::Cache.field(),
-            path: self.path.clone(),
-            reason: error.to_string(),
-            remedy: "make it this user's alone, or name another folder".into(),
-        }
-    }
-
     /// The folder, which is made when there is none. Blocking.
     ///
     /// # Errors
-    /// [`Error::FolderRefused`].
+    /// [`crate::error::Error::FolderRefused`].
     pub fn make(&self) -> Result<Dir> {
-        self.cache.root()?.make_or_open_dir(self.name).map_err(|error| self.refused(&error))
+        self.cache.root()?.make_folder(self.name)
     }
 
     /// The folder, if it is there. Blocking.
     ///
     /// # Errors
-    /// [`Error::FolderRefused`].
+    /// [`crate::error::Error::FolderRefused`].
     pub fn existing(&self) -> Result<Option<Dir>> {
-        let Some(cache) = self.cache.existing()? else { return Ok(None) };
-        match cache.dir(self.name) {
-            Ok(dir) => Ok(Some(dir)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(self.refused(&error)),
-        }
+        self.cache.existing()?.map_or(Ok(None), |cache| cache.existing_folder(self.name))
     }
 
     /// As [`Folder::existing`], for looking around and for cleaning up: what is refused has nothing in it, and is told.
