@@ -82,7 +82,7 @@ check: setup
 	@$(VENV)/bin/ruff check -q python tests examples fuzz tools
 	@$(VENV)/bin/mypy -p thirstys_waterfall.security.microvm_isolation
 	@$(VENV)/bin/mypy examples
-	@$(PYTHON) -m unittest -q tests.source.test_layers tests.source.test_skips tests.source.test_vocabulary
+	@$(PYTHON) -m unittest -q tests.source.test_layers tests.source.test_runner tests.source.test_skips tests.source.test_vocabulary
 	@$(CARGO) test -q --locked --no-default-features --lib -- model:: net:: vmm:: channel:: store::
 	@$(CARGO) test -q --locked -p microvm-protocol
 	@echo "check: all green $(took)"

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -32,7 +33,7 @@ if __name__ == "__main__":
 
 from tests import skips  # noqa: E402
 
-# Default folders of the ordinary user that some tests switch to. They are removed at the end; no VM is left in them then.
+# Default folders of the ordinary user that some tests switch to.
 USER = 61234
 USERS_RUNTIME, USERS_CACHE = Path("/dev/shm/tw-microvm-{}".format(USER)), Path("/tmp/tw-microvm-cache-{}".format(USER))
 MARK = ".tw-microvm"
@@ -89,23 +90,31 @@ class Recording(unittest.TextTestResult):
         self.passed += 1
 
 
-def remove_users_folders(*folders: Path) -> None:
-    """Remove what the tests' ordinary user was given by default, and say what should not be there any more."""
-    for folder in folders:
-        if os.geteuid() != 0 or not folder.is_dir() or folder.is_symlink() or folder.stat().st_uid != USER:
-            continue
-        left = [path.name for path in folder.iterdir() if path.name != MARK]
-        if folder == USERS_RUNTIME and left:
-            print("left behind in {}: {}".format(folder, ", ".join(left)))
-        shutil.rmtree(str(folder))
+@contextlib.contextmanager
+def users_folders(*folders: Path) -> Iterator[None]:
+    """Remove at the end what the tests' ordinary user made here meanwhile, and say what should not be there any more.
+
+    A folder that was there before is not the tests' own, and is kept.
+    """
+    own = [folder for folder in folders if not os.path.lexists(str(folder))]
+    try:
+        yield
+    finally:
+        for folder in own:
+            if os.geteuid() != 0 or not folder.is_dir() or folder.is_symlink() or folder.stat().st_uid != USER:
+                continue
+            left = [path.name for path in folder.iterdir() if path.name != MARK]
+            if folder == USERS_RUNTIME and left:
+                print("left behind in {}: {}".format(folder, ", ".join(left)))
+            shutil.rmtree(str(folder))
 
 
 def run_here(names: Sequence[str], report: Path) -> int:
     """Run tests in this process; the numbers go to a file."""
     suite = unittest.TestSuite(unittest.defaultTestLoader.loadTestsFromName(name) for name in names)
-    result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Recording).run(suite)
+    with users_folders(USERS_RUNTIME):
+        result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Recording).run(suite)
     assert isinstance(result, Recording)
-    remove_users_folders(USERS_RUNTIME)
     failed = [str(test) for test, _ in result.failures + result.errors] + [str(test) for test in result.unexpectedSuccesses]
     skipped = [(str(test), reason) for test, reason in result.skipped]
     report.write_text(json.dumps({"passed": result.passed, "failed": failed, "skipped": skipped}))
@@ -219,13 +228,10 @@ def run_all(chosen: Sequence[Module], lanes: int, tries: int) -> List[Outcome]:
                 return
             outcomes.append(run(next_one, lane))
 
-    with caches(min(lanes, len(together))) as folders:
-        threads = [threading.Thread(target=work, args=(folder,)) for folder in folders]
+    with caches(min(lanes, len(together))) as folders, ThreadPoolExecutor(lanes) as pool:
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            # A lane's own error ends the run: its module has no outcome.
+            list(pool.map(work, folders))
         finally:
             # Ctrl-C has reached the modules that run; no other begins.
             together.clear()
@@ -246,8 +252,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if options.here:
         return run_here(options.names, options.report)
     begun = time.monotonic()
-    outcomes = run_all(modules(options.names), options.lanes, options.tries)
-    remove_users_folders(USERS_RUNTIME, USERS_CACHE)
+    with users_folders(USERS_RUNTIME, USERS_CACHE):
+        outcomes = run_all(modules(options.names), options.lanes, options.tries)
     passed = sum(each.passed for each in outcomes)
     failed = [test for each in outcomes for test in each.failed]
     skipped = [skip for each in outcomes for skip in each.skipped]

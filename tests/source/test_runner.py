@@ -1,0 +1,35 @@
+"""The runner: what it removes, and that no module is lost."""
+
+import os
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from .. import runner
+
+
+class Lanes(unittest.TestCase):
+    def test_lane_that_fails_ends_the_run_with_its_error(self) -> None:
+        chosen = [runner.Module("tests.{}".format(name), (), False, 1) for name in "abc"]
+        with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(
+            runner, CACHE=Path(folder) / "cache", can_isolate=lambda: True, run_apart=mock.Mock(side_effect=OSError("no process"))
+        ):
+            with self.assertRaisesRegex(OSError, "no process"):
+                runner.run_all(chosen, lanes=2, tries=1)
+            self.assertEqual(list(Path(folder).iterdir()), [])
+
+
+class Folders(unittest.TestCase):
+    def test_folder_of_the_tests_user_is_removed_if_it_was_not_there_before(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(runner, "USER", os.getuid()), mock.patch.object(
+            runner.os, "geteuid", return_value=0
+        ):
+            before, made = Path(folder) / "before", Path(folder) / "made"
+            before.mkdir()
+            with runner.users_folders(before, made):
+                made.mkdir()
+                for path in (before, made):
+                    (path / "template").write_text("")
+            self.assertTrue((before / "template").exists())
+            self.assertFalse(made.exists())
