@@ -1,7 +1,7 @@
 //! The network of one VM, as a plan: addresses, the host's end of the wire, the rules, the names it may ask for.
 //!
-//! Architecture invariant: pure. Configuration, what the host has, and random numbers go in; text for `ip`, `tc` and
-//! `nft`, and answers about DNS messages, come out. Nothing here is done: [`crate::host::net`] does it.
+//! Architecture invariant: pure. Configuration, what the host has, and random numbers go in; messages for rtnetlink,
+//! text for `tc` and `nft`, and answers about DNS messages, come out. Nothing here is done: [`crate::host::net`] does it.
 
 mod address;
 mod dns;
@@ -15,7 +15,7 @@ pub use address::{choose, conflict, Addresses};
 pub use dns::{Decision, Question, Relayed, Transport};
 pub use firewall::Firewall;
 pub use fitness::{problems, HostNetwork, Problem};
-pub use links::{Interface, GENERATED_TAP, IFB_PREFIX};
+pub use links::{abandoned_down, abandoned_end, ifb_removed, Interface, GENERATED_TAP, IFB_PREFIX};
 pub use rules::{Pinned, Rules, MAX_PINNED};
 pub use vm_network::{Before, Resolution, Upstream, VmNetwork};
 

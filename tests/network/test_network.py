@@ -1,6 +1,7 @@
 """VMs on a network: what they get, what they reach, and what is left when they are gone."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -228,6 +229,25 @@ class Taps(NetworkTestCase):
         self.assertIn(UPLINK, self.refused("203.0.113.0/24", ip_address="203.0.113.10"))
         self.refused("192.0.2.77", ip_address="192.0.2.77")
         self.assertEqual(state(), before)
+
+    def test_address_that_has_a_route_already_is_refused(self) -> None:
+        run("ip route add 192.168.100.10/32 dev {}".format(UPLINK))
+        self.addCleanup(run, "ip route delete 192.168.100.10/32 dev {}".format(UPLINK))
+        before = state()
+        self.refused("a route to 192.168.100.10 already", ip_address="192.168.100.10")
+        self.assertEqual(state(), before)
+
+    def test_vm_is_connected_and_disconnected_without_the_program_ip(self) -> None:
+        before = state()
+        program = Path(str(shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin:/bin"))).resolve()
+        run("mount --bind /dev/null {}".format(program))
+        try:
+            vm = self.connected()
+            page = self.get(vm, "http://web.test/")
+            self.manager.destroy_vm(vm.vm_id)
+        finally:
+            run("umount {}".format(program))
+        self.assertEqual((page["status"], state()), (200, before))
 
     def test_uplink_that_does_not_forward_is_named_with_the_way_out(self) -> None:
         before = state()

@@ -1,11 +1,12 @@
 //! Network interfaces, addresses, routes, rules and the kernel's settings for them.
 //!
 //! Architecture invariant: the only place that changes the host's network, and it decides nothing: what is to be done
-//! comes in as text or plain values, and what was done comes out as guards that undo it when dropped. What goes wrong
-//! while undoing is logged. It changes what it made, and nothing else of the host's.
+//! comes in as text, messages or plain values, and what was done comes out as guards that undo it when dropped. What goes
+//! wrong while undoing is logged. It changes what it made, and nothing else of the host's.
 
 mod facts;
 mod route;
+mod rtnetlink;
 mod socket;
 mod table;
 mod tap;
@@ -16,6 +17,7 @@ mod watch;
 pub use facts::{
     counters, forwards, index_of, interfaces, is_cut_off, networks, ruleset, set_setting, setting, uplinks, Counters,
 };
+pub use rtnetlink::{apply, apply_all, link, links, without_link_addresses, Change, Link, Rejected};
 pub use socket::{listen_on, Listening};
 pub use table::{Part, Table};
 pub use tap::Tap;

@@ -1,4 +1,4 @@
-//! `ip`, `tc` and `nft`: what they are to do goes in on stdin, so that nothing of it needs quoting.
+//! `tc` and `nft`: what they are to do goes in on stdin, so that nothing of it needs quoting.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
@@ -18,29 +18,21 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// An ordinary user's PATH leaves these out.
 const SYSTEM_PATH: &str = "/usr/sbin:/sbin";
 /// What the tools say of something that is gone already.
-const GONE: [&str; 5] = [
-    "Cannot find device",
-    "No such device",
-    "No such process",
-    "No such file or directory",
-    "Cannot assign requested address",
-];
+const GONE: [&str; 3] = ["Cannot find device", "No such device", "No such file or directory"];
 
 /// A program that changes the network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tool {
-    Ip,
     Tc,
     Nft,
 }
 
 impl Tool {
-    pub const ALL: [Self; 3] = [Self::Ip, Self::Tc, Self::Nft];
+    pub const ALL: [Self; 2] = [Self::Tc, Self::Nft];
 
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::Ip => "ip",
             Self::Tc => "tc",
             Self::Nft => "nft",
         }
@@ -48,7 +40,7 @@ impl Tool {
 
     fn package(self) -> &'static str {
         match self {
-            Self::Ip | Self::Tc => "iproute2 (Fedora: iproute, iproute-tc)",
+            Self::Tc => "iproute2 (Fedora: iproute, iproute-tc)",
             Self::Nft => "nftables",
         }
     }
@@ -175,12 +167,12 @@ mod tests {
 
     #[test]
     fn test_ask_gives_what_the_tool_prints() {
-        assert!(Tool::Ip.ask(&["-V"]).unwrap().contains("iproute2"));
+        assert!(Tool::Tc.ask(&["-V"]).unwrap().contains("iproute2"));
     }
 
     #[test]
     fn test_run_a_line_that_fails_says_which_and_why() {
-        let refusal = Tool::Ip.run("link show dev no-such-device\n").unwrap_err();
+        let refusal = Tool::Tc.run("qdisc show dev no-such-device\n").unwrap_err();
         assert!(refusal.reason.contains("no-such-device"), "{refusal:?}");
     }
 }

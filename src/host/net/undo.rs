@@ -1,12 +1,14 @@
 //! What was done, kept as what undoes it.
 
-use super::{set_setting, Part, Tool};
+use super::{apply_all, set_setting, Change, Part, Tool};
 
 /// One way back.
 #[derive(Debug)]
 pub enum Step {
     /// Lines for a tool; those about something that is gone are passed over.
     Batch(Tool, String),
+    /// Changes of links and addresses; those of something that is gone are passed over.
+    Links(Vec<Change>),
     /// A setting's old value.
     Setting(String, String),
     /// A part of the rules; dropping it takes it out.
@@ -28,6 +30,7 @@ impl Drop for Undo {
         while let Some(step) = self.0.pop() {
             match step {
                 Step::Batch(tool, batch) => tool.run_all(&batch),
+                Step::Links(changes) => apply_all(&changes),
                 Step::Setting(path, value) => {
                     if let Err(refusal) = set_setting(&path, &value) {
                         log::warn!("the network was not cleaned up: {}", refusal.reason);

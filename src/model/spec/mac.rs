@@ -31,6 +31,11 @@ impl MacAddress {
         let [b, c, d, e, f] = rest;
         Self([(first & !GROUP) | LOCAL, b, c, d, e, f])
     }
+
+    #[must_use]
+    pub fn octets(self) -> [u8; 6] {
+        self.0
+    }
 }
 
 impl fmt::Display for MacAddress {

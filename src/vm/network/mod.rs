@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use microvm_protocol::identity::GuestNetwork;
+use nix::errno::Errno;
 
 use crate::error::{Error, Result};
 use crate::host::fork::PerProcess;
@@ -29,8 +30,6 @@ pub use sweep::sweep;
 
 /// How often other addresses are tried when someone else takes those chosen at the same time.
 const TRIES: u32 = 8;
-/// What iproute2 says of a route that is there already.
-const TAKEN: &str = "File exists";
 
 /// A look at the host's rules is good for as many times as long as it took: it takes milliseconds, but where others have
 /// thousands of rules a second.
@@ -251,7 +250,7 @@ fn plan(
             let its_own = |(name, address, net): &(String, Ipv4Addr, Ipv4Net)| {
                 *name == tap.name && *address == addresses.gateway && net.prefix() == 32
             };
-            Some(Before { up: was_up(&tap.name)?, gateway: hosts.iter().any(its_own) })
+            Some(Before { up: was_up(tap)?, gateway: hosts.iter().any(its_own) })
         }
     };
     let mac = config.mac_address.map_or_else(|| clock::random().map(MacAddress::local), Ok)?;
@@ -270,8 +269,8 @@ fn raise(vm_network: &Arc<VmNetwork>, home: &Home) -> std::result::Result<(Undo,
     };
     let port = listening.as_ref().map(|(listening, _)| listening.port);
     let mut undo = Undo::default();
-    undo.push(Step::Batch(Tool::Ip, vm_network.ip_end()));
-    Tool::Ip.run(&vm_network.ip_begin(rules.group()))?;
+    undo.push(Step::Links(vm_network.links_end()));
+    host::apply(&vm_network.links_begin(rules.group())).map_err(Refusal::from)?;
     for (path, value) in vm_network.settings() {
         if let Some(before) = host::setting(&path).filter(|_| vm_network.before.is_some()) {
             undo.push(Step::Setting(path.clone(), before));
@@ -282,13 +281,13 @@ fn raise(vm_network: &Arc<VmNetwork>, home: &Home) -> std::result::Result<(Undo,
     Tool::Tc.run(&vm_network.tc())?;
     let part = table.add(rules.add(vm_network, port), rules.remove(vm_network, port.is_some()))?;
     undo.push(Step::Rules(part));
-    undo.push(Step::Batch(Tool::Ip, vm_network.ip_down()));
-    Tool::Ip.run(&vm_network.ip_up()).map_err(|refusal| match refusal.reason.contains(TAKEN) {
-        true => Failed::Taken(Refusal::new(
+    undo.push(Step::Links(vm_network.links_down()));
+    host::apply(&vm_network.links_up()).map_err(|rejected| match rejected.errno {
+        Errno::EEXIST => Failed::Taken(Refusal::new(
             format!("this host has a route to {} already", vm_network.addresses.address),
             "choose another ip_address, or destroy the VM that has it",
         )),
-        false => Failed::Refused(refusal),
+        _ => Failed::Refused(rejected.into()),
     })?;
     let relay = listening.map(|(listening, upstream)| {
         Relay::start(listening, upstream, vm_network.clone(), rules.clone(), table.clone()).map_err(|error| {
@@ -302,20 +301,14 @@ fn raise(vm_network: &Arc<VmNetwork>, home: &Home) -> std::result::Result<(Undo,
 }
 
 /// Whether a tap that exists is up; one that belongs to a bridge has no addresses of its own.
-fn was_up(name: &str) -> std::result::Result<bool, Refusal> {
-    let shown = Tool::Ip.ask(&["-oneline", "link", "show", "dev", name])?;
-    let mut words = shown.split_whitespace();
-    if words.any(|word| word == "master") {
-        let master = words.next().unwrap_or("another interface");
-        let remedy = format!("take it out (ip link set {name} nomaster), or choose another tap_device");
-        return Err(Refusal::new(format!("tap {name:?} belongs to {master}"), remedy));
-    }
-    Ok(has_flag(&shown, "UP"))
-}
-
-/// Whether a line of `ip -oneline link show` has this flag, as in `7: tap0: <BROADCAST,UP,LOWER_UP> mtu 1500`.
-fn has_flag(link: &str, flag: &str) -> bool {
-    link.split(['<', '>']).nth(1).unwrap_or_default().split(',').any(|other| other == flag)
+fn was_up(Tap { name, index, .. }: &Tap) -> std::result::Result<bool, Refusal> {
+    let link = host::link(*index).map_err(|errno| {
+        Refusal::new(format!("the kernel tells nothing of tap {name:?}: {errno}"), "look whether it is still there")
+    })?;
+    let Some(master) = link.master else { return Ok(link.is_up) };
+    let master = host::link(master).map_or_else(|_| "another interface".to_owned(), |master| master.name);
+    let remedy = format!("take it out (ip link set {name} nomaster), or choose another tap_device");
+    Err(Refusal::new(format!("tap {name:?} belongs to {master}"), remedy))
 }
 
 /// The servers that this host asks; resolv.conf(5) takes the local one when it names none.
@@ -341,12 +334,6 @@ fn parse_servers(text: &str) -> Vec<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn test_has_flag_finds_whole_words() {
-        let link = "7: tap0: <NO-CARRIER,BROADCAST,UP> mtu 1500 qdisc tbf state DOWN mode DEFAULT group 77";
-        assert!(has_flag(link, "UP") && !has_flag(link, "LOWER_UP") && !has_flag(link, "CARRIER"));
-    }
 
     #[test]
     fn test_parse_servers_takes_addresses_alone() {
