@@ -154,7 +154,8 @@ impl Error {
             Error::HandshakeFailed { .. } => "handshake_failed",
             Error::MessageTooLarge { .. } => "message_too_large",
             Error::Vmm { .. } => "vmm_error",
-            Error::Host { .. } | Error::FolderRefused { .. } => "host_error",
+            Error::Host { .. } => "host_error",
+            Error::FolderRefused { .. } => "folder_refused",
             Error::ForkedProcess { .. } => "forked_process",
             Error::Cancelled { .. } => "cancelled",
         }
@@ -193,8 +194,8 @@ impl Error {
             }
             Error::StateMismatch { differences, .. } => json!({"differences": differences}),
             Error::NetworkUnavailable { reason, remedy, .. } => json!({"reason": reason, "remedy": remedy}),
-            Error::FolderRefused { path, reason, remedy, .. } => {
-                json!({"path": path.display().to_string(), "reason": reason, "remedy": remedy})
+            Error::FolderRefused { field, path, reason, remedy } => {
+                json!({"field": field, "path": path.display().to_string(), "reason": reason, "remedy": remedy})
             }
             Error::ChannelClosed { sent, .. } | Error::ChannelTimeout { sent, .. } => json!({"sent": sent}),
             Error::MessageTooLarge { .. } | Error::UntrustedSocket { .. } => json!({"sent": false}),

@@ -151,7 +151,8 @@ impl MicroVMIsolationManager {
     /// removed is logged.
     ///
     /// Errors:
-    ///     HostError: `runtime_dir` or `cache_dir` is refused (`host_error`); nothing is started then.
+    ///     HostError: `runtime_dir` or `cache_dir` is refused (`folder_refused`); nothing is started then, and
+    ///         a `with` block raises this instead of being entered.
     ///
     /// Example:
     ///     >>> manager.start()
@@ -178,7 +179,12 @@ impl MicroVMIsolationManager {
 
     fn __enter__(slf: Bound<'_, Self>) -> PyResult<Bound<'_, Self>> {
         slf.call_method0("start")?;
-        Ok(slf)
+        let error = slf.get().last_error.lock().clone();
+        // `with` has no answer that says that the start failed.
+        match error.filter(|_| !slf.get()._cleanup_active()) {
+            Some(error) => Err(errors::raise(slf.py(), &error)),
+            None => Ok(slf),
+        }
     }
 
     #[pyo3(signature = (exc_type, exc_value, traceback))]

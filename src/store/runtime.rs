@@ -521,7 +521,7 @@ mod tests {
             fs::create_dir(scratch.path().join(open)).unwrap();
             fs::set_permissions(scratch.path().join(open), fs::Permissions::from_mode(0o755)).unwrap();
             let error = VmDir::create(&folders, &id("a")).unwrap_err();
-            assert!(error.code() == "host_error" && error.to_string().contains("chmod 700"), "{error}");
+            assert!(error.code() == "folder_refused" && error.to_string().contains("chmod 700"), "{error}");
         }
     }
 }

@@ -155,7 +155,7 @@ while sum(told.values()) < tries and time.monotonic() - begun < seconds:
     vm = manager.get_vm(manager.create_vm("session", VMResourceLimits(1, 128, 32), network_config=connected))
     assert not vm.start()
     told[vm.last_error.code] += 1
-    if vm.last_error.code == "host_error":
+    if vm.last_error.code == "folder_refused":
         assert "tw-microvm" in str(vm.last_error) and " is not used: " in str(vm.last_error), vm.last_error
     manager.stop()
     # In a sticky folder, no other user can exchange this user's own.
@@ -469,7 +469,7 @@ class AttackTestCase(unittest.TestCase):
         swept, started, error, _ = told
         self.assertFalse(started, told)
         for kind, code, text in (swept, error):
-            self.assertEqual((kind, code), ("HostError", "host_error"), told)
+            self.assertEqual((kind, code), ("HostError", "folder_refused"), told)
             self.assertIn('config["{}"]'.format(field), text)
             self.assertIn(path, text)
 
@@ -608,7 +608,7 @@ class Caches(AttackTestCase):
                 for action in ("create_from", "resume", "export", "destroy", "delete"):
                     done, code = told[action]
                     self.assertFalse(done, told)
-                    self.assertIn(code, ("host_error", "vm_not_found", "template_not_found"), told)
+                    self.assertIn(code, ("folder_refused", "vm_not_found", "template_not_found"), told)
                 self.assertEqual(read(), [])
                 self.assertEqual(self.stage.seen("/tmp", HOMES[HOMELESS]), before)
 
@@ -733,7 +733,7 @@ class Races(AttackTestCase):
             print("uid {}, {}: {} tries in {:.1f} s, {} flips: {}".format(uid, base, tries, seconds, turns, told))
             self.assertTrue(tries >= RACE_TRIES or seconds / tries > 0.015, said)
             # Each side won the race at least once.
-            self.assertEqual(set(told), {"host_error", "network_unavailable"}, said)
+            self.assertEqual(set(told), {"folder_refused", "network_unavailable"}, said)
             self.assertGreater(turns, tries)
             self.assert_kept(before, self.stage.seen(HOMES[uid], *evil), HOMES[uid], HOMES[uid] + "/.cache")
             self.assertTrue(bystander.lives())

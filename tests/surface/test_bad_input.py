@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, Tuple, Type
 
 from thirstys_waterfall.security.microvm_isolation import (
     CommunicationChannel,
+    HostError,
     IsolationType,
     MicroVMInstance,
     MicroVMIsolationManager,
@@ -270,15 +271,28 @@ class Refused(VMTestCase):
             self.assertIn("install", str(manager.last_error))
 
     def test_runtime_dir_open_to_others_is_refused(self) -> None:
-        import os
-        import tempfile
-
         with tempfile.TemporaryDirectory() as name:
             os.chmod(name, 0o755)
             manager = MicroVMIsolationManager({"runtime_dir": name})
             self.assertFalse(manager.start_vm(manager.create_vm("plugin", limits())))
-            self.assertEqual(manager.last_error.code, "host_error")
-            self.assertIn("chmod 700", str(manager.last_error))
+            error = manager.last_error
+            self.assertEqual(error.code, "folder_refused")
+            self.assertIn("chmod 700", str(error))
+            self.assertEqual(sorted(error.details), ["field", "path", "reason", "remedy"])
+            self.assertEqual((error.details["field"], error.details["path"]), ('config["runtime_dir"]', name))
+
+    def test_with_of_a_manager_that_cannot_start_raises_why(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            os.chmod(name, 0o755)
+            manager = MicroVMIsolationManager({"cache_dir": name})
+            with self.assertRaises(HostError) as caught:
+                with manager:
+                    self.fail("the block was entered")
+            self.assertEqual(caught.exception.code, "folder_refused")
+            os.chmod(name, 0o700)
+            # The error of the first try stays, and keeps nothing from starting.
+            with manager:
+                self.assertEqual(manager.last_error.code, "folder_refused")
 
     def test_shell_errors_are_results_not_failures(self) -> None:
         self.assertEqual(self.result(self.running(), "exec", shell("exit 7"))["exit_code"], 7)

@@ -115,8 +115,10 @@ class CommandError(MicroVMError):
 
 
 class HostError(MicroVMError):
-    """A system call or the VMM failed on the host (``host_error``, ``vmm_error``, ``limit_too_low``).
+    """A system call or the VMM failed on the host (``host_error``, ``vmm_error``, ``folder_refused``, ``limit_too_low``).
 
+    ``folder_refused`` is a ``runtime_dir`` or ``cache_dir`` that cannot be trusted: ``details`` has ``field``, ``path``,
+    ``reason`` and ``remedy``.
     ``limit_too_low`` is a limit of this process (getrlimit(2)), named in ``details``, that leaves a VMM too little.
     """
 
@@ -163,6 +165,7 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "checksum_mismatch": ChannelError,
     "vmm_error": HostError,
     "host_error": HostError,
+    "folder_refused": HostError,
     "limit_too_low": HostError,
     "forked_process": ForkedProcessError,
     "cancelled": OperationCancelledError,

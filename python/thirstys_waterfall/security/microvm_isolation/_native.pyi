@@ -115,7 +115,8 @@ class MicroVMIsolationManager:
         removed is logged.
 
         Errors:
-            HostError: `runtime_dir` or `cache_dir` is refused (`host_error`); nothing is started then.
+            HostError: `runtime_dir` or `cache_dir` is refused (`folder_refused`); nothing is started then, and
+                a `with` block raises this instead of being entered.
 
         Example:
             >>> manager.start()
