@@ -44,13 +44,18 @@ RANGE = r"\d[\d*]* to [\d*x]+|more than \d+ and at most \d+"
 BLOCKS = re.compile(r"\b(Blocks|Does not block)\b")
 
 
+def members(value: type) -> Dict[str, Any]:
+    """What a class of the package has, with what it inherits from the core's class of the same name."""
+    return {**(vars(getattr(package._native, value.__name__, object))), **vars(value)}
+
+
 def public() -> Iterator[Tuple[str, Any]]:
     """Every public name of the package, and of its classes."""
     for name in package.__all__:
         value = getattr(package, name)
         yield name, value
         if inspect.isclass(value):
-            for member, raw in vars(value).items():
+            for member, raw in members(value).items():
                 is_data = not callable(raw) and not isinstance(raw, (property, classmethod, staticmethod))
                 is_data = is_data and not inspect.isdatadescriptor(raw)
                 if not member.startswith("_") and member not in INHERITED and not is_data:
@@ -66,7 +71,8 @@ def constructors() -> Iterator[Tuple[str, Any]]:
     """The classes among them with a constructor of their own; those of the core have no signature before CPython 3.10."""
     for name, value in public():
         if inspect.isclass(value) and not issubclass(value, enum.Enum):
-            if inspect.isfunction(vars(value).get("__init__")) or value.__text_signature__:
+            core = getattr(package._native, name, value)
+            if inspect.isfunction(vars(value).get("__init__")) or core.__text_signature__:
                 yield name, value
 
 
@@ -157,7 +163,9 @@ class Examples(VMTestCase):
         names = {name: getattr(package, name) for name in package.__all__}
         vm = self.running()
         names.update(io=io, manager=self.manager, vm=vm, vm_id=vm.vm_id)
-        tests = [doctest.DocTestParser().get_doctest(inspect.getdoc(value) or "", names, name, None, 0)
+        # The examples of its methods call it `vm`, too.
+        of_vm = dict(names, vm=package.VM(self.manager, vm))
+        tests = [doctest.DocTestParser().get_doctest(inspect.getdoc(value) or "", of_vm if name.startswith("VM.") else names, name, None, 0)
                  for name, value in [("the package", package), *public()]]
         tests = [test for test in tests if test.examples]
         self.assertGreater(len(tests), 25)
@@ -270,8 +278,17 @@ class Pages(unittest.TestCase):
         self.assertEqual({name for row in rows for name in re.findall(r"`(\w+)`", row)}, known)
 
     def test_first_success_of_the_readme_prints_what_it_says(self) -> None:
-        block, said = re.findall(r"```(?:python)?\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1:3]
-        self.assertEqual(play(block)[1], said)
+        blocks = re.findall(r"```(?:python)?\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1:5]
+        for block, said in (blocks[:2], blocks[2:]):
+            with self.subTest(block):
+                self.assertEqual(play(block)[1], said)
+
+    def test_lines_of_the_twin_of_subprocess_run(self) -> None:
+        page = (ROOT / "docs" / "commands.md").read_text()
+        block = page.partition("## As `subprocess`")[2].partition("```python\n")[2].partition("```")[0]
+        self.assertIn("vm.run(", block)
+        with MicroVMIsolationManager({"default_memory_mb": 128}) as manager:
+            play(block, manager=manager)
 
 
 class Names(unittest.TestCase):

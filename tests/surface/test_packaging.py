@@ -15,7 +15,7 @@ from typing import Set, Tuple
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import doctor
 
-from ..support import IMPORT, run_python
+from ..support import IMPORT, ROOT, run_python
 
 PUBLIC = {
     "CommunicationChannel", "IsolationType", "MicroVMInstance", "MicroVMIsolationManager", "VMBackend",
@@ -50,6 +50,10 @@ class Package(unittest.TestCase):
         self.assertLessEqual(PUBLIC, set(package.__all__))
         for name in package.__all__:
             self.assertTrue(hasattr(package, name), name)
+
+    def test_version_is_the_one_of_the_wheel_and_the_core(self) -> None:
+        for name in ("pyproject.toml", "Cargo.toml"):
+            self.assertIn('\nversion = "{}"\n'.format(package.__version__), (ROOT / name).read_text())
 
     def test_installed_beside_the_application_ours_wins_and_uninstalled_theirs_is_back(self) -> None:
         wheel = os.environ.get("MICROVM_WHEEL")

@@ -1,14 +1,14 @@
 """A microVM for every browser tab, extension, session and plugin.
 
-A ``MicroVMIsolationManager`` creates, finds and destroys VMs within one quota; a ``MicroVMInstance`` is one VM. Errors
-are ``MicroVMError`` and its subclasses. The docstring of each method says whether it blocks.
+A ``MicroVMIsolationManager`` creates, finds and destroys VMs within one quota; a ``VM`` is one that runs, with the names
+of ``subprocess`` and ``pathlib``, and a ``MicroVMInstance`` is one with all that it can. Errors are ``MicroVMError`` and its
+subclasses. The docstring of each method says whether it blocks.
 
 Example:
-    >>> from thirstys_waterfall.security.microvm_isolation import IsolationType, MicroVMIsolationManager
-    >>> with MicroVMIsolationManager() as manager:
-    ...     vm_id = manager.create_vm(IsolationType.BROWSER_TAB)
-    ...     manager.start_vm(vm_id), manager.send_command_to_vm(vm_id, "ping")["result"]
-    (True, 'pong')
+    >>> from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager
+    >>> with MicroVMIsolationManager() as manager, manager.run_vm() as vm:
+    ...     vm.run(["echo", "hello"]).stdout
+    'hello\\n'
 """
 
 from . import _logging as _logging
@@ -27,6 +27,8 @@ from ._errors import (
     NetworkUnavailableError,
     NotSupportedError,
     OperationCancelledError,
+    ProgramFailedError,
+    ProgramTimeoutError,
     QuotaExceededError,
     StartError,
     TemplateError,
@@ -38,12 +40,12 @@ from ._errors import (
 from ._errors import CancelledError as CancelledError
 from ._errors import InvalidStateError as InvalidStateError
 from ._events import EventSubscription
+from ._manager import MicroVMIsolationManager
 from ._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
 from ._native import (
     CommunicationChannel,
     EventStream,
     MicroVMInstance,
-    MicroVMIsolationManager,
     ProcessStream,
     doctor,
 )
@@ -65,6 +67,9 @@ from ._types import (
     VMEvent,
     VMInfo,
 )
+from ._vm import VM, CompletedProgram
+
+__version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
@@ -72,6 +77,7 @@ __all__ = [
     "CommandAnswer",
     "CommandError",
     "CommunicationChannel",
+    "CompletedProgram",
     "DoctorReport",
     "EventStream",
     "EventSubscription",
@@ -95,6 +101,8 @@ __all__ = [
     "NotSupportedError",
     "OperationCancelledError",
     "ProcessStream",
+    "ProgramFailedError",
+    "ProgramTimeoutError",
     "QuotaExceededError",
     "RenderedPage",
     "ResourceUsage",
@@ -104,6 +112,7 @@ __all__ = [
     "TemplateError",
     "TemplateInfo",
     "Transferred",
+    "VM",
     "VMBackend",
     "VMEvent",
     "VMHealthMetrics",

@@ -1,5 +1,6 @@
 """The exceptions of the package. Branch on the class or on ``code``; the message is for people and may change."""
 
+import subprocess
 from typing import Any, Dict, Optional, Tuple, Type
 
 
@@ -31,7 +32,7 @@ class MicroVMError(Exception):
         self.code = code
         self.details = {} if details is None else dict(details)
 
-    def __reduce__(self) -> Tuple[Type["MicroVMError"], Tuple[str, str, Dict[str, Any]]]:
+    def __reduce__(self) -> Tuple[Any, ...]:
         return type(self), (str(self), self.code, self.details)
 
 
@@ -112,6 +113,48 @@ class ChannelError(MicroVMError):
 
 class CommandError(MicroVMError):
     """The guest refused or failed a command; ``code`` is the guest's own, such as ``unknown_action``."""
+
+
+class ProgramFailedError(MicroVMError, subprocess.CalledProcessError):
+    """A program of ``VM.run(..., check=True)`` did not end with exit code 0 (``program_failed``).
+
+    ``except subprocess.CalledProcessError`` catches it, too.
+
+    Args:
+        cmd: The program and its arguments, as they were given.
+        returncode: The exit code, or the negative number of the signal that ended the program.
+        output: What it wrote to stdout; also ``stdout``.
+        stderr: What it wrote to stderr.
+    """
+
+    def __init__(self, cmd: Any, returncode: int, output: Any = None, stderr: Any = None) -> None:
+        subprocess.CalledProcessError.__init__(self, returncode, cmd, output, stderr)
+        self.code = "program_failed"
+        self.details = {"returncode": returncode}
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(self), (self.cmd, self.returncode, self.output, self.stderr)
+
+
+class ProgramTimeoutError(MicroVMError, subprocess.TimeoutExpired):
+    """A program of ``VM.run(..., timeout=...)`` did not end in time and was killed (``program_timeout``).
+
+    ``except subprocess.TimeoutExpired`` catches it, too.
+
+    Args:
+        cmd: The program and its arguments, as they were given.
+        timeout: Seconds that it was given, more than 0 and at most 86400.
+        output: What it wrote to stdout until then; also ``stdout``.
+        stderr: What it wrote to stderr until then.
+    """
+
+    def __init__(self, cmd: Any, timeout: float, output: Any = None, stderr: Any = None) -> None:
+        subprocess.TimeoutExpired.__init__(self, cmd, timeout, output, stderr)
+        self.code = "program_timeout"
+        self.details = {"timeout_s": timeout}
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(self), (self.cmd, self.timeout, self.output, self.stderr)
 
 
 class HostError(MicroVMError):

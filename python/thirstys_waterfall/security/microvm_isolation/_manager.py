@@ -1,0 +1,75 @@
+"""The manager of the core, and what Python adds to it."""
+
+import os
+from typing import Mapping, Optional, Union
+
+from . import _native
+from ._enums import IsolationType, VMBackend
+from ._errors import make_error
+from ._models import VMNetworkConfig, VMResourceLimits
+from ._vm import VM, reason
+
+
+class MicroVMIsolationManager(_native.MicroVMIsolationManager):
+    __doc__ = _native.MicroVMIsolationManager.__doc__
+
+    def run_vm(
+        self,
+        isolation_type: Union[IsolationType, str] = IsolationType.SESSION,
+        resource_limits: Optional[VMResourceLimits] = None,
+        backend: Union[VMBackend, str, None] = None,
+        network_config: Optional[VMNetworkConfig] = None,
+        vm_id: Optional[str] = None,
+        kernel_path: Union[str, "os.PathLike[str]", None] = None,
+        rootfs_path: Union[str, "os.PathLike[str]", None] = None,
+        template: Optional[str] = None,
+        labels: Optional[Mapping[str, str]] = None,
+    ) -> VM:
+        """Creates and starts a VM, which is destroyed at the end of its ``with`` block, or by ``VM.destroy``.
+
+        Blocks as ``MicroVMInstance.start`` does. Leaves nothing when the start fails or is interrupted.
+
+        Args:
+            isolation_type: What the VM is for.
+            resource_limits: As of ``create_vm``, like every argument.
+            backend: The VMM.
+            network_config: The VM's network; none where left out.
+            vm_id: The id; a new one where left out.
+            kernel_path: A Linux kernel in place of the package's.
+            rootfs_path: An ext4 image as the root file system.
+            template: The name of a snapshot to clone.
+            labels: Strings by strings.
+
+        Raises:
+            MicroVMError: Every error of ``create_vm`` and ``MicroVMInstance.start``, whatever ``raise_on_error``
+                says.
+
+        Example:
+            >>> with manager.run_vm(resource_limits=VMResourceLimits(memory_mb=128)) as machine:
+            ...     machine.run(["id", "-un"]).stdout
+            'root\\n'
+        """
+        made = self.create_vm(
+            isolation_type,
+            resource_limits=resource_limits,
+            backend=backend,
+            network_config=network_config,
+            vm_id=vm_id,
+            kernel_path=kernel_path,
+            rootfs_path=rootfs_path,
+            template=template,
+            labels=labels,
+        )
+        if made is None:
+            raise reason(self)
+        instance = self.get_vm(made)
+        if instance is None:
+            raise make_error("vm_not_found", "the VM {} was destroyed before it was started".format(made))
+        vm = VM(self, instance)
+        try:
+            if not instance.start():
+                raise reason(instance)
+        except BaseException:
+            vm.destroy()
+            raise
+        return vm
