@@ -170,9 +170,12 @@ def run_apart(chosen: Module, lane: Optional[Path], output: threading.Lock) -> O
             # The end of a lane's first process is that of all others there.
             deadline = threading.Timer(MODULE_S, os.kill, (process.pid, signal.SIGKILL))
             deadline.start()
-            usage = os.wait4(process.pid, 0)[2]
-            late = not deadline.is_alive()
-            deadline.cancel()
+            try:
+                usage = os.wait4(process.pid, 0)[2]
+                late = not deadline.is_alive()
+            finally:
+                # Ctrl-C ends the wait, too; a timer that is left keeps this process from ending.
+                deadline.cancel()
         seconds = time.monotonic() - begun
         told: Dict[str, Any] = json.loads(report.read_text()) if report.exists() else {}
         failed = list(told.get("failed", ["{} {}".format(name, "did not end" if late else "has no result")]))
