@@ -77,6 +77,8 @@ def constructors() -> Iterator[Tuple[str, Any]]:
 
 
 def parameters(call: Any) -> List[str]:
+    # Before CPython 3.9 the signature of a generic class is that of typing.Generic.__new__.
+    call = vars(call).get("__init__", call) if inspect.isclass(call) else call
     return [name for name in inspect.signature(call).parameters if name != "self"]
 
 

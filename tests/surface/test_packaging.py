@@ -96,8 +96,9 @@ class Package(unittest.TestCase):
         except metadata.PackageNotFoundError:
             self.skipTest("not installed from a wheel")
         folder = "thirstys_waterfall/security/microvm_isolation/"
-        outside = [str(f) for f in files if not str(f).startswith(folder) and ".dist-info/" not in str(f)]
-        self.assertEqual(outside, [])
+        outside = [f for f in files if not str(f).startswith(folder) and ".dist-info/" not in str(f)]
+        self.assertEqual([f.name for f in outside], ["microvm"])
+        self.assertEqual(outside[0].locate().resolve().parent, Path(sys.executable).parent.resolve())
         self.assertTrue({folder + "py.typed", folder + "_native.pyi"} <= {str(f) for f in files})
 
     def test_every_elf_file_needs_no_newer_glibc_than_the_wheels_tag_says(self) -> None:
@@ -156,4 +157,3 @@ class Doctor(unittest.TestCase):
             self.assertIn("\n  {}: ".format(backend["backend"]), text.stdout)
             self.assertIn(backend["version"] or "", text.stdout)
         self.assertEqual(json.loads(subprocess.check_output(command + ["--json"])), doctor())
-        self.assertEqual(subprocess.run([sys.executable, "-m", IMPORT], stdout=subprocess.PIPE).returncode, 2)

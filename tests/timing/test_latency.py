@@ -1,7 +1,11 @@
 """How soon a caller is heard."""
 
+import subprocess
+import sys
+import time
 import unittest
 
+from ..support import IMPORT
 from ..surface.test_process import SLEEP, interrupt
 
 
@@ -12,3 +16,14 @@ class Interrupts(unittest.TestCase):
                 delay, _ = interrupt(action)
                 print("    Ctrl-C in {}: raised after {:.0f} ms".format(action, delay * 1e3))
                 self.assertLess(delay, 0.1)
+
+
+class CommandLine(unittest.TestCase):
+    def test_help_is_there_within_150_ms(self) -> None:
+        took = []
+        for _ in range(10):
+            begun = time.monotonic()
+            subprocess.run([sys.executable, "-m", IMPORT, "run", "--help"], stdout=subprocess.DEVNULL, check=True)
+            took.append(time.monotonic() - begun)
+        print("    microvm run --help: {:.0f} ms (median of {})".format(sorted(took)[5] * 1e3, len(took)))
+        self.assertLess(sorted(took)[5], 0.15)

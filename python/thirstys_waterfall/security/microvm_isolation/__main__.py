@@ -1,8 +1,8 @@
-"""``python -m thirstys_waterfall.security.microvm_isolation doctor``."""
+"""``python -m thirstys_waterfall.security.microvm_isolation``: the command line ``microvm``."""
 
 import sys
 
 from ._cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="python -m thirstys_waterfall.security.microvm_isolation"))

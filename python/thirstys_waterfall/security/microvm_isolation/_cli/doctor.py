@@ -1,30 +1,18 @@
-"""The command line: ``doctor`` says what this host can run and what is missing, ``bench`` what a VM costs."""
+"""``doctor``: what this host can run and what is missing."""
 
 import argparse
 import json
-from typing import Any, List, Mapping, Optional, Sequence
+from typing import Any, List, Mapping
 
-from . import _bench, _native
-
-PROGRAM = "python -m thirstys_waterfall.security.microvm_isolation"
+from .. import _native
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run one command and return its exit code.
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
-    ``doctor``: 0 when a VM can start here, 1 when not. ``bench``: 0 when all could be measured. Bad usage: 2.
-    """
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="MicroVM isolation for browser components")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    doctor = commands.add_parser("doctor", help="say what this host can run and what is missing")
-    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
-    _bench.configure(commands.add_parser("bench", help="measure VMs beside the bare VMM"))
-    options = parser.parse_args(arguments)
-    if options.command == "bench":
-        return _bench.run(options)
-    if options.command != "doctor":
-        parser.print_help()
-        return 2
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the report; 0 when a VM can start here, 1 when not."""
     report = _native.doctor()
     if options.json:
         print(json.dumps(report, indent=2, sort_keys=True))

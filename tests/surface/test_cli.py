@@ -1,0 +1,354 @@
+"""The command line ``microvm``, as a shell, a script and a person at a terminal use it."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+import unittest
+from pathlib import Path
+from typing import Any, Iterator, List, Tuple
+
+from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, __version__, _cli
+
+from ..support import IMPORT, ROOT, eventually, limits
+
+MICROVM = [sys.executable, "-m", IMPORT]
+SMALL = ["run", "-m", "128m", "--disk", "64m"]
+# A start under load, and the program.
+TIMEOUT_S = 120.0
+MIB = 1 << 20
+
+
+def microvm(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[Any]":
+    """Runs it to its end; text unless told otherwise."""
+    options.setdefault("universal_newlines", True)
+    if "stdout" not in options:
+        options.update(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.run([*MICROVM, *arguments], timeout=TIMEOUT_S, **options)
+
+
+@contextlib.contextmanager
+def started(*arguments: str, **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
+    """It while it runs, in a session of its own, so that only what a test sends comes to it."""
+    process = subprocess.Popen([*MICROVM, *arguments], start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe:
+                pipe.close()
+
+
+def resize(descriptor: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+class Usage(unittest.TestCase):
+    def test_wrong_use_has_its_exit_code_and_one_sentence(self) -> None:
+        for arguments, code, words in [
+            (["run", "--foo", "ls"], 125, "--foo"),
+            (["run", "-m", "128m", "--foo", "ls"], 125, "--foo"),
+            (["run"], 125, "name a program"),
+            (["run", "--"], 125, "name a program"),
+            (["run", "-m", "1q", "ls"], 125, "'1q' is no size"),
+            (["run", "-m", "256", "ls"], 125, "write 256m"),
+            (["run", "-m", "1m", "ls"], 125, "64 to 1048576"),
+            (["run", "--cpus", "0", "ls"], 125, "1 to 32"),
+            (["run", "--timeout", "0", "ls"], 125, "'0' is not above 0"),
+            (["run", "-u", "root", "ls"], 125, "'root' is no uid"),
+            (["run", "-e", "=b", "ls"], 125, "'=b' is not K=V"),
+            (["run", "--label", "a", "ls"], 125, "'a' is not K=V"),
+            (["run", "--mem", "128m", "ls"], 125, "--mem"),
+            (["run", "--backend", "xen", "ls"], 125, "'xen'"),
+            (["no-such-command"], 2, "no-such-command"),
+            (["doctor", "--foo"], 2, "--foo"),
+            ([], 2, ""),
+        ]:
+            with self.subTest(arguments):
+                done = microvm(*arguments)
+                self.assertEqual(done.returncode, code, done.stderr)
+                self.assertIn(words, done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+    def test_version_is_the_packages(self) -> None:
+        for argument in ("version", "--version"):
+            self.assertEqual(microvm(argument).stdout, "microvm {}\n".format(__version__))
+
+    def test_project_installs_it_as_microvm(self) -> None:
+        scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]\n")[2].splitlines()
+        self.assertEqual(scripts[0], 'microvm = "{}:{}"'.format(_cli.__name__, _cli.main.__name__))
+
+    def test_every_command_and_option_of_run_has_its_row_in_the_docs(self) -> None:
+        page = (ROOT / "docs" / "cli.md").read_text()
+        commands, _ = _cli.completion._commands(_cli.make_parser())
+        for command in commands:
+            self.assertRegex(page, r"\n\| `{}\b".format(command))
+        for action in commands["run"]._actions:
+            for option in set(action.option_strings) - {"-h", "--help", "--env", "--workdir", "--user"}:
+                self.assertRegex(page, r"\n\|.*`{}\b".format(option))
+
+    def test_completion_of_bash_completes_commands_and_options(self) -> None:
+        script = microvm("completion", "bash").stdout
+        for words, wanted in [(["te"], ["templates"]), (["run", "--ti"], ["--timeout"]), (["completion", "z"], ["zsh"]), (["foo", ""], [])]:
+            ask = "{}\nCOMP_WORDS=(microvm {}); COMP_CWORD={}; _microvm; printf '%s\\n' \"${{COMPREPLY[@]}}\"".format(
+                script, " ".join(word or "''" for word in words), len(words)
+            )
+            said = subprocess.run(["bash", "-c", ask], stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
+            self.assertEqual(said.split(), wanted)
+
+    def test_completion_of_every_shell_has_every_command_and_option(self) -> None:
+        for shell, option in (("bash", "--timeout"), ("zsh", "--timeout"), ("fish", "-l timeout -r")):
+            script = microvm("completion", shell).stdout
+            for word in ("run", "doctor", "bench", "templates", "completion", "version", option):
+                self.assertIn(word, script)
+
+    def test_output_that_nobody_reads_is_no_traceback(self) -> None:
+        done = subprocess.run(
+            "{} completion fish | true".format(" ".join(MICROVM)), shell=True, stderr=subprocess.PIPE, universal_newlines=True
+        )
+        self.assertEqual(done.stderr, "")
+
+
+class Programs(unittest.TestCase):
+    def test_exit_code_and_outputs_are_the_programs(self) -> None:
+        done = microvm(*SMALL, "--", "sh", "-c", "echo out; echo err >&2; exit 3")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (3, "out\n", "err\n"))
+        self.assertEqual(microvm(*SMALL, "sh", "-c", "kill -SEGV $$").returncode, 128 + signal.SIGSEGV)
+
+    def test_program_that_cannot_run_has_the_shells_exit_codes(self) -> None:
+        for program, code in (("no-such-program", 127), ("/etc/hostname", 126)):
+            done = microvm(*SMALL, program)
+            self.assertEqual((done.returncode, done.stdout), (code, ""))
+            self.assertRegex(done.stderr, r"\Amicrovm: {}: [^\n]+; [^\n]+\n\Z".format(program))
+
+    def test_backend_that_is_not_there_is_told_with_its_remedy(self) -> None:
+        done = microvm(*SMALL, "--backend", "firecracker", "ls", env=dict(os.environ, PATH="/nonexistent"))
+        self.assertEqual((done.returncode, done.stdout), (125, ""))
+        self.assertRegex(done.stderr, r"\Amicrovm: [^\n]+install[^\n]+\n\Z")
+
+    def test_options_of_the_program_are_its_own_and_those_before_it_are_runs(self) -> None:
+        arguments = ["-e", "A=b=c", "-e", "FROM_HERE", "-e", "NOT_SET", "-w", "/data", "-u", "1000", "--label", "a=b", "--rm"]
+        script = 'echo "$A $FROM_HERE ${NOT_SET-unset} $PWD $(id -u) $*"'
+        done = microvm(*SMALL, *arguments, "sh", "-c", script, "sh", "-t", "--", "--rm", env=dict(os.environ, FROM_HERE="1"))
+        self.assertEqual((done.stdout, done.stderr), ("b=c 1 unset /data 1000 -t -- --rm\n", ""))
+
+    def test_twenty_megabytes_pass_both_ways(self) -> None:
+        data = os.urandom(20 * MIB)
+        done = microvm(*SMALL, "-i", "cat", input=data, universal_newlines=False)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertTrue(done.stdout == data)
+
+    def test_without_i_the_program_reads_nothing(self) -> None:
+        done = microvm(*SMALL, "cat", input="not for it")
+        self.assertEqual((done.returncode, done.stdout), (0, ""))
+
+    def test_closed_descriptors_are_taken_for_dev_null(self) -> None:
+        command = " ".join([*MICROVM, *SMALL, "-i", "sh", "-c", "'cat; echo out; echo err >&2'"])
+        for closed, stdout, stderr in (("<&-", "out\n", "err\n"), (">&-", "", "err\n"), ("2>&-", "out\n", ""), ("<&- >&- 2>&-", "", "")):
+            with self.subTest(closed):
+                done = subprocess.run(
+                    "{} {}".format(command, closed), shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
+                )
+                self.assertEqual((done.returncode, done.stdout, done.stderr), (0, stdout, stderr))
+
+    def test_reader_that_goes_ends_it_as_a_shell_says(self) -> None:
+        with started(*SMALL, "yes", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            self.assertEqual(process.stdout.readline(), b"y\n")
+            process.stdout.close()
+            self.assertEqual(process.wait(TIMEOUT_S), 128 + signal.SIGPIPE)
+            self.assertEqual(process.stderr.read(), b"")
+
+    def test_descriptor_that_does_not_block_gets_all_of_it(self) -> None:
+        ours, its = os.pipe()
+        os.set_blocking(its, False)
+        with started(*SMALL, "head", "-c", str(MIB), "/dev/zero", stdout=its) as process:
+            os.close(its)
+            time.sleep(1.0)
+            with open(ours, "rb") as pipe:
+                self.assertEqual(len(pipe.read()), MIB)
+            self.assertEqual(process.wait(TIMEOUT_S), 0)
+
+    def test_timeout_ends_it(self) -> None:
+        done = microvm(*SMALL, "--timeout", "0.5", "sleep", "60")
+        self.assertEqual((done.returncode, done.stdout), (124, ""))
+        self.assertEqual(done.stderr, "microvm: sleep did not end within 0.5 s (--timeout)\n")
+
+
+class Signals(unittest.TestCase):
+    @contextlib.contextmanager
+    def ready(self, trap: str) -> Iterator["subprocess.Popen[bytes]"]:
+        script = trap + "; echo ready; sleep 60 & wait; wait"
+        with started(*SMALL, "sh", "-c", script, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            self.assertEqual(process.stdout.readline(), b"ready\n")
+            yield process
+
+    def test_signals_are_passed_on_and_the_program_decides(self) -> None:
+        for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2"):
+            with self.subTest(name), self.ready("trap 'echo got {0}; exit 9' {0}".format(name)) as process:
+                process.send_signal(getattr(signal, "SIG" + name))
+                self.assertEqual(process.wait(TIMEOUT_S), 9)
+                assert process.stdout is not None
+                self.assertEqual(process.stdout.read().decode(), "got {}\n".format(name))
+
+    def test_signal_that_ends_the_program_is_in_the_exit_code(self) -> None:
+        with self.ready("true") as process:
+            process.terminate()
+            self.assertEqual(process.wait(TIMEOUT_S), 128 + signal.SIGTERM)
+
+    def test_control_c_twice_in_a_second_ends_at_once_and_slowly_it_does_not(self) -> None:
+        with self.ready("trap '' INT") as process:
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(1.3)
+            self.assertIsNone(process.poll())
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+            self.assertEqual(process.wait(20.0), 128 + signal.SIGINT)
+
+    def test_control_c_while_the_vm_starts_ends_the_start(self) -> None:
+        with started(*SMALL, "sleep", "60", stderr=subprocess.PIPE) as process:
+            caught = Path("/proc/{}/status".format(process.pid))
+            # Its handler of SIGALRM is set when it sets those of all.
+            bit = 1 << (signal.SIGALRM - 1)
+            self.assertTrue(eventually(lambda: int(re.findall(r"SigCgt:\s*(\w+)", caught.read_text())[0], 16) & bit, 60.0))
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(process.wait(TIMEOUT_S), 128 + signal.SIGINT)
+            assert process.stderr is not None
+            self.assertEqual(process.stderr.read(), b"")
+
+
+class Terminals(unittest.TestCase):
+    def setUp(self) -> None:
+        self.master, self.slave = pty.openpty()
+        self.addCleanup(os.close, self.master)
+        self.addCleanup(os.close, self.slave)
+        resize(self.master, 30, 100)
+        self.before = termios.tcgetattr(self.slave)
+        self.said = b""
+
+    @contextlib.contextmanager
+    def at_terminal(self, script: str, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """It as the foreground of a terminal of its own."""
+
+        def control() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        arguments = [*SMALL, *(options or ("-it",)), "sh", "-c", script]
+        with started(*arguments, stdin=self.slave, stdout=self.slave, stderr=self.slave, preexec_fn=control) as process:
+            yield process
+
+    def hear(self, words: bytes, seconds: float = 60.0) -> None:
+        end = time.monotonic() + seconds
+        while words not in self.said and time.monotonic() < end:
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.said += os.read(self.master, 65536)
+        self.assertIn(words, self.said)
+
+    def test_program_has_a_terminal_of_its_size_that_follows_it(self) -> None:
+        with self.at_terminal("stty size; while read x; do stty size; done") as process:
+            self.hear(b"30 100\r\n")
+            resize(self.master, 40, 120)
+            end = time.monotonic() + 30.0
+            while b"40 120" not in self.said and time.monotonic() < end:
+                os.write(self.master, b"\r")
+                with contextlib.suppress(AssertionError):
+                    self.hear(b"40 120\r\n", 0.3)
+            self.hear(b"40 120\r\n", 0.1)
+            os.write(self.master, b"\x04")
+            self.assertEqual(process.wait(TIMEOUT_S), 0)
+        self.assertEqual(termios.tcgetattr(self.slave), self.before)
+
+    def test_keys_are_the_programs_and_the_terminal_is_as_it_was_at_the_end(self) -> None:
+        with self.at_terminal("trap 'echo got it; exit 9' INT; echo ready; sleep 60 & wait") as process:
+            self.hear(b"ready")
+            self.assertTrue(eventually(lambda: termios.tcgetattr(self.slave) != self.before))
+            os.write(self.master, b"\x03")
+            self.hear(b"got it\r\n")
+            self.assertEqual(process.wait(TIMEOUT_S), 9)
+        self.assertEqual(termios.tcgetattr(self.slave), self.before)
+
+    def test_terminal_is_as_it_was_after_a_signal_and_after_the_timeout(self) -> None:
+        for options, number, code in ((["-it"], signal.SIGTERM, 143), (["-it"], signal.SIGHUP, 129), (["-it", "--timeout", "2"], 0, 124)):
+            with self.subTest(options=options, number=number), self.at_terminal("echo ready; exec sleep 60", *options) as process:
+                self.said = b""
+                self.hear(b"ready")
+                process.send_signal(number)
+                self.assertEqual(process.wait(TIMEOUT_S), code)
+                self.assertEqual(termios.tcgetattr(self.slave), self.before)
+
+    def test_stopped_it_gives_the_terminal_back_and_takes_it_again(self) -> None:
+        with self.at_terminal("echo ready; read x; echo got $x") as process:
+            self.hear(b"ready")
+            self.assertTrue(eventually(lambda: termios.tcgetattr(self.slave) != self.before))
+            process.send_signal(signal.SIGTSTP)
+            status = Path("/proc/{}/stat".format(process.pid))
+            self.assertTrue(eventually(lambda: status.read_text().rpartition(")")[2].split()[0] == "T", 20.0))
+            self.assertEqual(termios.tcgetattr(self.slave), self.before)
+            process.send_signal(signal.SIGCONT)
+            self.assertTrue(eventually(lambda: termios.tcgetattr(self.slave) != self.before, 20.0))
+            os.write(self.master, b"words\r")
+            self.hear(b"got words\r\n")
+            self.assertEqual(process.wait(TIMEOUT_S), 0)
+
+    def test_t_without_a_terminal_gives_the_program_one(self) -> None:
+        done = microvm(*SMALL, "-it", "sh", "-c", "stty size; cat", input=b"words\n", universal_newlines=False)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(b"24 80\r\n", done.stdout)
+        self.assertIn(b"words\r\n", done.stdout)
+
+
+class Templates(unittest.TestCase):
+    def test_snapshots_are_listed_as_a_table_and_as_json(self) -> None:
+        name = "cli-{}".format(os.getpid())
+        with MicroVMIsolationManager({"raise_on_error": True}) as manager, manager.run_vm(resource_limits=limits()) as vm:
+            vm.instance.snapshot(name)
+            self.addCleanup(lambda: MicroVMIsolationManager().delete_template(name))
+            said = microvm("templates").stdout
+            self.assertRegex(said, r"\ANAME +STATE +BACKEND +SIZE +CREATED\n")
+            self.assertRegex(said, r"\n{} +usable +qemu +[\d.]+ MiB +\d{{4}}-\d\d-\d\d \d\d:\d\d\n".format(name))
+            self.assertIn('"name": "{}"'.format(name), microvm("templates", "--json").stdout)
+
+
+class Pages(unittest.TestCase):
+    def lines(self) -> List[Tuple[str, str]]:
+        """Each command line of the page and of README, and what it is said to print."""
+        text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "cli.md").read_text()
+        blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+        return [(found[0], found[1]) for block in blocks for found in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)]
+
+    def test_every_line_of_a_page_prints_what_it_says(self) -> None:
+        self.assertGreater(len(self.lines()), 9)
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "microvm"
+            script.write_text("#!/bin/sh\nexec {} \"$@\"\n".format(" ".join(MICROVM)))
+            script.chmod(0o755)
+            for line, said in self.lines():
+                with self.subTest(line):
+                    done = subprocess.run(
+                        ["bash", "-c", line],
+                        env=dict(os.environ, PATH="{}:{}".format(folder, os.environ["PATH"])),
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        universal_newlines=True,
+                        timeout=TIMEOUT_S,
+                    )
+                    self.assertEqual(done.stdout, said)
+
+
+if __name__ == "__main__":
+    unittest.main()
