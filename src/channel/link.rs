@@ -360,7 +360,10 @@ impl Link {
                 self.take_event(&body);
             }
             Incoming::Pong => {}
-            Incoming::Request { .. } | Incoming::Cancel { .. } | Incoming::Control { .. } => {
+            Incoming::Request { .. }
+            | Incoming::Refused { .. }
+            | Incoming::Cancel { .. }
+            | Incoming::Control { .. } => {
                 return Err("the agent sent what only a host may send".into());
             }
         }

@@ -20,6 +20,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{self, socket, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
 
 use crate::boot;
+use crate::memory;
 
 /// Records are gathered up to about this many bytes for one write.
 const WRITE_CHUNK: usize = 64 * 1024;
@@ -206,7 +207,9 @@ impl Half {
         let (accept, session) = self.offered.accept(outcome).map_err(failed)?;
         self.file.write_all(&accept).map_err(|e| format!("ACCEPT: {e}"))?;
         let writing = Writing { file: self.file, bytes: Vec::new() };
-        let shared = Shared { connection: Mutex::new(Connection::new(session)), writing: Mutex::new(writing) };
+        let mut connection = Connection::new(session);
+        connection.calls.ask_for_room(memory::has_room);
+        let shared = Shared { connection: Mutex::new(connection), writing: Mutex::new(writing) };
         Ok(Link { sender: Sender(Arc::new(shared)), reading: self.reading, decoder: self.decoder })
     }
 

@@ -48,6 +48,12 @@ pub fn serve(link: &mut Link, server: &Arc<Server>) -> Result<End, String> {
                     return Ok(End::Frozen(standstill));
                 }
             }
+            Incoming::Refused { id } => {
+                let message =
+                    "the request needs more of the VM's memory than can be spared: send less at once".to_owned();
+                let error = Failure { code: Code::TooLarge, message };
+                answer(&server.sender, id, &Response::Error { error })?;
+            }
             Incoming::Cancel { id } => server.tell(id, |job| job.cancel()),
             Incoming::Data { id, bytes, last, .. } => server.tell(id, |job| job.feed(bytes, last)),
             Incoming::Credit { id, .. } => server.tell(id, |job| job.notifier().notify()),
@@ -150,13 +156,11 @@ impl Server {
     fn perform(&self, id: u32, body: &[u8], job: &Job) {
         let mut shutting_down = false;
         let act = || {
-            if body.len() > QUICK_BYTES {
-                // Its texts are copied, and decoded once more.
-                memory::afford(2 * body.len() as u64, "the request")?;
-                if !is_modest(body) {
-                    let message = format!("the request holds over {MAX_VALUES} values");
-                    return Err(Failure { code: Code::TooLarge, message });
-                }
+            // Its texts are copied, and decoded once more.
+            let _promise = memory::afford(2 * body.len() as u64, "the request")?;
+            if body.len() > QUICK_BYTES && !is_modest(body) {
+                let message = format!("the request holds over {MAX_VALUES} values");
+                return Err(Failure { code: Code::TooLarge, message });
             }
             let request: Request = serde_json::from_slice(body)
                 .map_err(|error| Failure { code: Code::BadParams, message: format!("not a request: {error}") })?;

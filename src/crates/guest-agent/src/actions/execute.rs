@@ -127,7 +127,7 @@ pub fn execute(params: Value, identity: &Identity, job: &Job) -> Outcome {
     };
     let program = params.program(Some(params.timeout.unwrap_or(DEFAULT_TIMEOUT_S)))?;
     let begun = Instant::now();
-    memory::afford(2 * max_output as u64, "max_output_bytes: as much of both outputs")?;
+    let _promise = memory::afford(2 * max_output as u64, "max_output_bytes: as much of both outputs")?;
     let mut said = Collected::new(stdin, max_output);
     let ended = program.start(identity, job, !said.stdin.is_empty())?.drive(&mut said)?;
     let mut result = ended_json(ended, begun.elapsed());
@@ -138,7 +138,7 @@ pub fn execute(params: Value, identity: &Identity, job: &Job) -> Outcome {
             Err(error) => {
                 let (bytes, at) = (error.as_bytes(), error.utf8_error());
                 // Each byte may become a replacement character of three, and four thirds of one beside them.
-                memory::afford(5 * bytes.len() as u64, name)?;
+                let _promise = memory::afford(5 * bytes.len() as u64, name)?;
                 // A cut in the middle of a character is no reason for a second copy.
                 if !stream.truncated || at.error_len().is_some() {
                     result[format!("{name}_base64")] = Value::String(BASE64_STANDARD.encode(bytes));

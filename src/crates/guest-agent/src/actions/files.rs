@@ -93,7 +93,7 @@ pub fn read_file(params: Value, waiter: &dyn Waiter) -> Outcome {
     // A file of /proc has no size.
     let expected = if meta.len() == 0 { max } else { max.min(meta.len().saturating_sub(params.offset)) };
     // The bytes, their base64, and that once more in the answer.
-    memory::afford(4 * expected, "max_bytes: the answer")?;
+    let _promise = memory::afford(4 * expected, "max_bytes: the answer")?;
     let mut bytes = Vec::new();
     let mut is_drained = false;
     // One byte more tells whether the end was reached, also for files of /proc, whose size is 0.

@@ -1,6 +1,6 @@
 //! Receiving: the rules that a peer must keep, and what each frame means.
 
-use super::{Call, Mux, Outward, Phase, CHANNELS, MAX_ASSEMBLING, MAX_CALLS, WINDOW};
+use super::{Call, Mux, Outward, Phase, CHANNELS, MAX_ASSEMBLING, MAX_CALLS, ROOM_STEP, WINDOW};
 use crate::frame::{Frame, Kind};
 use crate::message::MAX_MESSAGE;
 use crate::session::Role;
@@ -11,6 +11,8 @@ use crate::ProtocolError;
 pub enum Incoming {
     /// Guest: a whole request.
     Request { id: u32, body: Vec<u8> },
+    /// Guest: a whole request that there was no memory for; it must still be answered.
+    Refused { id: u32 },
     /// Host: the call is over. The body is empty when it had been cancelled.
     Response { id: u32, body: Vec<u8> },
     /// Guest: the host waits no more for this call; it must still be answered.
@@ -151,6 +153,15 @@ impl Mux {
         let call = self.calls.entry(id).or_insert_with(Call::new);
         if call.phase != Phase::Asking {
             return Err(broken("an id is used again only when its call is over"));
+        }
+        let is_step = self.assembling / ROOM_STEP != (self.assembling + payload.len()) / ROOM_STEP;
+        if !call.is_refused && is_step && !(self.has_room)(ROOM_STEP) {
+            call.is_refused = true;
+            self.assembling -= std::mem::take(&mut call.assembling).len();
+        }
+        if call.is_refused {
+            call.phase = if last { Phase::Open } else { Phase::Asking };
+            return Ok(last.then_some(Incoming::Refused { id }));
         }
         let Some(body) = Self::assemble(call, &mut self.assembling, last, payload)? else { return Ok(None) };
         call.phase = Phase::Open;

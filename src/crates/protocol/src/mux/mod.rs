@@ -48,6 +48,8 @@ pub const WINDOW: usize = 256 * 1024;
 pub const MAX_CALLS: usize = 128;
 /// Messages of more than one frame are begun only while all that are begun have no more bytes than this together.
 pub const MAX_ASSEMBLING: usize = 2 * MAX_MESSAGE;
+/// A guest looks anew whether it has memory for requests each time that this many bytes of unfinished ones have come.
+const ROOM_STEP: usize = 1 << 20;
 /// CONTROLs of one call that may wait to be sent.
 const MAX_CONTROLS: usize = 64;
 
@@ -90,6 +92,8 @@ struct Call {
     started: bool,
     /// The peer's message, as far as it came.
     assembling: Vec<u8>,
+    /// There was no room for it: the rest of it is dropped.
+    is_refused: bool,
     inward: [Inward; CHANNELS],
     outward: [Outward; CHANNELS],
     /// Our message: the host's request, the guest's response.
@@ -122,6 +126,7 @@ impl Call {
             phase: Phase::Asking,
             started: false,
             assembling: Vec::new(),
+            is_refused: false,
             inward: Default::default(),
             outward: Default::default(),
             message: None,
@@ -150,6 +155,8 @@ pub struct Mux {
     newest: u32,
     /// Bytes of the peer's unfinished messages.
     assembling: usize,
+    /// Whether so many bytes more may be taken for a request.
+    has_room: fn(usize) -> bool,
     outbox: Outbox,
     /// The host's PING that was not answered yet.
     pinging: Option<u32>,
@@ -158,7 +165,20 @@ pub struct Mux {
 impl Mux {
     #[must_use]
     pub fn new(role: Role) -> Self {
-        Self { role, calls: FxHashMap::default(), newest: 0, assembling: 0, outbox: Outbox::default(), pinging: None }
+        Self {
+            role,
+            calls: FxHashMap::default(),
+            newest: 0,
+            assembling: 0,
+            has_room: |_| true,
+            outbox: Outbox::default(),
+            pinging: None,
+        }
+    }
+
+    /// Guest: refuses requests for which there is no memory ([`Incoming::Refused`]); until then all are taken.
+    pub fn ask_for_room(&mut self, has_room: fn(usize) -> bool) {
+        self.has_room = has_room;
     }
 
     /// Calls that are open, cancelled ones included.

@@ -76,6 +76,21 @@ fn test_call_request_and_response_arrive_whole() {
 }
 
 #[test]
+fn test_call_request_without_room_is_refused_when_it_is_whole_and_the_rest_goes_on() {
+    let mut pair = Pair::new();
+    pair.guest.ask_for_room(|_| false);
+    let long = pair.host.request(vec![7; 2 * ROOM_STEP]).unwrap();
+    let small = pair.host.request(vec![8; ROOM_STEP / 2]).unwrap();
+    let came = pair.settle().1;
+    assert_eq!(came.len(), 2);
+    assert!(came.contains(&Incoming::Refused { id: long }));
+    assert!(came.contains(&Incoming::Request { id: small, body: vec![8; ROOM_STEP / 2] }));
+    assert_eq!(pair.guest.assembling, 0);
+    pair.guest.respond(long, b"no".to_vec()).unwrap();
+    assert_eq!(pair.settle().0, [Incoming::Response { id: long, body: b"no".to_vec() }]);
+}
+
+#[test]
 fn test_schedule_small_request_overtakes_a_long_one() {
     let mut host = Mux::new(Role::Host);
     let long = host.request(vec![0; MAX_MESSAGE]).unwrap();
