@@ -19,7 +19,7 @@ from typing import Any, Iterator, List, Tuple
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, __version__, _cli
 
-from ..support import IMPORT, ROOT, eventually, limits
+from ..support import IMPORT, ROOT, children, eventually, limits
 
 MICROVM = [sys.executable, "-m", IMPORT]
 SMALL = ["run", "-m", "128m", "--disk", "64m"]
@@ -51,6 +51,12 @@ def started(*arguments: str, **options: Any) -> Iterator["subprocess.Popen[bytes
                 pipe.close()
 
 
+def descendants(pid: int) -> List[int]:
+    """The processes below one, in every generation."""
+    below = children(pid)
+    return below + [one for child in below for one in descendants(child)]
+
+
 def resize(descriptor: int, rows: int, columns: int) -> None:
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
@@ -66,6 +72,7 @@ class Usage(unittest.TestCase):
             (["run", "-m", "256", "ls"], 125, "write 256m"),
             (["run", "-m", "1m", "ls"], 125, "64 to 1048576"),
             (["run", "--cpus", "0", "ls"], 125, "1 to 32"),
+            (["run", "--egress", "a b", "ls"], 125, "egress"),
             (["run", "--timeout", "0", "ls"], 125, "'0' is not above 0"),
             (["run", "-u", "root", "ls"], 125, "'root' is no uid"),
             (["run", "-e", "=b", "ls"], 125, "'=b' is not K=V"),
@@ -132,6 +139,35 @@ class Programs(unittest.TestCase):
             done = microvm(*SMALL, program)
             self.assertEqual((done.returncode, done.stdout), (code, ""))
             self.assertRegex(done.stderr, r"\Amicrovm: {}: [^\n]+; [^\n]+\n\Z".format(program))
+
+    def test_line_in_one_word_is_told_how_to_write_it(self) -> None:
+        done = microvm(*SMALL, "ls -la")
+        self.assertEqual(done.returncode, 127)
+        self.assertIn("sh -c", done.stderr)
+
+    def test_text_that_utf8_cannot_hold_is_refused(self) -> None:
+        done = microvm(*SMALL, "echo", b"a\xff".decode("utf-8", "surrogateescape"))
+        self.assertEqual(done.returncode, 125)
+        self.assertIn("UTF-8", done.stderr)
+
+    def test_vm_has_what_was_asked_for_beyond_the_quota_of_a_manager(self) -> None:
+        self.assertEqual(microvm(*SMALL, "--cpus", "20", "nproc").stdout, "20\n")
+
+    def test_vm_that_dies_is_told(self) -> None:
+        with started(*SMALL, "sh", "-c", "echo ready; sleep 60", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            self.assertEqual(process.stdout.readline(), b"ready\n")
+            for pid in descendants(process.pid):
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                    if Path("/proc/{}/comm".format(pid)).read_text().startswith("qemu"):
+                        os.kill(pid, signal.SIGKILL)
+            self.assertEqual(process.wait(TIMEOUT_S), 125)
+            self.assertRegex(process.stderr.read().decode(), r"\Amicrovm: [^\n]*VMM[^\n]+\n\Z")
+
+    def test_output_that_cannot_be_written_is_told(self) -> None:
+        with open("/dev/full", "wb") as full:
+            done = microvm(*SMALL, "echo", "hello", stdout=full, stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stderr), (125, "microvm: stdout: No space left on device\n"))
 
     def test_backend_that_is_not_there_is_told_with_its_remedy(self) -> None:
         done = microvm(*SMALL, "--backend", "firecracker", "ls", env=dict(os.environ, PATH="/nonexistent"))
@@ -290,6 +326,20 @@ class Terminals(unittest.TestCase):
                 process.send_signal(number)
                 self.assertEqual(process.wait(TIMEOUT_S), code)
                 self.assertEqual(termios.tcgetattr(self.slave), self.before)
+
+    def test_terminal_is_as_it_was_after_a_storm_of_signals(self) -> None:
+        with self.at_terminal("trap '' INT TERM USR1; echo ready; sleep 60") as process:
+            self.hear(b"ready")
+            end = time.monotonic() + 60.0
+            while process.poll() is None and time.monotonic() < end:
+                for number in (signal.SIGINT, signal.SIGWINCH, signal.SIGTERM, signal.SIGUSR1):
+                    process.send_signal(number)
+                time.sleep(0.001)
+            self.assertEqual(process.wait(TIMEOUT_S), 130)
+        self.assertEqual(termios.tcgetattr(self.slave), self.before)
+        while select.select([self.master], [], [], 0.1)[0]:
+            self.said += os.read(self.master, 65536)
+        self.assertNotIn(b"Traceback", self.said)
 
     def test_stopped_it_gives_the_terminal_back_and_takes_it_again(self) -> None:
         with self.at_terminal("echo ready; read x; echo got $x") as process:

@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the program; returns its exit code."""
+    """Runs the program; returns its exit code, with which the process is to exit."""
     command: List[str] = options.program[1:] if options.program[:1] == ["--"] else options.program
     if not command:
         options.usage("name a program, such as: microvm run -it sh")
@@ -80,7 +80,9 @@ def run(options: argparse.Namespace) -> int:
         return end.code
     except CommandError as error:
         if error.code == "program_not_found":
-            complain("{}: there is no such program in the guest; microvm run ls /bin lists what is there".format(command[0]))
+            words = len(command) == 1 and len(command[0].split()) > 1
+            remedy = "write its arguments as words of their own, or sh -c LINE" if words else "microvm run ls /bin lists what is there"
+            complain("{}: there is no such program in the guest; {}".format(command[0], remedy))
         elif error.code == "permission_denied":
             complain("{}: it cannot be executed in the guest; check its mode and -u".format(command[0]))
         else:
@@ -112,14 +114,15 @@ class _Session:
 
     def run(self) -> int:
         options = self._options
-        config: Dict[str, Any] = {"raise_on_error": True}
         given = {"vcpu_count": options.cpus, "memory_mb": options.memory, "disk_size_mb": options.disk}
         limits = VMResourceLimits(**{name: value for name, value in given.items() if value is not None})
+        # The quota is for managers of many VMs; this one's only VM may have what was asked for.
+        config = {"raise_on_error": True, "max_vcpus": limits.vcpu_count, "max_memory_mb": limits.memory_mb}
         network = VMNetworkConfig(isolated_network=False, egress=options.egress) if options.net or options.egress else None
         with MicroVMIsolationManager(config) as manager:
             with manager.run_vm(
                 resource_limits=limits, backend=options.backend, network_config=network, labels=dict(options.label)
-            ) as vm, self._ending():
+            ) as vm:
                 code = self._attach(vm)
         return code
 
@@ -140,18 +143,20 @@ class _Session:
                 if options.tty and os.isatty(0):
                     self._raw = terminal.Raw()
                     stack.callback(self._raw.leave)
+                    self._raw.enter()
                 stack.enter_context(_input_to(program))
             elif not options.tty:
                 program.close_stdin()
-            for channel, data in program:
-                _write(1 if channel == "stdout" else 2, data)
+            with self._ending():
+                for channel, data in program:
+                    _write(1 if channel == "stdout" else 2, data)
             code = program.exit_code
             assert code is not None, "the output was taken to its end"
             return code if code >= 0 else SIGNALLED - code
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[None]:
-        """What follows the block is the VM's end, which no signal interrupts."""
+        """What follows the block restores the terminal and destroys the VM, which no signal interrupts."""
         try:
             yield
         finally:
@@ -159,18 +164,20 @@ class _Session:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """While the block runs, signals are the program's; one that is ignored, as under nohup(1), stays so."""
+        """While the block runs, signals are the program's; one that is ignored, as under nohup(1), stays so.
+
+        Afterwards they are ignored: the process exits, and a late Ctrl-C would interrupt that and show in its exit code.
+        """
         handlers: Dict[signal.Signals, Callable[[int, Optional[FrameType]], None]] = {number: self._pass_on for number in PASSED_ON}
         handlers.update({signal.SIGALRM: self._time_over, signal.SIGWINCH: self._resize, signal.SIGTSTP: self._stop})
-        before = {number: signal.getsignal(number) for number in handlers}
         for number, handler in handlers.items():
-            if before[number] != signal.SIG_IGN:
+            if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, handler)
         try:
             yield
         finally:
-            for number, former in before.items():
-                signal.signal(number, former)
+            for number in handlers:
+                signal.signal(number, signal.SIG_IGN)
 
     def _end(self, code: int, why: str = "") -> NoReturn:
         self._is_over = True

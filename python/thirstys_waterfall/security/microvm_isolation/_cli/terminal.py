@@ -20,13 +20,13 @@ def size() -> Optional[Tuple[int, int]]:
 
 
 class Raw:
-    """The terminal hands on every byte as it is typed, so that the guest's own terminal gives it a meaning."""
+    """The terminal of stdin, and how it was before."""
 
     def __init__(self) -> None:
         self._before = termios.tcgetattr(STDIN)
-        self.enter()
 
     def enter(self) -> None:
+        """Hands on every byte as it is typed, so that the guest's own terminal gives it a meaning."""
         tty.setraw(STDIN, termios.TCSADRAIN)
 
     def leave(self) -> None:
