@@ -59,6 +59,25 @@ class Ends(VMTestCase):
         done = run_python(begin + RUNNING + "print(vm.vm_id, pid)")
         self.assertIn("{}: destroyed\n".format(done.stdout.split()[0]), done.stderr)
 
+    def test_ctrl_c_while_the_thread_of_the_log_starts_is_made_up_for(self) -> None:
+        done = run_python("""
+import threading
+from {0} import MicroVMIsolationManager, _logging
+
+def interrupted(thread):
+    raise KeyboardInterrupt
+
+start, threading.Thread.start = threading.Thread.start, interrupted
+try:
+    MicroVMIsolationManager()
+except KeyboardInterrupt:
+    print(_logging._thread)
+threading.Thread.start = start
+MicroVMIsolationManager()
+print(_logging._thread.is_alive())
+""".format(IMPORT))
+        self.assertEqual((done.stdout, done.stderr), ("None\nTrue\n", ""))
+
     def test_killed_process_leaves_no_vmm_and_the_next_manager_sweeps(self) -> None:
         done = run_python(RUNNING + "print(vm.get_info()['socket_path'], pid, flush=True); os.kill(os.getpid(), 9)")
         self.assertEqual(done.returncode, -signal.SIGKILL)

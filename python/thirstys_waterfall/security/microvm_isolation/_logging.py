@@ -32,8 +32,10 @@ def start() -> None:
     global _thread
     with _lock:
         if _thread is None:
-            _thread = threading.Thread(target=_carry, name="microvm-isolation-log", daemon=True)
-            _thread.start()
+            thread = threading.Thread(target=_carry, name="microvm-isolation-log", daemon=True)
+            # Kept when it runs: Ctrl-C may interrupt the start, and one that does not run cannot be joined.
+            thread.start()
+            _thread = thread
 
 
 def _carry() -> None:
