@@ -398,6 +398,19 @@ class Examples(NetworkTestCase):
         self.assertIn("hello from 198.51.100.1", done.stdout)
         self.assertIn("'reason': 'dns'", done.stdout)
 
+    def test_command_line_connects_to_the_listed_place_alone_or_not_at_all(self) -> None:
+        for options, url, code in (
+            (["--egress", "web.test"], "http://web.test/", 0),
+            (["--egress", "web.test"], "http://elsewhere.test/", 1),
+            (["--net"], "http://web.test/", 0),
+            ([], "http://web.test/", 1),
+        ):
+            with self.subTest(options=options, url=url):
+                command = [sys.executable, "-m", IMPORT, "run", "-m", "128m", "--disk", "64m", *options, "wget", "-T", "5", "-qO-", url]
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+                self.assertEqual(done.returncode, code, done.stderr)
+                self.assertEqual("hello from 198.51.100.1" in done.stdout, code == 0)
+
     def test_advanced_example_without_its_placeholders_runs_on_the_network(self) -> None:
         vm_id = self.manager.create_vm(
             isolation_type=IsolationType.EXTENSION,
