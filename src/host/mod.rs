@@ -18,6 +18,8 @@ pub mod memfd;
 pub mod memory;
 pub mod messages;
 pub mod net;
+#[cfg(feature = "python")]
+pub mod notifier;
 pub mod pidfd;
 pub mod privileges;
 pub mod process;

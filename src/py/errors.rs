@@ -26,6 +26,15 @@ pub fn is_usage(error: &Error) -> bool {
     matches!(error, Error::InvalidType { .. } | Error::InvalidValue { .. } | Error::ForkedProcess { .. })
 }
 
+/// What everything newer than the legacy surface does with a failure: raises it. It is kept, too.
+pub fn raised<T>(py: Python<'_>, result: Result<T, Error>, keep: impl FnOnce(Error)) -> PyResult<T> {
+    result.map_err(|error| {
+        let raised = raise(py, &error);
+        keep(error);
+        raised
+    })
+}
+
 /// What the legacy surface does: logs once, on the calling thread, and answers `None`; or raises.
 pub fn settle<T>(
     py: Python<'_>,

@@ -1,4 +1,5 @@
-//! The gate through which every blocking call goes: the interpreter is released, and Ctrl-C is seen within 50 ms.
+//! The gate through which every call goes. A blocking one releases the interpreter and sees Ctrl-C within 50 ms; one of
+//! asyncio begins here and ends in `aio/queue.rs`.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use tokio::runtime::Runtime;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::errors;
 use crate::error::Error;
@@ -50,18 +51,34 @@ fn runtime() -> PyResult<&'static Runtime> {
     })
 }
 
+fn check_not_exiting() -> PyResult<()> {
+    match is_exiting() {
+        true => Err(PyRuntimeError::new_err("the interpreter is exiting")),
+        false => Ok(()),
+    }
+}
+
+/// Whether the interpreter is exiting, and the VMs are being destroyed.
+pub fn is_exiting() -> bool {
+    EXITING.load(Ordering::Acquire)
+}
+
 /// Waits for `future` without holding the interpreter.
 pub fn wait<F>(py: Python<'_>, on_interrupt: OnInterrupt, future: F) -> PyResult<F::Output>
 where
     F: Future + Send + 'static,
     F::Output: Send + 'static,
 {
-    if EXITING.load(Ordering::Acquire) {
-        return Err(PyRuntimeError::new_err("the interpreter is exiting"));
-    }
+    check_not_exiting()?;
     // A caller that loops over waits that end at once would not come to look otherwise.
     py.check_signals()?;
     wait_unchecked(py, on_interrupt, future)
+}
+
+/// Lets `future` run on the runtime until it ends or is aborted, which drops it there.
+pub fn begin(future: impl Future<Output = ()> + Send + 'static) -> PyResult<AbortHandle> {
+    check_not_exiting()?;
+    Ok(runtime()?.spawn(future).abort_handle())
 }
 
 /// Lets `future` go on by itself.

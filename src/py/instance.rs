@@ -11,6 +11,7 @@ use super::convert::SpecArguments;
 use super::gate::{self, OnInterrupt, Owned};
 use super::stream::ProcessStream;
 use super::{convert, errors, logging, transfer};
+use crate::channel::Answer;
 use crate::manager;
 use crate::model::{Backend, ManagerConfig, NetworkConfig, NetworkText, VmSpec};
 use crate::net::{Problem, VmNetwork};
@@ -169,6 +170,24 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
     })
 }
 
+/// The arguments of `send_command`: the command, its parameters and how long to wait.
+pub fn command_from(
+    command: &Bound<'_, PyAny>,
+    params: Option<&Bound<'_, PyAny>>,
+    timeout: Option<&Bound<'_, PyAny>>,
+) -> PyResult<(String, Value, Option<Duration>)> {
+    let params = match params {
+        Some(params) => Value::Object(convert::object("params", params)?),
+        None => Value::Null,
+    };
+    let timeout = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
+    Ok((convert::text("command", command)?, params, timeout))
+}
+
+pub fn answer_json(answer: Answer) -> Value {
+    serde_json::to_value(answer).unwrap_or(Value::Null)
+}
+
 /// Asks the agent; the answer, or `None` with the reason kept.
 pub fn ask<'py>(
     py: Python<'py>,
@@ -178,20 +197,14 @@ pub fn ask<'py>(
     params: Option<&Bound<'_, PyAny>>,
     timeout: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let command = convert::text("command", command)?;
-    let params = match params {
-        Some(params) => Value::Object(convert::object("params", params)?),
-        None => Value::Null,
-    };
-    let timeout: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
+    let (command, params, timeout) = command_from(command, params, timeout)?;
     let asking = vm.clone();
     let answered =
         gate::wait(py, OnInterrupt::Abandon, async move { asking.command(&command, params, timeout).await })?;
     let Some(answer) = errors::settle(py, answered, raising, |error| vm.set_last_error(error))? else {
         return Ok(None);
     };
-    let answer = serde_json::to_value(answer).unwrap_or(Value::Null);
-    convert::from_json(py, &answer).map(Some)
+    convert::from_json(py, &answer_json(answer)).map(Some)
 }
 
 impl MicroVMInstance {
@@ -204,13 +217,13 @@ impl MicroVMInstance {
         self.vm.peek()
     }
 
-    /// What the newer methods do with a failure: they raise it. It is kept, too.
+    /// The VM, in the process that made it.
+    pub fn owned(&self, py: Python<'_>) -> PyResult<&Arc<MicroVm>> {
+        self.vm.get(py)
+    }
+
     fn raise<T>(&self, py: Python<'_>, result: crate::error::Result<T>) -> PyResult<T> {
-        result.map_err(|error| {
-            let raised = errors::raise(py, &error);
-            self.vm().set_last_error(error);
-            raised
-        })
+        errors::raised(py, result, |error| self.vm().set_last_error(error))
     }
 
     /// Runs a change of state; `False` with the reason kept when it is not to be.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use serde_json::{json, Map, Value};
+use serde_json::{json, Value};
 use tokio::task::JoinSet;
 
 use super::convert::SpecArguments;
@@ -16,7 +16,7 @@ use super::instance::{self, MicroVMInstance};
 use super::{convert, errors, logging};
 use crate::error::Error;
 use crate::image::template::SnapshotMetadata;
-use crate::manager::{CreateRequest, ExportedDisk, Manager, PoolUse, SnapshotEntry, VmFilter};
+use crate::manager::{CreateRequest, ExportedDisk, Manager, PoolUse, ResourceUsage, SnapshotEntry, VmFilter};
 use crate::model::{HealthStatus, IsolationType, ManagerConfig, PoolSpec, VmSpec, VmState};
 use crate::mutex::Mutex;
 use crate::vm::MicroVm;
@@ -68,12 +68,20 @@ impl MicroVMIsolationManager {
     }
 
     fn settle<T>(&self, py: Python<'_>, result: Result<T, Error>) -> PyResult<Option<T>> {
-        errors::settle(py, result, self.raising(), |error| {
-            *self.last_error.lock() = Some(error);
-        })
+        errors::settle(py, result, self.raising(), |error| self.keep(error))
     }
 
-    fn handle(&self, py: Python<'_>, vm: Arc<MicroVm>) -> PyResult<Py<MicroVMInstance>> {
+    /// Notes the error as the last one.
+    pub fn keep(&self, error: Error) {
+        *self.last_error.lock() = Some(error);
+    }
+
+    /// The manager, in the process that made it.
+    pub fn owned(&self, py: Python<'_>) -> PyResult<&Arc<Manager>> {
+        self.manager.get(py)
+    }
+
+    pub fn handle(&self, py: Python<'_>, vm: Arc<MicroVm>) -> PyResult<Py<MicroVMInstance>> {
         let id = vm.id().as_str().to_owned();
         {
             let handles = self.handles.lock();
@@ -94,7 +102,7 @@ impl MicroVMIsolationManager {
         Ok(made)
     }
 
-    fn forget_handle(&self, vm_id: &str) {
+    pub fn forget_handle(&self, vm_id: &str) {
         let old = self.handles.lock().remove(vm_id);
         drop(old);
     }
@@ -551,14 +559,8 @@ impl MicroVMIsolationManager {
     /// Blocks for at most 2 s if a guest does not answer; all VMs are asked at the same time.
     fn get_all_vms_info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vms = self.manager.get(py)?.all();
-        let all = gate::wait(py, OnInterrupt::Abandon, async move {
-            let mut asking = JoinSet::new();
-            for vm in vms {
-                asking.spawn(async move { (vm.id().as_str().to_owned(), instance::info(vm.clone()).await) });
-            }
-            asking.join_all().await.into_iter().collect::<Map<String, Value>>()
-        })?;
-        convert::from_json(py, &Value::Object(all))
+        let all = gate::wait(py, OnInterrupt::Abandon, all_info(vms))?;
+        convert::from_json(py, &all)
     }
 
     /// Sends a command to the agent in a VM: `MicroVMInstance.send_command` by id.
@@ -621,20 +623,7 @@ impl MicroVMIsolationManager {
     fn get_resource_usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let manager = self.manager.get(py)?;
         let usage = py.detach(|| manager.usage());
-        let report = json!({
-            "total_vms": usage.total_vms,
-            "vcpus_allocated": usage.allocated.vcpus,
-            "vcpus_available": usage.available.vcpus,
-            "memory_allocated_mb": usage.allocated.memory_mb,
-            "memory_available_mb": usage.available.memory_mb,
-            "vms_by_type": usage.by_type,
-            "vms_by_state": usage.by_state,
-            "pool": usage.pool.iter().map(pool_json).collect::<Vec<_>>(),
-            "templates": {"count": usage.templates.0, "disk_bytes": usage.templates.1},
-            "own_templates": {"count": usage.snapshots.0, "disk_bytes": usage.snapshots.1},
-            "suspended": {"count": usage.suspended.0, "disk_bytes": usage.suspended.1},
-        });
-        convert::from_json(py, &report)
+        convert::from_json(py, &usage_json(&usage))
     }
 
     /// Makes the template of a kind of VM ahead of time, so that the first VM, too, starts as a clone.
@@ -681,21 +670,10 @@ impl MicroVMIsolationManager {
     ///     1
     fn get_health_status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let vms = self.manager.get(py)?.all();
-        let total = vms.len();
-        let statuses = gate::wait(py, OnInterrupt::Abandon, async move {
-            let mut asking = JoinSet::new();
-            for vm in vms {
-                asking.spawn(async move { vm.health().await.report.status });
-            }
-            asking.join_all().await
-        })?;
-        let count = |wanted: &[HealthStatus]| statuses.iter().filter(|status| wanted.contains(status)).count();
-        let report = PyDict::new(py);
-        report.set_item("total_vms", total)?;
-        report.set_item("healthy_vms", count(&[HealthStatus::Healthy]))?;
-        report.set_item("unhealthy_vms", count(&[HealthStatus::Unhealthy, HealthStatus::Dead]))?;
+        let report = gate::wait(py, OnInterrupt::Abandon, health_counts(vms))?;
+        let report = convert::from_json(py, &report)?;
         report.set_item("resource_usage", self.get_resource_usage(py)?)?;
-        Ok(report.into_any())
+        Ok(report)
     }
 
     /// Returns an iterator of what happens to the VMs from now on; it ends with the manager.
@@ -829,7 +807,52 @@ fn list_snapshots<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let listed = gate::wait(py, OnInterrupt::Abandon, async move { tokio::task::spawn_blocking(list).await })?;
     let entries = listed.map_err(|error| errors::raise(py, &Error::host("list", "the snapshots", error)))?;
-    convert::from_json(py, &entries.iter().map(|entry| snapshot_json(key, entry)).collect())
+    convert::from_json(py, &snapshots_json(key, &entries))
+}
+
+pub fn snapshots_json(key: &str, entries: &[SnapshotEntry]) -> Value {
+    entries.iter().map(|entry| snapshot_json(key, entry)).collect()
+}
+
+/// `instance::info` of each VM, by id; all are asked at the same time.
+pub async fn all_info(vms: Vec<Arc<MicroVm>>) -> Value {
+    let mut asking = JoinSet::new();
+    for vm in vms {
+        asking.spawn(async move { (vm.id().as_str().to_owned(), instance::info(vm.clone()).await) });
+    }
+    Value::Object(asking.join_all().await.into_iter().collect())
+}
+
+/// How many VMs are healthy and how many are not; all are asked at the same time.
+pub async fn health_counts(vms: Vec<Arc<MicroVm>>) -> Value {
+    let total = vms.len();
+    let mut asking = JoinSet::new();
+    for vm in vms {
+        asking.spawn(async move { vm.health().await.report.status });
+    }
+    let statuses = asking.join_all().await;
+    let count = |wanted: &[HealthStatus]| statuses.iter().filter(|status| wanted.contains(status)).count();
+    json!({
+        "total_vms": total,
+        "healthy_vms": count(&[HealthStatus::Healthy]),
+        "unhealthy_vms": count(&[HealthStatus::Unhealthy, HealthStatus::Dead]),
+    })
+}
+
+pub fn usage_json(usage: &ResourceUsage) -> Value {
+    json!({
+        "total_vms": usage.total_vms,
+        "vcpus_allocated": usage.allocated.vcpus,
+        "vcpus_available": usage.available.vcpus,
+        "memory_allocated_mb": usage.allocated.memory_mb,
+        "memory_available_mb": usage.available.memory_mb,
+        "vms_by_type": usage.by_type,
+        "vms_by_state": usage.by_state,
+        "pool": usage.pool.iter().map(pool_json).collect::<Vec<_>>(),
+        "templates": {"count": usage.templates.0, "disk_bytes": usage.templates.1},
+        "own_templates": {"count": usage.snapshots.0, "disk_bytes": usage.snapshots.1},
+        "suspended": {"count": usage.suspended.0, "disk_bytes": usage.suspended.1},
+    })
 }
 
 fn snapshot_json(key: &str, entry: &SnapshotEntry) -> Value {
@@ -868,7 +891,7 @@ fn pool_json(pool: &PoolUse) -> Value {
 }
 
 impl MicroVMIsolationManager {
-    fn forget_all(&self) {
+    pub fn forget_all(&self) {
         let old = std::mem::take(&mut *self.handles.lock());
         drop(old);
     }

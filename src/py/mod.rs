@@ -3,6 +3,7 @@
 //! Architecture invariant: the only module that knows Python, and it decides nothing: every rule is in the core. A
 //! worker of the runtime never attaches to the interpreter.
 
+mod aio;
 mod channel;
 mod convert;
 mod doctor;
@@ -65,6 +66,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<channel::CommunicationChannel>()?;
     module.add_class::<stream::ProcessStream>()?;
     module.add_class::<events::EventStream>()?;
+    module.add_class::<aio::OperationQueue>()?;
+    module.add_class::<aio::VmOperations>()?;
+    module.add_class::<aio::ManagerOperations>()?;
     module.add_function(wrap_pyfunction!(check_resource_limits, module)?)?;
     module.add_function(wrap_pyfunction!(check_network_config, module)?)?;
     module.add_function(wrap_pyfunction!(check_vm_id, module)?)?;

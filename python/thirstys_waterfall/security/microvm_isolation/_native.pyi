@@ -25,9 +25,12 @@ from ._types import (
 __all__ = [
     "CommunicationChannel",
     "EventStream",
+    "ManagerOperations",
     "MicroVMInstance",
     "MicroVMIsolationManager",
+    "OperationQueue",
     "ProcessStream",
+    "VmOperations",
     "check_network_config",
     "check_resource_limits",
     "check_vm_id",
@@ -1177,6 +1180,85 @@ class CommunicationChannel:
         Does not block, except while another thread sends or receives on the channel. May be called twice.
         Does nothing in a forked child of the process that made the channel.
         """
+
+@final
+class OperationQueue:
+    """The operations that one event loop waits for.
+
+    Used by `aio` alone, on the thread of its loop. Does not block.
+    """
+
+    def __new__(cls) -> Self: ...
+    def fileno(self) -> int:
+        """The descriptor that is readable while operations have ended that `drain` has not returned."""
+    def drain(self) -> List[Tuple[int, Any, Optional[BaseException]]]:
+        """Returns each operation that has ended: its number, and its result or its exception."""
+    def cancel(self, number: int) -> None:
+        """Forgets an operation; one whose half would be worse than its whole goes on, any other is undone."""
+
+@final
+class VmOperations:
+    """The operations on one VM: each begins at once and returns its number in the queue.
+
+    Used by `aio` alone. Does not block.
+    """
+
+    def __new__(cls, handle: MicroVMInstance) -> Self: ...
+    def start(self, queue: OperationQueue) -> int: ...
+    def stop(self, queue: OperationQueue) -> int: ...
+    def pause(self, queue: OperationQueue) -> int: ...
+    def resume(self, queue: OperationQueue) -> int: ...
+    def suspend(self, queue: OperationQueue) -> int: ...
+    def get_health_metrics(self, queue: OperationQueue) -> int: ...
+    def get_info(self, queue: OperationQueue) -> int: ...
+    def snapshot(self, queue: OperationQueue, name: str) -> int: ...
+    def send_command(
+        self,
+        queue: OperationQueue,
+        command: str,
+        params: Optional[Mapping[str, Any]] = None,
+        timeout: Optional[float] = None,
+    ) -> int: ...
+
+@final
+class ManagerOperations:
+    """The operations on a manager: each begins at once and returns its number in the queue.
+
+    Used by `aio` alone. Does not block.
+    """
+
+    def __new__(cls, handle: MicroVMIsolationManager) -> Self: ...
+    def start(self, queue: OperationQueue) -> int: ...
+    def stop(self, queue: OperationQueue) -> int: ...
+    def destroy_all_vms(self, queue: OperationQueue) -> int: ...
+    def get_all_vms_info(self, queue: OperationQueue) -> int: ...
+    def get_resource_usage(self, queue: OperationQueue) -> int: ...
+    def get_health_status(self, queue: OperationQueue) -> int: ...
+    def list_suspended(self, queue: OperationQueue) -> int: ...
+    def list_templates(self, queue: OperationQueue) -> int: ...
+    def create_vm(
+        self,
+        queue: OperationQueue,
+        isolation_type: Union[IsolationType, str],
+        resource_limits: Optional[VMResourceLimits] = None,
+        backend: Union[VMBackend, str, None] = None,
+        network_config: Optional[VMNetworkConfig] = None,
+        vm_id: Optional[str] = None,
+        kernel_path: Optional[_Path] = None,
+        rootfs_path: Optional[_Path] = None,
+        template: Optional[str] = None,
+        labels: Optional[Mapping[str, str]] = None,
+    ) -> int: ...
+    def resume_vm(self, queue: OperationQueue, vm_id: str) -> int: ...
+    def destroy_vm(self, queue: OperationQueue, vm_id: str) -> int: ...
+    def delete_template(self, queue: OperationQueue, name: str) -> int: ...
+    def prepare(
+        self,
+        queue: OperationQueue,
+        resource_limits: Optional[VMResourceLimits] = None,
+        kernel_path: Optional[_Path] = None,
+        rootfs_path: Optional[_Path] = None,
+    ) -> int: ...
 
 def check_resource_limits(
     vcpu_count: int,

@@ -1,0 +1,121 @@
+//! The operations on one VM.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+
+use super::super::gate::OnInterrupt;
+use super::super::instance::{self, MicroVMInstance};
+use super::super::{convert, errors};
+use super::queue::OperationQueue;
+use crate::error::Result;
+use crate::vm::MicroVm;
+
+/// The operations on one VM: each begins at once and returns its number in the queue.
+///
+/// Used by `aio` alone. Does not block.
+#[pyclass(frozen, module = "thirstys_waterfall.security.microvm_isolation._native")]
+pub struct VmOperations {
+    handle: Py<MicroVMInstance>,
+}
+
+impl VmOperations {
+    fn vm(&self, py: Python<'_>) -> PyResult<Arc<MicroVm>> {
+        self.handle.get().owned(py).cloned()
+    }
+
+    /// Begins `run`; the VM keeps the error that it ends with.
+    fn on_vm<F, T, R>(
+        &self,
+        queue: &Bound<'_, OperationQueue>,
+        on_cancel: OnInterrupt,
+        run: impl FnOnce(Arc<MicroVm>) -> F,
+        finish: impl FnOnce(Python<'_>, T) -> PyResult<R> + Send + 'static,
+    ) -> PyResult<u64>
+    where
+        F: Future<Output = Result<T>> + Send + 'static,
+        T: Send + 'static,
+        R: for<'py> IntoPyObject<'py>,
+    {
+        let vm = self.vm(queue.py())?;
+        queue.get().begin(on_cancel, run(vm.clone()), move |py, result| {
+            finish(py, errors::raised(py, result, |error| vm.set_last_error(error))?)
+        })
+    }
+
+    fn change<F>(
+        &self,
+        queue: &Bound<'_, OperationQueue>,
+        on_cancel: OnInterrupt,
+        run: impl FnOnce(Arc<MicroVm>) -> F,
+    ) -> PyResult<u64>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.on_vm(queue, on_cancel, run, |_, ()| Ok(true))
+    }
+}
+
+#[pymethods]
+impl VmOperations {
+    #[new]
+    fn new(handle: Py<MicroVMInstance>) -> Self {
+        Self { handle }
+    }
+
+    fn start(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        self.change(queue, OnInterrupt::Abandon, |vm| async move { vm.start().await })
+    }
+
+    fn stop(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        self.change(queue, OnInterrupt::Finish, |vm| async move { vm.stop().await })
+    }
+
+    fn pause(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        self.change(queue, OnInterrupt::Finish, |vm| async move { vm.pause().await })
+    }
+
+    fn resume(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        self.change(queue, OnInterrupt::Finish, |vm| async move { vm.resume().await })
+    }
+
+    fn suspend(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        self.change(queue, OnInterrupt::Finish, |vm| async move { vm.suspend().await })
+    }
+
+    fn snapshot(&self, queue: &Bound<'_, OperationQueue>, name: &Bound<'_, PyAny>) -> PyResult<u64> {
+        let name = convert::template("name", name)?;
+        let snapshot = |vm: Arc<MicroVm>| async move { vm.snapshot(&name).await };
+        self.on_vm(queue, OnInterrupt::Finish, snapshot, |py, ()| Ok(py.None()))
+    }
+
+    #[pyo3(signature = (queue, command, params=None, timeout=None))]
+    fn send_command(
+        &self,
+        queue: &Bound<'_, OperationQueue>,
+        command: &Bound<'_, PyAny>,
+        params: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<u64> {
+        let (command, params, timeout) = instance::command_from(command, params, timeout)?;
+        let ask = |vm: Arc<MicroVm>| async move { vm.command(&command, params, timeout).await };
+        self.on_vm(queue, OnInterrupt::Abandon, ask, |py, answer| {
+            Ok(convert::from_json(py, &instance::answer_json(answer))?.unbind())
+        })
+    }
+
+    fn get_health_metrics(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        let vm = self.vm(queue.py())?;
+        queue.get().begin(OnInterrupt::Abandon, async move { vm.health().await }, |py, health| {
+            Ok(convert::model(py, "VMHealthMetrics", &instance::health_json(&health))?.unbind())
+        })
+    }
+
+    fn get_info(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        let vm = self.vm(queue.py())?;
+        queue
+            .get()
+            .begin(OnInterrupt::Abandon, instance::info(vm), |py, info| Ok(convert::from_json(py, &info)?.unbind()))
+    }
+}

@@ -1,0 +1,354 @@
+"""The asyncio face: twins of the blocking one, cancellation, several loops, and ends in the middle of operations."""
+
+import asyncio
+import doctest
+import gc
+import inspect
+import os
+import re
+import threading
+import time
+import unittest
+from typing import Any, Awaitable, Callable, Dict, List, Tuple
+
+from thirstys_waterfall.security import microvm_isolation as package
+from thirstys_waterfall.security.microvm_isolation import aio
+from thirstys_waterfall.security.microvm_isolation.aio import AsyncMicroVMInstance, AsyncMicroVMIsolationManager
+
+from ..support import IMPORT, ROOT, limits, play, run_python, shell
+from .test_documentation import BLOCKS, described, parameters
+
+CONFIG = {"default_backend": "QEMU", "default_memory_mb": 128, "default_disk_size_mb": 64, "max_vcpus": 64}
+# Streams, transfers and events are of the blocking face alone so far.
+BLOCKING_ONLY = {"stream", "upload", "download", "events", "on_event", "export_disk", "run_vm"}
+HEAD = """
+import asyncio, threading, time
+from {} import *
+from {}.aio import *
+config = {!r}
+async def running(manager):
+    vm = manager.get_vm(await manager.create_vm("plugin"))
+    await vm.start()
+    return vm
+SLEEP = ("exec", {{"program": "sleep", "args": ["300"], "timeout": 400}})
+""".format(IMPORT, IMPORT, CONFIG)
+
+
+async def start_vm(manager: AsyncMicroVMIsolationManager, **options: Any) -> AsyncMicroVMInstance:
+    vm = manager.get_vm(await manager.create_vm("plugin", limits(), **options))
+    await vm.start()
+    return vm
+
+
+async def output_of(vm: AsyncMicroVMInstance, script: str) -> str:
+    answer: Dict[str, Any] = dict(await vm.send_command("exec", shell(script)))
+    return str(answer["result"]["stdout"])
+
+
+async def sleepers(vm: AsyncMicroVMInstance) -> int:
+    """How many programs of the guest have `sleep 4321` in their arguments."""
+    # The brackets keep grep from finding itself.
+    return int(await output_of(vm, "grep -l 'sleep.[4]321' /proc/[0-9]*/cmdline 2>/dev/null | wc -l"))
+
+
+async def comes(condition: Callable[[], Awaitable[bool]], seconds: float = 5.0) -> bool:
+    """Whether the condition holds within the time."""
+    end = time.monotonic() + seconds
+    while not await condition():
+        if time.monotonic() > end:
+            return False
+        await asyncio.sleep(0.05)
+    return True
+
+
+def with_manager(test: Callable[[AsyncMicroVMIsolationManager], Awaitable[Any]], **config: Any) -> Any:
+    """What the test returns, which runs in a loop of its own."""
+
+    async def run() -> Any:
+        async with AsyncMicroVMIsolationManager(dict(CONFIG, **config)) as manager:
+            return await test(manager)
+
+    return asyncio.run(run())
+
+
+def members() -> List[Tuple[str, Any]]:
+    """The public methods and properties of the classes of ``aio``, by dotted name."""
+    return [("{}.{}".format(name, member), value) for name in aio.__all__ for member, value in vars(getattr(aio, name)).items()
+            if not member.startswith("_")]
+
+
+class Surface(unittest.TestCase):
+    def test_every_twin_has_the_names_and_arguments_of_the_blocking_class(self) -> None:
+        for name in aio.__all__:
+            blocking, twin = getattr(package, name[len("Async"):]), getattr(aio, name)
+            names = {member for member in dir(blocking) if not member.startswith("_")}
+            self.assertEqual(names - set(dir(twin)), names & BLOCKING_ONLY)
+            for member in names - BLOCKING_ONLY:
+                with self.subTest(name=name, member=member):
+                    if inspect.isroutine(getattr(blocking, member)):
+                        self.assertEqual(parameters(getattr(twin, member)), parameters(getattr(blocking, member)))
+                    else:
+                        self.assertIsInstance(vars(twin)[member], property)
+
+    def test_every_docstring_says_whether_the_call_blocks_and_what_its_arguments_are(self) -> None:
+        calls = [(name, value) for name, value in members() if inspect.isroutine(value)]
+        self.assertGreater(len(calls), 30)
+        self.assertEqual([name for name, value in calls if not BLOCKS.search(inspect.getdoc(value) or "")], [])
+        self.assertEqual([name for name, value in members() if not inspect.getdoc(value)], [])
+        for name, value in [*calls, *((name, getattr(aio, name)) for name in aio.__all__)]:
+            with self.subTest(name):
+                self.assertEqual(list(described(value)), parameters(value))
+
+    def test_every_example_says_what_happens(self) -> None:
+        names = dict(vars(aio), asyncio=asyncio)
+        test = doctest.DocTestParser().get_doctest(aio.__doc__ or "", names, "aio", None, 0)
+        said: List[str] = []
+        self.assertEqual(doctest.DocTestRunner(verbose=False).run(test, out=said.append).failed, 0, "".join(said))
+
+
+class Operations(unittest.TestCase):
+    def test_life_of_a_vm_is_the_blocking_ones(self) -> None:
+        async def life(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager, vm_id="aio-life", labels={"team": "web"})
+            self.assertIs(manager.get_vm("aio-life"), vm)
+            self.assertEqual(await vm.send_command("ping"), {"status": "ok", "result": "pong"})
+            self.assertEqual((await vm.get_info())["labels"], {"team": "web"})
+            self.assertEqual((await vm.get_health_metrics()).health_status, "healthy")
+            self.assertEqual((await manager.get_health_status())["healthy_vms"], 1)
+            self.assertEqual(list(await manager.get_all_vms_info()), ["aio-life"])
+            self.assertTrue(await vm.pause())
+            self.assertEqual(vm.get_state().name, "PAUSED")
+            self.assertTrue(await vm.resume())
+            await vm.snapshot("aio-life")
+            self.assertIn("aio-life", [template["name"] for template in await manager.list_templates()])
+            self.assertTrue(await manager.delete_template("aio-life"))
+            self.assertTrue(await vm.suspend())
+            self.assertIn("aio-life", [suspended["vm_id"] for suspended in await manager.list_suspended()])
+            self.assertTrue(await manager.resume_vm("aio-life"))
+            self.assertEqual(manager.list_vms(state="running", labels={"team": "web"}), ["aio-life"])
+            self.assertTrue(await vm.stop())
+            self.assertTrue(await manager.destroy_vm("aio-life"))
+            self.assertEqual((await manager.get_resource_usage())["total_vms"], 0)
+
+        with_manager(life)
+
+    def test_failures_are_raised_whatever_raise_on_error_says(self) -> None:
+        async def fail(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = manager.get_vm(await manager.create_vm("plugin", limits(), vm_id="aio-fails"))
+            with self.assertRaises(package.VmStateError) as caught:
+                await vm.pause()
+            self.assertEqual(getattr(vm.last_error, "code", None), caught.exception.code)
+            with self.assertRaises(package.VmIdTakenError):
+                await manager.create_vm("plugin", limits(), vm_id="aio-fails")
+            self.assertEqual(getattr(manager.last_error, "code", None), "vm_id_taken")
+            with self.assertRaises(package.VmNotFoundError):
+                await manager.start_vm("no-such-vm")
+            with self.assertRaises(ValueError):
+                await vm.send_command("ping", timeout=-1)
+            with self.assertRaises(TypeError):
+                await manager.create_vm("plugin", "large")  # type: ignore[arg-type]
+
+        with_manager(fail, raise_on_error=False)
+
+    def test_twenty_vms_start_at_once_and_their_commands_take_no_threads(self) -> None:
+        async def start(manager: AsyncMicroVMIsolationManager) -> None:
+            vms = await asyncio.gather(*(start_vm(manager) for _ in range(20)))
+            calls = [asyncio.ensure_future(vm.send_command("exec", shell("sleep 1"))) for vm in vms * 5]
+            before = len(os.listdir("/proc/self/task"))
+            await asyncio.sleep(0.5)
+            self.assertFalse(any(call.done() for call in calls))
+            self.assertLessEqual(len(os.listdir("/proc/self/task")), before)
+            self.assertEqual([answer["status"] for answer in await asyncio.gather(*calls)], ["ok"] * 100)
+
+        with_manager(start)
+
+
+class Cancellation(unittest.TestCase):
+    def test_cancelled_exec_ends_the_program_and_its_descendants_and_not_the_vm(self) -> None:
+        async def cancel(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+            task = asyncio.ensure_future(vm.send_command("exec", shell("sleep 4321 & sleep 4321", timeout=600)))
+
+            async def both_run() -> bool:
+                return await sleepers(vm) >= 2
+
+            async def none_runs() -> bool:
+                return await sleepers(vm) == 0
+
+            self.assertTrue(await comes(both_run), await output_of(vm, "ps"))
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
+            self.assertTrue(await comes(none_runs, 1.0), await output_of(vm, "ps"))
+
+        with_manager(cancel)
+
+    def test_wait_for_raises_in_time_and_the_vm_answers_afterwards(self) -> None:
+        async def wait(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+            begun = time.monotonic()
+            with self.assertRaises(asyncio.TimeoutError):
+                await asyncio.wait_for(vm.send_command("exec", shell("sleep 60", timeout=100)), 0.5)
+            self.assertLess(time.monotonic() - begun, 1.5)
+            self.assertEqual((await vm.send_command("ping"))["status"], "ok")
+
+        with_manager(wait)
+
+    def test_cancelled_start_is_undone_and_may_be_tried_again(self) -> None:
+        async def cancel(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = manager.get_vm(await manager.create_vm("plugin", limits()))
+            task = asyncio.ensure_future(vm.start())
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
+            self.assertTrue(await vm.start())
+            self.assertEqual(await output_of(vm, "echo here"), "here\n")
+
+        with_manager(cancel, templates=False)
+
+    def test_cancelled_create_keeps_no_quota(self) -> None:
+        async def cancel(manager: AsyncMicroVMIsolationManager) -> None:
+            for _ in range(50):
+                task = asyncio.ensure_future(manager.create_vm("plugin", limits()))
+                await asyncio.sleep(0)
+                task.cancel()
+                with self.assertRaises(asyncio.CancelledError):
+                    await task
+
+            async def is_free() -> bool:
+                return (await manager.get_resource_usage())["vcpus_allocated"] == 0
+
+            self.assertTrue(await comes(is_free))
+
+        with_manager(cancel)
+
+    def test_cancelled_stop_goes_on(self) -> None:
+        async def cancel(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+            task = asyncio.ensure_future(vm.stop())
+            await asyncio.sleep(0)
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
+
+            async def is_stopped() -> bool:
+                return vm.get_state().name == "STOPPED"
+
+            self.assertTrue(await comes(is_stopped, 15.0))
+
+        with_manager(cancel)
+
+
+class Loops(unittest.TestCase):
+    def test_two_loops_in_two_threads_use_one_vm(self) -> None:
+        async def use(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+
+            async def ask() -> List[str]:
+                return list(await asyncio.gather(*(output_of(vm, "echo {}".format(number)) for number in range(10))))
+
+            heard: List[List[str]] = []
+            threads = [threading.Thread(target=lambda: heard.append(asyncio.run(ask()))) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            heard.append(await ask())
+            while any(thread.is_alive() for thread in threads):
+                await asyncio.sleep(0.05)
+            self.assertEqual(heard, [["{}\n".format(number) for number in range(10)]] * 3)
+
+        with_manager(use)
+
+    def test_loop_closed_with_operations_under_way_ends_them_quietly(self) -> None:
+        first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+        self.addCleanup(second.close)
+        # The task of a closed loop is said to be destroyed; that is asyncio's own message.
+        first.set_exception_handler(lambda loop, context: None)
+        manager = AsyncMicroVMIsolationManager(CONFIG)
+        vm = first.run_until_complete(start_vm(manager))
+        self.addCleanup(lambda: second.run_until_complete(manager.stop()))
+
+        async def begin() -> "asyncio.Task[Any]":
+            task = asyncio.ensure_future(vm.send_command("exec", shell("sleep 4321", timeout=600)))
+
+            async def runs() -> bool:
+                return await sleepers(vm) > 0
+
+            self.assertTrue(await comes(runs))
+            return task
+
+        task = first.run_until_complete(begin())
+        first.close()
+        del task
+        gc.collect()
+
+        async def is_gone() -> bool:
+            return await sleepers(vm) == 0
+
+        self.assertTrue(second.run_until_complete(comes(is_gone)))
+
+    def test_loops_that_have_ended_leave_no_queue(self) -> None:
+        async def one() -> None:
+            manager = AsyncMicroVMIsolationManager(CONFIG)
+            await manager.get_resource_usage()
+
+        for _ in range(5):
+            asyncio.run(one())
+        gc.collect()
+        self.assertEqual([queue for queue in aio._queues.values() if queue() is not None], [])
+
+    def test_forked_child_is_told_that_the_manager_is_its_parents(self) -> None:
+        done = run_python(HEAD + """
+import os
+manager = AsyncMicroVMIsolationManager(config)
+asyncio.run(manager.start())
+child = os.fork()
+if child == 0:
+    try:
+        asyncio.run(manager.create_vm("plugin"))
+    except ForkedProcessError as error:
+        print(error.code, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+""")
+        self.assertEqual((done.returncode, done.stdout), (0, "forked_process\n"), done.stderr)
+
+
+class Page(unittest.TestCase):
+    def test_every_example_of_the_page_runs(self) -> None:
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "asyncio.md").read_text(), re.DOTALL)
+        self.assertGreater(len(blocks), 2)
+        for block in blocks:
+            with self.subTest(block):
+                play(block)
+
+
+class Exits(unittest.TestCase):
+    # A loop of the main thread that ends with operations under way, one of a daemon thread, and one that nobody ends.
+    ENDS = {
+        "run": """
+async def main():
+    manager = AsyncMicroVMIsolationManager(config)
+    vm = await running(manager)
+    global task
+    task = asyncio.ensure_future(vm.send_command(*SLEEP))
+    await asyncio.sleep(0.05)
+asyncio.run(main())
+""",
+        "daemon thread": """
+ready = threading.Event()
+async def main():
+    manager = AsyncMicroVMIsolationManager(config)
+    vm = await running(manager)
+    asyncio.get_running_loop().call_later(0.05, ready.set)
+    await asyncio.gather(*(vm.send_command(*SLEEP) for _ in range(5)))
+threading.Thread(target=asyncio.run, args=(main(),), daemon=True).start()
+assert ready.wait(60)
+""",
+    }
+
+    def test_interpreter_exits_in_the_middle_of_operations_without_a_word(self) -> None:
+        for name, code in self.ENDS.items():
+            with self.subTest(name):
+                done = run_python(HEAD + code, timeout=60.0)
+                self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
