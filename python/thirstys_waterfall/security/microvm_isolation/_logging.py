@@ -33,7 +33,7 @@ def start() -> None:
     with _lock:
         if _thread is None:
             thread = threading.Thread(target=_carry, name="microvm-isolation-log", daemon=True)
-            # Kept when it runs: Ctrl-C may interrupt the start, and one that does not run cannot be joined.
+            # Not before it runs: Ctrl-C may interrupt the start, and a thread that does not run cannot be joined.
             thread.start()
             _thread = thread
 
