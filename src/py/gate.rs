@@ -81,6 +81,20 @@ pub fn begin(future: impl Future<Output = ()> + Send + 'static) -> PyResult<Abor
     Ok(runtime()?.spawn(future).abort_handle())
 }
 
+/// As [`begin`], but polls `future` once on this thread first, which saves a call that waits for another party the way over
+/// a worker. For what does not block. `None` when `future` has ended.
+pub fn begin_here(future: impl Future<Output = ()> + Send + 'static) -> PyResult<Option<AbortHandle>> {
+    check_not_exiting()?;
+    let runtime = runtime()?;
+    let mut future = Box::pin(future);
+    let _context = runtime.enter();
+    match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(()) => Ok(None),
+        // The runtime polls it anew, with a waker.
+        Poll::Pending => Ok(Some(runtime.spawn(future).abort_handle())),
+    }
+}
+
 /// Lets `future` go on by itself.
 pub fn spawn(future: impl Future<Output = ()> + Send + 'static) -> PyResult<()> {
     runtime()?.spawn(future);

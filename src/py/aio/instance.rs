@@ -99,8 +99,10 @@ impl VmOperations {
         timeout: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<u64> {
         let (command, params, timeout) = instance::command_from(command, params, timeout)?;
-        let ask = |vm: Arc<MicroVm>| async move { vm.command(&command, params, timeout).await };
-        self.on_vm(queue, OnInterrupt::Abandon, ask, |py, answer| {
+        let (vm, asked) = (self.vm(queue.py())?, self.vm(queue.py())?);
+        let answering = async move { asked.command(&command, params, timeout).await };
+        queue.get().begin_here(answering, move |py, answered| {
+            let answer = errors::raised(py, answered, |error| vm.set_last_error(error))?;
             Ok(convert::from_json(py, &instance::answer_json(answer))?.unbind())
         })
     }

@@ -54,7 +54,8 @@ type Finish = Box<dyn FnOnce(Python<'_>) -> PyResult<Py<PyAny>> + Send>;
 
 struct Operation {
     on_cancel: OnInterrupt,
-    task: AbortHandle,
+    /// `None` for an operation that ended as it began.
+    task: Option<AbortHandle>,
     /// Runs on the loop's thread, and may hold Python objects.
     finish: Finish,
 }
@@ -82,6 +83,41 @@ impl OperationQueue {
         F::Output: Send + 'static,
         T: for<'py> IntoPyObject<'py>,
     {
+        let (number, future, finish) = self.prepare(future, finish);
+        let task = Some(gate::begin(future)?);
+        self.operations.lock().insert(number, Operation { on_cancel, task, finish });
+        Ok(number)
+    }
+
+    /// As [`OperationQueue::begin`], for what does not block: its first step is taken on this thread. Dropped when cancelled.
+    pub fn begin_here<F, T>(
+        &self,
+        future: F,
+        finish: impl FnOnce(Python<'_>, F::Output) -> PyResult<T> + Send + 'static,
+    ) -> PyResult<u64>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+        T: for<'py> IntoPyObject<'py>,
+    {
+        let (number, future, finish) = self.prepare(future, finish);
+        let task = gate::begin_here(future)?;
+        self.operations.lock().insert(number, Operation { on_cancel: OnInterrupt::Abandon, task, finish });
+        Ok(number)
+    }
+
+    /// What runs, and what makes its result on the loop's thread. That thread drains the queue later, so an operation may
+    /// end before it is noted.
+    fn prepare<F, T>(
+        &self,
+        future: F,
+        finish: impl FnOnce(Python<'_>, F::Output) -> PyResult<T> + Send + 'static,
+    ) -> (u64, impl Future<Output = ()> + Send + 'static, Finish)
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+        T: for<'py> IntoPyObject<'py>,
+    {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let output = Arc::new(Mutex::new(None));
         let finish = {
@@ -92,17 +128,14 @@ impl OperationQueue {
                 finish(py, output)?.into_py_any(py)
             }
         };
-        // Held while the task begins, so that the loop finds what has ended at once.
-        let mut operations = self.operations.lock();
         let guard = EndGuard { ended: self.ended.clone(), number };
-        let task = gate::begin(async move {
+        let running = async move {
             // Dropped last: the output is there when the loop hears of it.
             let _guard = guard;
             let value = future.await;
             *output.lock() = Some(value);
-        })?;
-        operations.insert(number, Operation { on_cancel, task, finish: Box::new(finish) });
-        Ok(number)
+        };
+        (number, running, Box::new(finish))
     }
 }
 
@@ -144,7 +177,7 @@ impl OperationQueue {
     fn cancel(&self, number: u64) {
         if let Some(operation) = self.forget(number) {
             if operation.on_cancel == OnInterrupt::Abandon {
-                operation.task.abort();
+                operation.task.iter().for_each(AbortHandle::abort);
             }
         }
     }
