@@ -15,7 +15,7 @@ from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import aio
 from thirstys_waterfall.security.microvm_isolation.aio import AsyncMicroVMInstance, AsyncMicroVMIsolationManager
 
-from ..support import IMPORT, ROOT, limits, play, run_python, shell
+from ..support import IMPORT, ROOT, eventually, limits, play, run_python, shell
 from .test_documentation import BLOCKS, described, parameters
 
 CONFIG = {"default_backend": "QEMU", "default_memory_mb": 128, "default_disk_size_mb": 64, "max_vcpus": 64}
@@ -215,6 +215,25 @@ class Cancellation(unittest.TestCase):
                 task.cancel()
                 with self.assertRaises(asyncio.CancelledError):
                     await task
+
+            async def is_free() -> bool:
+                return (await manager.get_resource_usage())["vcpus_allocated"] == 0
+
+            self.assertTrue(await comes(is_free))
+
+        with_manager(cancel)
+
+    def test_create_that_ended_before_its_task_was_cancelled_keeps_no_quota(self) -> None:
+        async def cancel(manager: AsyncMicroVMIsolationManager) -> None:
+            task = asyncio.ensure_future(manager.create_vm("plugin", limits()))
+            await asyncio.sleep(0)
+            # The loop stands still until the VM is there; then its future has the id, which the task has not taken yet.
+            self.assertTrue(eventually(manager.list_vms))
+            time.sleep(0.2)
+            aio._queue_of(asyncio.get_running_loop())._drain()
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
 
             async def is_free() -> bool:
                 return (await manager.get_resource_usage())["vcpus_allocated"] == 0

@@ -53,8 +53,8 @@ class _Queue:
 
     def _drain(self) -> None:
         for number, value, error in self.operations.drain():
-            future = self.waiting.pop(number)
-            if future.done():
+            future = self.waiting.pop(number, None)
+            if future is None or future.done():
                 continue
             if error is None:
                 future.set_result(value)
@@ -74,8 +74,11 @@ def _queue_of(loop: asyncio.AbstractEventLoop) -> _Queue:
     return queue
 
 
-async def _result(begin: Callable[..., int], *args: Any) -> Any:
-    """Begins an operation and waits for its result; cancels it when the task is cancelled."""
+async def _result(begin: Callable[..., int], *args: Any, undo: Optional[Callable[..., int]] = None) -> Any:
+    """Begins an operation and waits for its result; cancels it when the task is cancelled.
+
+    ``undo`` begins what undoes a result that came, but that a cancelled task has not taken.
+    """
     loop = asyncio.get_running_loop()
     queue = _queue_of(loop)
     future = loop.create_future()
@@ -87,6 +90,8 @@ async def _result(begin: Callable[..., int], *args: Any) -> Any:
         # An operation that has ended is unknown already. GeneratorExit: the loop was closed meanwhile.
         queue.operations.cancel(number)
         queue.waiting.pop(number, None)
+        if undo is not None and future.done() and not future.cancelled() and future.exception() is None:
+            undo(queue.operations, future.result())
         raise
 
 
@@ -375,6 +380,7 @@ class AsyncMicroVMIsolationManager:
             rootfs_path,
             template,
             labels,
+            undo=self._operations.destroy_vm,
         )
         return made
 
