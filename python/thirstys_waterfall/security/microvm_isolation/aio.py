@@ -49,12 +49,19 @@ class _Queue:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.operations = _native.OperationQueue()
         self.waiting: Dict[int, "asyncio.Future[Any]"] = {}
+        self.undo: Dict[int, Callable[..., int]] = {}
         loop.add_reader(self.operations.fileno(), self._drain)
 
     def _drain(self) -> None:
         for number, value, error in self.operations.drain():
             future = self.waiting.pop(number, None)
-            if future is None or future.done():
+            if future is None:
+                continue
+            if future.done():
+                # Its task was cancelled, and has not run since.
+                undo = self.undo.pop(number, None)
+                if undo is not None and error is None:
+                    undo(self.operations, value)
                 continue
             if error is None:
                 future.set_result(value)
@@ -84,6 +91,8 @@ async def _result(begin: Callable[..., int], *args: Any, undo: Optional[Callable
     future = loop.create_future()
     number = begin(queue.operations, *args)
     queue.waiting[number] = future
+    if undo is not None:
+        queue.undo[number] = undo
     try:
         return await future
     except BaseException:
@@ -93,6 +102,8 @@ async def _result(begin: Callable[..., int], *args: Any, undo: Optional[Callable
         if undo is not None and future.done() and not future.cancelled() and future.exception() is None:
             undo(queue.operations, future.result())
         raise
+    finally:
+        queue.undo.pop(number, None)
 
 
 class AsyncMicroVMInstance:
