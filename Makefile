@@ -79,6 +79,7 @@ check: setup
 	@$(CARGO) clippy -q --locked -- -D warnings
 	@for crate in $(CRATES); do $(CARGO) clippy -q --locked -p $$crate --all-targets -- -D warnings; done
 	@$(DENY) check --hide-inclusion-graph licenses bans sources
+	@$(CARGO) metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml >/dev/null
 	@$(VENV)/bin/ruff check -q python tests examples fuzz tools
 	@$(VENV)/bin/mypy -p thirstys_waterfall.security.microvm_isolation
 	@$(VENV)/bin/mypy examples
@@ -230,7 +231,6 @@ bench: installed
 FUZZ_TARGETS := $(or $(TARGETS),frames handshake calls documents)
 fuzz:
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install -q --locked cargo-fuzz
-	@$(CARGO) metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml >/dev/null
 	@RUSTC_BOOTSTRAP=1 $(CARGO) fuzz build -s none
 	@$(MAKE) --no-print-directory --output-sync=target -j$(shell nproc) $(FUZZ_TARGETS:%=fuzz-%)
 	@echo "fuzz: nothing found $(took)"
