@@ -17,7 +17,7 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
-from thirstys_waterfall.security.microvm_isolation import IsolationType, MicroVMIsolationManager
+from thirstys_waterfall.security.microvm_isolation import HostError, IsolationType, MicroVMIsolationManager
 
 from ..support import DATA, IMPORT, VMTestCase, children, eventually, find_tool, limits, make_rootfs, run_python, shell
 
@@ -282,8 +282,9 @@ class TestCache(TemplateTestCase):
         self.assertFalse(vm.start())
         self.assertIn("cache_dir", str(vm.last_error))
         self.assertIn(named, str(vm.last_error))
-        with MicroVMIsolationManager(self.config):
+        with self.assertRaises(HostError) as caught, MicroVMIsolationManager(self.config):
             pass
+        self.assertEqual((caught.exception.code, caught.exception.details["field"]), ("folder_refused", 'config["cache_dir"]'))
 
     def test_cache_with_files_of_others_is_refused_and_keeps_them(self) -> None:
         for name in ("templates/admin/base.html", "templates/" + "0" * 32 + "/page.html", "snapshots/2024/photo", "suspended/x/y"):
