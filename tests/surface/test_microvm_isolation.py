@@ -189,7 +189,10 @@ class Lifecycle(VMTestCase):
         time.sleep(3)
         self.assertLessEqual(ticks() - before, 5)
         self.assertTrue(vm.resume())
-        self.assertAlmostEqual(self.result(vm, "system_info")["time_unix"], time.time(), delta=0.5)
+        asked = time.time()
+        told = self.result(vm, "system_info")["time_unix"]
+        # However long a busy host takes for the answer.
+        self.assertTrue(asked - 0.5 <= told <= time.time() + 0.5, (asked, told, time.time()))
 
     def test_two_guests_share_no_secret_name_or_number(self) -> None:
         vms = [self.running(), self.running()]

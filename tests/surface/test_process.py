@@ -227,7 +227,8 @@ class Forks(VMTestCase):
             "        seen = []\n        heard = own.on_event(seen.append)\n"
             "        mine = own.get_vm(own.create_vm('plugin', vm_id='childs-{}'.format(os.getpid())))\n"
             "        mine.start(); heard.close()\n"
-            "    print('told', [event['kind'] for event in seen][:2])\n    sys.exit(0)\n"
+            # One text, which the log's thread cannot write into.
+            "    print('told {}'.format([event['kind'] for event in seen][:2]))\n    sys.exit(0)\n"
             "assert os.waitpid(child, 0)[1] == 0\n"
         )
         done = run_python(code)
