@@ -173,10 +173,13 @@ attackers: setup
 	    print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])'); \
 	install -m 755 "$$built" $(BUILD)/lab-tests
 
+# zig links an unwinder of its own. glibc unwinds a thread that ends at the interpreter's exit with libgcc's, which takes the
+# other's functions for its own: a crash.
 wheel: guest jail zygote janitor
 	@rm -rf dist
 	@$(CARGO) metadata --locked --format-version 1 --filter-platform $(HOST) | $(PYTHON) tools/third-party.py >$(DATA)/THIRD-PARTY.txt
-	$(WITH_ZIG) $(VENV)/bin/maturin build --release --locked --zig --compatibility manylinux_$(subst .,_,$(GLIBC)) --target $(HOST) -o dist
+	$(WITH_ZIG) $(VENV)/bin/maturin build --release --locked --zig --compatibility manylinux_$(subst .,_,$(GLIBC)) --target $(HOST) -o dist \
+	    -- -C link-arg=$$(gcc -print-file-name=libgcc_s.so.1)
 
 # The wheel in an environment that holds nothing else.
 installed: wheel

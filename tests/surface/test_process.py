@@ -59,6 +59,16 @@ class Ends(VMTestCase):
         done = run_python(begin + RUNNING + "print(vm.vm_id, pid)")
         self.assertIn("{}: destroyed\n".format(done.stdout.split()[0]), done.stderr)
 
+    def test_thread_that_is_in_a_call_when_the_interpreter_is_gone_crashes_nothing(self) -> None:
+        # Python ends such a thread by pthread_exit, which unwinds through our frames.
+        done = run_python(
+            "import sys, threading, time\nfrom {} import _native\n"
+            "threading.Thread(target=_native.next_log_records, args=(0.3,), daemon=True).start()\n"
+            "class Late:\n    def __del__(self, sleep=time.sleep): sleep(0.6)\n"
+            "sys.late = Late()".format(IMPORT)
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
     def test_ctrl_c_while_the_thread_of_the_log_starts_is_made_up_for(self) -> None:
         done = run_python("""
 import threading
