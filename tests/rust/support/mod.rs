@@ -1,5 +1,6 @@
 //! A guest that the tests drive frame by frame, a tap, and what it takes to boot a real VM with either.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(dead_code, reason = "each test takes what it needs")]
 
 use std::future::Future;
 use std::path::Path;
