@@ -82,7 +82,7 @@ def skipped_in(output: str) -> Iterator[skips.Skip]:
 
 
 def environment(build: Path, python: str, wheel: Path) -> str:
-    """The interpreter of an environment that holds nothing but the wheel."""
+    """The interpreter of an environment that holds the wheel, and what tests try it with where that is to be had."""
     version = subprocess.check_output(
         [python, "-c", "import sys; print('%d.%d.%d' % sys.version_info[:3])"], universal_newlines=True
     ).strip()
@@ -92,6 +92,8 @@ def environment(build: Path, python: str, wheel: Path) -> str:
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
     install = [str(inner), "-m", "pip", "install", "-q", "--no-index", "--force-reinstall", str(wheel)]
     subprocess.run(install, check=True)
+    # Without a package index the tests that need it are skipped, and say so.
+    subprocess.run([str(inner), "-m", "pip", "install", "-q", "-r", str(ROOT / ".ci" / "tests.txt")])
     return str(inner)
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import doctest
 import gc
+import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -32,6 +34,12 @@ async def running(manager):
     return vm
 SLEEP = ("exec", {{"program": "sleep", "args": ["300"], "timeout": 400}})
 """.format(IMPORT, IMPORT, CONFIG)
+
+# uvloop's loops in place of asyncio's own.
+UVLOOP = """
+import asyncio, uvloop
+asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+"""
 
 
 async def start_vm(manager: AsyncMicroVMIsolationManager, **options: Any) -> AsyncMicroVMInstance:
@@ -333,6 +341,35 @@ os.waitpid(child, 0)
         self.assertEqual((done.returncode, done.stdout), (0, "forked_process\n"), done.stderr)
 
 
+@unittest.skipUnless(importlib.util.find_spec("uvloop"), "uvloop is not installed: pip install uvloop")
+class Uvloop(unittest.TestCase):
+    """The tests of a class under uvloop's loops."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.addClassCleanup(asyncio.set_event_loop_policy, None)
+        asyncio.set_event_loop_policy(importlib.import_module("uvloop").EventLoopPolicy())
+
+    def setUp(self) -> None:
+        super().setUp()
+        loop = asyncio.new_event_loop()
+        self.addCleanup(loop.close)
+        self.assertEqual(type(loop).__module__, "uvloop")
+
+
+class OperationsUnderUvloop(Uvloop, Operations):
+    pass
+
+
+class CancellationUnderUvloop(Uvloop, Cancellation):
+    pass
+
+
+class LoopsUnderUvloop(Uvloop, Loops):
+    pass
+
+
 class Page(unittest.TestCase):
     def test_every_example_of_the_page_runs(self) -> None:
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "asyncio.md").read_text(), re.DOTALL)
@@ -371,3 +408,7 @@ assert ready.wait(60)
             with self.subTest(name):
                 done = run_python(HEAD + code, timeout=60.0)
                 self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+
+
+class ExitsUnderUvloop(Uvloop, Exits):
+    ENDS = {name: UVLOOP + code for name, code in Exits.ENDS.items()}
