@@ -257,7 +257,7 @@ impl Manager {
         };
         match tokio::task::spawn_blocking(sweep).await {
             Ok(Ok(swept)) if swept.is_empty() => {}
-            Ok(Ok(swept)) => log::warn!("removed the remains of dead processes: {}", swept.join(", ")),
+            Ok(Ok(swept)) => log::info!("removed the remains of dead processes: {}", swept.join(", ")),
             Ok(Err(error)) => return Err(error),
             Err(error) => log::warn!("the sweep of the runtime directory failed: {error}"),
         }

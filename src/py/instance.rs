@@ -13,9 +13,12 @@ use super::stream::ProcessStream;
 use super::{convert, errors, logging, transfer};
 use crate::channel::Answer;
 use crate::manager;
-use crate::model::{Backend, ManagerConfig, NetworkConfig, NetworkText, VmSpec};
+use crate::model::{printable, Backend, ManagerConfig, NetworkConfig, NetworkText, VmSpec};
 use crate::net::{Problem, VmNetwork};
 use crate::vm::{network, Health, MicroVm};
+
+/// Of a failure's words in a `repr`; `last_error` has them all.
+const REPR_BYTES: usize = 200;
 
 /// One microVM: its life, its commands, its files and its health.
 ///
@@ -727,7 +730,14 @@ impl MicroVMInstance {
 
     fn __repr__(&self) -> String {
         match self.vm.is_ours() {
-            true => format!("<MicroVMInstance {} {}>", self.vm().id(), self.vm().state()),
+            true => {
+                let (vm, state) = (self.vm(), self.vm().state());
+                let error = vm.last_error().map(|error| {
+                    let words = error.to_string();
+                    format!(", last error {}: {}", error.code(), printable(&words, REPR_BYTES))
+                });
+                format!("<MicroVMInstance {} {state}{}>", vm.id(), error.unwrap_or_default())
+            }
             false => format!("<MicroVMInstance {} of the parent process>", self.vm().id()),
         }
     }

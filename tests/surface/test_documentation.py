@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterator, List, Set, Tuple
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import (
+    VM,
     IsolationType,
     MicroVMIsolationManager,
     VMResourceLimits,
@@ -322,6 +323,17 @@ class Handles(VMTestCase):
             self.assertIn("ended with exit code 0", repr(program))
             self.create()
             self.assertEqual(repr(events), "<EventStream 1 events wait, 0 lost>")
+
+    def test_repr_of_a_vm_says_its_state_and_its_last_error(self) -> None:
+        vm = self.manager.get_vm(self.create())
+        assert vm is not None
+        self.assertEqual(repr(vm), "<MicroVMInstance {} created>".format(vm.vm_id))
+        self.assertFalse(vm.resume())
+        error = vm.last_error
+        assert error is not None
+        said = "{} created, last error {}: {}>".format(vm.vm_id, error.code, error)
+        self.assertEqual(repr(vm), "<MicroVMInstance " + said)
+        self.assertEqual(repr(VM(self.manager, vm)), "<VM " + said)
 
     def test_two_managers_of_a_process_are_told_so(self) -> None:
         self.running(vm_id="one-of-two")

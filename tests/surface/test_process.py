@@ -54,6 +54,21 @@ class Ends(VMTestCase):
         path, _ = done.stdout.split()
         self.assertFalse(left_of(done.stdout) or Path(path).parent.exists())
 
+    def test_without_logging_set_up_failures_are_on_stderr_and_nothing_else(self) -> None:
+        code = RUNNING.replace("assert vm.start()", "assert not vm.resume() and vm.start()")
+        # A VMM that is killed is an error of the core's threads, the others are the caller's.
+        code += (
+            "print(vm.last_error)\nos.kill(pid, signal.SIGKILL)\n"
+            "while vm.get_state() is VMState.RUNNING: time.sleep(0.01)\nprint(vm.last_error)\n"
+            "print(manager.start_vm('nobody'), manager.last_error, sep='\\n')\n"
+        )
+        done = run_python(code)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        not_resumed, died, failed, unknown = done.stdout.splitlines()
+        self.assertEqual(failed, "False")
+        # The log's thread and the caller's write in no order.
+        self.assertEqual(sorted(done.stderr.splitlines()), sorted([not_resumed, died, unknown]))
+
     def test_interpreter_exit_says_what_became_of_the_last_vms(self) -> None:
         begin = "import logging\nlogging.basicConfig(level=logging.INFO, format='%(message)s')\n"
         done = run_python(begin + RUNNING + "print(vm.vm_id, pid)")

@@ -28,7 +28,7 @@ pub fn sweep() {
         Err(refusal) => log::warn!("stale rules were not looked for: {}", refusal.reason),
     }
     host::apply_all(&ifbs);
-    log::warn!("removed the networks of {} VMs of dead processes", ifbs.len());
+    log::info!("removed the networks of {} VMs of dead processes", ifbs.len());
 }
 
 /// Whether somebody is, or is about to be, at the other end of a tap: one that is up without has been left, one that is

@@ -3,6 +3,9 @@
 The core's worker threads never touch the interpreter: they queue records, and the thread here fetches them. It is a
 daemon, so that it cannot hold up the interpreter, and it is stopped before the interpreter finalizes. A forked child
 starts one of its own with the first handle that it makes.
+
+There is no handler here, not even a NullHandler: where the program configures none, Python's handler of last resort shows
+warnings and errors on stderr.
 """
 
 import atexit
@@ -22,9 +25,6 @@ _JOIN_S = 2.0
 
 _lock = threading.Lock()
 _thread: Optional[threading.Thread] = None
-
-# A library configures no handlers; without this one Python would print warnings to stderr on its own.
-logging.getLogger(LOGGER_NAME).addHandler(logging.NullHandler())
 
 
 def start() -> None:

@@ -104,7 +104,7 @@ class VM:
         self.destroy()
 
     def __repr__(self) -> str:
-        return "<VM {} {}>".format(self.vm_id, self.instance.get_state().value)
+        return "<VM{}".format(repr(self.instance)[len("<MicroVMInstance") :])
 
     @overload
     def run(

@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from typing import Any, NoReturn, Optional, Sequence
 
 from .. import MicroVMError, __version__
 from . import completion, doctor, run, templates
-from .fail import complain
+from .fail import Complaints, complain
 
 NAME = "microvm"
 USAGE = 2
@@ -53,6 +54,7 @@ def main(arguments: Optional[Sequence[str]] = None, program: str = NAME) -> int:
     start here, 1 when not. Others: 0, or 1 when they fail. Bad usage: 2, of ``run`` 125.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(handlers=[Complaints(logging.WARNING)])
     parser = make_parser(program, with_bench=given[:1] in (["bench"], ["completion"]))
     options, unknown = parser.parse_known_args(given)
     if unknown:
