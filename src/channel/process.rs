@@ -61,6 +61,12 @@ impl Process {
         self.ended.borrow().clone()
     }
 
+    /// Whether it has ended, also where output is left to be taken.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.stream().is_none_or(|stream| stream.is_over())
+    }
+
     fn stream(&self) -> Option<Arc<Stream>> {
         self.stream.lock().clone()
     }

@@ -181,6 +181,11 @@ impl Stream {
         self.mailbox.response().map(|body| self.ended(&body))
     }
 
+    /// Whether nothing more comes of it but what is here already.
+    pub fn is_over(&self) -> bool {
+        self.mailbox.is_over()
+    }
+
     /// Ends it in the guest: its program is killed, its draft removed.
     pub fn cancel(&self) {
         if !self.mailbox.is_over() {

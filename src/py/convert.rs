@@ -129,12 +129,25 @@ pub fn path(field: &str, value: &Bound<'_, PyAny>) -> PyResult<PathBuf> {
 
 /// A number of seconds.
 pub fn seconds(field: &str, value: &Bound<'_, PyAny>) -> PyResult<std::time::Duration> {
-    let allowed = "a number of seconds from 0 to 86400";
+    seconds_where(field, value, "a number of seconds from 0 to 86400", |number| number >= 0.0)
+}
+
+/// As [`seconds`], without 0: how long a program may run.
+pub fn seconds_above_0(field: &str, value: &Bound<'_, PyAny>) -> PyResult<std::time::Duration> {
+    seconds_where(field, value, "a number of seconds above 0 and at most 86400", |number| number > 0.0)
+}
+
+fn seconds_where(
+    field: &str,
+    value: &Bound<'_, PyAny>,
+    allowed: &str,
+    is_allowed: impl FnOnce(f64) -> bool,
+) -> PyResult<std::time::Duration> {
     if value.is_instance_of::<PyBool>() || !(value.is_instance_of::<PyInt>() || value.is_instance_of::<PyFloat>()) {
         return Err(wrong_type(field, value, allowed));
     }
     match value.extract::<f64>() {
-        Ok(number) if (0.0..=86_400.0).contains(&number) => Ok(std::time::Duration::from_secs_f64(number)),
+        Ok(number) if is_allowed(number) && number <= 86_400.0 => Ok(std::time::Duration::from_secs_f64(number)),
         _ => Err(invalid(value.py(), field, shown(value), allowed)),
     }
 }

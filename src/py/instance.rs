@@ -9,7 +9,7 @@ use serde_json::{json, Map, Value};
 
 use super::convert::SpecArguments;
 use super::gate::{self, OnInterrupt, Owned};
-use super::stream::ProcessStream;
+use super::stream::{ProcessStream, StreamArguments};
 use super::{convert, errors, logging, transfer};
 use crate::channel::Answer;
 use crate::manager;
@@ -479,58 +479,26 @@ impl MicroVMInstance {
     ///     ([('stdout', b'hello\n')], 0)
     #[pyo3(signature = (program, args=None, env=None, cwd=None, stdin=None, pty=false, uid=None, timeout=None, rows=None, columns=None, on_output=None))]
     #[expect(clippy::too_many_arguments, reason = "the public signature")]
-    fn stream(
+    fn stream<'py>(
         &self,
-        py: Python<'_>,
-        program: &Bound<'_, PyAny>,
-        args: Option<&Bound<'_, PyAny>>,
-        env: Option<&Bound<'_, PyAny>>,
-        cwd: Option<&Bound<'_, PyAny>>,
-        stdin: Option<&Bound<'_, PyAny>>,
+        py: Python<'py>,
+        program: Bound<'py, PyAny>,
+        args: Option<Bound<'py, PyAny>>,
+        env: Option<Bound<'py, PyAny>>,
+        cwd: Option<Bound<'py, PyAny>>,
+        stdin: Option<Bound<'py, PyAny>>,
         pty: bool,
-        uid: Option<&Bound<'_, PyAny>>,
-        timeout: Option<&Bound<'_, PyAny>>,
-        rows: Option<&Bound<'_, PyAny>>,
-        columns: Option<&Bound<'_, PyAny>>,
-        on_output: Option<&Bound<'_, PyAny>>,
+        uid: Option<Bound<'py, PyAny>>,
+        timeout: Option<Bound<'py, PyAny>>,
+        rows: Option<Bound<'py, PyAny>>,
+        columns: Option<Bound<'py, PyAny>>,
+        on_output: Option<Bound<'py, PyAny>>,
     ) -> PyResult<ProcessStream> {
-        let vm = self.vm.get(py)?;
-        let mut params = Map::new();
-        params.insert("program".into(), convert::text("program", program)?.into());
-        params.insert("pty".into(), pty.into());
-        for (field, value) in [("args", args), ("env", env)] {
-            if let Some(value) = value {
-                params.insert(field.into(), convert::json(field, value)?);
-            }
-        }
-        if let Some(cwd) = cwd {
-            params.insert("cwd".into(), convert::text("cwd", cwd)?.into());
-        }
-        for (field, value, least, most) in
-            // The last uid is (uid_t)-1: "no user" to every system call.
-            [
-                ("uid", uid, 0, u64::from(u32::MAX) - 1),
-                ("rows", rows, 1, 65_535),
-                ("columns", columns, 1, 65_535),
-            ]
-        {
-            if let Some(value) = value {
-                params.insert(field.into(), convert::whole_in(field, value, least, most)?.into());
-            }
-        }
-        if let Some(timeout) = timeout {
-            params.insert("timeout".into(), convert::seconds("timeout", timeout)?.as_secs_f64().into());
-        }
-        let stdin = stdin.map(|stdin| convert::bytes("stdin", stdin)).transpose()?;
-        let on_output = convert::optional_callable("on_output", on_output)?.map(|call| call.clone().unbind());
-        let starting = vm.clone();
-        let started =
-            gate::wait(py, OnInterrupt::Abandon, async move { starting.stream(Value::Object(params)).await })?;
-        let stream = ProcessStream::new(self.raise(py, started)?, pty, on_output);
-        if let Some(stdin) = stdin {
-            stream.give(py, stdin)?;
-        }
-        Ok(stream)
+        let vm = self.vm.get(py)?.clone();
+        let arguments = StreamArguments { program, args, env, cwd, stdin, pty, uid, timeout, rows, columns, on_output };
+        let (params, options) = arguments.parse()?;
+        let started = gate::wait(py, OnInterrupt::Abandon, async move { vm.stream(params).await })?;
+        options.stream(py, self.raise(py, started)?)
     }
 
     /// Writes a file of the guest from a path or an object with `read`.

@@ -1,5 +1,6 @@
 //! The handle of a program that runs in a VM.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,15 +10,192 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 use pyo3::PyTraverseError;
 use pyo3::PyVisit;
+use serde_json::{Map, Value};
 
 use super::gate::{self, OnInterrupt, Owned};
 use super::{convert, errors};
 use crate::channel::{Piece, Process};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::mutex::Mutex;
 use crate::vm::Live;
 
 type Output<'py> = (Bound<'py, PyString>, Bound<'py, PyBytes>);
+
+/// How long a caller waits for a program.
+#[derive(Debug, Clone, Copy)]
+pub struct Limit {
+    length: Duration,
+    end: Instant,
+}
+
+impl Limit {
+    /// `None` where there is none; `waited` of it has gone by already.
+    pub fn parse(timeout: Option<&Bound<'_, PyAny>>, waited: Duration) -> PyResult<Option<Self>> {
+        let length = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
+        Ok(length.map(|length| Self { length, end: Instant::now() + length.saturating_sub(waited) }))
+    }
+}
+
+/// A program and its output, which one caller takes at a time.
+pub struct Program {
+    process: Live<Process>,
+    /// Held while a piece is on its way to its caller: one that the caller gives up is returned before the next is taken.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    returned: Mutex<VecDeque<Piece>>,
+}
+
+/// A piece on its way to its caller. Dropped before, it is returned.
+pub struct Taken {
+    piece: Option<Piece>,
+    program: Arc<Program>,
+    _turn: tokio::sync::OwnedMutexGuard<()>,
+}
+
+impl Taken {
+    pub fn claim(mut self) -> Option<Piece> {
+        self.piece.take()
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some(piece) = self.piece.take() {
+            self.program.put_back(piece);
+        }
+    }
+}
+
+impl Program {
+    fn new(process: Live<Process>) -> Self {
+        Self { process, turn: Arc::default(), returned: Mutex::default() }
+    }
+
+    pub fn put_back(&self, piece: Piece) {
+        self.returned.lock().push_front(piece);
+    }
+
+    async fn take(self: Arc<Self>) -> Result<Option<Taken>> {
+        let _turn = self.turn.clone().lock_owned().await;
+        let returned = self.returned.lock().pop_front();
+        let piece = match returned {
+            Some(piece) => Some(piece),
+            None => self.process.next().await?,
+        };
+        Ok(piece.is_some().then(|| Taken { piece, program: self, _turn }))
+    }
+
+    /// The next output; `None` at its end. A program that has ended is drained whatever the limit says: what is left of its
+    /// output is here already.
+    ///
+    /// # Errors
+    /// Those of the process, and [`Error::ChannelTimeout`].
+    pub async fn next(self: Arc<Self>, limit: Option<Limit>) -> Result<Option<Taken>> {
+        let Some(limit) = limit else { return self.take().await };
+        let is_late = Instant::now() >= limit.end && !self.process.inner.is_over();
+        // A timer alone would not be looked at while there is output.
+        if !is_late {
+            if let Ok(next) = tokio::time::timeout_at(limit.end.into(), self.clone().take()).await {
+                return next;
+            }
+        }
+        let (vm_id, what) = (self.process.inner.vm_id().to_owned(), "the program".to_owned());
+        Err(Error::ChannelTimeout { vm_id, what, limit_s: limit.length.as_secs_f64(), sent: true })
+    }
+
+    /// Drops what is left of the output.
+    ///
+    /// # Errors
+    /// As for [`Program::next`].
+    pub async fn drain(self: Arc<Self>, limit: Option<Limit>) -> Result<()> {
+        while let Some(taken) = self.clone().next(limit).await? {
+            taken.claim();
+        }
+        Ok(())
+    }
+
+    /// Writes to its input, as fast as it reads. Returns false when it reads no more.
+    ///
+    /// # Errors
+    /// Those of the process.
+    pub async fn write(self: Arc<Self>, bytes: Vec<u8>) -> Result<bool> {
+        self.process.write(&bytes).await
+    }
+}
+
+/// The arguments of `stream`; `None`: it was left out.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct StreamArguments<'py> {
+    pub program: Bound<'py, PyAny>,
+    pub args: Option<Bound<'py, PyAny>>,
+    pub env: Option<Bound<'py, PyAny>>,
+    pub cwd: Option<Bound<'py, PyAny>>,
+    pub stdin: Option<Bound<'py, PyAny>>,
+    pub pty: bool,
+    pub uid: Option<Bound<'py, PyAny>>,
+    pub timeout: Option<Bound<'py, PyAny>>,
+    pub rows: Option<Bound<'py, PyAny>>,
+    pub columns: Option<Bound<'py, PyAny>>,
+    pub on_output: Option<Bound<'py, PyAny>>,
+}
+
+/// What the handle of a program is made with, once it runs.
+pub struct StreamOptions {
+    has_terminal: bool,
+    stdin: Option<Vec<u8>>,
+    on_output: Option<Py<PyAny>>,
+}
+
+impl StreamArguments<'_> {
+    /// What the guest is asked for, and what its handle is made with.
+    pub fn parse(&self) -> PyResult<(Value, StreamOptions)> {
+        let mut params = Map::new();
+        params.insert("program".into(), convert::text("program", &self.program)?.into());
+        params.insert("pty".into(), self.pty.into());
+        for (field, value) in [("args", &self.args), ("env", &self.env)] {
+            if let Some(value) = value {
+                params.insert(field.into(), convert::json(field, value)?);
+            }
+        }
+        if let Some(cwd) = &self.cwd {
+            params.insert("cwd".into(), convert::text("cwd", cwd)?.into());
+        }
+        for (field, value, least, most) in
+            // The last uid is (uid_t)-1: "no user" to every system call.
+            [
+                ("uid", &self.uid, 0, u64::from(u32::MAX) - 1),
+                ("rows", &self.rows, 1, 65_535),
+                ("columns", &self.columns, 1, 65_535),
+            ]
+        {
+            if let Some(value) = value {
+                params.insert(field.into(), convert::whole_in(field, value, least, most)?.into());
+            }
+        }
+        if let Some(timeout) = &self.timeout {
+            params.insert("timeout".into(), convert::seconds_above_0("timeout", timeout)?.as_secs_f64().into());
+        }
+        let on_output = convert::optional_callable("on_output", self.on_output.as_ref())?;
+        let options = StreamOptions {
+            has_terminal: self.pty,
+            stdin: self.stdin.as_ref().map(|stdin| convert::bytes("stdin", stdin)).transpose()?,
+            on_output: on_output.map(|call| call.clone().unbind()),
+        };
+        Ok((Value::Object(params), options))
+    }
+}
+
+impl StreamOptions {
+    /// The handle of a program that was started with these arguments.
+    pub fn stream(self, py: Python<'_>, process: Live<Process>) -> PyResult<ProcessStream> {
+        let program = Owned::new("ProcessStream", Arc::new(Program::new(process)));
+        let stream = ProcessStream { program, has_terminal: self.has_terminal, on_output: Mutex::new(self.on_output) };
+        if let Some(stdin) = self.stdin {
+            stream.give(py, stdin)?;
+        }
+        Ok(stream)
+    }
+}
 
 /// A program that runs in a guest: an iterator of `("stdout" or "stderr", bytes)`.
 ///
@@ -32,53 +210,45 @@ type Output<'py> = (Bound<'py, PyString>, Bound<'py, PyBytes>);
 ///     (True, None, [('stdout', b'hello')], 0)
 #[pyclass(frozen, module = "thirstys_waterfall.security.microvm_isolation")]
 pub struct ProcessStream {
-    process: Owned<Live<Process>>,
+    program: Owned<Program>,
     has_terminal: bool,
     on_output: Mutex<Option<Py<PyAny>>>,
 }
 
 impl ProcessStream {
-    pub fn new(process: Live<Process>, has_terminal: bool, on_output: Option<Py<PyAny>>) -> Self {
-        let process = Owned::new("ProcessStream", Arc::new(process));
-        Self { process, has_terminal, on_output: Mutex::new(on_output) }
-    }
-
     fn on_output(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.on_output.lock().as_ref().map(|call| call.clone_ref(py))
     }
 
-    /// The next output, or its end (`Some(None)`); `None` when neither came until `deadline`.
-    fn take(&self, py: Python<'_>, deadline: Option<Instant>) -> PyResult<Option<Option<Piece>>> {
-        let process = self.process.get(py)?.clone();
-        let taken = gate::wait(py, OnInterrupt::Abandon, async move {
-            match deadline {
-                None => process.next().await.map(Some),
-                Some(deadline) => match tokio::time::timeout_at(deadline.into(), process.next()).await {
-                    Ok(next) => next.map(Some),
-                    Err(_) => Ok(None),
-                },
-            }
-        })?;
-        taken.map_err(|error| errors::raise(py, &error))
+    /// The program, in the process that started it.
+    pub fn program(&self, py: Python<'_>) -> PyResult<Arc<Program>> {
+        self.program.get(py).cloned()
+    }
+
+    /// The next output; `None` at its end.
+    fn take(&self, py: Python<'_>, limit: Option<Limit>) -> PyResult<Option<Piece>> {
+        let program = self.program(py)?;
+        let taken = gate::wait(py, OnInterrupt::Abandon, async move { program.next(limit).await })?;
+        Ok(taken.map_err(|error| errors::raise(py, &error))?.and_then(Taken::claim))
     }
 
     /// Writes and closes the program's input, at whatever pace it reads, while others take its output.
-    pub fn give(&self, py: Python<'_>, bytes: Vec<u8>) -> PyResult<()> {
-        let process = self.process.get(py)?.clone();
+    fn give(&self, py: Python<'_>, bytes: Vec<u8>) -> PyResult<()> {
+        let program = self.program(py)?;
         gate::spawn(async move {
-            if let Err(error) = process.write(&bytes).await {
+            if let Err(error) = program.clone().write(bytes).await {
                 log::debug!("a program's input: {error}");
             }
-            process.inner.close_stdin();
+            program.process.inner.close_stdin();
         })
     }
 
     fn control(&self, py: Python<'_>, control: &Control) -> PyResult<()> {
-        self.process.get(py)?.inner.control(control).map_err(|error| errors::raise(py, &error))
+        self.program.get(py)?.process.inner.control(control).map_err(|error| errors::raise(py, &error))
     }
 }
 
-fn output<'py>(py: Python<'py>, piece: &Piece) -> Output<'py> {
+pub fn output<'py>(py: Python<'py>, piece: &Piece) -> Output<'py> {
     let name = if piece.channel == STDERR { pyo3::intern!(py, "stderr") } else { pyo3::intern!(py, "stdout") };
     (name.clone(), PyBytes::new(py, &piece.bytes))
 }
@@ -90,7 +260,7 @@ impl ProcessStream {
     }
 
     fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Output<'py>>> {
-        Ok(self.take(py, None)?.flatten().map(|piece| output(py, &piece)))
+        Ok(self.take(py, None)?.map(|piece| output(py, &piece)))
     }
 
     /// Writes to the program's input.
@@ -108,9 +278,8 @@ impl ProcessStream {
     ///     InvalidTypeError: `data` is not bytes.
     ///     ChannelError: The channel failed (`channel_closed`).
     fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let bytes = convert::bytes("data", data)?;
-        let process = self.process.get(py)?.clone();
-        let written = gate::wait(py, OnInterrupt::Abandon, async move { process.write(&bytes).await })?;
+        let (program, bytes) = (self.program(py)?, convert::bytes("data", data)?);
+        let written = gate::wait(py, OnInterrupt::Abandon, async move { program.write(bytes).await })?;
         written.map_err(|error| errors::raise(py, &error))
     }
 
@@ -118,7 +287,7 @@ impl ProcessStream {
     ///
     /// Does not block.
     fn close_stdin(&self, py: Python<'_>) -> PyResult<()> {
-        self.process.get(py)?.inner.close_stdin();
+        self.program.get(py)?.process.inner.close_stdin();
         Ok(())
     }
 
@@ -180,21 +349,20 @@ impl ProcessStream {
     ///         (`channel_closed`).
     #[pyo3(signature = (timeout=None))]
     fn wait(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<Option<i32>> {
-        let timeout: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        let on_output = self.on_output(py);
-        loop {
-            match (self.take(py, deadline)?, &on_output) {
-                (Some(Some(piece)), Some(call)) => drop(call.call1(py, output(py, &piece))?),
-                (Some(Some(_)), None) => {}
-                (Some(None), _) => return self.exit_code(py),
-                (None, _) => {
-                    let (vm_id, what) = (self.process.peek().inner.vm_id().to_owned(), "the program".to_owned());
-                    let limit_s = timeout.unwrap_or_default().as_secs_f64();
-                    return Err(errors::raise(py, &Error::ChannelTimeout { vm_id, what, limit_s, sent: true }));
+        let limit = Limit::parse(timeout, Duration::ZERO)?;
+        match self.on_output(py) {
+            Some(call) => {
+                while let Some(piece) = self.take(py, limit)? {
+                    call.call1(py, output(py, &piece))?;
                 }
             }
+            None => {
+                let program = self.program(py)?;
+                let drained = gate::wait(py, OnInterrupt::Abandon, async move { program.drain(limit).await })?;
+                drained.map_err(|error| errors::raise(py, &error))?;
+            }
         }
+        self.exit_code(py)
     }
 
     /// Kills the program and all its descendants; `wait` then returns -9.
@@ -204,13 +372,13 @@ impl ProcessStream {
     /// Raises:
     ///     ForkedProcessError: The calling process is a forked child.
     fn kill(&self, py: Python<'_>) -> PyResult<()> {
-        self.process.get(py)?.inner.kill();
+        self.program.get(py)?.process.inner.kill();
         Ok(())
     }
 
     fn __repr__(&self) -> String {
-        let inner = &self.process.peek().inner;
-        let state = match self.process.is_ours().then(|| inner.ended()) {
+        let inner = &self.program.peek().process.inner;
+        let state = match self.program.is_ours().then(|| inner.ended()) {
             None => "of the parent process".to_owned(),
             Some(None) => "not at its end".to_owned(),
             Some(Some(Ok(exit))) => match (exit.exit_code, exit.signal) {
@@ -236,7 +404,7 @@ impl ProcessStream {
     ) -> PyResult<bool> {
         let (_, _, _) = (exc_type, exc_value, traceback);
         // A forked child that leaves the block ends nothing of its parent's.
-        if self.process.is_ours() {
+        if self.program.is_ours() {
             self.kill(py)?;
         }
         Ok(false)
@@ -245,18 +413,18 @@ impl ProcessStream {
     /// The exit code, or the negative number of the signal that ended the program; `None` until its output
     /// was taken to the end.
     #[getter]
-    fn exit_code(&self, py: Python<'_>) -> PyResult<Option<i32>> {
-        let Some(Ok(exit)) = self.process.get(py)?.inner.ended() else { return Ok(None) };
+    pub fn exit_code(&self, py: Python<'_>) -> PyResult<Option<i32>> {
+        let Some(Ok(exit)) = self.program.get(py)?.process.inner.ended() else { return Ok(None) };
         Ok(exit.exit_code.or_else(|| exit.signal.map(|signal| -signal)))
     }
 
     /// The program's process id in the guest.
     #[getter]
     fn pid(&self) -> u32 {
-        self.process.peek().inner.pid()
+        self.program.peek().process.inner.pid()
     }
 
-    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
         match self.on_output.try_lock() {
             Some(on_output) => on_output.as_ref().map_or(Ok(()), |call| visit.call(call)),
             None => Ok(()),

@@ -162,6 +162,23 @@ class Streams(VMTestCase):
         stream.close_stdin()
         self.assertEqual(stream.wait(timeout=10), 0)
 
+    def test_stream_wait_keeps_its_time_while_output_flows(self) -> None:
+        vm = self.running()
+        for on_output in (None, lambda channel, data: None):
+            with self.subTest(on_output), vm.stream("yes", on_output=on_output) as stream:
+                begun = time.monotonic()
+                with self.assertRaises(ChannelError) as caught:
+                    stream.wait(timeout=0.3)
+                self.assertEqual(caught.exception.code, "channel_timeout")
+                self.assertLess(time.monotonic() - begun, 3.0)
+
+    def test_stream_wait_of_no_time_returns_the_code_of_a_program_that_has_ended(self) -> None:
+        vm = self.running()
+        stream = vm.stream(SH, ["-c", "echo a; echo b >&2; exit 7"])
+        self.assertTrue(eventually(lambda: self.result(vm, "exec", shell("test -e /proc/{} || echo gone".format(stream.pid)))["stdout"]))
+        self.assertEqual(self.result(vm, "ping"), "pong")
+        self.assertEqual(stream.wait(timeout=0), 7)
+
     def test_stream_callback_hears_everything_on_the_waiting_thread(self) -> None:
         heard: List[Tuple[str, bytes, int]] = []
         on_output = lambda channel, data: heard.append((channel, data, threading.get_ident()))
@@ -238,6 +255,7 @@ class Streams(VMTestCase):
         for call, error, word in [
             (lambda: vm.stream(3), TypeError, "program"),
             (lambda: vm.stream("x", args=[b"x"]), TypeError, "args"),
+            (lambda: vm.stream("x", timeout=0), ValueError, "timeout"),
             (lambda: vm.stream("x", stdin="text"), TypeError, "stdin"),
             (lambda: vm.stream("x", on_output=3), TypeError, "on_output"),
             (lambda: vm.stream("x", uid=-1), ValueError, "uid"),
