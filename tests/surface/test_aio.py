@@ -21,8 +21,8 @@ from ..support import IMPORT, ROOT, eventually, limits, play, run_python, shell
 from .test_documentation import BLOCKS, described, parameters
 
 CONFIG = {"default_backend": "QEMU", "default_memory_mb": 128, "default_disk_size_mb": 64, "max_vcpus": 64}
-# Streams, transfers and events are of the blocking face alone so far.
-BLOCKING_ONLY = {"stream", "upload", "download", "events", "on_event", "export_disk", "run_vm"}
+# Transfers and events are of the blocking face alone so far.
+BLOCKING_ONLY = {"upload", "download", "events", "on_event", "export_disk", "run_vm"}
 HEAD = """
 import asyncio, threading, time
 from {} import *
@@ -267,6 +267,121 @@ class Cancellation(unittest.TestCase):
         with_manager(cancel)
 
 
+class Streams(unittest.TestCase):
+    def test_program_is_read_written_signalled_and_waited_for(self) -> None:
+        async def use(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+            async with vm.stream("cat") as program:
+                self.assertTrue(await program.write(b"hello"))
+                program.close_stdin()
+                self.assertEqual([piece async for piece in program], [("stdout", b"hello")])
+                self.assertEqual((program.exit_code, await program.wait()), (0, 0))
+            program = await vm.stream("/bin/sh", ["-c", "echo out; echo err >&2; sleep 4321"], uid=1000)
+            self.assertEqual({await program.__anext__(), await program.__anext__()}, {("stdout", b"out\n"), ("stderr", b"err\n")})
+            program.signal(15)
+            self.assertEqual(await program.wait(10), -15)
+            self.assertEqual((await vm.stream("cat", stdin=b"given")).pid > 1, True)
+            program = await vm.stream("/bin/sh", ["-c", "read line; stty size; exit 5"], pty=True, rows=40, columns=100)
+            program.resize(50, 120)
+            await program.write(b"\n")
+            output = b"".join([data async for _, data in program])
+            self.assertIn(b"50 120", output)
+            self.assertEqual(program.exit_code, 5)
+            self.assertIn("exit code 5", repr(program))
+
+        with_manager(use)
+
+    def test_wait_calls_back_and_keeps_its_time_while_output_flows(self) -> None:
+        async def wait(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+            heard: List[Tuple[str, bytes]] = []
+            program = await vm.stream("/bin/sh", ["-c", "echo x; exit 3"], on_output=lambda *piece: heard.append(piece))
+            self.assertEqual((await program.wait(), heard), (3, [("stdout", b"x\n")]))
+            for on_output in (None, lambda channel, data: None):
+                async with vm.stream("yes", on_output=on_output) as program:
+                    begun = time.monotonic()
+                    with self.assertRaises(package.ChannelError) as caught:
+                        await program.wait(0.3)
+                    self.assertEqual((caught.exception.code, time.monotonic() - begun < 3), ("channel_timeout", True))
+
+        with_manager(wait)
+
+    def test_slow_reader_stops_its_program_and_not_the_loop(self) -> None:
+        async def read(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+            async with vm.stream("yes") as program:
+                await program.__anext__()
+                self.assertEqual(await output_of(vm, "echo here"), "here\n")
+                self.assertTrue(all([len((await program.__anext__())[1]) for _ in range(100)]))
+
+        with_manager(read)
+
+    def test_cancelled_readers_lose_no_output(self) -> None:
+        async def read(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+            lines = "i=0; while [ $i -lt 3000 ]; do echo $i; i=$((i+1)); done"
+            heard, given_up = b"", 0
+            async with vm.stream("/bin/sh", ["-c", lines]) as program:
+                while program.exit_code is None:
+                    task = asyncio.ensure_future(program.__anext__())
+                    # From at once to after the piece has come: before it is begun, under way, ended, and ended but not taken.
+                    for _ in range(given_up % 4):
+                        await asyncio.sleep(0)
+                    if given_up % 8 == 7:
+                        await asyncio.sleep(0.001)
+                    task.cancel()
+                    given_up += 1
+                    try:
+                        heard += (await task)[1]
+                    except StopAsyncIteration:
+                        break
+                    except asyncio.CancelledError:
+                        pass
+            self.assertEqual(heard, b"".join(b"%d\n" % number for number in range(3000)))
+            self.assertGreater(given_up, 20)
+
+        with_manager(read)
+
+    def test_cancelled_beginning_and_end_of_a_block_kill_the_program(self) -> None:
+        async def cancel(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+
+            async def run() -> None:
+                async with vm.stream("sleep", ["4321"]) as program:
+                    await program.wait()
+
+            for turns in range(40):
+                task = asyncio.ensure_future(run())
+                await asyncio.sleep(turns / 400)
+                task.cancel()
+                with self.assertRaises(asyncio.CancelledError):
+                    await task
+
+            async def none_runs() -> bool:
+                return await sleepers(vm) == 0
+
+            self.assertTrue(await comes(none_runs), await output_of(vm, "ps"))
+
+        with_manager(cancel)
+
+    def test_failures_are_those_of_the_blocking_stream(self) -> None:
+        async def fail(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+            with self.assertRaises(package.CommandError) as caught:
+                await vm.stream("no-such-program")
+            self.assertEqual(caught.exception.code, "program_not_found")
+            with self.assertRaises(ValueError):
+                await vm.stream("cat", timeout=0)
+            with self.assertRaises(TypeError):
+                await vm.stream("cat", args="x", stdin="text")  # type: ignore[arg-type]
+            program = await vm.stream("sleep", ["4321"], timeout=0.3)
+            with self.assertRaises(package.CommandError) as caught:
+                await program.wait()
+            self.assertEqual((caught.exception.code, await program.wait()), ("timeout", -9))
+
+        with_manager(fail)
+
+
 class Loops(unittest.TestCase):
     def test_two_loops_in_two_threads_use_one_vm(self) -> None:
         async def use(manager: AsyncMicroVMIsolationManager) -> None:
@@ -363,6 +478,10 @@ class OperationsUnderUvloop(Uvloop, Operations):
 
 
 class CancellationUnderUvloop(Uvloop, Cancellation):
+    pass
+
+
+class StreamsUnderUvloop(Uvloop, Streams):
     pass
 
 

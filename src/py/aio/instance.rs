@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 use super::super::gate::OnInterrupt;
 use super::super::instance::{self, MicroVMInstance};
+use super::super::stream::StreamArguments;
 use super::super::{convert, errors};
 use super::queue::OperationQueue;
 use crate::error::Result;
@@ -105,6 +106,12 @@ impl VmOperations {
             let answer = errors::raised(py, answered, |error| vm.set_last_error(error))?;
             Ok(convert::from_json(py, &instance::answer_json(answer))?.unbind())
         })
+    }
+
+    fn stream(&self, queue: &Bound<'_, OperationQueue>, arguments: StreamArguments<'_>) -> PyResult<u64> {
+        let (params, options) = arguments.parse()?;
+        let start = |vm: Arc<MicroVm>| async move { vm.stream(params).await };
+        self.on_vm(queue, OnInterrupt::Abandon, start, |py, process| Py::new(py, options.stream(py, process)?))
     }
 
     fn get_health_metrics(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {

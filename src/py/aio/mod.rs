@@ -10,7 +10,9 @@
 mod instance;
 mod manager;
 mod queue;
+mod stream;
 
 pub use instance::VmOperations;
 pub use manager::ManagerOperations;
 pub use queue::OperationQueue;
+pub use stream::StreamOperations;

@@ -20,9 +20,25 @@ Example:
 import asyncio
 import logging
 import os
+import time
 import weakref
 from types import TracebackType
-from typing import Any, Callable, Dict, List, Mapping, Optional, Type, Union
+from typing import (
+    Any,
+    AsyncContextManager,
+    Callable,
+    Coroutine,
+    Dict,
+    Generator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 
 from . import _native
 from ._enums import IsolationType, VMBackend, VMState
@@ -38,9 +54,11 @@ from ._types import (
     VMInfo,
 )
 
-__all__ = ["AsyncMicroVMInstance", "AsyncMicroVMIsolationManager"]
+__all__ = ["AsyncMicroVMInstance", "AsyncMicroVMIsolationManager", "AsyncProcessStream"]
 
 _Path = Union[str, "os.PathLike[str]"]
+_Bytes = Union[bytes, bytearray, memoryview]
+_Opened = TypeVar("_Opened", bound=AsyncContextManager[Any])
 
 
 class _Queue:
@@ -49,7 +67,7 @@ class _Queue:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.operations = _native.OperationQueue()
         self.waiting: Dict[int, "asyncio.Future[Any]"] = {}
-        self.undo: Dict[int, Callable[..., int]] = {}
+        self.undo: Dict[int, Callable[..., Any]] = {}
         loop.add_reader(self.operations.fileno(), self._drain)
 
     def _drain(self) -> None:
@@ -81,10 +99,10 @@ def _queue_of(loop: asyncio.AbstractEventLoop) -> _Queue:
     return queue
 
 
-async def _result(begin: Callable[..., int], *args: Any, undo: Optional[Callable[..., int]] = None) -> Any:
+async def _result(begin: Callable[..., int], *args: Any, undo: Optional[Callable[..., Any]] = None) -> Any:
     """Begins an operation and waits for its result; cancels it when the task is cancelled.
 
-    ``undo`` begins what undoes a result that came, but that a cancelled task has not taken.
+    ``undo`` undoes a result that came, but that a cancelled task has not taken.
     """
     loop = asyncio.get_running_loop()
     queue = _queue_of(loop)
@@ -104,6 +122,153 @@ async def _result(begin: Callable[..., int], *args: Any, undo: Optional[Callable
         raise
     finally:
         queue.undo.pop(number, None)
+
+
+class _Opening(Coroutine[Any, Any, _Opened]):
+    """A coroutine whose result ``async with`` enters, too: ``async with vm.stream("cat") as program``."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, _Opened]) -> None:
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, _Opened]:
+        return self._coroutine.__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    async def __aenter__(self) -> _Opened:
+        self._opened = await self._coroutine
+        await self._opened.__aenter__()
+        return self._opened
+
+    async def __aexit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
+        await self._opened.__aexit__(kind, error, traceback)
+
+
+class AsyncProcessStream:
+    """A program that runs in a guest, an asynchronous iterator of output: the twin of ``ProcessStream``.
+
+    Made by ``AsyncMicroVMInstance.stream``. ``async for channel, data in program`` ends with the output. Leaving the
+    ``async with`` block, or dropping the object, kills the program with all its descendants; a task that is cancelled
+    in a method leaves it running, and loses no output. Properties do not block. Every error is raised.
+    """
+
+    _blocking: _native.ProcessStream
+    _operations: _native.StreamOperations
+    _on_output: Optional[Callable[[str, bytes], Any]]
+
+    def __aiter__(self) -> "AsyncProcessStream":
+        return self
+
+    async def __anext__(self) -> Tuple[str, bytes]:
+        piece = await self._next()
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    async def _next(self, timeout: Optional[float] = None, waited: float = 0.0) -> Optional[Tuple[str, bytes]]:
+        piece: Optional[Tuple[str, bytes]]
+        piece = await _result(self._operations.next, timeout, waited, undo=self._operations.put_back)
+        return piece
+
+    async def write(self, data: _Bytes) -> bool:
+        """Writes to the program's input.
+
+        Does not block the loop. Waits while the program does not read: another task may take its output meanwhile. What
+        was written before the task was cancelled stays written.
+
+        Args:
+            data: The bytes to write.
+
+        Returns:
+            ``True`` when everything was written; ``False`` when the program reads no more.
+        """
+        return bool(await _result(self._operations.write, data))
+
+    def close_stdin(self) -> None:
+        """Ends the program's input.
+
+        Does not block.
+        """
+        self._blocking.close_stdin()
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the program's process group; SIGKILL ends all its descendants.
+
+        Does not block.
+
+        Args:
+            number: The number of the signal, 1 to 64 (signal(7)).
+        """
+        self._blocking.signal(number)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Sets the size of the program's terminal (TIOCSWINSZ, ioctl_tty(2)).
+
+        Does not block.
+
+        Args:
+            rows: The height in characters, 1 to 65535.
+            columns: The width in characters, 1 to 65535.
+        """
+        self._blocking.resize(rows, columns)
+
+    async def wait(self, timeout: Optional[float] = None) -> Optional[int]:
+        """Waits for the program's end; output that was not taken goes to ``on_output``, or is dropped.
+
+        Does not block the loop. Cancelling leaves the program running. ``ProcessStream.wait`` has the errors.
+
+        Args:
+            timeout: Seconds to wait, 0 to 86400; no limit where left out.
+
+        Returns:
+            The exit code; `-n` after signal `n`, -9 after ``kill``.
+        """
+        if self._on_output is not None:
+            begun = time.monotonic()
+            piece = await self._next(timeout)
+            while piece is not None:
+                self._on_output(*piece)
+                piece = await self._next(timeout, time.monotonic() - begun)
+        code: Optional[int] = await _result(self._operations.wait, timeout)
+        return code
+
+    def kill(self) -> None:
+        """Kills the program and all its descendants; ``wait`` then returns -9.
+
+        Does not block. Does nothing when the program has ended.
+        """
+        self._blocking.kill()
+
+    @property
+    def exit_code(self) -> Optional[int]:
+        """The exit code, or the negative number of the signal that ended the program; ``None`` until its output was
+        taken to the end."""
+        return self._blocking.exit_code
+
+    @property
+    def pid(self) -> int:
+        """The program's process id in the guest."""
+        return self._blocking.pid
+
+    async def __aenter__(self) -> "AsyncProcessStream":
+        return self
+
+    async def __aexit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
+        self._blocking.__exit__(kind, error, traceback)
+
+    def __repr__(self) -> str:
+        return "<Async{}".format(repr(self._blocking)[1:])
 
 
 class AsyncMicroVMInstance:
@@ -239,6 +404,52 @@ class AsyncMicroVMInstance:
         """
         answer: CommandAnswer = await _result(self._operations.send_command, command, params, timeout)
         return answer
+
+    def stream(
+        self,
+        program: str,
+        args: Optional[Sequence[str]] = None,
+        env: Optional[Mapping[str, str]] = None,
+        cwd: Optional[str] = None,
+        stdin: Optional[_Bytes] = None,
+        pty: bool = False,
+        uid: Optional[int] = None,
+        timeout: Optional[float] = None,
+        rows: Optional[int] = None,
+        columns: Optional[int] = None,
+        on_output: Optional[Callable[[str, bytes], Any]] = None,
+    ) -> _Opening[AsyncProcessStream]:
+        """Starts a program in the guest and returns a handle to its input and output, by ``await`` or ``async with``.
+
+        Does not block the loop. Cancelling kills the program. ``MicroVMInstance.stream`` has the errors.
+
+        Args:
+            program: The path of the program in the guest, or a name that is looked up on its `PATH`.
+            args: Its arguments.
+            env: Environment variables, beside the usual ones and in their place (docs/guest.md).
+            cwd: Its working directory; `/` where left out.
+            stdin: Its whole input; where left out, ``AsyncProcessStream.write`` gives it.
+            pty: Whether it runs on a terminal (pty(7)); stderr comes with stdout then.
+            uid: The user that it runs as, 0 to 4294967294 (setuid(2)); 0, which is root, where left out.
+            timeout: Seconds that it may run, more than 0 and at most 86400; no limit where left out.
+            rows: The terminal's height in characters, 1 to 65535; 24 where left out.
+            columns: The terminal's width in characters, 1 to 65535; 80 where left out.
+            on_output: A function that ``AsyncProcessStream.wait`` calls on the loop's thread with `"stdout"` or
+                `"stderr"` and bytes.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return _Opening(self._stream(arguments, on_output))
+
+    async def _stream(
+        self, arguments: Dict[str, Any], on_output: Optional[Callable[[str, bytes], Any]]
+    ) -> AsyncProcessStream:
+        stream = AsyncProcessStream.__new__(AsyncProcessStream)
+        stream._blocking = await _result(
+            self._operations.stream, arguments, undo=lambda queue, blocking: blocking.kill()
+        )
+        stream._operations = _native.StreamOperations(stream._blocking)
+        stream._on_output = on_output
+        return stream
 
     async def get_health_metrics(self) -> VMHealthMetrics:
         """Measures the VM's health now: its process, its drives and its agent.
