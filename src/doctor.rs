@@ -3,19 +3,28 @@
 //! Architecture invariant: it asks what a start asks, by the same code, and decides nothing that a start would decide
 //! otherwise.
 
+use std::time::{Duration, Instant};
+
 use microvm_jail::{Layer, Seccomp};
 use serde_json::{json, Map, Value};
 
 use crate::error::{Error, Result};
 use crate::host::cgroup::{self, Controller};
+use crate::host::kvm::{self, Kvm};
+use crate::host::net::{self, Refusal};
 use crate::host::privileges::{self, Privileges};
-use crate::host::{kvm, net};
 use crate::image::GuestImage;
 use crate::manager::{self, CreateRequest, Manager};
-use crate::model::{Grade, IsolationType, ManagerConfig, SpecPatch};
+use crate::model::{Backend, Grade, IsolationType, ManagerConfig, NetworkConfig, ResourceLimits, SpecPatch};
+use crate::net::Problem;
 use crate::store;
-use crate::vm::{self, network, Settings, Tried};
+use crate::vm::{self, network, Facts, Settings, Tried};
 use crate::vmm::{self, Installed};
+
+/// What a VM that is started for the report has: enough to boot.
+const MEMORY_MB: u64 = 128;
+const DISK_MB: u64 = 64;
+const LAYOUT: &str = "address_layout";
 
 /// Something that is missing, and the way out.
 struct Finding {
@@ -33,30 +42,115 @@ impl Finding {
     }
 }
 
-/// Looks at backends, accelerators and privileges, and makes and removes all that a start makes before its VMM runs. Only
-/// the package's two folders stay, which a start would make, too. Blocking.
-#[must_use]
-pub fn report(image: &GuestImage) -> Value {
+/// What the host is like and what a start would say, as far as that shows without one.
+struct Look {
+    config: ManagerConfig,
+    settings: Settings,
+    kvm: Kvm,
+    privileges: Privileges,
+    backends: Vec<Installed>,
+    tried: Result<Tried>,
+    layers: Vec<(&'static str, Layer)>,
+    network: std::result::Result<Vec<Problem>, Refusal>,
+}
+
+/// A VM that was started, answered, and is gone again.
+struct Trial {
+    /// What was asked for; `None`: the host's best one.
+    backend: Option<Backend>,
+    is_connected: bool,
+    outcome: Result<Answered>,
+}
+
+struct Answered {
+    facts: Facts,
+    start: Duration,
+}
+
+/// Looks at backends, accelerators and privileges, and makes and removes all that a start makes before its VMM runs. With
+/// `starts` it starts a small VM on each backend that is there, too, the first one connected where that can be. Only the
+/// package's two folders stay, which a start would make, too.
+///
+/// # Errors
+/// [`Error::Host`].
+pub async fn report(image: GuestImage, starts: bool) -> Result<Value> {
+    let of_host = image.clone();
+    let looking = tokio::task::spawn_blocking(move || look(of_host));
+    let look = looking.await.map_err(|error| Error::host("look at", "this host", error))?;
+    let trials = if starts { start_all(&image, &look).await } else { Vec::new() };
+    Ok(judge(&image, &look, &trials))
+}
+
+fn look(image: GuestImage) -> Look {
     let config = ManagerConfig::default();
-    let settings = manager::settings(&config, image.clone());
+    let settings = manager::settings(&config, image);
     let (kvm, privileges, backends) = (kvm::probe(), privileges::probe(), vmm::probe(&settings.binaries));
-    let (cpu, flag) = kvm::cpu();
     let tried = try_a_start(&config, &settings);
     let layers = match &tried {
         Ok(tried) => tried.layers.clone(),
-        Err(_) => layers_of_the_host(image, &config),
+        Err(_) => layers_of_the_host(&settings.image, &config),
     };
     let network = network::ready(None, true, network::Age::Now);
-    let is_given =
-        |wanted: &str| layers.iter().any(|(name, layer)| *name == wanted && matches!(layer, Layer::Given(_)));
+    Look { config, settings, kvm, privileges, backends, tried, layers, network }
+}
 
+/// Creates the default VM and does what its start would, up to the VMM.
+fn try_a_start(config: &ManagerConfig, settings: &Settings) -> Result<Tried> {
+    let manager = Manager::new(config.clone(), settings.image.clone())?;
+    let (isolation_type, patch) = (IsolationType::BrowserTab, SpecPatch::default());
+    let vm = manager.create(CreateRequest { vm_id: None, isolation_type, patch })?;
+    vm::try_out(vm.id(), vm.spec(), settings)
+}
+
+/// A VM of the backend that a VM gets without asking for one, then one of each other.
+async fn start_all(image: &GuestImage, look: &Look) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    if look.network.is_ok() {
+        trials.push(start(image, &look.config, None, true).await);
+    }
+    if trials.iter().all(|trial| trial.outcome.is_err()) {
+        trials.push(start(image, &look.config, None, false).await);
+    }
+    let first = look.tried.as_ref().ok().map(|tried| tried.vmm.backend());
+    for found in look.backends.iter().filter(|found| found.grade.is_some() && Some(found.backend) != first) {
+        trials.push(start(image, &look.config, Some(found.backend), false).await);
+    }
+    trials
+}
+
+async fn start(image: &GuestImage, config: &ManagerConfig, backend: Option<Backend>, is_connected: bool) -> Trial {
+    let limits = ResourceLimits { memory_mb: MEMORY_MB, disk_size_mb: DISK_MB, ..ResourceLimits::default() };
+    let network = NetworkConfig { isolated_network: !is_connected, ..NetworkConfig::default() };
+    let patch = SpecPatch { backend, limits: Some(limits), network: Some(network), ..SpecPatch::default() };
+    // A template is more work than this one VM, and of no use to VMs of another size.
+    let config = ManagerConfig { templates: false, health_interval_s: None, ..config.clone() };
+    let outcome = async {
+        let manager = Manager::new(config, image.clone())?;
+        let vm = manager.create(CreateRequest { vm_id: None, isolation_type: IsolationType::BrowserTab, patch })?;
+        let begun = Instant::now();
+        let answered = async {
+            vm.start().await?;
+            let (facts, start) = (vm.facts(), begun.elapsed());
+            vm.command("ping", json!({}), None).await?;
+            Ok(Answered { facts, start })
+        };
+        let outcome = answered.await;
+        manager.stop().await;
+        outcome
+    };
+    Trial { backend, is_connected, outcome: outcome.await }
+}
+
+fn judge(image: &GuestImage, look: &Look, trials: &[Trial]) -> Value {
+    let Look { settings, kvm, privileges, backends, tried, network, .. } = look;
+    let (cpu, flag) = kvm::cpu();
     let (mut problems, mut hints) = (Vec::new(), Vec::new());
-    match &tried {
-        Ok(Tried { no_clone: Some(why), .. }) => {
-            problems.push(Finding::new("VMs boot instead of being cloned".into(), Some(why.clone())));
-        }
-        Ok(_) => {}
-        Err(error) => problems.push(Finding::new(format!("no VM starts: {error}"), None)),
+    let starts = starts(tried, trials);
+    for (what, error) in failures(tried, trials) {
+        problems.push(Finding::new(format!("{what}: {error}"), remedy_of(error)));
+    }
+    if let Ok(Tried { no_clone: Some(why), .. }) = tried {
+        problems.push(Finding::new("VMs boot instead of being cloned".into(), Some(why.clone())));
     }
     if !kvm.usable {
         problems.push(Finding::new(format!("no hardware virtualization: {}", kvm.reason), kvm.remedy.clone()));
@@ -64,24 +158,14 @@ pub fn report(image: &GuestImage) -> Value {
     for found in backends.iter().filter(|found| found.grade.is_none()) {
         let finding = Finding::new(format!("{}: {}", found.backend, found.reason), found.remedy.clone());
         // One backend is enough.
-        if tried.is_ok() { &mut hints } else { &mut problems }.push(finding);
+        if starts { &mut hints } else { &mut problems }.push(finding);
     }
-    let mut jail = Map::new();
-    for (name, layer) in &layers {
-        let (given, how) = match layer {
-            // Each VM has another one.
-            Layer::Given(_) if *name == "uid" && privileges.root => (true, "a uid of its own"),
-            Layer::Given(how) => (true, how.as_str()),
-            // Where v2 has no such controller, the jail's root does its work.
-            Layer::Missing(_) if *name == "cgroup_devices" && is_given("root") => continue,
-            Layer::Missing(why) => (false, why.as_str()),
-        };
-        if !given {
-            problems.push(Finding::new(format!("the jail lacks {name}: {how}"), remedy(name, &privileges)));
-        }
-        jail.insert((*name).to_owned(), json!({"given": given, "how": how}));
+    let jail = jail_of(look, trials);
+    for (name, layer) in jail.iter().filter(|(_, layer)| layer["given"] == false) {
+        let how = layer["how"].as_str().unwrap_or_default();
+        problems.push(Finding::new(format!("the jail lacks {name}: {how}"), remedy(name, privileges)));
     }
-    match &network {
+    match network {
         Err(refusal) => {
             let what = format!("VMs cannot be connected: {}", refusal.reason);
             problems.push(Finding::new(what, Some(refusal.remedy.clone())));
@@ -91,13 +175,13 @@ pub fn report(image: &GuestImage) -> Value {
             Finding::new(what, Some(one.remedy.clone()))
         })),
     }
-    let listed: Vec<Value> = backends.iter().map(|found| backend_json(found, &settings)).collect();
+    let listed: Vec<Value> = backends.iter().map(|found| backend_json(found, settings)).collect();
     json!({
-        "verdict": verdict(&tried, network.is_ok()),
+        "verdict": verdict(look, trials, &jail),
         "platform": {"arch": std::env::consts::ARCH, "cpu": cpu, "virtualization_flag": flag},
         "privileges": {
             "root": privileges.root,
-            "user_namespaces": is_given("namespaces"),
+            "user_namespaces": jail.get("namespaces").is_some_and(|layer| layer["given"] == true),
             "net_admin": privileges.net_admin,
             "cgroup": privileges.cgroup,
         },
@@ -110,6 +194,7 @@ pub fn report(image: &GuestImage) -> Value {
         "jail": jail,
         "kvm": {"device": kvm.device, "usable": kvm.usable, "reason": kvm.reason, "remedy": kvm.remedy},
         "backends": listed,
+        "starts": trials.iter().map(Trial::json).collect::<Vec<_>>(),
         "guest_image": {
             "kernel": image.kernel,
             "initramfs": image.initramfs,
@@ -117,35 +202,133 @@ pub fn report(image: &GuestImage) -> Value {
             "complete": image.check().is_ok(),
         },
         "runtime_dir": store::default_runtime(),
+        "cache_dir": settings.folders.cache.path(),
         "problems": problems.iter().map(Finding::json).collect::<Vec<_>>(),
         "hints": hints.iter().map(Finding::json).collect::<Vec<_>>(),
     })
 }
 
-/// Creates the default VM and does what its start would, up to the VMM.
-fn try_a_start(config: &ManagerConfig, settings: &Settings) -> Result<Tried> {
-    let manager = Manager::new(config.clone(), settings.image.clone())?;
-    let (isolation_type, patch) = (IsolationType::BrowserTab, SpecPatch::default());
-    let vm = manager.create(CreateRequest { vm_id: None, isolation_type, patch })?;
-    vm::try_out(vm.id(), vm.spec(), settings)
+/// The layers of the jail: those that a VM got, where one was started.
+fn jail_of(look: &Look, trials: &[Trial]) -> Map<String, Value> {
+    let got = trials.iter().find_map(|trial| trial.outcome.as_ref().ok()?.facts.jail.as_ref()?.as_object());
+    let mut jail: Map<String, Value> = match got {
+        // Beside the layers there is the mode; and where the VMM's memory lies is the manager's choice, not the host's.
+        Some(got) => got.clone().into_iter().filter(|(name, layer)| name != LAYOUT && layer.is_object()).collect(),
+        None => look.layers.iter().map(|(name, layer)| ((*name).to_owned(), layer_json(layer))).collect(),
+    };
+    let is_given = |jail: &Map<String, Value>, name: &str| jail.get(name).is_some_and(|layer| layer["given"] == true);
+    // Each VM has another one.
+    if look.privileges.root && is_given(&jail, "uid") {
+        jail.insert("uid".into(), layer_json(&Layer::Given("a uid of its own".into())));
+    }
+    // Where v2 has no such controller, the jail's root does its work.
+    if is_given(&jail, "root") && !is_given(&jail, "cgroup_devices") {
+        jail.remove("cgroup_devices");
+    }
+    jail
 }
 
-fn verdict(tried: &Result<Tried>, connected: bool) -> Value {
-    let (starts, text) = match tried {
-        Ok(tried) => {
-            let networks = if connected { "isolated and connected" } else { "isolated only" };
-            (true, format!("VMs start here: yes ({}; {networks})", tried.vmm.grade()))
+fn layer_json(layer: &Layer) -> Value {
+    match layer {
+        Layer::Given(how) => json!({"given": true, "how": how}),
+        Layer::Missing(why) => json!({"given": false, "how": why}),
+    }
+}
+
+/// Whether VMs start: measured where it was tried.
+fn starts(tried: &Result<Tried>, trials: &[Trial]) -> bool {
+    match trials {
+        [] => tried.is_ok(),
+        some => some.iter().any(|trial| trial.outcome.is_ok()),
+    }
+}
+
+/// What did not start, with the error.
+fn failures<'a>(tried: &'a Result<Tried>, trials: &'a [Trial]) -> Vec<(String, &'a Error)> {
+    let is_dead = !starts(tried, trials);
+    let of_trials = trials.iter().filter_map(|trial| {
+        let error = trial.outcome.as_ref().err()?;
+        let what = match (trial.backend, trial.is_connected) {
+            (Some(backend), _) => format!("no VM of {backend} starts"),
+            (None, true) => "no connected VM starts".into(),
+            (None, false) if is_dead => "no VM starts".into(),
+            (None, false) => "no VM starts without naming its backend".into(),
+        };
+        Some((what, error))
+    });
+    let mut failures: Vec<_> = of_trials.collect();
+    match tried {
+        Err(error) if trials.is_empty() => failures.push(("no VM starts".into(), error)),
+        Err(error) if !is_dead => failures.push(("no VM of the default size starts".into(), error)),
+        _ => {}
+    }
+    failures
+}
+
+fn remedy_of(error: &Error) -> Option<String> {
+    let remedy = error.details()["remedy"].as_str().map(str::to_owned);
+    // Some messages end with it.
+    remedy.filter(|remedy| !error.to_string().contains(remedy))
+}
+
+fn verdict(look: &Look, trials: &[Trial], jail: &Map<String, Value>) -> Value {
+    let answered = trials.iter().find_map(|trial| Some((trial, trial.outcome.as_ref().ok()?)));
+    let tried = look.tried.as_ref();
+    let failed = failures(&look.tried, trials);
+    let (backend, reason, text) = match (answered, tried) {
+        (Some((trial, Answered { facts, start })), _) => {
+            let backend = facts.backend.map(Backend::as_str);
+            let accelerator = facts.accelerator.unwrap_or("?");
+            let how = how(backend, accelerator, facts.grade, jail, trial.is_connected);
+            (backend, facts.backend_reason.as_deref(), format!("yes, in {:.1} s ({how})", start.as_secs_f64()))
         }
-        Err(_) => (false, "VMs start here: no".to_owned()),
+        (None, Ok(tried)) if trials.is_empty() => {
+            let (backend, grade) = (Some(tried.vmm.backend().as_str()), Some(tried.vmm.grade()));
+            let how = how(backend, tried.vmm.accelerator(), grade, jail, look.network.is_ok());
+            (backend, Some(tried.chosen.as_str()), format!("yes ({how}); no start was tried"))
+        }
+        _ => (None, None, "no".to_owned()),
     };
-    let chosen = tried.as_ref().ok().map(|tried| (tried.vmm.backend().as_str(), &tried.chosen));
     json!({
-        "starts": starts,
-        "text": text,
-        "backend": chosen.map(|(backend, _)| backend),
-        "backend_reason": chosen.map(|(_, reason)| reason),
-        "error": tried.as_ref().err().map(Error::code),
+        "starts": backend.is_some(),
+        "text": format!("VMs start here: {text}"),
+        "backend": backend,
+        "backend_reason": reason,
+        "error": failed.last().filter(|_| backend.is_none()).map(|(_, error)| error.code()),
     })
+}
+
+/// How a VM runs, in a few words.
+fn how(
+    backend: Option<&str>,
+    accelerator: &str,
+    grade: Option<Grade>,
+    jail: &Map<String, Value>,
+    is_connected: bool,
+) -> String {
+    let lacks: Vec<&str> =
+        jail.iter().filter(|(_, layer)| layer["given"] == false).map(|(name, _)| name.as_str()).collect();
+    let jail = if lacks.is_empty() { "jail complete".into() } else { format!("jail without {}", lacks.join(", ")) };
+    let networks = if is_connected { "isolated and connected" } else { "isolated only" };
+    let (backend, grade) = (backend.unwrap_or("?"), grade.map_or("?", Grade::as_str));
+    format!("{backend} on {accelerator}: {grade}; {jail}; {networks}")
+}
+
+impl Trial {
+    fn json(&self) -> Value {
+        let answered = self.outcome.as_ref().ok();
+        let facts = answered.map(|answered| &answered.facts);
+        let backend = facts.and_then(|facts| facts.backend).or(self.backend);
+        json!({
+            "backend": backend.map(Backend::as_str),
+            "accelerator": facts.and_then(|facts| facts.accelerator),
+            "isolation_grade": facts.and_then(|facts| facts.grade).map(Grade::as_str),
+            "connected": self.is_connected,
+            "seconds": answered.map(|answered| answered.start.as_secs_f64()),
+            "jail": facts.and_then(|facts| facts.jail.as_ref()),
+            "error": self.outcome.as_ref().err().map(Error::to_string),
+        })
+    }
 }
 
 fn backend_json(found: &Installed, settings: &Settings) -> Value {

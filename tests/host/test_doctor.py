@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -9,9 +10,9 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict
 
-from thirstys_waterfall.security.microvm_isolation import doctor
+from thirstys_waterfall.security.microvm_isolation import DoctorReport, doctor
 
-from ..support import DATA, IMPORT, VMTestCase, find_tool
+from ..support import DATA, IMPORT, VMTestCase, find_tool, misfits
 
 CODE = """
 import json
@@ -46,6 +47,7 @@ manager.stop()
 told["left"] = names(leases) + names(runtime)
 print(json.dumps(told))
 """.format(IMPORT)
+HOW = r"^VMs start here: yes{} \(\S+ on (kvm|tcg): (hardware|emulated); jail (complete|without [\w, ]+); isolated (and connected|only)\)"
 CACHE = "/var/cache/tw-microvm"
 OURS = "mkdir -p {0} && mount -t tmpfs -o mode=700 tmpfs {0}".format(CACHE)
 
@@ -165,19 +167,59 @@ class Agreement(VMTestCase):
         self.assertEqual(report["privileges"]["user_namespaces"], report["jail"]["namespaces"]["given"])
 
     def test_verdict_is_the_first_line_and_names_backend_and_reason(self) -> None:
-        verdict, info = doctor()["verdict"], self.running(backend=None).get_info()
-        self.assertRegex(verdict["text"], r"^VMs start here: yes \((hardware|emulated); isolated (and connected|only)\)$")
-        command = [sys.executable, "-m", IMPORT, "doctor"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)
-        self.assertEqual((done.returncode, done.stdout.splitlines()[0]), (0, verdict["text"]))
+        verdict = doctor()["verdict"]
+        self.assertRegex(verdict["text"], HOW.format("") + r"; no start was tried$")
+        done = self.microvm("--quick")
+        self.assertEqual((done.returncode, done.stdout.splitlines()[0], done.stderr), (0, verdict["text"], ""))
         self.assertIn(verdict["backend_reason"], done.stdout)
-        self.assertEqual(info["backend_reason"], "it was asked for")
+
+    def test_verdict_is_measured_by_a_start_and_what_to_do_comes_before_what_was_found(self) -> None:
+        done = self.microvm()
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        first, second, _, third = done.stdout.splitlines()[:4]
+        self.assertRegex(first, HOW.format(r", in \d+\.\d s") + "$")
+        self.assertRegex(second, r"^  with {}: ".format(first.split("(")[1].split()[0]))
+        self.assertIn(third, ("Problems", "No problems found."))
+        self.assertRegex(done.stdout, r"\nStarted\n  \S+ (isolated|connected) VM: answered after \d+\.\d s ")
+
+    def test_measured_report_has_the_jail_that_the_vm_got(self) -> None:
+        report = doctor(start=True)
+        self.assertEqual(misfits(report, DoctorReport, "report"), [])
+        start = next(each for each in report["starts"] if each["error"] is None)
+        self.assertGreater(start["seconds"], 0.0)
+        told = {"{} on {}: {}".format(start["backend"], start["accelerator"], start["isolation_grade"])}
+        self.assertEqual({report["verdict"]["text"].split("(")[1].split(";")[0]}, told)
+        for name, layer in report["jail"].items():
+            with self.subTest(name):
+                self.assertEqual(layer["given"], start["jail"][name]["given"])
+        self.assertLessEqual(set(doctor()["jail"]), set(report["jail"]))
+
+    def test_vmm_that_ends_at_once_shows_in_a_start_alone(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            # It answers --version, and prints its arguments when it is to run a VM.
+            shutil.copy("/bin/echo", folder + "/qemu-system-x86_64")
+            os.chmod(folder, 0o755)
+            env = dict(os.environ, PATH=folder + ":" + os.environ["PATH"])
+            quick, real, told = self.microvm("--quick", env=env), self.microvm(env=env), self.microvm("--json", env=env)
+        self.assertEqual((quick.returncode, real.returncode, told.returncode), (0, 1, 1))
+        self.assertEqual(real.stdout.splitlines()[0], "VMs start here: no")
+        report = json.loads(told.stdout)
+        self.assertEqual(report["verdict"]["error"], "start_failed")
+        self.assertIn("no VM starts: ", report["problems"][0]["what"])
+        self.assertIn(report["starts"][0]["error"], report["problems"][0]["what"])
 
     def test_doctor_leaves_nothing(self) -> None:
-        base = Path(doctor()["runtime_dir"])
-        before = sorted(path.name for path in base.iterdir())
-        doctor()
-        self.assertEqual(sorted(path.name for path in base.iterdir()), before)
+        report = doctor(start=True)
+        bases = [Path(report[name]) for name in ("runtime_dir", "cache_dir")]
+        # Of VMs; locks and marks stay where they are.
+        content = lambda: sorted(path for base in bases for path in base.rglob("*") if "templates" not in path.parts)
+        before = content()
+        doctor(start=True)
+        self.assertEqual(content(), before)
+
+    def microvm(self, *options: str, **kwargs: Any) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", IMPORT, "doctor", *options]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, **kwargs)
 
     def test_each_backend_tells_what_it_lacks(self) -> None:
         for backend in doctor()["backends"]:

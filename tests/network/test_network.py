@@ -433,6 +433,11 @@ class Examples(NetworkTestCase):
     def test_doctor_says_whether_vms_can_be_connected(self) -> None:
         self.assertEqual(doctor()["network"]["uplinks"], [UPLINK])
         self.assertTrue(doctor()["network"]["connected_vms"])
+        before = taps()
+        report = doctor(start=True)
+        self.assertEqual([(start["connected"], start["error"]) for start in report["starts"]][:1], [(True, None)])
+        self.assertIn("isolated and connected", report["verdict"]["text"])
+        self.assertEqual(taps(), before)
         self.lab.forwarding(False)
         self.addCleanup(self.lab.forwarding, True)
         report = doctor()

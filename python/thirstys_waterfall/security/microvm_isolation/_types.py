@@ -704,8 +704,8 @@ class HostVerdict(TypedDict):
     """Whether VMs start on the host.
 
     Keys:
-        starts: Whether they do.
-        text: The same, as a sentence.
+        starts: Whether they do, measured with ``start``.
+        text: The same and how, as a sentence.
         backend: The VMM that a VM gets without asking for one.
         backend_reason: Why it is that one.
         error: The code of the error that a start fails with.
@@ -808,6 +808,28 @@ class HostBackend(TypedDict):
     lacks_layers: Optional[Dict[str, str]]
 
 
+class HostStart(TypedDict):
+    """A VM that ``doctor(start=True)`` started.
+
+    Keys:
+        backend: A value of ``VMBackend``; ``None`` when the start failed before one was chosen.
+        accelerator: ``kvm`` or ``tcg``; ``None`` when it failed.
+        isolation_grade: ``hardware`` or ``emulated``; ``None`` when it failed.
+        connected: Whether the VM was to be connected to the network.
+        seconds: Seconds until it ran; ``None`` when it failed.
+        jail: The layers of the jail that it got, and its ``mode``; ``None`` when it failed.
+        error: Why it did not start or did not answer.
+    """
+
+    backend: Optional[str]
+    accelerator: Optional[str]
+    isolation_grade: Optional[str]
+    connected: bool
+    seconds: Optional[float]
+    jail: Optional[Dict[str, Any]]
+    error: Optional[str]
+
+
 class HostImage(TypedDict):
     """The files of the package that a VM is made of.
 
@@ -835,8 +857,10 @@ class DoctorReport(TypedDict):
         jail: The layers of the jail.
         kvm: Hardware virtualization.
         backends: The VMMs.
+        starts: The VMs that were started, the one of the best backend first; empty without ``start``.
         guest_image: The files of the package.
         runtime_dir: Where sockets and locks of running VMs live.
+        cache_dir: Where disks and templates live.
         problems: What keeps VMs from starting, or from full isolation.
         hints: What is not needed, but possible.
     """
@@ -848,7 +872,9 @@ class DoctorReport(TypedDict):
     jail: Dict[str, JailLayer]
     kvm: HostKvm
     backends: List[HostBackend]
+    starts: List[HostStart]
     guest_image: HostImage
     runtime_dir: str
+    cache_dir: str
     problems: List[Finding]
     hints: List[Finding]

@@ -2,18 +2,22 @@
 
 import argparse
 import json
+import logging
 from typing import Any, List, Mapping
 
 from .. import _native
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--quick", action="store_true", help="start no VM: the verdict is what shows without")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON: what doctor(start=True) returns")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the report; 0 when a VM can start here, 1 when not."""
-    report = _native.doctor()
+    # The report says the same, with the remedy.
+    logging.disable(logging.WARNING)
+    report = _native.doctor(start=not options.quick)
     if options.json:
         print(json.dumps(report, indent=2, sort_keys=True))
     else:
@@ -22,12 +26,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def render(report: Mapping[str, Any]) -> List[str]:
-    """The report as lines of text."""
+    """The report as lines of text: the verdict, what to do, and what was found out."""
     verdict = report["verdict"]
     lines = [verdict["text"]]
     if verdict["backend"]:
         lines.append("  with {}: {}".format(verdict["backend"], verdict["backend_reason"]))
     lines.append("")
+    lines += _findings("Problems", report.get("problems", [])) or ["No problems found."]
+    hints = _findings("Not needed, but possible", report.get("hints", []))
+    lines += ([""] + hints if hints else []) + [""]
+    if report.get("starts"):
+        lines += ["Started"] + [_start(start) for start in report["starts"]] + [""]
     for title, key in (("Platform", "platform"), ("Privileges", "privileges")):
         lines += [title] + _facts(report.get(key, {})) + [""]
     kvm = report.get("kvm", {})
@@ -42,10 +51,16 @@ def render(report: Mapping[str, Any]) -> List[str]:
         head = "given" if layer.get("given") else "MISSING"
         lines.append("  {}: {}: {}".format(name.replace("_", " "), head, layer.get("how")))
     lines += ["", "Guest image"] + _facts(report.get("guest_image", {}))
-    lines += ["", "Runtime directory", "  {}".format(report.get("runtime_dir")), ""]
-    lines += _findings("Problems", report.get("problems", [])) or ["No problems found."]
-    hints = _findings("Not needed, but possible", report.get("hints", []))
-    return lines + ([""] + hints if hints else [])
+    lines += ["", "Folders"] + _facts({name: report.get(name) for name in ("runtime_dir", "cache_dir")})
+    return lines
+
+
+def _start(start: Mapping[str, Any]) -> str:
+    kind = "connected VM" if start["connected"] else "isolated VM"
+    if start["error"]:
+        return "  {} {}: failed: {}".format(start["backend"] or "the best backend", kind, start["error"])
+    how = "{}, {}".format(start["accelerator"], start["isolation_grade"])
+    return "  {} {}: answered after {:.1f} s ({})".format(start["backend"], kind, start["seconds"], how)
 
 
 def _findings(title: str, findings: List[Mapping[str, Any]]) -> List[str]:
