@@ -43,6 +43,11 @@ pub enum Error {
     VmIdTaken { vm_id: VmId, owner: String },
     #[error("there is no VM {vm_id:?}; list_vms() names those there are")]
     VmNotFound { vm_id: String },
+    #[error("there is no VM {vm_id:?} that runs at {socket:?}: {reason}; `microvm ps` names those of this user", socket = socket.display())]
+    NothingToAttach { vm_id: VmId, socket: PathBuf, reason: String },
+    /// What the process that has the VM answered: an error with the code, message and details that it has there.
+    #[error("{message}")]
+    Owner { code: &'static str, message: String, details: Value },
     #[error("there is no template {name:?}; list_templates() names those there are")]
     TemplateNotFound { name: String },
     #[error("template {name:?} {reason}; choose another name or delete_template() it")]
@@ -130,7 +135,8 @@ impl Error {
             Error::InvalidValue { .. } => "invalid_value",
             Error::QuotaExceeded { .. } => "quota_exceeded",
             Error::VmIdTaken { .. } => "vm_id_taken",
-            Error::VmNotFound { .. } => "vm_not_found",
+            Error::VmNotFound { .. } | Error::NothingToAttach { .. } => "vm_not_found",
+            Error::Owner { code, .. } => code,
             Error::TemplateNotFound { .. } => "template_not_found",
             Error::TemplateTaken { .. } => "template_taken",
             Error::StateMismatch { .. } => "state_mismatch",
@@ -201,8 +207,46 @@ impl Error {
             Error::MessageTooLarge { .. } | Error::UntrustedSocket { .. } => json!({"sent": false}),
             Error::ForeignSocket { uid, .. } => json!({"uid": uid, "sent": false}),
             Error::InvalidState { operation, state, .. } => json!({"operation": operation, "state": state.as_str()}),
+            Error::Owner { details, .. } => details.clone(),
             _ => json!({}),
         }
+    }
+
+    /// An error as another process of this user has it; a code that this version does not know is a `host_error`.
+    pub(crate) fn of_owner(code: &str, message: String, details: Value) -> Self {
+        const CODES: [&str; 29] = [
+            "invalid_type",
+            "invalid_value",
+            "quota_exceeded",
+            "vm_id_taken",
+            "vm_not_found",
+            "template_not_found",
+            "template_taken",
+            "state_mismatch",
+            "state_damaged",
+            "invalid_state",
+            "backend_unavailable",
+            "not_supported",
+            "isolation_unavailable",
+            "limit_too_low",
+            "network_unavailable",
+            "image_unreadable",
+            "image_invalid",
+            "start_failed",
+            "start_timeout",
+            "vm_died",
+            "channel_closed",
+            "channel_timeout",
+            "handshake_failed",
+            "message_too_large",
+            "vmm_error",
+            "folder_refused",
+            "cancelled",
+            "busy",
+            "reserved_action",
+        ];
+        let code = CODES.into_iter().find(|known| *known == code).unwrap_or("host_error");
+        Error::Owner { code, message, details }
     }
 
     /// The same, of another VM: one of the pool is known by its first name to what was made for it.

@@ -7,15 +7,16 @@ use microvm_protocol::handshake::{HostHandshake, HostStep};
 use microvm_protocol::identity::Credentials;
 use microvm_protocol::message::{is_modest, refuse_internal, Outcome, Request, Response, MAX_MESSAGE};
 use microvm_protocol::record::Decoder;
-use microvm_protocol::session::Session;
+use microvm_protocol::session::{Role, Session};
 use microvm_protocol::ProtocolError;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, OwnedSemaphorePermit};
 
-use super::link::{Link, ReplyTo};
+use super::link::{Link, Peer, ReplyTo};
 use super::mailbox::Mailbox;
+use super::operation::{Operation, OwnerAnswer};
 use super::stream::Stream;
 use crate::error::{Error, Result};
 use crate::host::clock;
@@ -34,7 +35,7 @@ pub struct Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        self.link.close("the VM was stopped");
+        self.close();
     }
 }
 
@@ -93,7 +94,47 @@ impl Agent {
             }
             Err(error) => return Err(refused(&vm_id, format!("ACCEPT: {error}"))),
         }
-        Ok(Self { link: Link::start(vm_id, stream, session, decoder) })
+        Ok(Self { link: Link::start(vm_id, Peer::Guest, stream, session, decoder) })
+    }
+
+    /// Talks to the guest of a VM of another process, through a broker that has agreed to it. `decoder` may hold its first
+    /// records.
+    pub(super) fn attached(vm_id: VmId, stream: UnixStream, decoder: Decoder) -> Self {
+        Self { link: Link::start(vm_id, Peer::Owner, stream, Session::unsealed(Role::Host), decoder) }
+    }
+
+    /// Has the VM's owner do something, where this is an attached agent.
+    ///
+    /// # Errors
+    /// The owner's own, and [`Agent::request`]'s.
+    pub async fn operate(&self, operation: &Operation, deadline: Duration) -> Result<Value> {
+        let what = operation.name();
+        let body = serde_json::to_vec(operation).map_err(|error| Error::host("encode", what, error))?;
+        let until = tokio::time::Instant::now() + deadline;
+        let place = tokio::time::timeout_at(until, self.link.place()).await;
+        let place = place.map_err(|_| self.timeout(what, deadline, false))??;
+        match self.call(what, body, place, (deadline, until), true).await? {
+            Answer::Ok { result } => Ok(result),
+            Answer::Error { error } => Err(Error::Guest {
+                vm_id: self.link.vm_id.to_string(),
+                what: what.to_owned(),
+                code: error.code.as_str(),
+                message: error.message,
+            }),
+        }
+    }
+
+    /// Ends the session and all that is under way in it.
+    pub fn close(&self) {
+        self.link.close(match self.link.peer {
+            Peer::Guest => "the VM was stopped",
+            Peer::Owner => "the handle was closed",
+        });
+    }
+
+    /// Returns when the session has ended.
+    pub async fn closed(&self) {
+        self.link.ended().await;
     }
 
     /// Records that came from the agent so far.
@@ -180,7 +221,7 @@ impl Agent {
             Err(_) => return Err(self.timeout(action, deadline, asking.cancel())),
         };
         asking.armed = false;
-        decode(&self.link.vm_id, &body)
+        decode(&self.link, &body)
     }
 
     fn timeout(&self, action: &str, deadline: Duration, sent: bool) -> Error {
@@ -239,9 +280,10 @@ pub fn patience(params: &Value, at_least: Duration) -> Duration {
 /// Times the size of an answer that reading it takes at once: its text, and that as Python's.
 const READ_COSTS: usize = 3;
 
-/// A response of the guest, which may hold anything; an empty one stands for one that there was no memory for.
-pub fn decode(vm_id: &VmId, body: &[u8]) -> Result<Answer> {
-    let unreadable = |reason: String| Error::ChannelClosed { vm_id: vm_id.to_string(), reason, sent: true };
+/// A response of the guest, which may hold anything; an empty one stands for one that there was no memory for. Where the VM's
+/// owner answers, its own errors are told from the guest's.
+pub fn decode(link: &Link, body: &[u8]) -> Result<Answer> {
+    let unreadable = |reason: String| Error::ChannelClosed { vm_id: link.vm_id.to_string(), reason, sent: true };
     // What is read takes about as much again; a Vec or String that grows by itself ends the process when there is none.
     let no_memory = Vec::<u8>::new().try_reserve_exact(READ_COSTS * body.len()).is_err();
     if body.is_empty() || no_memory {
@@ -250,7 +292,11 @@ pub fn decode(vm_id: &VmId, body: &[u8]) -> Result<Answer> {
     if !is_modest(body) {
         return Err(unreadable("the answer holds too many values to be read".into()));
     }
-    serde_json::from_slice(body).map_err(|error| unreadable(format!("the answer is not one: {error}")))
+    let invalid = |error| unreadable(format!("the answer is not one: {error}"));
+    match link.peer {
+        Peer::Guest => serde_json::from_slice(body).map_err(invalid),
+        Peer::Owner => serde_json::from_slice::<OwnerAnswer>(body).map_err(invalid)?.into(),
+    }
 }
 
 fn refused(vm_id: &VmId, reason: String) -> Error {

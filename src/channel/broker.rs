@@ -14,7 +14,10 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::agent::{patience, Agent};
+use super::attach::VERSION;
+use super::attached::{self, Services};
 use super::framing::{self, FramingError, Reader, MAX_DOCUMENT};
+use super::operation::Owner;
 use crate::error::{Error, Result};
 use crate::model::VmId;
 use crate::mutex::Mutex;
@@ -30,9 +33,9 @@ const SLOWEST_BYTES_PER_S: usize = 256 * 1024;
 const LOOK: Duration = Duration::from_millis(500);
 
 /// Serves until dropped; its clients then read end-of-file.
-#[derive(Debug)]
 pub struct Broker {
     task: AbortHandle,
+    services: Arc<Services>,
 }
 
 impl Drop for Broker {
@@ -51,8 +54,14 @@ impl Broker {
         let listener = UnixListener::bind(socket).map_err(failed)?;
         // Whatever the umask left of it. The folder is this user's alone: the name is the socket's.
         std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-        let task = tokio::spawn(accept(vm_id, socket.to_owned(), listener, agent, deadline)).abort_handle();
-        Ok(Self { task })
+        let services = Arc::new(Services::new(vm_id, agent, deadline));
+        let task = tokio::spawn(accept(socket.to_owned(), listener, services.clone())).abort_handle();
+        Ok(Self { task, services })
+    }
+
+    /// Names who does what attached clients ask of the VM's owner; until then they wait.
+    pub fn set_owner(&self, owner: Arc<dyn Owner>) {
+        self.services.set_owner(owner);
     }
 }
 
@@ -67,7 +76,7 @@ struct Activity {
 }
 
 #[derive(Debug, Clone)]
-struct Place(Arc<Mutex<Activity>>);
+pub(super) struct Place(Arc<Mutex<Activity>>);
 
 impl Place {
     fn new() -> Self {
@@ -78,11 +87,11 @@ impl Place {
         self.0.lock().since = Instant::now();
     }
 
-    fn asked(&self) {
+    pub fn asked(&self) {
         *self.0.lock() = Activity { has_asked: true, is_answered: true, since: Instant::now() };
     }
 
-    fn answered(&self) {
+    pub fn answered(&self) {
         *self.0.lock() = Activity { has_asked: true, is_answered: false, since: Instant::now() };
     }
 
@@ -133,7 +142,8 @@ impl Clients {
     }
 }
 
-async fn accept(vm_id: VmId, socket: PathBuf, listener: UnixListener, agent: Arc<Agent>, deadline: Duration) {
+async fn accept(socket: PathBuf, listener: UnixListener, services: Arc<Services>) {
+    let vm_id = &services.vm_id;
     // Aborting this task drops them all.
     let mut clients = Clients::default();
     let uid = nix::unistd::geteuid().as_raw();
@@ -141,9 +151,9 @@ async fn accept(vm_id: VmId, socket: PathBuf, listener: UnixListener, agent: Arc
         match listener.accept().await {
             Ok((stream, _)) => match stream.peer_cred() {
                 Ok(peer) if peer.uid() == uid || peer.uid() == 0 => {
-                    clients.make_room(&vm_id).await;
+                    clients.make_room(vm_id).await;
                     let place = Place::new();
-                    clients.add(place.clone(), serve(vm_id.clone(), stream, agent.clone(), deadline, place));
+                    clients.add(place.clone(), serve(services.clone(), stream, place));
                 }
                 Ok(peer) => log::warn!("{vm_id}: a client with uid {} was refused", peer.uid()),
                 Err(error) => log::warn!("{vm_id}: a client without credentials was refused: {error}"),
@@ -158,29 +168,39 @@ async fn accept(vm_id: VmId, socket: PathBuf, listener: UnixListener, agent: Arc
 }
 
 /// How long a client may take over so many bytes. One that stalls is cut off: what is held for it is given back.
-fn patience_for(bytes: usize) -> Duration {
+pub(super) fn patience_for(bytes: usize) -> Duration {
     STALL + Duration::from_secs((bytes / SLOWEST_BYTES_PER_S) as u64)
 }
 
-async fn serve(vm_id: VmId, mut stream: UnixStream, agent: Arc<Agent>, deadline: Duration, place: Place) {
-    if let Err(reason) = converse(&vm_id, &mut stream, &agent, deadline, &place).await {
-        log::debug!("{vm_id}: a client went away: {reason}");
-    }
+/// How a conversation of the 4-byte framing ended.
+enum End {
+    HungUp,
+    /// It goes on by the richer protocol; this came after the wish to.
+    Attached(Vec<u8>),
+}
+
+async fn serve(services: Arc<Services>, mut stream: UnixStream, place: Place) {
+    let ended = match converse(&services, &mut stream, &place).await {
+        Ok(End::HungUp) => return,
+        Ok(End::Attached(rest)) => attached::serve(services.clone(), stream, &rest, &place).await,
+        Err(reason) => reason,
+    };
+    log::debug!("{}: a client went away: {ended}", services.vm_id);
+}
+
+/// Whether a client asks for the richer protocol: by the first of its messages, or never.
+fn attaches(message: &Value) -> Option<bool> {
+    (message["type"] == "attach").then(|| message["version"] == VERSION)
 }
 
 /// One question after the other, so that the answers come in their order. Meanwhile up to one document's worth of further
 /// questions is read, so that a client may ask ahead without reading.
-async fn converse(
-    vm_id: &VmId,
-    stream: &mut UnixStream,
-    agent: &Agent,
-    deadline: Duration,
-    place: &Place,
-) -> std::result::Result<(), String> {
+async fn converse(services: &Services, stream: &mut UnixStream, place: &Place) -> std::result::Result<End, String> {
+    let Services { vm_id, agent, deadline, .. } = services;
     let text = |error: std::io::Error| error.to_string();
     let (mut reading, mut writing) = stream.split();
     let mut reader = Reader::default();
-    loop {
+    for number in 0u64.. {
         if reader.is_empty() {
             // A client may be silent for as long as nobody wants its place, only not in the middle of a message.
             reading.readable().await.map_err(text)?;
@@ -189,12 +209,19 @@ async fn converse(
         let message = tokio::time::timeout(patience_for(MAX_DOCUMENT), reader.next(&mut reading)).await;
         let message = message.map_err(|_| "it stalled in the middle of a message".to_owned())?;
         place.asked();
+        let first = (number == 0).then_some(&message).and_then(|message| message.as_ref().ok()?.as_ref());
+        let wish = first.and_then(attaches);
         let (answer, last) = match message {
+            Ok(Some(_)) if wish == Some(true) => (json!({"type": "attached", "version": VERSION}), false),
+            Ok(Some(_)) if wish == Some(false) => {
+                let reason = format!("this process attaches clients of version {VERSION} alone");
+                (refusal("not_supported", &reason), false)
+            }
             Ok(Some(message)) => {
                 let answered = async {
                     tokio::select! {
                         biased;
-                        answer = answer(vm_id, agent, message, deadline) => Some(answer),
+                        answer = answer(vm_id, agent, message, *deadline) => Some(answer),
                         // Dropping the question cancels it in the guest.
                         () = hung_up(&writing) => None,
                     }
@@ -202,7 +229,7 @@ async fn converse(
                 let answer = while_reading(&mut reader, &mut reading, answered).await;
                 (answer.ok_or("it hung up before its answer")?, false)
             }
-            Ok(None) => return Ok(()),
+            Ok(None) => return Ok(End::HungUp),
             Err(error @ FramingError::NotJson(_)) => (refusal("bad_message", &error.to_string()), false),
             Err(error @ FramingError::TooLong(_)) => (refusal("message_too_large", &error.to_string()), true),
             Err(FramingError::Io(error)) => return Err(error.to_string()),
@@ -215,10 +242,14 @@ async fn converse(
         let written = while_reading(&mut reader, &mut reading, written).await;
         written.map_err(|_| "it does not read its answers".to_owned())?.map_err(text)?;
         if last {
-            return Ok(());
+            return Ok(End::HungUp);
         }
         place.answered();
+        if wish == Some(true) {
+            return Ok(End::Attached(reader.into_rest()));
+        }
     }
+    Ok(End::HungUp)
 }
 
 /// Does `work` and reads ahead meanwhile.

@@ -30,6 +30,31 @@ fn is_trusted(owner: u32, own: u32) -> bool {
     owner == own || owner == 0
 }
 
+/// Connects to a broker of this user's or root's; the inner error is that nobody listens.
+///
+/// # Errors
+/// [`Error::ForeignSocket`], [`Error::UntrustedSocket`].
+pub(super) async fn connect(vm_id: &VmId, socket: &Path) -> Result<io::Result<UnixStream>> {
+    // Another user could lead the path, by a link in a folder of theirs, to the broker of another VM of this user.
+    let found = store::to_socket(socket).map_err(|Refusal { reason, remedy }| {
+        let (vm_id, socket) = (vm_id.to_string(), socket.to_owned());
+        Error::UntrustedSocket { vm_id, socket, reason, remedy }
+    })?;
+    let Some(found) = found else { return Ok(Err(io::Error::from_raw_os_error(libc::ENOENT))) };
+    // What was checked, whatever its path leads to by now (proc_pid_fd(5)).
+    let connected = UnixStream::connect(format!("/proc/self/fd/{}", found.as_raw_fd())).await;
+    let owner = match connected.as_ref().map(UnixStream::peer_cred) {
+        Ok(Ok(owner)) => owner.uid(),
+        Ok(Err(error)) => return Ok(Err(error)),
+        Err(_) => return Ok(connected),
+    };
+    // A socket's path can be guessed: whoever made it first would be told all that is sent.
+    if !is_trusted(owner, nix::unistd::geteuid().as_raw()) {
+        return Err(Error::ForeignSocket { vm_id: vm_id.to_string(), socket: socket.to_owned(), uid: owner });
+    }
+    Ok(connected)
+}
+
 impl Client {
     #[must_use]
     pub fn new(vm_id: VmId, socket: PathBuf) -> Self {
@@ -57,30 +82,13 @@ impl Client {
     /// [`Error::ChannelClosed`] when nobody listens, [`Error::ChannelTimeout`], [`Error::ForeignSocket`],
     /// [`Error::UntrustedSocket`].
     pub async fn connect(&self, deadline: Duration) -> Result<()> {
+        let connected = tokio::time::timeout(deadline, connect(&self.vm_id, &self.socket)).await;
+        let connected = connected.map_err(|_| self.timeout("connect", deadline, false))?;
         let unreachable = |error: io::Error| {
             let shown = self.socket.display();
             self.closed(format!("{shown}: {error}; is the VM running, and this process of its user?"), false)
         };
-        // Another user could lead the path, by a link in a folder of theirs, to the broker of another VM of this user.
-        let found = store::to_socket(&self.socket).map_err(|Refusal { reason, remedy }| {
-            let (vm_id, socket) = (self.vm_id.to_string(), self.socket.clone());
-            Error::UntrustedSocket { vm_id, socket, reason, remedy }
-        })?;
-        let socket = found.ok_or_else(|| unreachable(io::Error::from_raw_os_error(libc::ENOENT)))?;
-        // What was checked, whatever its path leads to by now (proc_pid_fd(5)).
-        let checked = format!("/proc/self/fd/{}", socket.as_raw_fd());
-        let connected = tokio::time::timeout(deadline, UnixStream::connect(checked)).await;
-        let stream = connected.map_err(|_| self.timeout("connect", deadline, false))?.map_err(unreachable)?;
-        // A socket's path can be guessed: whoever made it first would be told all that is sent.
-        let owner = stream.peer_cred().map_err(|error| self.closed(error, false))?.uid();
-        if !is_trusted(owner, nix::unistd::geteuid().as_raw()) {
-            return Err(Error::ForeignSocket {
-                vm_id: self.vm_id.to_string(),
-                socket: self.socket.clone(),
-                uid: owner,
-            });
-        }
-        let (reading, writing) = stream.into_split();
+        let (reading, writing) = connected?.map_err(unreachable)?.into_split();
         *self.writing.lock().await = Some(writing);
         *self.reading.lock().await = Some((reading, Reader::default()));
         Ok(())

@@ -47,6 +47,12 @@ impl Reader {
         self.buffer.len() == self.start
     }
 
+    /// What was read and not taken, of a stream that goes on by other rules.
+    #[must_use]
+    pub fn into_rest(mut self) -> Vec<u8> {
+        self.buffer.split_off(self.start)
+    }
+
     /// Whether a whole document's worth of bytes waits to be taken.
     #[must_use]
     pub fn is_full(&self) -> bool {

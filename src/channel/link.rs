@@ -35,6 +35,24 @@ const MAX_STREAMS: usize = MAX_CALLS / 2;
 /// Events that are logged: a hostile guest fills no log.
 const STRANGE_EVENTS: u64 = 8;
 
+/// Who answers the calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    Guest,
+    /// The process that has the VM; it hands calls on to the guest, and does what the guest cannot.
+    Owner,
+}
+
+impl Peer {
+    /// What the end of the byte stream means.
+    fn left(self) -> &'static str {
+        match self {
+            Peer::Guest => "the transport was closed",
+            Peer::Owner => "the process that has the VM has ended, or let go of the VM",
+        }
+    }
+}
+
 /// Where the reply to a call goes.
 pub enum ReplyTo {
     Once(oneshot::Sender<Vec<u8>>),
@@ -80,6 +98,7 @@ pub(super) struct Writer {
 
 pub struct Link {
     pub vm_id: VmId,
+    pub(super) peer: Peer,
     pub(super) state: Mutex<LinkState>,
     pub(super) writer: Mutex<Writer>,
     blocked: Notify,
@@ -99,13 +118,14 @@ pub struct Link {
 
 impl Link {
     /// Takes over an established session.
-    pub fn start(vm_id: VmId, stream: UnixStream, session: Session, decoder: Decoder) -> Arc<Self> {
+    pub fn start(vm_id: VmId, peer: Peer, stream: UnixStream, session: Session, decoder: Decoder) -> Arc<Self> {
         let stream = Arc::new(stream);
         let connection = Connection::new(session);
         let state =
             LinkState { connection, in_flight: HashMap::new(), rehandshake: None, used: Instant::now(), closed: None };
         let link = Arc::new(Self {
             vm_id,
+            peer,
             state: Mutex::new(state),
             writer: Mutex::new(Writer { stream: Some(stream.clone()), bytes: Vec::new(), written: 0 }),
             blocked: Notify::new(),
@@ -158,6 +178,19 @@ impl Link {
     /// The lock is given back before the caller asks why: a guard in a `match` lives as long as its arms.
     fn is_closed(&self) -> bool {
         self.state.lock().closed.is_some()
+    }
+
+    /// Returns when the session has ended.
+    pub async fn ended(&self) {
+        loop {
+            let sign = self.sign.notified();
+            tokio::pin!(sign);
+            sign.as_mut().enable();
+            if self.is_closed() {
+                return;
+            }
+            sign.await;
+        }
     }
 
     pub fn closed_reason(&self) -> String {
@@ -397,7 +430,7 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
             link.flush();
         }
         match stream.try_read(decoder.space()) {
-            Ok(0) => break "the transport was closed".to_owned(),
+            Ok(0) => break link.peer.left().to_owned(),
             Ok(length) => decoder.filled(length),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 if let Err(error) = stream.readable().await {
@@ -453,7 +486,7 @@ mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let waited = runtime.block_on(async {
                 let (host, guest) = UnixStream::pair().unwrap();
-                let link = Link::start(VmId::parse("vm").unwrap(), host, session(), Decoder::default());
+                let link = Link::start(VmId::parse("vm").unwrap(), Peer::Guest, host, session(), Decoder::default());
                 let end = async {
                     tokio::task::yield_now().await;
                     drop(guest);

@@ -7,24 +7,35 @@
 //!                           stream, upload, download ---------+
 //!                           process.rs, transfer.rs   stream.rs, mailbox.rs
 //! ```
+//! An attached client has an [`Agent`], too; its link ends at the broker, which hands the calls on:
+//!
+//! ```text
+//! stream, upload ... --> agent.rs --> link.rs --- records ---> broker.rs, attached.rs --> agent.rs --> the guest
+//!       attach.rs                                                   operation.rs --> the owner
+//! ```
 //! Architecture invariant: asynchronous through and through; who blocks does so elsewhere (`py/gate.rs`). What a guest
 //! sends is hostile: nothing here holds more of it than the windows and limits in `microvm_protocol::mux` allow.
 
 mod agent;
+mod attach;
+mod attached;
 mod broker;
 mod client;
 pub mod framing;
 mod link;
 mod mailbox;
+mod operation;
 mod process;
 mod rehandshake;
 mod stream;
 mod transfer;
 
 pub use agent::{patience, Agent, Answer};
+pub use attach::attach;
 pub use broker::{parse as parse_command, Broker};
 pub use client::Client;
 pub use mailbox::Piece;
+pub use operation::{Operation, Owner};
 pub use process::{Exit, Process};
 pub use stream::{Next, Stream};
 pub use transfer::{Download, Fetched, Upload};

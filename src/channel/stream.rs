@@ -69,15 +69,24 @@ impl Stream {
     }
 
     async fn begun(&self) -> Result<Started> {
-        let Some(body) = self.mailbox.started().await else {
-            return match self.mailbox.take().await {
-                Taken::Response(body) => {
-                    Err(self.ended::<Value>(&body).err().unwrap_or_else(|| self.nonsense("it never began")))
-                }
-                _ => Err(self.link.closed(self.was_sent())),
-            };
-        };
-        serde_json::from_slice(&body).map_err(|error| self.nonsense(&error.to_string()))
+        if let Some(started) = self.has_begun().await? {
+            return Ok(started);
+        }
+        match self.mailbox.take().await {
+            Taken::Response(body) => {
+                Err(self.ended::<Value>(&body).err().unwrap_or_else(|| self.nonsense("it never began")))
+            }
+            _ => Err(self.link.closed(self.was_sent())),
+        }
+    }
+
+    /// How the guest has begun; `None` when it ended without.
+    ///
+    /// # Errors
+    /// [`Error::ChannelClosed`] when what it said is nothing.
+    pub(super) async fn has_begun(&self) -> Result<Option<Started>> {
+        let Some(body) = self.mailbox.started().await else { return Ok(None) };
+        serde_json::from_slice(&body).map(Some).map_err(|error| self.nonsense(&error.to_string()))
     }
 
     fn was_sent(&self) -> bool {
@@ -94,7 +103,7 @@ impl Stream {
 
     /// The result in the guest's response.
     fn ended<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T> {
-        match decode(&self.link.vm_id, body)? {
+        match decode(&self.link, body)? {
             Response::Ok { result } => {
                 serde_json::from_value(result).map_err(|error| self.nonsense(&error.to_string()))
             }
@@ -112,13 +121,31 @@ impl Stream {
     /// # Errors
     /// [`Error::Guest`] when it ended in failure, [`Error::ChannelClosed`].
     pub async fn next<T: DeserializeOwned>(&self) -> Result<Next<T>> {
+        match self.take().await? {
+            Next::Piece(piece) => Ok(Next::Piece(piece)),
+            Next::End(body) => self.ended(&body).map(Next::End),
+        }
+    }
+
+    async fn take(&self) -> Result<Next<Vec<u8>>> {
         match self.mailbox.take().await {
             Taken::Piece(piece) => {
                 self.link.with(|calls| calls.consumed(self.id, piece.channel, piece.bytes.len()));
                 Ok(Next::Piece(piece))
             }
-            Taken::Response(body) => self.ended(&body).map(Next::End),
+            Taken::Response(body) => Ok(Next::End(body)),
             Taken::Closed => Err(self.link.closed(true)),
+        }
+    }
+
+    /// As [`Stream::next`], with the guest's own answer at the end, for one who hands it on.
+    ///
+    /// # Errors
+    /// [`Error::ChannelClosed`].
+    pub(super) async fn next_or_answer(&self) -> Result<Next<Response>> {
+        match self.take().await? {
+            Next::Piece(piece) => Ok(Next::Piece(piece)),
+            Next::End(body) => decode(&self.link, &body).map(Next::End),
         }
     }
 

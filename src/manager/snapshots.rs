@@ -1,8 +1,10 @@
 //! Templates of the user's own and suspended VMs, as the manager deals in them.
 
 use std::fs::File;
+use std::future::Future;
 use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use super::Manager;
@@ -10,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::image;
 use crate::image::template::{SnapshotMetadata, SnapshotStore};
 use crate::model::{Reservation, TemplateName, VmId, VmSpec, VmState};
-use crate::vm::{self, MicroVm, Quota};
+use crate::vm::{self, MicroVm, Registry};
 
 /// A snapshot in a list: a template of the user's or a suspended VM.
 #[derive(Debug)]
@@ -37,9 +39,13 @@ pub fn usage(store: &SnapshotStore) -> (usize, u64) {
     (snapshots.len(), snapshots.iter().map(|(_, bytes)| bytes).sum())
 }
 
-impl Quota for Manager {
+impl Registry for Manager {
     fn reserve(&self, vm_id: &VmId, spec: &VmSpec) -> Result<Reservation> {
         Manager::reserve(self, vm_id, &spec.limits, |_, reserve| reserve())
+    }
+
+    fn destroy(self: Arc<Self>, vm: Arc<MicroVm>) -> Pin<Box<dyn Future<Output = Result<()>> + Send>> {
+        Box::pin(async move { Manager::destroy(&self, vm.id().as_str()).await })
     }
 }
 

@@ -19,7 +19,7 @@ use crate::image::template::SnapshotMetadata;
 use crate::manager::{CreateRequest, ExportedDisk, Manager, PoolUse, ResourceUsage, SnapshotEntry, VmFilter};
 use crate::model::{HealthStatus, IsolationType, ManagerConfig, PoolSpec, VmSpec, VmState};
 use crate::mutex::Mutex;
-use crate::vm::MicroVm;
+use crate::vm::{info, MicroVm};
 
 /// How many events wait to be taken, unless a caller says otherwise; and at most.
 const EVENTS: u64 = 1024;
@@ -550,7 +550,7 @@ impl MicroVMIsolationManager {
     fn get_vm_info<'py>(&self, py: Python<'py>, vm_id: &Bound<'_, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vm_id = &convert::text("vm_id", vm_id)?;
         let Some(vm) = self.manager.get(py)?.get(vm_id) else { return Ok(None) };
-        let info = gate::wait(py, OnInterrupt::Abandon, instance::info(vm))?;
+        let info = gate::wait(py, OnInterrupt::Abandon, info::info(vm))?;
         convert::from_json(py, &info).map(Some)
     }
 
@@ -814,11 +814,11 @@ pub fn snapshots_json(key: &str, entries: &[SnapshotEntry]) -> Value {
     entries.iter().map(|entry| snapshot_json(key, entry)).collect()
 }
 
-/// `instance::info` of each VM, by id; all are asked at the same time.
+/// `vm::info::info` of each VM, by id; all are asked at the same time.
 pub async fn all_info(vms: Vec<Arc<MicroVm>>) -> Value {
     let mut asking = JoinSet::new();
     for vm in vms {
-        asking.spawn(async move { (vm.id().as_str().to_owned(), instance::info(vm.clone()).await) });
+        asking.spawn(async move { (vm.id().as_str().to_owned(), info::info(vm.clone()).await) });
     }
     Value::Object(asking.join_all().await.into_iter().collect())
 }

@@ -4,6 +4,7 @@
 //! worker of the runtime never attaches to the interpreter.
 
 mod aio;
+mod attached;
 mod channel;
 mod convert;
 mod doctor;
@@ -64,6 +65,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<manager::MicroVMIsolationManager>()?;
     module.add_class::<instance::MicroVMInstance>()?;
     module.add_class::<channel::CommunicationChannel>()?;
+    module.add_class::<attached::AttachedVM>()?;
     module.add_class::<stream::ProcessStream>()?;
     module.add_class::<events::EventStream>()?;
     module.add_class::<aio::OperationQueue>()?;
@@ -73,6 +75,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(check_resource_limits, module)?)?;
     module.add_function(wrap_pyfunction!(check_network_config, module)?)?;
     module.add_function(wrap_pyfunction!(check_vm_id, module)?)?;
+    module.add_function(wrap_pyfunction!(attached::running_vms, module)?)?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_function(wrap_pyfunction!(logging::next_log_records, module)?)?;
     module.add_function(wrap_pyfunction!(logging::close_log, module)?)?;

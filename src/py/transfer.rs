@@ -15,7 +15,7 @@ use super::{convert, errors};
 use crate::channel::Fetched;
 use crate::error::Error;
 use crate::host::destination::{is_unread, open_source, read_some, Destination};
-use crate::vm::MicroVm;
+use crate::vm::Machine;
 
 /// What is read at a time: one window of the channel.
 const PIECE: usize = 256 * 1024;
@@ -90,8 +90,8 @@ impl<'py> Source<'py> {
 }
 
 /// Writes a file of the guest.
-pub fn upload<'py>(
-    vm: &Arc<MicroVm>,
+pub fn upload<'py, M: Machine + 'static>(
+    vm: &Arc<M>,
     source: &Bound<'py, PyAny>,
     guest_path: String,
     offset: Option<u64>,
@@ -187,7 +187,7 @@ fn write_all(object: &Bound<'_, PyAny>, mut bytes: &[u8]) -> PyResult<()> {
 }
 
 /// A guest may offer more than it holds: a file with holes, or one without end.
-fn check_size(vm: &MicroVm, guest_path: &str, bytes: u64, max_bytes: Option<u64>) -> Result<(), Error> {
+fn check_size(vm: &impl Machine, guest_path: &str, bytes: u64, max_bytes: Option<u64>) -> Result<(), Error> {
     let limit = max_bytes.unwrap_or_else(|| vm.file_limit());
     if bytes <= limit {
         return Ok(());
@@ -201,8 +201,8 @@ fn check_size(vm: &MicroVm, guest_path: &str, bytes: u64, max_bytes: Option<u64>
 }
 
 /// Reads a file of the guest.
-pub fn download<'py>(
-    vm: &Arc<MicroVm>,
+pub fn download<'py, M: Machine + 'static>(
+    vm: &Arc<M>,
     guest_path: String,
     destination: &Bound<'py, PyAny>,
     offset: Option<u64>,
@@ -216,7 +216,7 @@ pub fn download<'py>(
     let begun = async move { opening.download(&path, from, stall).await };
     let mut download = raise(py, gate::wait(py, OnInterrupt::Abandon, begun)?)?;
     let total = download.inner.size().saturating_sub(from);
-    raise(py, check_size(vm, &guest_path, total, max_bytes))?;
+    raise(py, check_size(&**vm, &guest_path, total, max_bytes))?;
     let new_mode = download.inner.mode().map_or(DEFAULT_MODE, |mode| mode & 0o777);
     let mut sink = Sink::open(destination, offset, new_mode)?;
     loop {
@@ -225,7 +225,7 @@ pub fn download<'py>(
         (outcome, download) = fetched;
         match raise(py, outcome)? {
             Fetched::Bytes(bytes) => {
-                raise(py, check_size(vm, &guest_path, download.inner.received(), max_bytes))?;
+                raise(py, check_size(&**vm, &guest_path, download.inner.received(), max_bytes))?;
                 sink.write(py, &bytes)?;
                 report(progress, download.inner.received(), Some(total))?;
             }

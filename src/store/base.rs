@@ -301,6 +301,12 @@ pub fn default_runtime() -> PathBuf {
     usual
 }
 
+/// Every folder that is [`default_runtime`] for a process of this user: which one depends on what it sees of the host.
+#[must_use]
+pub fn default_runtimes() -> [PathBuf; 2] {
+    default_runtime_folders(geteuid())
+}
+
 /// Where root's uid leases are: the same for every manager that sees these file systems, whatever its runtime folder.
 #[must_use]
 pub fn leases_folder() -> PathBuf {

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::fcntl::{renameat2, FlockArg, RenameFlags};
 
-use super::base::{check_apart, default_cache, default_runtime, Base, Kind, Root};
+use super::base::{check_apart, default_cache, default_runtime, default_runtimes, Base, Kind, Root};
 use super::dir::Dir;
 use super::lock::{is_held_by_us, Lock};
 use crate::error::{Error, Result};
@@ -227,6 +227,45 @@ fn taken(runtime: &Root, vm_id: &VmId) -> Error {
     Error::VmIdTaken { vm_id: vm_id.clone(), owner: owner.into() }
 }
 
+/// A VM's folder, and where its broker is once it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    pub vm_id: VmId,
+    pub socket: PathBuf,
+}
+
+/// The VMs' folders, of whichever process of this user's; it may have died. Blocking.
+///
+/// # Errors
+/// [`Error::FolderRefused`] when the runtime folder is not this user's alone; [`Error::Host`].
+pub fn found(base: &Base) -> Result<Vec<Found>> {
+    let Some(runtime) = base.existing()? else { return Ok(Vec::new()) };
+    let entries = runtime.entries().map_err(|error| Error::host("list", runtime.path().display(), error))?;
+    let named =
+        entries.into_iter().filter(|entry| entry.is_dir).filter_map(|entry| VmId::parse(entry.name.to_str()?).ok());
+    // One without a lock was made by no VM. The lock is not tried: a start at this moment would find it taken.
+    let ours = named.filter(|vm_id| runtime.dir(vm_id.as_str()).and_then(|dir| dir.has(LOCK)).unwrap_or(false));
+    Ok(ours.map(|vm_id| Found { socket: socket_path(runtime.path(), &vm_id), vm_id }).collect())
+}
+
+/// As [`found`], in a folder that was named, or in every one that is the default of some process of this user's. Blocking.
+///
+/// # Errors
+/// [`found`]'s, of a folder that was named. A default one that another user took has none of this user's VMs.
+pub fn found_in(folder: Option<PathBuf>) -> Result<Vec<Found>> {
+    if let Some(folder) = folder {
+        return found(&Base::new(Kind::Runtime, folder));
+    }
+    let mut all = Vec::new();
+    for folder in default_runtimes() {
+        match found(&Base::new(Kind::Runtime, folder)) {
+            Ok(found) => all.extend(found),
+            Err(error) => log::debug!("{error}"),
+        }
+    }
+    Ok(all)
+}
+
 /// Removes what a dead process left under a VM's name.
 fn free(runtime: &Root, vm_id: &VmId) -> Result<()> {
     let name = vm_id.as_str();
@@ -387,6 +426,20 @@ mod tests {
         assert_eq!(names(folders.runtime.path()), ["a"]);
         drop(first);
         assert!(names(folders.runtime.path()).is_empty());
+    }
+
+    #[test]
+    fn test_found_are_the_folders_that_have_a_lock_and_no_links() {
+        let scratch = Scratch::new();
+        let folders = folders(&scratch);
+        assert_eq!(found(&folders.runtime).unwrap(), []);
+        let (one, _other) = (made(&folders, "one"), made(&folders, "other"));
+        fs::create_dir(folders.runtime.path().join("empty")).unwrap();
+        symlink(one.path(), folders.runtime.path().join("link")).unwrap();
+        let mut ids: Vec<String> =
+            found(&folders.runtime).unwrap().iter().map(|found| found.vm_id.to_string()).collect();
+        ids.sort();
+        assert_eq!(ids, ["one", "other"]);
     }
 
     #[test]

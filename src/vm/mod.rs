@@ -5,10 +5,12 @@
 //! instructions at a time and is never held across an await or a log call. `operation` is taken first; events are told
 //! under `cell`.
 
+pub mod attached;
 mod boot;
 mod events;
 mod health;
 mod ids;
+pub mod info;
 pub mod janitor;
 pub mod network;
 mod running;
@@ -17,6 +19,8 @@ mod snapshot;
 mod start;
 mod streams;
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -42,7 +46,7 @@ pub use start::confine::{cgroup_layer, layers};
 pub use start::prepare::{try_out, Tried};
 pub use start::template::prepare as prepare_template;
 pub use start::warm::WarmVm;
-pub use streams::Live;
+pub use streams::{Live, Machine};
 
 /// The pool in which starts find warm VMs.
 pub trait VmPool: Send + Sync {
@@ -52,13 +56,15 @@ pub trait VmPool: Send + Sync {
     fn starting(&self, begins: bool);
 }
 
-/// The quota that VMs reserve from.
-pub trait Quota: Send + Sync {
+/// The manager, as its VMs know it: the quota that they reserve from, and the registry that they are in.
+pub trait Registry: Send + Sync {
     /// Reserves what a VM of `spec` needs.
     ///
     /// # Errors
     /// [`Error::QuotaExceeded`].
     fn reserve(&self, vm_id: &VmId, spec: &VmSpec) -> Result<Reservation>;
+    /// Destroys a VM and forgets it.
+    fn destroy(self: Arc<Self>, vm: Arc<MicroVm>) -> Pin<Box<dyn Future<Output = Result<()>> + Send>>;
 }
 
 /// What runs, and the entry that it is counted by: there is no one without the other.
@@ -95,7 +101,7 @@ pub struct MicroVm {
     spec: Arc<VmSpec>,
     settings: Arc<Settings>,
     pool: Option<Arc<dyn VmPool>>,
-    quota: Option<Weak<dyn Quota>>,
+    registry: Option<Weak<dyn Registry>>,
     operation: tokio::sync::Mutex<()>,
     cell: Mutex<Cell>,
     destroying: watch::Sender<bool>,
@@ -108,7 +114,7 @@ impl MicroVm {
         spec: VmSpec,
         settings: Arc<Settings>,
         pool: Option<Arc<dyn VmPool>>,
-        quota: Option<Weak<dyn Quota>>,
+        registry: Option<Weak<dyn Registry>>,
     ) -> Arc<Self> {
         let cell = Cell {
             state: VmState::Created,
@@ -123,7 +129,7 @@ impl MicroVm {
             spec: Arc::new(spec),
             settings,
             pool,
-            quota,
+            registry,
             operation: tokio::sync::Mutex::new(()),
             cell: Mutex::new(cell),
             destroying: watch::Sender::new(false),
@@ -218,8 +224,9 @@ impl MicroVm {
 
     /// Reserves from its manager's quota. A VM whose manager is gone is not counted.
     fn reserve(&self) -> Result<Arc<Reservation>> {
-        let quota = self.quota.as_ref().and_then(Weak::upgrade);
-        let reserved = quota.map_or_else(|| Ok(Reservation::uncounted()), |quota| quota.reserve(&self.id, &self.spec));
+        let registry = self.registry.as_ref().and_then(Weak::upgrade);
+        let reserved =
+            registry.map_or_else(|| Ok(Reservation::uncounted()), |registry| registry.reserve(&self.id, &self.spec));
         reserved.map(Arc::new)
     }
 
@@ -330,6 +337,7 @@ impl MicroVm {
 
     fn runs(self: &Arc<Self>, running: Running, reservation: Arc<Reservation>, why: &'static str) {
         let running = Arc::new(running);
+        running.set_owner(Arc::new(attached::OwnerOf(Arc::downgrade(self))));
         {
             let mut cell = self.cell.lock();
             self.enter(&mut cell, VmState::Running, why);
@@ -354,6 +362,18 @@ impl MicroVm {
     /// # Errors
     /// [`Error::InvalidState`] from CREATED and DESTROYED.
     pub async fn stop(&self) -> Result<()> {
+        self.stop_by(true).await
+    }
+
+    /// As [`MicroVm::stop`], without asking the guest.
+    ///
+    /// # Errors
+    /// [`MicroVm::stop`]'s.
+    pub async fn kill(&self) -> Result<()> {
+        self.stop_by(false).await
+    }
+
+    async fn stop_by(&self, asks_guest: bool) -> Result<()> {
         let _operation = self.operation.lock().await;
         let state = self.state();
         if state == VmState::Stopped {
@@ -364,7 +384,7 @@ impl MicroVm {
         }
         let was_suspended = self.is_suspended();
         self.become_state("stop", VmState::Stopping)?;
-        self.tear_down(state == VmState::Running).await;
+        self.tear_down(asks_guest && state == VmState::Running).await;
         if was_suspended {
             self.throw_away().await;
         }

@@ -16,7 +16,7 @@ use super::settings::{Facts, Settings};
 use super::start::confine::Confinement;
 use super::start::identity_delivery::IdentityDelivery;
 use super::start::prepare::Seen;
-use crate::channel::{Agent, Broker};
+use crate::channel::{Agent, Broker, Owner};
 use crate::error::{Error, Result, Tails};
 use crate::host::net::Counters;
 use crate::host::process::{Exit, Jailed};
@@ -108,6 +108,13 @@ impl Running {
         let broker = Broker::serve(vm_id.clone(), &dir.socket(), self.agent.clone(), settings.command_timeout)?;
         *self.broker.lock() = Some(broker);
         Ok(())
+    }
+
+    /// Names who does what attached clients ask of the VM's owner.
+    pub fn set_owner(&self, owner: Arc<dyn Owner>) {
+        if let Some(broker) = self.broker.lock().as_ref() {
+            broker.set_owner(owner);
+        }
     }
 
     /// Takes the directory and the disk of another name.

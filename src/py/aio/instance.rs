@@ -11,7 +11,7 @@ use super::super::stream::StreamArguments;
 use super::super::{convert, errors};
 use super::queue::OperationQueue;
 use crate::error::Result;
-use crate::vm::MicroVm;
+use crate::vm::{info, Machine, MicroVm};
 
 /// The operations on one VM: each begins at once and returns its number in the queue.
 ///
@@ -117,14 +117,12 @@ impl VmOperations {
     fn get_health_metrics(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
         let vm = self.vm(queue.py())?;
         queue.get().begin(OnInterrupt::Abandon, async move { vm.health().await }, |py, health| {
-            Ok(convert::model(py, "VMHealthMetrics", &instance::health_json(&health))?.unbind())
+            Ok(convert::model(py, "VMHealthMetrics", &info::health_json(&health))?.unbind())
         })
     }
 
     fn get_info(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
         let vm = self.vm(queue.py())?;
-        queue
-            .get()
-            .begin(OnInterrupt::Abandon, instance::info(vm), |py, info| Ok(convert::from_json(py, &info)?.unbind()))
+        queue.get().begin(OnInterrupt::Abandon, info::info(vm), |py, info| Ok(convert::from_json(py, &info)?.unbind()))
     }
 }

@@ -12,6 +12,7 @@ Example:
 """
 
 from . import _logging as _logging
+from ._attach import AttachedVM, attach
 from ._enums import IsolationType, VMBackend, VMState
 from ._errors import (
     BackendUnavailableError,
@@ -48,6 +49,7 @@ from ._native import (
     MicroVMInstance,
     ProcessStream,
     doctor,
+    running_vms,
 )
 from ._types import (
     CommandAnswer,
@@ -66,12 +68,14 @@ from ._types import (
     Transferred,
     VMEvent,
     VMInfo,
+    VMSummary,
 )
 from ._vm import VM, CompletedProgram
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttachedVM",
     "BackendUnavailableError",
     "ChannelError",
     "CommandAnswer",
@@ -120,9 +124,12 @@ __all__ = [
     "VMNetworkConfig",
     "VMResourceLimits",
     "VMState",
+    "VMSummary",
     "VmDiedError",
     "VmIdTakenError",
     "VmNotFoundError",
     "VmStateError",
+    "attach",
     "doctor",
+    "running_vms",
 ]

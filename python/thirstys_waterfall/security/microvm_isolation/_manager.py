@@ -4,6 +4,7 @@ import os
 from typing import Mapping, Optional, Union
 
 from . import _native
+from ._attach import AttachedVM
 from ._enums import IsolationType, VMBackend
 from ._errors import make_error
 from ._models import VMNetworkConfig, VMResourceLimits
@@ -73,3 +74,25 @@ class MicroVMIsolationManager(_native.MicroVMIsolationManager):
             vm.destroy()
             raise
         return vm
+
+    def attach(self, vm_id: str, timeout: float = 5.0) -> AttachedVM:
+        """Reaches a VM of any process of this user, with the ``runtime_dir`` of this manager.
+
+        Blocks until the VM's owner answers, at most for ``timeout``. The owner keeps the VM; this manager neither counts
+        nor lists it.
+
+        Args:
+            vm_id: The id of a VM that runs, or is paused.
+            timeout: Seconds that the owner may take to answer, 0 to 86400.
+
+        Raises:
+            VmNotFoundError: No VM of this id runs (`vm_not_found`).
+            ChannelError: The owner does not answer (`channel_timeout`), or another user listens at the socket
+                (`foreign_socket`).
+
+        Example:
+            >>> with manager.attach(vm_id) as attached:
+            ...     attached.vm_id == vm_id, attached.run(["id", "-un"]).stdout
+            (True, 'root\\n')
+        """
+        return AttachedVM(vm_id, self.config.get("runtime_dir"), timeout)

@@ -20,9 +20,11 @@ from ._types import (
     Transferred,
     VMEvent,
     VMInfo,
+    VMSummary,
 )
 
 __all__ = [
+    "AttachedVM",
     "CommunicationChannel",
     "EventStream",
     "ManagerOperations",
@@ -39,6 +41,7 @@ __all__ = [
     "close_log",
     "doctor",
     "next_log_records",
+    "running_vms",
     "shutdown",
 ]
 
@@ -918,6 +921,281 @@ class MicroVMInstance:
             ('running', 'qemu', True)
         """
 
+@disjoint_base
+class AttachedVM:
+    """A VM that another process of this user has, reached through that process.
+
+    The process that made the VM keeps it: closing this handle, by its ``with`` block or by the end of this
+    process, ends this process's own programs in the VM and nothing else. Every failure is raised. When the
+    process that has the VM ends, what is under way raises `ChannelError` at once. Every method may be called
+    from any thread, releases the GIL and sees Ctrl-C within 50 ms; none can be used in a forked child
+    (`ForkedProcessError`). Properties do not block. The socket is the user's alone: neither other users' VMs nor other users'
+    processes can be reached by it.
+
+    Blocks until the owner answers, at most for `timeout`.
+
+    Args:
+        vm_id: The id of a VM that runs, or is paused, in any process of this user.
+        runtime_dir: The owner's `runtime_dir`; the default one where left out.
+        timeout: Seconds that the owner may take to answer, 0 to 86400.
+
+    Raises:
+        InvalidTypeError: An argument has the wrong type.
+        InvalidValueError: An argument is malformed.
+        VmNotFoundError: No VM of this id runs (`vm_not_found`).
+        ChannelError: The owner does not answer (`channel_timeout`), or another user listens at the socket
+            (`foreign_socket`).
+
+    Example:
+        >>> with manager.attach(vm_id) as attached:
+        ...     attached.run(["echo", "hello"]).stdout
+        'hello\\n'
+    """
+
+    def __init__(
+        self,
+        vm_id: str,
+        runtime_dir: Optional[_Path] = None,
+        timeout: Optional[float] = 5.0,
+    ) -> None: ...
+    @property
+    def vm_id(self) -> str:
+        """The VM's name."""
+    @property
+    def owner_pid(self) -> Optional[int]:
+        """The process that has the VM; `None` where this process cannot see it, as from another PID namespace."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc_value: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> bool: ...
+    def send_command(
+        self, command: str, params: Optional[Mapping[str, Any]] = None, timeout: Optional[float] = None
+    ) -> CommandAnswer:
+        """Sends a command to the agent in the guest and returns its answer.
+
+        Blocks until the agent answers.
+
+        Args:
+            command: The name of the command; docs/commands.md lists them with their parameters and results.
+            params: The parameters of the command: plain JSON types.
+            timeout: Seconds to wait for the answer, 0 to 86400. Where left out, the owner's
+                `command_timeout_s`, or longer if the command's own `timeout` in `params` is.
+
+        Returns:
+            What the guest says: `{"status": "ok", "result": ...}`, or
+            `{"status": "error", "error": {"code": ..., "message": ...}}`.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type, or `params` holds what JSON cannot.
+            InvalidValueError: An argument is out of range.
+            ChannelError: The channel failed (`channel_timeout`, `channel_closed`, `message_too_large`);
+                `details["sent"]` says whether the command may have run.
+        """
+    def stream(
+        self,
+        program: str,
+        args: Optional[Sequence[str]] = None,
+        env: Optional[Mapping[str, str]] = None,
+        cwd: Optional[str] = None,
+        stdin: Optional[_Bytes] = None,
+        pty: bool = False,
+        uid: Optional[int] = None,
+        timeout: Optional[float] = None,
+        rows: Optional[int] = None,
+        columns: Optional[int] = None,
+        on_output: Optional[Callable[[_Channel, bytes], Any]] = None,
+    ) -> ProcessStream:
+        """Starts a program in the guest and returns a handle to its input and output.
+
+        Blocks until the program runs. The program ends with the handle, with this process, and with the owner.
+
+        Args:
+            program: The path of the program in the guest, or a name that is looked up on its `PATH`.
+            args: Its arguments.
+            env: Environment variables, beside the usual ones and in their place (docs/guest.md).
+            cwd: Its working directory; `/` where left out.
+            stdin: Its whole input; where left out, `ProcessStream.write` gives it.
+            pty: Whether it runs on a terminal (pty(7)); stderr comes with stdout then.
+            uid: The user that it runs as, 0 to 4294967294 (setuid(2)); 0, which is root, where left out.
+            timeout: Seconds that it may run, more than 0 and at most 86400; no limit where left out.
+            rows: The terminal's height in characters, 1 to 65535; 24 where left out.
+            columns: The terminal's width in characters, 1 to 65535; 80 where left out.
+            on_output: A function that `ProcessStream.wait` calls with `"stdout"` or `"stderr"` and bytes.
+
+        Raises:
+            MicroVMError: Every error of `MicroVMInstance.stream`.
+        """
+    def upload(
+        self,
+        source: Union[_Path, _Reads],
+        guest_path: str,
+        offset: Optional[int] = None,
+        mode: Optional[int] = None,
+        progress: Optional[Callable[[int, Optional[int]], Any]] = None,
+        timeout: Optional[float] = None,
+    ) -> Transferred:
+        """Writes a file of the guest from a path or an object with `read`.
+
+        Blocks until the whole file is written. The arguments are those of `MicroVMInstance.upload`.
+
+        Args:
+            source: A path on the host, or an object whose `read(size)` returns at most that many bytes.
+            guest_path: The path in the guest.
+            offset: Position in bytes, 0 to 2**62, from which `source` is read and the file is written in place.
+            mode: Permission bits of the file, 0 to 0o7777 (chmod(2)).
+            progress: A function that is called with the bytes sent so far, and with the size in bytes, or
+                `None` where that is not known.
+            timeout: Seconds that the guest may take nothing, 0 to 86400.
+
+        Returns:
+            `bytes`, how many this call sent, and `crc32`, their checksum, which both sides compared
+            (`zlib.crc32`).
+
+        Raises:
+            MicroVMError: Every error of `MicroVMInstance.upload`.
+        """
+    def download(
+        self,
+        guest_path: str,
+        destination: Union[_Path, _Writes],
+        offset: Optional[int] = None,
+        progress: Optional[Callable[[int, Optional[int]], Any]] = None,
+        max_bytes: Optional[int] = None,
+        timeout: Optional[float] = None,
+    ) -> Transferred:
+        """Reads a file of the guest into a path or an object with `write`.
+
+        Blocks until the whole file is read. The arguments are those of `MicroVMInstance.download`.
+
+        Args:
+            guest_path: The path in the guest.
+            destination: A path on the host, or an object with `write(data)`.
+            offset: Position in bytes, 0 to 2**62, from which the guest's file is read and the other is
+                written in place. Where left out, the whole file is replaced.
+            progress: A function that is called with the bytes received so far and the size in bytes.
+            max_bytes: The most bytes that are taken, 0 to 2**62; where left out, what the VM's disk, memory
+                and image can hold.
+            timeout: Seconds that the guest may send nothing, 0 to 86400.
+
+        Returns:
+            `bytes`, how many this call received, and `crc32`, their checksum, which both sides compared
+            (`zlib.crc32`).
+
+        Raises:
+            MicroVMError: Every error of `MicroVMInstance.download`.
+        """
+    def get_info(self) -> VMInfo:
+        """Returns everything there is to know about the VM, as `MicroVMInstance.get_info` does for its owner.
+
+        Blocks for at most 2 s if the guest does not answer.
+
+        Returns:
+            `VMInfo`.
+
+        Raises:
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
+    def get_health_metrics(self) -> VMHealthMetrics:
+        """Measures the VM's health now.
+
+        Blocks for at most 2 s if the guest does not answer.
+
+        Raises:
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
+    def get_state(self) -> VMState:
+        """Returns the VM's state.
+
+        Blocks until the owner answers.
+
+        Raises:
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
+    def snapshot(self, name: str) -> None:
+        """Makes a template of the VM as it is now, below the owner's `cache_dir`.
+
+        Blocks as `MicroVMInstance.snapshot` does.
+
+        Args:
+            name: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter, digit or `_`.
+
+        Raises:
+            MicroVMError: Every error of `MicroVMInstance.snapshot`.
+        """
+    def pause(self) -> None:
+        """Stops the vCPUs; memory and disk stay.
+
+        Blocks for milliseconds.
+
+        Raises:
+            VmStateError: The VM does not run (`invalid_state`).
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
+    def resume(self) -> None:
+        """Resumes a paused VM and sets its clock.
+
+        Blocks for milliseconds.
+
+        Raises:
+            VmStateError: The VM is not paused (`invalid_state`).
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
+    def suspend(self) -> None:
+        """Has the owner write the VM's state to disk and end its process; this handle is of no use then.
+
+        Blocks as `MicroVMInstance.suspend` does.
+
+        Raises:
+            MicroVMError: Every error of `MicroVMInstance.suspend`.
+        """
+    def stop(self) -> None:
+        """Has the owner shut the VM down, as `MicroVMInstance.stop` does; this handle is of no use then.
+
+        Blocks for at most 10 s.
+
+        Raises:
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
+    def kill(self) -> None:
+        """Has the owner end the VM without asking the guest; this handle is of no use then.
+
+        Blocks for at most 7 s.
+
+        Raises:
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
+    def destroy(self) -> None:
+        """Has the owner destroy the VM, with its files; its manager knows it no more.
+
+        Blocks for about 100 ms.
+
+        Raises:
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        """Waits until the VM is no more to be used: it was stopped or destroyed, or its owner has ended.
+
+        Blocks until then, at most for `timeout`.
+
+        Args:
+            timeout: Seconds to wait, 0 to 86400; without end where left out.
+
+        Returns:
+            `True` when it has ended, `False` when the time was over.
+
+        Raises:
+            InvalidTypeError: `timeout` is not a number.
+            InvalidValueError: `timeout` is out of range.
+        """
+    def close(self) -> None:
+        """Ends what this handle has under way in the VM; the VM goes on.
+
+        Does not block. May be called twice. Does nothing in a forked child of the process that attached.
+        """
+
 @final
 class ProcessStream:
     """A program that runs in a guest: an iterator of `("stdout" or "stderr", bytes)`.
@@ -1230,8 +1508,10 @@ class StreamOperations:
     """
 
     def __new__(cls, handle: ProcessStream) -> Self: ...
-    def next(self, queue: OperationQueue, timeout: Optional[float] = None, waited: float = 0.0) -> int: ...
-    def put_back(self, queue: OperationQueue, piece: Optional[Tuple[_Channel, bytes]]) -> None: ...
+    def next(self, queue: OperationQueue, timeout: Optional[float] = None, waited: float = 0.0) -> int:
+        """The next output, `None` at its end; `waited` seconds of the `timeout` have gone by."""
+    def put_back(self, queue: OperationQueue, piece: Optional[Tuple[_Channel, bytes]]) -> None:
+        """Gives back a piece that `next` gave to a task that was cancelled before it took it."""
     def write(self, queue: OperationQueue, data: _Bytes) -> int: ...
     def wait(self, queue: OperationQueue, timeout: Optional[float] = None) -> int: ...
 
@@ -1296,6 +1576,28 @@ def check_network_config(
     ipv6: bool,
 ) -> None: ...
 def check_vm_id(text: str) -> None: ...
+def running_vms(runtime_dir: Optional[_Path] = None, timeout: Optional[float] = 2.0) -> List[VMSummary]:
+    """The VMs of every process of this user, as their owners describe them.
+
+    Blocks for as long as the owners take to answer, at most for `timeout`. Nothing of other users is looked at.
+
+    Args:
+        runtime_dir: The owners' `runtime_dir`; the default ones where left out.
+        timeout: Seconds that an owner may take to answer, 0 to 86400.
+
+    Returns:
+        `VMSummary` of each VM, in the order of their ids. `error` says why there is no more of one that is
+        still starting, whose owner has died, or whose owner does not answer.
+
+    Raises:
+        InvalidTypeError: An argument has the wrong type.
+        InvalidValueError: An argument is out of range.
+        HostError: `runtime_dir` is not this user's alone (`folder_refused`).
+
+    Example:
+        >>> vm_id in [vm["vm_id"] for vm in running_vms()]
+        True
+    """
 def doctor(*, start: bool = False) -> DoctorReport:
     """Reports what this host can run, and what to do about what is missing.
 

@@ -469,6 +469,43 @@ class SuspendedVM(_SavedVM, total=False):
     vm_id: str
 
 
+class VMSummary(TypedDict, total=False):
+    """A VM of any process of this user, as ``running_vms`` finds it.
+
+    Keys:
+        vm_id: The VM's name.
+        socket_path: Where its broker listens once it runs.
+        error: ``None``, or the ``code`` and ``message`` of what kept its owner from answering: all other keys but these three
+            are missing then.
+        state: A value of ``VMState``.
+        isolation_type: What the VM is for.
+        isolation_grade: ``hardware`` (KVM) or ``emulated`` (TCG); ``None`` while it does not run.
+        backend: The VMM that runs it.
+        memory_mb: Memory of the VM, MiB.
+        vcpu_count: Its vCPUs.
+        uptime_seconds: Seconds that it has run.
+        idle_seconds: Seconds since its last command or stream; 0 while one is open.
+        labels: Its labels.
+        pid: The VMM's process.
+        owner_pid: The process that has the VM; ``None`` where this process cannot see it.
+    """
+
+    vm_id: str
+    socket_path: str
+    error: Optional[ErrorInfo]
+    state: str
+    isolation_type: str
+    isolation_grade: Optional[str]
+    backend: str
+    memory_mb: int
+    vcpu_count: int
+    uptime_seconds: Optional[float]
+    idle_seconds: Optional[float]
+    labels: Dict[str, str]
+    pid: Optional[int]
+    owner_pid: Optional[int]
+
+
 class TemplateInfo(_SavedVM, total=False):
     """A template of a snapshot, as ``MicroVMIsolationManager.list_templates`` returns it.
 

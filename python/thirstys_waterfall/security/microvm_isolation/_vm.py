@@ -61,48 +61,13 @@ class CompletedProgram(Generic[AnyStr]):
             raise ProgramFailedError(self.args, self.returncode, self.stdout, self.stderr)
 
 
-class VM:
-    """A running VM, as ``MicroVMIsolationManager.run_vm`` makes it; leaving its ``with`` block destroys it.
+class Programs:
+    """Programs and files of a VM, whichever process has it; every failure is raised."""
 
-    Every failure is raised, whatever ``raise_on_error`` of the manager says. A method may be called from any
-    thread, releases the GIL and sees Ctrl-C within 50 ms.
+    if TYPE_CHECKING:
 
-    Attributes:
-        vm_id: The id of the VM.
-        instance: The same VM with all that it can: pause, snapshot, upload, health and more.
-
-    Args:
-        manager: The manager that has the VM.
-        instance: The VM, which runs.
-
-    Example:
-        >>> with manager.run_vm() as machine:
-        ...     machine.write_text("/tmp/greeting", "hello")
-        ...     machine.run(["cat", "/tmp/greeting"]).stdout
-        'hello'
-    """
-
-    vm_id: str
-    instance: _native.MicroVMInstance
-
-    def __init__(self, manager: _native.MicroVMIsolationManager, instance: _native.MicroVMInstance) -> None:
-        self._manager = manager
-        self.instance = instance
-        self.vm_id = instance.vm_id
-
-    def __enter__(self) -> "VM":
-        return self
-
-    def __exit__(
-        self,
-        exc_type: Optional[Type[BaseException]],
-        exc_value: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
-        self.destroy()
-
-    def __repr__(self) -> str:
-        return "<VM{}".format(repr(self.instance)[len("<MicroVMInstance") :])
+        @property
+        def instance(self) -> Union[_native.MicroVMInstance, _native.AttachedVM]: ...
 
     @overload
     def run(
@@ -338,6 +303,50 @@ class VM:
             ('caf\u00e9', b'caf\\xc3\\xa9')
         """
         return self.read_bytes(path).decode()
+
+
+class VM(Programs):
+    """A running VM, as ``MicroVMIsolationManager.run_vm`` makes it; leaving its ``with`` block destroys it.
+
+    Every failure is raised, whatever ``raise_on_error`` of the manager says. A method may be called from any
+    thread, releases the GIL and sees Ctrl-C within 50 ms.
+
+    Attributes:
+        vm_id: The id of the VM.
+        instance: The same VM with all that it can: pause, snapshot, upload, health and more.
+
+    Args:
+        manager: The manager that has the VM.
+        instance: The VM, which runs.
+
+    Example:
+        >>> with manager.run_vm() as machine:
+        ...     machine.write_text("/tmp/greeting", "hello")
+        ...     machine.run(["cat", "/tmp/greeting"]).stdout
+        'hello'
+    """
+
+    vm_id: str
+    instance: _native.MicroVMInstance
+
+    def __init__(self, manager: _native.MicroVMIsolationManager, instance: _native.MicroVMInstance) -> None:
+        self._manager = manager
+        self.instance = instance
+        self.vm_id = instance.vm_id
+
+    def __enter__(self) -> "VM":
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc_value: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.destroy()
+
+    def __repr__(self) -> str:
+        return "<VM{}".format(repr(self.instance)[len("<MicroVMInstance") :])
 
     def destroy(self) -> None:
         """Destroys the VM in any state, with its files and its suspended state, and gives its quota back.

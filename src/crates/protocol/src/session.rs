@@ -3,7 +3,7 @@
 use snow::TransportState;
 
 use crate::frame::TAG;
-use crate::ProtocolError;
+use crate::{record, ProtocolError};
 
 /// Records sealed under one key before both sides move on to the next one.
 pub const REKEY_EVERY: u64 = 1 << 16;
@@ -17,7 +17,8 @@ pub enum Role {
 /// Both directions of one connection after the handshake.
 #[derive(Debug)]
 pub struct Session {
-    noise: TransportState,
+    /// `None`: nothing is sealed.
+    noise: Option<TransportState>,
     role: Role,
     sealed: u64,
     opened: u64,
@@ -27,7 +28,13 @@ pub struct Session {
 
 impl Session {
     pub(crate) fn new(noise: TransportState, role: Role) -> Self {
-        Self { noise, role, sealed: 0, opened: 0, plain: Vec::new() }
+        Self { noise: Some(noise), role, sealed: 0, opened: 0, plain: Vec::new() }
+    }
+
+    /// Of two processes of one host, on a socket that the kernel keeps between them: records hold their frames as they are.
+    #[must_use]
+    pub fn unsealed(role: Role) -> Self {
+        Self { noise: None, role, sealed: 0, opened: 0, plain: Vec::new() }
     }
 
     #[must_use]
@@ -40,16 +47,17 @@ impl Session {
     /// # Errors
     /// [`ProtocolError::Malformed`] when it does not fit a record, [`ProtocolError::Cipher`].
     pub fn seal(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Result<(), ProtocolError> {
+        let Some(noise) = &mut self.noise else { return record::encode(plain, out) };
         let body = plain.len() + TAG;
         let length = u16::try_from(body).map_err(|_| ProtocolError::Malformed { what: "frame: payload too long" })?;
         out.extend_from_slice(&length.to_be_bytes());
         let start = out.len();
         out.resize(start + body, 0);
-        let sealed = self.noise.write_message(plain, &mut out[start..]);
+        let sealed = noise.write_message(plain, &mut out[start..]);
         sealed.map_err(|e| ProtocolError::Cipher { detail: e.to_string() })?;
         self.sealed += 1;
         if self.sealed.is_multiple_of(REKEY_EVERY) {
-            self.noise.rekey_outgoing();
+            noise.rekey_outgoing();
         }
         Ok(())
     }
@@ -58,14 +66,15 @@ impl Session {
     ///
     /// # Errors
     /// [`ProtocolError::Unsealed`]; the session cannot go on.
-    pub fn open(&mut self, body: &[u8]) -> Result<&[u8], ProtocolError> {
+    pub fn open<'a>(&'a mut self, body: &'a [u8]) -> Result<&'a [u8], ProtocolError> {
+        let Some(noise) = &mut self.noise else { return Ok(body) };
         if self.plain.len() < body.len() {
             self.plain.resize(body.len(), 0);
         }
-        let length = self.noise.read_message(body, &mut self.plain).map_err(|_| ProtocolError::Unsealed)?;
+        let length = noise.read_message(body, &mut self.plain).map_err(|_| ProtocolError::Unsealed)?;
         self.opened += 1;
         if self.opened.is_multiple_of(REKEY_EVERY) {
-            self.noise.rekey_incoming();
+            noise.rekey_incoming();
         }
         Ok(&self.plain[..length])
     }
@@ -167,6 +176,15 @@ pub(crate) mod tests {
             host.seal(&number.to_be_bytes(), &mut out).unwrap();
             assert_eq!(guest.open(&out[2..]).unwrap(), number.to_be_bytes());
         }
+    }
+
+    #[test]
+    fn test_session_unsealed_carries_the_longest_frame_as_it_is() {
+        let (mut host, mut guest) = (Session::unsealed(Role::Host), Session::unsealed(Role::Guest));
+        let mut out = Vec::new();
+        let frame = vec![7; crate::frame::HEADER + crate::frame::MAX_PAYLOAD];
+        host.seal(&frame, &mut out).unwrap();
+        assert_eq!(guest.open(&records(&out)[0]).unwrap(), frame);
     }
 
     #[test]
