@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -79,6 +80,16 @@ class Usage(unittest.TestCase):
             (["run", "--label", "a", "ls"], 125, "'a' is not K=V"),
             (["run", "--mem", "128m", "ls"], 125, "--mem"),
             (["run", "--backend", "xen", "ls"], 125, "'xen'"),
+            (["exec"], 125, "VM"),
+            (["exec", "x"], 125, "name a program"),
+            (["exec", "--foo", "x", "ls"], 125, "--foo"),
+            (["exec", "no-such-vm", "ls"], 125, "no-such-vm"),
+            (["exec", "../up", "ls"], 125, "vm_id"),
+            (["shell"], 125, "VM"),
+            (["stop"], 2, "VM"),
+            (["stop", "no-such-vm"], 1, "microvm ps"),
+            (["cp", "a"], 2, "DESTINATION"),
+            (["ps", "--runtime-dir", "/tmp"], 1, "runtime_dir"),
             (["no-such-command"], 2, "no-such-command"),
             (["doctor", "--foo"], 2, "--foo"),
             ([], 2, ""),
@@ -102,13 +113,13 @@ class Usage(unittest.TestCase):
         commands, _ = _cli.completion._commands(_cli.make_parser())
         for command in commands:
             self.assertRegex(page, r"\n\| `{}\b".format(command))
-        for action in commands["run"]._actions:
+        for action in [action for command in ("run", "exec", "shell", "ps", "inspect", "cp", "rm") for action in commands[command]._actions]:
             for option in set(action.option_strings) - {"-h", "--help", "--env", "--workdir", "--user"}:
                 self.assertRegex(page, r"\n\|.*`{}\b".format(option))
 
     def test_completion_of_bash_completes_commands_and_options(self) -> None:
         script = microvm("completion", "bash").stdout
-        for words, wanted in [(["te"], ["templates"]), (["run", "--ti"], ["--timeout"]), (["completion", "z"], ["zsh"]), (["foo", ""], [])]:
+        for words, wanted in [(["te"], ["templates"]), (["in"], ["inspect"]), (["exec", "--wo"], ["--workdir"]), (["run", "--ti"], ["--timeout"]), (["completion", "z"], ["zsh"]), (["foo", ""], [])]:
             ask = "{}\nCOMP_WORDS=(microvm {}); COMP_CWORD={}; _microvm; printf '%s\\n' \"${{COMPREPLY[@]}}\"".format(
                 script, " ".join(word or "''" for word in words), len(words)
             )
@@ -118,7 +129,7 @@ class Usage(unittest.TestCase):
     def test_completion_of_every_shell_has_every_command_and_option(self) -> None:
         for shell, option in (("bash", "--timeout"), ("zsh", "--timeout"), ("fish", "-l timeout -r")):
             script = microvm("completion", shell).stdout
-            for word in ("run", "doctor", "bench", "templates", "completion", "version", option):
+            for word in ("run", "exec", "ps", "wait", "microvm ps -q", "doctor", "bench", "templates", "completion", "version", option):
                 self.assertIn(word, script)
 
     def test_output_that_nobody_reads_is_no_traceback(self) -> None:
@@ -277,6 +288,9 @@ class Terminals(unittest.TestCase):
         self.before = termios.tcgetattr(self.slave)
         self.said = b""
 
+    def words(self, *options: str, script: str) -> List[str]:
+        return [*SMALL, *options, "sh", "-c", script]
+
     @contextlib.contextmanager
     def at_terminal(self, script: str, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
         """It as the foreground of a terminal of its own."""
@@ -284,7 +298,7 @@ class Terminals(unittest.TestCase):
         def control() -> None:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-        arguments = [*SMALL, *(options or ("-it",)), "sh", "-c", script]
+        arguments = self.words(*(options or ("-it",)), script=script)
         with started(*arguments, stdin=self.slave, stdout=self.slave, stderr=self.slave, preexec_fn=control) as process:
             yield process
 
@@ -356,10 +370,124 @@ class Terminals(unittest.TestCase):
             self.assertEqual(process.wait(TIMEOUT_S), 0)
 
     def test_t_without_a_terminal_gives_the_program_one(self) -> None:
-        done = microvm(*SMALL, "-it", "sh", "-c", "stty size; cat", input=b"words\n", universal_newlines=False)
+        done = microvm(*self.words("-it", script="stty size; cat"), input=b"words\n", universal_newlines=False)
         self.assertEqual(done.returncode, 0)
         self.assertIn(b"24 80\r\n", done.stdout)
         self.assertIn(b"words\r\n", done.stdout)
+
+
+class AttachedTerminals(Terminals):
+    """The same with ``exec``."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        manager = MicroVMIsolationManager({"raise_on_error": True})
+        self.addCleanup(manager.stop)
+        self.vm = manager.run_vm(resource_limits=limits())
+
+    def words(self, *options: str, script: str) -> List[str]:
+        return ["exec", *options, self.vm.vm_id, "sh", "-c", script]
+
+
+class Attached(unittest.TestCase):
+    """What is done to a VM that another process has: here, this one."""
+
+    def setUp(self) -> None:
+        self.manager = MicroVMIsolationManager({"raise_on_error": True})
+        self.addCleanup(self.manager.stop)
+        self.vm = self.manager.run_vm(resource_limits=limits(), labels={"team": "web"})
+        self.id = self.vm.vm_id
+
+    def test_exec_has_the_exit_code_the_input_and_the_outputs_of_its_program(self) -> None:
+        done = microvm("exec", "-i", "-e", "A=b", "-w", "/data", self.id, "sh", "-c", "cat; echo $A $PWD >&2; exit 3", input="in")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (3, "in", "b /data\n"))
+        self.assertEqual(microvm("exec", self.id, "--", "sh", "-c", "kill -SEGV $$").returncode, 128 + signal.SIGSEGV)
+        done = microvm("exec", "--timeout", "0.5", self.id, "sleep", "60")
+        self.assertEqual((done.returncode, done.stderr), (124, "microvm: sleep did not end within 0.5 s (--timeout)\n"))
+        done = microvm("exec", self.id, "no-such-program")
+        self.assertEqual(done.returncode, 127)
+        self.assertIn("microvm exec {} ls /bin".format(self.id), done.stderr)
+
+    def test_exec_passes_twenty_megabytes_both_ways(self) -> None:
+        data = os.urandom(20 * MIB)
+        done = microvm("exec", "-i", self.id, "cat", input=data, universal_newlines=False)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertTrue(done.stdout == data)
+
+    def test_exec_passes_signals_on_and_leaves_no_program(self) -> None:
+        script = "trap 'echo got; exit 9' TERM; echo ready; sleep 61 & wait"
+        with started("exec", self.id, "sh", "-c", script, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            self.assertEqual(process.stdout.readline(), b"ready\n")
+            process.terminate()
+            self.assertEqual((process.wait(TIMEOUT_S), process.stdout.read()), (9, b"got\n"))
+        with started("exec", self.id, "sh", "-c", "echo ready; sleep 62", stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.kill()
+        self.assertTrue(eventually(lambda: "sleep 62" not in self.vm.run(["ps", "-o", "args"]).stdout))
+
+    def test_exec_in_a_vm_that_ends_is_told_within_a_second_or_so(self) -> None:
+        with started("exec", self.id, "sh", "-c", "echo ready; sleep 60", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.readline()
+            self.vm.destroy()
+            self.assertEqual(process.wait(20.0), 125)
+            self.assertRegex(process.stderr.read().decode(), r"\Amicrovm: [^\n]+\n\Z")
+
+    def test_shell_reads_a_script_where_stdin_is_no_terminal(self) -> None:
+        done = microvm("shell", self.id, input="echo $((6 * 7))\nexit 5\n")
+        self.assertEqual((done.returncode, done.stdout), (5, "42\n"))
+
+    def test_ps_is_a_table_ids_json_or_what_is_asked_for(self) -> None:
+        self.assertRegex(microvm("ps").stdout, r"\AVM +TYPE +STATE +GRADE +CPUS +MEMORY +UP +OWNER +LABELS\n")
+        row = r"(?m)^{} +session +running +\w+ +1 +128 MiB +\d+s +{} +team=web$".format(self.id, os.getpid())
+        self.assertRegex(microvm("ps").stdout, row)
+        self.assertIn(self.id + "\n", microvm("ps", "-q").stdout)
+        said = {vm["vm_id"]: vm for vm in json.loads(microvm("ps", "--json").stdout)}
+        self.assertEqual((said[self.id]["state"], said[self.id]["labels"]), ("running", {"team": "web"}))
+        self.assertIn("{} running\n".format(self.id), microvm("ps", "--format", "{vm_id} {state}").stdout)
+        wrong = microvm("ps", "--format", "{colour}")
+        self.assertEqual(wrong.returncode, 2)
+        self.assertIn("vm_id", wrong.stderr)
+
+    def test_inspect_tells_all_and_goes_on_after_a_vm_that_is_not_there(self) -> None:
+        done = microvm("inspect", "no-such-vm", self.id)
+        self.assertEqual((done.returncode, [vm["vm_id"] for vm in json.loads(done.stdout)]), (1, [self.id]))
+        self.assertRegex(done.stderr, r"\Amicrovm: [^\n]*no-such-vm[^\n]*microvm ps[^\n]*\n\Z")
+        self.assertEqual(microvm("inspect", "--format", "{owner_pid}", self.id).stdout, "{}\n".format(os.getpid()))
+
+    def test_vms_are_paused_resumed_stopped_killed_and_removed(self) -> None:
+        for command, state in (("pause", "paused"), ("resume", "running"), ("stop", "stopped")):
+            done = microvm(command, self.id)
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (0, self.id + "\n", ""))
+            self.assertEqual(self.vm.instance.get_state().value, state)
+        self.assertEqual(microvm("stop", self.id).returncode, 1)
+        others = [self.manager.run_vm(resource_limits=limits()) for _ in range(2)]
+        with started("wait", others[0].vm_id, others[1].vm_id, stdout=subprocess.PIPE) as waiting:
+            assert waiting.stdout is not None
+            self.assertEqual(microvm("kill", others[0].vm_id).returncode, 0)
+            self.assertEqual(waiting.stdout.readline().decode(), others[0].vm_id + "\n")
+            self.assertEqual(microvm("rm", "-f", others[1].vm_id).stdout, others[1].vm_id + "\n")
+            self.assertEqual(waiting.wait(TIMEOUT_S), 0)
+        self.assertNotIn(others[1].vm_id, self.manager.list_vms())
+
+    def test_cp_copies_files_both_ways_and_says_how_folders_go(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            here = Path(name) / "here"
+            here.write_bytes(os.urandom(MIB))
+            self.assertEqual(microvm("cp", str(here), self.id + ":/data/").stderr, "")
+            self.assertEqual(microvm("cp", self.id + ":/data/here", name + "/back").stderr, "")
+            self.assertEqual((Path(name) / "back").read_bytes(), here.read_bytes())
+            microvm("cp", self.id + ":/etc/hostname", name)
+            self.assertTrue((Path(name) / "hostname").exists())
+            folder = microvm("cp", name, self.id + ":/data")
+            self.assertEqual(folder.returncode, 2)
+            self.assertIn("tar x -C /data", folder.stderr)
+        self.assertEqual(microvm("cp", "-", self.id + ":/tmp/in", input="words").returncode, 0)
+        self.assertEqual(microvm("cp", self.id + ":/tmp/in", "-").stdout, "words")
+        self.assertEqual(microvm("cp", "a", "b").returncode, 2)
+        self.assertEqual(microvm("cp", self.id + ":/no-such-file", "-").returncode, 1)
 
 
 class Templates(unittest.TestCase):

@@ -8,7 +8,7 @@ import sys
 from typing import Any, NoReturn, Optional, Sequence
 
 from .. import MicroVMError, __version__
-from . import completion, doctor, run, templates
+from . import completion, cp, doctor, exec, run, templates, vms
 from .fail import Complaints, complain
 
 NAME = "microvm"
@@ -35,6 +35,14 @@ def make_parser(program: str = NAME, with_bench: bool = True) -> Parser:
     parser.add_argument("--version", action="version", version="{} {}".format(NAME, __version__))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run.configure(commands.add_parser("run", usage_code=run.FAILED, help="run one command in a VM of its own", **run.TEXTS))
+    exec.configure(commands.add_parser("exec", usage_code=exec.FAILED, help="run one command in a VM that runs", **exec.TEXTS))
+    exec.configure_shell(commands.add_parser("shell", usage_code=exec.FAILED, help="run a shell in a VM that runs"))
+    vms.configure_ps(commands.add_parser("ps", help="list the VMs of all processes of this user"))
+    vms.configure_inspect(commands.add_parser("inspect", help="tell everything about VMs, as JSON"))
+    cp.configure(commands.add_parser("cp", help="copy a file into a VM, or out of it"))
+    for command, help in vms.CHANGES.items():
+        configure = vms.configure_rm if command == "rm" else vms.configure_change
+        configure(commands.add_parser(command, help=help))
     doctor.configure(commands.add_parser("doctor", help="say what this host can run and what is missing"))
     bench = commands.add_parser("bench", help="measure VMs beside the bare VMM")
     templates.configure(commands.add_parser("templates", help="list the snapshots that VMs can be cloned from"))
@@ -50,8 +58,8 @@ def make_parser(program: str = NAME, with_bench: bool = True) -> Parser:
 def main(arguments: Optional[Sequence[str]] = None, program: str = NAME) -> int:
     """Run one command and return its exit code.
 
-    ``run``: that of the program; 124 to 127 for what kept it from its end (docs/cli.md). ``doctor``: 0 when a VM can
-    start here, 1 when not. Others: 0, or 1 when they fail. Bad usage: 2, of ``run`` 125.
+    ``run``, ``exec``, ``shell``: that of the program; 124 to 127 for what kept it from its end (docs/cli.md). ``doctor``: 0 when a VM can
+    start here, 1 when not. Others: 0, or 1 when they fail. Bad usage: 2, of those three 125.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(handlers=[Complaints(logging.WARNING)])
@@ -81,6 +89,18 @@ def main(arguments: Optional[Sequence[str]] = None, program: str = NAME) -> int:
 def _call(options: argparse.Namespace, parser: Parser) -> int:
     if options.command == "run":
         return run.run(options)
+    if options.command == "exec":
+        return exec.run(options)
+    if options.command == "shell":
+        return exec.shell(options)
+    if options.command == "ps":
+        return vms.ps(options)
+    if options.command == "inspect":
+        return vms.inspect(options)
+    if options.command == "cp":
+        return cp.run(options)
+    if options.command in vms.CHANGES:
+        return vms.change(options)
     if options.command == "doctor":
         return doctor.run(options)
     if options.command == "bench":

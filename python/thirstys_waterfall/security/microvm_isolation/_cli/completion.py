@@ -30,6 +30,8 @@ _microvm() {{
 compdef _microvm microvm"""
 ZSH_CASE = "        {command}) compadd -- {words} ;;"
 
+VMS = "$(microvm ps -q 2>/dev/null)"
+FISH_VMS = "complete -c microvm -f -n '__fish_seen_subcommand_from {command}' -a '(microvm ps -q 2>/dev/null)'"
 FISH_COMMAND = "complete -c microvm -f -n __fish_use_subcommand -a {command} -d '{help}'"
 FISH_OPTION = "complete -c microvm -n '__fish_seen_subcommand_from {command}' {flags} -d '{help}'"
 
@@ -55,9 +57,10 @@ def _commands(parser: argparse.ArgumentParser) -> Tuple[Commands, Dict[str, str]
 
 
 def _words(parser: argparse.ArgumentParser) -> List[str]:
-    """The options of a command, and the values of its arguments."""
+    """The options of a command, and the values of its arguments; VMs are asked for when they are completed."""
     options = [option for action in parser._actions for option in action.option_strings]
-    return options + [str(value) for action in parser._actions if not action.option_strings for value in action.choices or []]
+    vms = [VMS] if any(action.dest == "vm" for action in parser._actions) else []
+    return options + [str(value) for action in parser._actions if not action.option_strings for value in action.choices or []] + vms
 
 
 def _bash(commands: Commands, helps: Dict[str, str]) -> str:
@@ -78,6 +81,8 @@ def _fish(commands: Commands, helps: Dict[str, str]) -> str:
                 flags = ["-l " + one[2:] if one.startswith("--") else "-s " + one[1:] for one in action.option_strings]
                 flags += ["-r"] if action.nargs != 0 else []
                 lines.append(FISH_OPTION.format(command=command, flags=" ".join(flags), help=_quoted(action.help or "")))
+            elif action.dest == "vm":
+                lines.append(FISH_VMS.format(command=command))
             elif action.choices:
                 flags = ["-f", "-a", "'{}'".format(" ".join(map(str, action.choices)))]
                 lines.append(FISH_OPTION.format(command=command, flags=" ".join(flags), help=_quoted(action.help or "")))

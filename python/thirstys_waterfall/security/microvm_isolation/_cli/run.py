@@ -1,41 +1,14 @@
 """``run``: a VM for one command, with the habits of ``docker run``."""
 
 import argparse
-import contextlib
-import os
 import re
-import select
-import signal
-import threading
-import time
-from types import FrameType
-from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Dict
 
-from .. import (
-    VM,
-    CommandError,
-    MicroVMError,
-    MicroVMIsolationManager,
-    ProcessStream,
-    VMBackend,
-    VMNetworkConfig,
-    VMResourceLimits,
-)
-from . import terminal
-from .fail import complain
+from .. import MicroVMIsolationManager, VMBackend, VMNetworkConfig, VMResourceLimits
+from . import session
 
-# As docker run and env(1) have them; 124 is timeout(1)'s.
-TIMED_OUT, FAILED, NOT_EXECUTABLE, NOT_FOUND = 124, 125, 126, 127
-CODES = {"program_not_found": NOT_FOUND, "permission_denied": NOT_EXECUTABLE}
-# Added to the number of a signal that ended the program, as shells do.
-SIGNALLED = 128
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-# A second Ctrl-C within this time ends the program, which did not care about the first.
-TWICE_S = 1.0
-MAX_TIMEOUT_S = 86_400
-READ_BYTES = 64 * 1024
-# How long the thread of the input may take to see that the program has ended.
-JOIN_S = 2.0
+# Bad usage, and what keeps a VM from running the program.
+FAILED = session.FAILED
 UNITS = {"m": 1, "g": 1024}
 TEXTS: Dict[str, Any] = {
     "usage": "microvm run [OPTION]... [--] PROGRAM [ARGUMENT]...",
@@ -45,240 +18,37 @@ TEXTS: Dict[str, Any] = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    session.configure(parser)
     add = parser.add_argument
-    add("-i", "--interactive", action="store_true", help="pass stdin on to the program")
-    add("-t", "--tty", action="store_true", help="give the program a terminal")
-    add("-e", "--env", action="append", default=[], metavar="K=V", type=_variable, help="set a variable; K alone takes this shell's")
-    add("-w", "--workdir", metavar="DIR", help="the program's working directory (default: /)")
-    add("-u", "--user", type=_user, metavar="UID", help="the uid that it runs as (default: 0)")
-    add("--timeout", type=_seconds, metavar="S", help="end the program after this many seconds, with exit code 124")
     add("--memory", "-m", type=_mib, metavar="SIZE", help="memory of the VM, such as 256m or 1g (default: 512m)")
     add("--cpus", type=int, metavar="N", help="vCPUs of the VM (default: 1)")
     add("--disk", type=_mib, metavar="SIZE", help="size of the VM's disk at /data (default: 1g)")
     add("--net", action="store_true", help="connect the VM; needs CAP_NET_ADMIN (default: no network)")
     add("--egress", action="append", metavar="HOST[:PORT]", help="connect the VM to this place alone; may be given again")
     add("--backend", choices=[backend.value for backend in VMBackend], help="the VMM (default: the best one of this host)")
-    add("--label", action="append", default=[], metavar="K=V", type=_pair, help="label the VM; may be given again")
+    add("--label", action="append", default=[], metavar="K=V", type=session.pair, help="label the VM; may be given again")
     add("--rm", action="store_true", help="accepted out of habit: the VM is always removed")
     add("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program and its arguments")
-    parser.set_defaults(usage=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the program; returns its exit code, with which the process is to exit."""
-    command: List[str] = options.program[1:] if options.program[:1] == ["--"] else options.program
-    if not command:
-        options.usage("name a program, such as: microvm run -it sh")
-    _open_closed_descriptors()
-    session = _Session(options, command)
-    try:
-        with session.signals():
-            return session.run()
-    except _Ended as end:
-        if end.why:
-            complain(end.why)
-        return end.code
-    except CommandError as error:
-        if error.code == "program_not_found":
-            words = len(command) == 1 and len(command[0].split()) > 1
-            remedy = "write its arguments as words of their own, or sh -c LINE" if words else "microvm run ls /bin lists what is there"
-            complain("{}: there is no such program in the guest; {}".format(command[0], remedy))
-        elif error.code == "permission_denied":
-            complain("{}: it cannot be executed in the guest; check its mode and -u".format(command[0]))
-        else:
-            complain(error)
-        return CODES.get(error.code, FAILED)
-    except MicroVMError as error:
-        complain(error)
-        return FAILED
+    command = session.command_of(options, "microvm run -it sh")
+    return session.carry_out(options, command, "microvm run ls /bin", lambda one: _in_new_vm(options, one))
 
 
-class _Ended(Exception):
-    """The command ends now, whatever the program does."""
-
-    def __init__(self, code: int, why: str = "") -> None:
-        super().__init__(code, why)
-        self.code, self.why = code, why
-
-
-class _Session:
-    """One program in one VM: its input, its output, and the signals that are passed on to it."""
-
-    def __init__(self, options: argparse.Namespace, command: List[str]) -> None:
-        self._options = options
-        self._command = command
-        self._program: Optional[ProcessStream] = None
-        self._raw: Optional[terminal.Raw] = None
-        self._is_over = False
-        self._interrupted_at = -TWICE_S
-
-    def run(self) -> int:
-        options = self._options
-        given = {"vcpu_count": options.cpus, "memory_mb": options.memory, "disk_size_mb": options.disk}
-        limits = VMResourceLimits(**{name: value for name, value in given.items() if value is not None})
-        # The quota is for managers of many VMs; this one's only VM may have what was asked for.
-        config = {"raise_on_error": True, "max_vcpus": limits.vcpu_count, "max_memory_mb": limits.memory_mb}
-        network = VMNetworkConfig(isolated_network=False, egress=options.egress) if options.net or options.egress else None
-        with MicroVMIsolationManager(config) as manager:
-            with manager.run_vm(
-                resource_limits=limits, backend=options.backend, network_config=network, labels=dict(options.label)
-            ) as vm:
-                code = self._attach(vm)
-        return code
-
-    def _attach(self, vm: VM) -> int:
-        """Runs the program to its end."""
-        options = self._options
-        rows, columns = (options.tty and terminal.size()) or (None, None)
-        env = {name: value for name, value in options.env if value is not None}
-        with contextlib.ExitStack() as stack:
-            program = stack.enter_context(
-                vm.popen(self._command, env=env, cwd=options.workdir, user=options.user, pty=options.tty, rows=rows, columns=columns)
-            )
-            self._program = program
-            if options.timeout is not None:
-                signal.setitimer(signal.ITIMER_REAL, options.timeout)
-                stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
-            if options.interactive:
-                if options.tty and os.isatty(0):
-                    self._raw = terminal.Raw()
-                    stack.callback(self._raw.leave)
-                    self._raw.enter()
-                stack.enter_context(_input_to(program))
-            elif not options.tty:
-                program.close_stdin()
-            with self._ending():
-                for channel, data in program:
-                    _write(1 if channel == "stdout" else 2, data)
-            code = program.exit_code
-            assert code is not None, "the output was taken to its end"
-            return code if code >= 0 else SIGNALLED - code
-
-    @contextlib.contextmanager
-    def _ending(self) -> Iterator[None]:
-        """What follows the block restores the terminal and destroys the VM, which no signal interrupts."""
-        try:
-            yield
-        finally:
-            self._is_over = True
-
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """While the block runs, signals are the program's; one that is ignored, as under nohup(1), stays so.
-
-        Afterwards they are ignored: the process exits, and a late Ctrl-C would interrupt that and show in its exit code.
-        """
-        handlers: Dict[signal.Signals, Callable[[int, Optional[FrameType]], None]] = {number: self._pass_on for number in PASSED_ON}
-        handlers.update({signal.SIGALRM: self._time_over, signal.SIGWINCH: self._resize, signal.SIGTSTP: self._stop})
-        for number, handler in handlers.items():
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, handler)
-        try:
-            yield
-        finally:
-            for number in handlers:
-                signal.signal(number, signal.SIG_IGN)
-
-    def _end(self, code: int, why: str = "") -> NoReturn:
-        self._is_over = True
-        raise _Ended(code, why)
-
-    def _pass_on(self, number: int, _: Optional[FrameType]) -> None:
-        if self._is_over:
-            return
-        if self._program is None:
-            self._end(SIGNALLED + number)
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            if now - self._interrupted_at < TWICE_S:
-                self._end(SIGNALLED + number)
-            self._interrupted_at = now
-        # The loop of the output sees what is wrong with the channel.
-        with contextlib.suppress(MicroVMError):
-            self._program.signal(number)
-
-    def _time_over(self, _: int, __: Optional[FrameType]) -> None:
-        if not self._is_over:
-            self._end(TIMED_OUT, "{} did not end within {:g} s (--timeout)".format(self._command[0], self._options.timeout))
-
-    def _resize(self, _: int, __: Optional[FrameType]) -> None:
-        size = terminal.size()
-        if self._program is not None and self._options.tty and size:
-            with contextlib.suppress(MicroVMError):
-                self._program.resize(*size)
-
-    def _stop(self, _: int, __: Optional[FrameType]) -> None:
-        """Stops this process as the default does, with the terminal as it was before."""
-        if self._raw is not None:
-            self._raw.leave()
-        os.kill(os.getpid(), signal.SIGSTOP)
-        if self._raw is not None and not self._is_over:
-            self._raw.enter()
-        self._resize(signal.SIGWINCH, None)
-
-
-@contextlib.contextmanager
-def _input_to(program: ProcessStream) -> Iterator[None]:
-    """While the block runs, a thread passes stdin on: the program may wait with reading until its output is taken."""
-    ours, its = os.pipe()
-    thread = threading.Thread(target=_pass_input, args=(program, ours), name="microvm-stdin", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        # It may be writing to a program that reads no more.
-        program.kill()
-        os.close(its)
-        thread.join(JOIN_S)
-        os.close(ours)
-
-
-def _pass_input(program: ProcessStream, end: int) -> None:
-    poll = select.poll()
-    poll.register(0, select.POLLIN)
-    poll.register(end, select.POLLIN)
-    with contextlib.suppress(MicroVMError, RuntimeError):
-        while True:
-            if end in dict(poll.poll()):
-                return
-            try:
-                data = os.read(0, READ_BYTES)
-            except BlockingIOError:
-                continue
-            except OSError:
-                # A terminal that has hung up (EIO), or a folder: there is no more input.
-                data = b""
-            if not data:
-                program.close_stdin()
-                return
-            if not program.write(data):
-                return
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    """Writes all of it, also to a descriptor that does not block because another process set it so."""
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(descriptor, rest) :]
-        except BlockingIOError:
-            select.select([], [descriptor], [])
-        except BrokenPipeError:
-            raise _Ended(SIGNALLED + signal.SIGPIPE) from None
-        except OSError as error:
-            raise _Ended(FAILED, "{}: {}".format(("stdin", "stdout", "stderr")[descriptor], error.strerror)) from None
-
-
-def _open_closed_descriptors() -> None:
-    """Opens /dev/null where stdin, stdout or stderr is closed: the next file that is opened would take its place."""
-    for descriptor, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            opened = os.open(os.devnull, mode)
-            if opened != descriptor:
-                os.dup2(opened, descriptor)
-                os.close(opened)
+def _in_new_vm(options: argparse.Namespace, one: session.Session) -> int:
+    given = {"vcpu_count": options.cpus, "memory_mb": options.memory, "disk_size_mb": options.disk}
+    limits = VMResourceLimits(**{name: value for name, value in given.items() if value is not None})
+    # The quota is for managers of many VMs; this one's only VM may have what was asked for.
+    config = {"raise_on_error": True, "max_vcpus": limits.vcpu_count, "max_memory_mb": limits.memory_mb}
+    network = VMNetworkConfig(isolated_network=False, egress=options.egress) if options.net or options.egress else None
+    with MicroVMIsolationManager(config) as manager:
+        with manager.run_vm(
+            resource_limits=limits, backend=options.backend, network_config=network, labels=dict(options.label)
+        ) as vm:
+            code = one.run(vm)
+    return code
 
 
 def _mib(text: str) -> int:
@@ -286,30 +56,3 @@ def _mib(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError("{!r} is no size; write 256m or 1g".format(text))
     return int(match.group(1)) * UNITS[match.group(2)]
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= MAX_TIMEOUT_S:
-        raise argparse.ArgumentTypeError("{!r} is not above 0 and at most {} seconds".format(text, MAX_TIMEOUT_S))
-    return seconds
-
-
-def _user(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError("{!r} is no uid; a number is needed, as guests differ in their names".format(text))
-    return int(text)
-
-
-def _pair(text: str) -> Tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError("{!r} is not K=V".format(text))
-    return name, value
-
-
-def _variable(text: str) -> Tuple[str, Optional[str]]:
-    return _pair(text) if "=" in text else (text, os.environ.get(text))
