@@ -13,6 +13,7 @@ use crate::host::cgroup::{self, Controller};
 use crate::host::kvm::{self, Kvm};
 use crate::host::net::{self, Refusal};
 use crate::host::privileges::{self, Privileges};
+use crate::host::remedy::{self, Place};
 use crate::image::GuestImage;
 use crate::manager::{self, CreateRequest, Manager};
 use crate::model::{Backend, Grade, IsolationType, ManagerConfig, NetworkConfig, ResourceLimits, SpecPatch};
@@ -163,7 +164,7 @@ fn judge(image: &GuestImage, look: &Look, trials: &[Trial]) -> Value {
     let jail = jail_of(look, trials);
     for (name, layer) in jail.iter().filter(|(_, layer)| layer["given"] == false) {
         let how = layer["how"].as_str().unwrap_or_default();
-        problems.push(Finding::new(format!("the jail lacks {name}: {how}"), remedy(name, privileges)));
+        problems.push(Finding::new(format!("the jail lacks {name}: {how}"), layer_remedy(name, privileges)));
     }
     match network {
         Err(refusal) => {
@@ -361,20 +362,15 @@ fn backend_json(found: &Installed, settings: &Settings) -> Value {
 }
 
 /// What would give a layer, where the reason does not say it.
-fn remedy(layer: &str, privileges: &Privileges) -> Option<String> {
-    let remedy = match layer {
-        _ if layer.starts_with("cgroup_") && privileges.root => {
-            "let this process make control groups, or name a group that it may divide in config[\"cgroup_parent\"]"
+fn layer_remedy(layer: &str, privileges: &Privileges) -> Option<String> {
+    match layer {
+        _ if layer.starts_with("cgroup_") => Some(remedy::cgroups(privileges.cgroup, &Place::look())),
+        "landlock" => {
+            Some("a kernel from 5.13 on that has landlock among its security modules (boot parameter lsm=)".into())
         }
-        // Only there a user may have one.
-        _ if layer.starts_with("cgroup_") && privileges.cgroup == "v2" => {
-            "start the process in a group of its own: systemd-run --user --scope -p Delegate=yes COMMAND"
-        }
-        "landlock" => "a kernel from 5.13 on that has landlock among its security modules (boot parameter lsm=)",
-        "seccomp_allow_list" => "none is needed but for jail=\"strict\"; use a release that was measured",
-        _ => return None,
-    };
-    Some(remedy.into())
+        "seccomp_allow_list" => Some("none is needed but for jail=\"strict\"; use a release that was measured".into()),
+        _ => None,
+    }
 }
 
 /// What this host can give to any jail, where no VM starts: found out by making one, and groups for it.

@@ -12,10 +12,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::stat::{major, minor};
-use nix::unistd::{Gid, Group, Uid, User};
 
 use super::fork::PerProcess;
-
+use super::remedy::{self, Node, Place};
 use crate::mutex::Mutex;
 
 /// Where the kernel puts it (include/linux/miscdevice.h: major 10 of all "misc" devices, minor 232).
@@ -113,17 +112,13 @@ fn assess(path: &Path, flag: Option<&str>, tried: impl FnOnce(&File, &Metadata) 
 }
 
 fn absent(path: &Path, flag: Option<&str>) -> Kvm {
-    let (reason, remedy) = match flag {
-        Some(_) => (
-            format!("the CPU can virtualize, but there is no {}", path.display()),
-            "load the module (modprobe kvm_intel or kvm_amd); in a container pass --device /dev/kvm",
-        ),
-        None => (
-            format!("there is no {}, and the CPU shows neither vmx nor svm", path.display()),
-            "enable virtualization in the firmware, or nested virtualization on the cloud instance",
-        ),
+    let shown = path.display().to_string();
+    let reason = match flag {
+        Some(_) => format!("the CPU can virtualize, but there is no {shown}"),
+        None => format!("there is no {shown}, and the CPU shows neither vmx nor svm"),
     };
-    Kvm { device: false, usable: false, reason, remedy: Some(remedy.into()) }
+    let remedy = remedy::kvm_absent(&shown, flag, &Place::look());
+    Kvm { device: false, usable: false, reason, remedy: Some(remedy) }
 }
 
 /// What it is, if it is not the node of KVM.
@@ -150,23 +145,13 @@ fn refused(path: &Path, meta: &Metadata, error: &io::Error) -> (String, String) 
         let remedy = "load the module (modprobe kvm_intel or kvm_amd): the node has no working driver behind it";
         return (format!("{shown} does not open: {error}"), remedy.into());
     }
-    let (mode, uid, gid) = (meta.mode() & 0o777, Uid::from_raw(meta.uid()), Gid::from_raw(meta.gid()));
-    let name = |found: Option<String>, number: u32| found.unwrap_or_else(|| number.to_string());
-    let group = name(Group::from_gid(gid).ok().flatten().map(|group| group.name), gid.as_raw());
-    let owner = name(User::from_uid(uid).ok().flatten().map(|user| user.name), uid.as_raw());
-    let me = Uid::effective();
-    let user = name(User::from_uid(me).ok().flatten().map(|user| user.name), me.as_raw());
-    let remedy = if mode & 0o006 == 0o006 || me.is_root() {
-        format!("its mode would let {user} open it: the device control group or a security module denies it (a container: --device {shown})")
-    } else if mode & 0o060 == 0o060 && gid.as_raw() != 0 {
-        format!("add the user to its group (usermod -aG {group} {user}) and log in again")
-    } else {
-        format!(
-            "its mode lets no group open it: chgrp kvm {shown} && chmod 660 {shown} (for good: a udev rule with \
-             KERNEL==\"kvm\", GROUP=\"kvm\", MODE=\"0660\"), then usermod -aG kvm {user}"
-        )
-    };
-    (format!("{shown} is there, but {user} may not open it: mode {mode:03o}, owner {owner}, group {group}"), remedy)
+    let (node, place) = (Node::of(path, meta), Place::look());
+    let group = node.group.clone().unwrap_or_else(|| node.gid.to_string());
+    let reason = format!(
+        "{shown} is there, but {} may not open it: mode {:03o}, owner {}, group {group}",
+        place.user, node.mode, node.owner
+    );
+    (reason, remedy::kvm_denied(&node, &place))
 }
 
 #[cfg(test)]
@@ -213,19 +198,12 @@ mod tests {
     }
 
     #[test]
-    fn test_refused_remedy_fits_the_modes_of_the_node() {
+    fn test_refused_names_the_nodes_mode_or_a_missing_driver() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let denied = io::Error::from(ErrorKind::PermissionDenied);
-        let told = |mode| {
-            fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
-            refused(file.path(), &file.as_file().metadata().unwrap(), &denied)
-        };
-        assert!(told(0o600).0.contains("mode 600, owner"));
-        let expected = if Uid::effective().is_root() { "device control group" } else { "lets no group" };
-        assert!(told(0o600).1.contains(expected), "{}", told(0o600).1);
-        assert!(told(0o666).1.contains("device control group"));
-        let dead =
-            refused(file.path(), &file.as_file().metadata().unwrap(), &io::Error::from_raw_os_error(libc::ENXIO));
+        let meta = file.as_file().metadata().unwrap();
+        let told = refused(file.path(), &meta, &io::Error::from(ErrorKind::PermissionDenied));
+        assert!(told.0.contains("mode 600, owner"), "{}", told.0);
+        let dead = refused(file.path(), &meta, &io::Error::from_raw_os_error(libc::ENXIO));
         assert!(dead.1.contains("no working driver"));
     }
 

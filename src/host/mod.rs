@@ -26,6 +26,7 @@ pub mod process;
 pub mod process_memory;
 pub mod procfs;
 pub mod reflink;
+pub mod remedy;
 pub mod rights;
 pub mod rlimit;
 pub mod socket_dir;

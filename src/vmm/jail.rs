@@ -12,8 +12,8 @@ use microvm_jail::{Access, Confined, Identity, LaunchSpec, Layer, Namespaces, Re
 use crate::error::{Error, Result};
 use crate::host::fork::PerProcess;
 use crate::host::kernel;
-use crate::host::privileges;
 use crate::host::process::{self, Exit};
+use crate::host::remedy::{self, Place, UserNamespaces};
 use crate::mutex::Mutex;
 
 /// Yama's: 2 lets none but root read another process's memory, 3 nobody.
@@ -257,7 +257,11 @@ fn probe(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<HostJail> {
         return Ok(HostJail {
             namespaces: match own_root {
                 true => Layer::Given("user, mount, PID, network, IPC and UTS namespaces".into()),
-                false => Layer::Missing(format!("{}; {}", why(reasons.len() - 1), namespaces_remedy())),
+                false => Layer::Missing(format!(
+                    "{}; {}",
+                    why(reasons.len() - 1),
+                    remedy::namespaces(&UserNamespaces::look(), &Place::look())
+                )),
             },
             no_proc,
             identity: match (root, identity) {
@@ -275,16 +279,6 @@ fn probe(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<HostJail> {
         identity: Layer::Missing(why),
         confined: None,
     })
-}
-
-/// What would help on this host.
-fn namespaces_remedy() -> &'static str {
-    if privileges::is_in_chroot() {
-        return "this process is in a chroot, in which the kernel makes no user namespaces (user_namespaces(7)): enter the tree by \
-                pivot_root (systemd-nspawn, bwrap, a container) instead";
-    }
-    "allow user namespaces: sysctl user.max_user_namespaces=10000 (and, where they exist, \
-     kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0); in a container, its profile"
 }
 
 fn attempt(
