@@ -231,7 +231,7 @@ bench: installed
 
 # cargo-fuzz wants a nightly compiler; RUSTC_BOOTSTRAP=1 gives the stable one the flags that it needs. The targets have no
 # unsafe code below them, so no sanitizer is needed either.
-FUZZ_TARGETS := $(or $(TARGETS),frames handshake calls documents)
+FUZZ_TARGETS := $(or $(TARGETS),frames handshake calls clients documents)
 fuzz:
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install -q --locked cargo-fuzz
 	@RUSTC_BOOTSTRAP=1 $(CARGO) fuzz build -s none

@@ -29,7 +29,14 @@ SEEDS = {
         "future": b"\0\x08\1TWMV\x7e\x7f\0",
     },
     "calls": {"steps": bytes(range(256)) * 4, "requests": b"\0\0\0\0\1\0" * 40 + b"\x0a" * 100},
+    "clients": {
+        "stream": frame(1, 1, 1, b'{"action":"stream","params":{"program":"ls"},"stream":true}') + frame(5, 0, 1, b"\0input") + frame(5, 1, 1, b"\0")
+        + frame(6, 0, 1, b"\1\0\0\1\0") + frame(7, 0, 1, b'{"control":"resize","rows":1,"columns":2}') + frame(3, 0, 1, b""),
+        "operations": frame(1, 1, 1, b'{"operation":"info"}') + frame(1, 1, 2, b'{"operation":"snapshot","name":"a"}') + frame(9, 0, 7, b""),
+        "pieces": frame(1, 0, 1, b'{"operation":') + frame(1, 1, 1, b'"stop"}') + frame(1, 0, 2, b"x") + frame(3, 0, 2, b""),
+    },
     "documents": {
+        "attach": document({"type": "attach", "version": 1}) + frame(9, 0, 1, b""),
         "ping": document({"type": "ping", "id": 1}),
         "command": document({"type": "command", "command": "exec", "params": {"program": "ls"}}),
         "legacy": document({"type": "command", "action": "render_page", "data": {}}) + document([1, None, 1e9]),

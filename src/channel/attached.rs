@@ -24,6 +24,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::agent::Agent;
 use super::broker::{patience_for, Place};
+use super::link::MAX_STREAMS;
 use super::mailbox::{Mailbox, Taken};
 use super::operation::{Operation, Owner, OwnerAnswer};
 use super::stream::{Next, Stream};
@@ -33,6 +34,8 @@ use crate::mutex::Mutex;
 
 /// Calls of all attached clients together: the rest of the session's places is for the owner and its other clients.
 const SHARED_CALLS: usize = MAX_CALLS * 3 / 4;
+/// Streams among them: the same share of the session's.
+const SHARED_STREAMS: usize = MAX_STREAMS * 3 / 4;
 /// Calls of one client that are worked on at once; its others wait.
 const CLIENT_CALLS: usize = 32;
 /// Operations at once. What was begun goes on without its client, so that one who comes and goes heaps up no more.
@@ -57,7 +60,8 @@ pub(super) struct Services {
     /// How long the guest may take to begin a stream.
     pub deadline: Duration,
     owner: watch::Sender<Option<Arc<dyn Owner>>>,
-    calls: Arc<Semaphore>,
+    calls: Semaphore,
+    streams: Semaphore,
     operations: Arc<Semaphore>,
     requests: AtomicUsize,
 }
@@ -69,7 +73,8 @@ impl Services {
             agent,
             deadline,
             owner: watch::Sender::new(None),
-            calls: Arc::new(Semaphore::new(SHARED_CALLS)),
+            calls: Semaphore::new(SHARED_CALLS),
+            streams: Semaphore::new(SHARED_STREAMS),
             operations: Arc::new(Semaphore::new(OPERATIONS)),
             requests: AtomicUsize::new(0),
         }
@@ -135,6 +140,7 @@ struct Written {
 }
 
 struct Client {
+    vm_id: VmId,
     stream: UnixStream,
     state: Mutex<State>,
     writing: tokio::sync::Mutex<Written>,
@@ -161,6 +167,7 @@ impl Drop for Ended {
 pub(super) async fn serve(services: Arc<Services>, stream: UnixStream, rest: &[u8], place: &Place) -> String {
     let connection = Connection::new(Session::unsealed(Role::Guest));
     let client = Arc::new(Client {
+        vm_id: services.vm_id.clone(),
         stream,
         state: Mutex::new(State { connection, calls: HashMap::new() }),
         writing: tokio::sync::Mutex::default(),
@@ -314,7 +321,7 @@ impl Client {
     /// Answers a call; returns how many bytes wait for the client by that.
     fn answer(&self, id: u32, answer: OwnerAnswer) -> usize {
         let too_long = |length: usize| {
-            let (vm_id, what) = ("the answer".to_owned(), "it".to_owned());
+            let (vm_id, what) = (self.vm_id.to_string(), "the answer".to_owned());
             OwnerAnswer::from(Err(Error::MessageTooLarge { vm_id, what, size: length, limit: MAX_MESSAGE }))
         };
         let encode = |answer: &OwnerAnswer| serde_json::to_vec(answer).unwrap_or_default();
@@ -352,12 +359,17 @@ impl Client {
 }
 
 /// A request of a client.
-enum Asked {
+#[derive(Debug)]
+pub enum Asked {
     Guest(Request),
     Owner(Operation),
 }
 
-fn parse(body: &[u8]) -> std::result::Result<Asked, String> {
+/// A client's request, which may be any bytes.
+///
+/// # Errors
+/// What is wrong with it, for people.
+pub fn parse(body: &[u8]) -> std::result::Result<Asked, String> {
     if !is_modest(body) {
         return Err("it holds too many values".into());
     }
@@ -372,9 +384,11 @@ fn parse(body: &[u8]) -> std::result::Result<Asked, String> {
 /// Works on one call to its answer. Dropping it cancels the call in the guest.
 async fn call(client: Arc<Client>, services: Arc<Services>, relay: Arc<Relay>, id: u32, body: Vec<u8>) {
     let vm_id = &services.vm_id;
-    // Neither is ever closed.
-    let (Ok(_place), Ok(_shared)) = (client.places.acquire().await, services.calls.acquire().await) else { return };
-    let refused = |reason: String| Error::InvalidValue { field: "request".into(), value: "it".into(), allowed: reason };
+    // None of them is ever closed.
+    let Ok(_place) = client.places.acquire().await else { return };
+    let mut _shared = None;
+    let refused =
+        |reason| Error::of_owner("invalid_value", format!("{vm_id}: a request is none: {reason}"), Value::Null);
     let answer = match (Held::count(&services, body.len()), parse(&body)) {
         (None, _) => {
             Err(Error::of_owner("busy", format!("{vm_id}: other clients' requests take all room"), Value::Null))
@@ -386,6 +400,9 @@ async fn call(client: Arc<Client>, services: Arc<Services>, relay: Arc<Relay>, i
         }
         (Some(held), Ok(Asked::Guest(request))) => {
             drop(body);
+            // An operation needs no place in the guest: a VM that is busy with others can be stopped.
+            let Ok(shared) = services.calls.acquire().await else { return };
+            _shared = Some(shared);
             let answered = match refuse_internal(&request.action) {
                 Some(error) => Ok(Response::Error { error }),
                 None if request.stream => stream(&client, &services, &relay, id, request, held).await,
@@ -432,6 +449,7 @@ async fn stream(
     request: Request,
     held: Held<'_>,
 ) -> Result<Response> {
+    let Ok(_shared) = services.streams.acquire().await else { return std::future::pending().await };
     let stream = Arc::new(services.agent.open(&request.action, request.params, services.deadline).await?);
     *relay.stream.lock() = Some(stream.clone());
     let started = stream.has_begun().await?;

@@ -31,7 +31,7 @@ const WRITE_CHUNK: usize = 64 * 1024;
 /// Writes that one caller does for others before it leaves the rest to the writer's task.
 const ROUNDS: usize = 4;
 /// Streams at once; the other places are kept for commands.
-const MAX_STREAMS: usize = MAX_CALLS / 2;
+pub(super) const MAX_STREAMS: usize = MAX_CALLS / 2;
 /// Events that are logged: a hostile guest fills no log.
 const STRANGE_EVENTS: u64 = 8;
 

@@ -32,6 +32,7 @@ mod transfer;
 
 pub use agent::{patience, Agent, Answer};
 pub use attach::attach;
+pub use attached::{parse as parse_request, Asked};
 pub use broker::{parse as parse_command, Broker};
 pub use client::Client;
 pub use mailbox::Piece;

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -29,7 +30,7 @@ from thirstys_waterfall.security.microvm_isolation import (
     running_vms,
 )
 
-from ..support import IMPORT, VMTestCase, eventually, limits, run_python, shell
+from ..support import IMPORT, ROOT, VMTestCase, eventually, limits, play, run_python, shell
 
 MIB = 1 << 20
 # An end is told at once; the margin is for a busy host.
@@ -219,8 +220,9 @@ class Life(Case):
         with self.manager.run_vm(template=name) as clone:
             self.assertEqual(clone.read_text("/tmp/kept"), "kept")
 
-    def test_stop_kill_and_destroy_are_answered_and_then_the_vm_is_not_found(self) -> None:
-        for end, state in (("stop", VMState.STOPPED), ("kill", VMState.STOPPED), ("destroy", VMState.DESTROYED)):
+    def test_stop_kill_suspend_and_destroy_are_answered_and_then_the_vm_is_not_found(self) -> None:
+        ends = {"stop": VMState.STOPPED, "kill": VMState.STOPPED, "suspend": VMState.PAUSED, "destroy": VMState.DESTROYED}
+        for end, state in ends.items():
             with self.subTest(end=end), self.manager.run_vm(resource_limits=limits()) as vm:
                 attached = attach(vm.vm_id)
                 getattr(attached, end)()
@@ -230,6 +232,12 @@ class Life(Case):
                     attached.run(["true"])
                 with self.assertRaises(VmNotFoundError):
                     attach(vm.vm_id)
+
+    def test_example_of_the_page_runs_as_it_stands(self) -> None:
+        (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attach.md").read_text(), re.S)
+        _, printed = play(code, vm_id=self.vm.vm_id)
+        self.assertIn("{} running {}\n".format(self.vm.vm_id, os.getpid()), printed)
+        self.assertTrue(printed.endswith("Linux\n\nb'hello'\n"), printed)
 
     def test_wait_ends_with_the_vm(self) -> None:
         attached = self.attach()
@@ -373,9 +381,19 @@ class Attacks(Case):
             client.sendall(b"".join(frame(REQUEST, number, sleeps, last=True) for number in range(1, 129)))
         self.assertTrue(eventually(lambda: len(self.programs("sleep 1000")) == 96, 60))
         self.assertEqual(self.vm.run(["echo", "well"]).stdout, "well\n")
+        self.assertEqual(self.attach().get_state(), VMState.RUNNING)
         for client in clients:
             client.close()
         self.assertTrue(eventually(lambda: not self.programs("sleep 1000"), 30))
+        streams = json.dumps({"action": "stream", "params": {"program": "sleep", "args": ["1001"]}, "stream": True}).encode()
+        clients = [self.attached_client() for _ in range(3)]
+        for client in clients:
+            client.sendall(b"".join(frame(REQUEST, number, streams, last=True) for number in range(1, 129)))
+        self.assertTrue(eventually(lambda: len(self.programs("sleep 1001")) == 48, 60))
+        self.assertEqual(self.vm.run(["echo", "well"]).stdout, "well\n")
+        for client in clients:
+            client.close()
+        self.assertTrue(eventually(lambda: not self.programs("sleep 1001"), 30))
         self.assertEqual(self.attach().run(["echo", "well"]).stdout, "well\n")
 
     @unittest.skipUnless(os.geteuid() == 0, "needs root to be another user")
