@@ -21,6 +21,7 @@ from thirstys_waterfall.security.microvm_isolation import (
     AttachedVM,
     ChannelError,
     CommandError,
+    ForkedProcessError,
     HostError,
     InvalidValueError,
     VmNotFoundError,
@@ -183,6 +184,21 @@ with attach({vm_id!r}) as vm:
         with self.assertRaises(ChannelError) as closed:
             attached.get_info()
         self.assertIn("the handle was closed", str(closed.exception))
+
+    def test_forked_child_attaches_to_its_parents_vm_and_closes_nothing_of_its_parents(self) -> None:
+        attached = self.attach()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                with self.assertRaises(ForkedProcessError):
+                    attached.get_state()
+                attached.close()
+                with attach(self.vm.vm_id) as own:
+                    code = own.run("exit 42", shell=True).returncode
+            os._exit(code)
+        self.assertEqual(os.WEXITSTATUS(os.waitpid(child, 0)[1]), 42)
+        self.assertEqual(attached.get_state(), VMState.RUNNING)
 
     def test_client_that_is_killed_ends_its_programs(self) -> None:
         code = "from {} import attach; vm = attach({!r}); p = vm.popen(['sleep', '2345']); print(p.pid, flush=True); list(p)"
