@@ -35,10 +35,16 @@ pub enum EventKind {
         action: &'static str,
         replacement: Option<VmId>,
     },
+    /// The template of such VMs is made, which takes seconds: `fraction` of it is done where `stage` begins.
+    Template {
+        stage: &'static str,
+        fraction: f64,
+    },
 }
 
 impl EventKind {
-    pub const NAMES: [&'static str; 7] = ["created", "removed", "state", "health", "oom", "limit", "policy"];
+    pub const NAMES: [&'static str; 8] =
+        ["created", "removed", "state", "health", "oom", "limit", "policy", "template"];
 
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -50,6 +56,7 @@ impl EventKind {
             EventKind::Oom { .. } => "oom",
             EventKind::Limit { .. } => "limit",
             EventKind::Policy { .. } => "policy",
+            EventKind::Template { .. } => "template",
         }
     }
 }
@@ -120,6 +127,10 @@ impl Event {
             EventKind::Policy { action, replacement } => {
                 add("action", (*action).into());
                 add("replacement", replacement.as_ref().map(VmId::as_str).into());
+            }
+            EventKind::Template { stage, fraction } => {
+                add("stage", (*stage).into());
+                add("fraction", (*fraction).into());
             }
         }
         event

@@ -124,6 +124,43 @@ class TemplateTestCase(VMTestCase):
         return done.stdout.strip()
 
 
+class Making(TemplateTestCase):
+    def template_events(self, stream: Any) -> List[Any]:
+        stream.close()
+        return [event for event in stream if event["kind"] == "template"]
+
+    def test_making_is_told_from_its_beginning_to_its_end_and_a_clone_has_none(self) -> None:
+        stream = self.manager.events()
+        with self.assertLogs(level="INFO") as logs:
+            vm = self.running()
+            self.assertTrue(eventually(lambda: any("started in" in line for line in logs.output)))
+        told = [line for line in logs.output if vm.vm_id in line and "the template of such VMs is made" in line]
+        self.assertEqual(len(told), 1, logs.output)
+        events = self.template_events(stream)
+        self.assertEqual({event["vm_id"] for event in events}, {vm.vm_id})
+        stages = ["template", "drives", "launch", "guest boot", "warm-up", "save", "end", "done"]
+        self.assertEqual([event["stage"] for event in events], stages)
+        fractions = [event["fraction"] for event in events]
+        self.assertEqual((fractions[0], fractions[-1], fractions), (0.0, 1.0, sorted(fractions)))
+        again = self.manager.events()
+        self.assertEqual(self.origin(self.running()), "clone")
+        self.assertEqual(self.template_events(again), [])
+
+    def test_making_that_fails_is_told_so_and_the_vm_boots(self) -> None:
+        def kill(event: Any) -> None:
+            if event.get("stage") == "guest boot":
+                for pid in children():
+                    if b"microvm-jail" in Path("/proc/{}/cmdline".format(pid)).read_bytes():
+                        os.kill(pid, signal.SIGKILL)
+
+        stream = self.manager.events()
+        with self.manager.on_event(kill):
+            self.assertEqual(self.origin(self.running()), "boot")
+        last = self.template_events(stream)[-1]
+        self.assertEqual((last["stage"], last["fraction"]), ("failed", 1.0))
+        self.assertTrue(last["detail"])
+
+
 class TestIdentity(TemplateTestCase):
     def test_clones_share_no_random_number_name_or_key(self) -> None:
         program = random_program(self.folder).read_bytes()

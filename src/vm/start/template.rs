@@ -19,7 +19,8 @@ use crate::error::{Error, Result};
 use crate::host::kvm;
 use crate::image::template::{Digests, Fit, FitDrive, Template, DISK, RAM, STATE};
 use crate::image::{self, GuestImage};
-use crate::model::{Backend, VmId, VmSpec};
+use crate::model::{Backend, EventKind, VmId, VmSpec};
+use crate::vm::events::Events;
 use crate::vm::ids::new_id;
 use crate::vm::settings::Settings;
 use crate::vmm::{self, BackendRequest, Drive, JailPlan, LaunchPlan, Launched, Nic, Origin, Vmm, RAM_PLACE};
@@ -90,9 +91,41 @@ pub async fn prepare(spec: VmSpec, settings: &Settings) -> Result<()> {
     template.map(drop).ok_or_else(missing)
 }
 
+/// How much of the time has gone by where each stage begins: the means of three, QEMU 7.2 under TCG, 2 s each.
+const SHARES: [(&str, f64); 7] = [
+    (TEMPLATE, 0.0),
+    ("drives", 0.002),
+    ("launch", 0.003),
+    (GUEST_BOOT, 0.006),
+    ("warm-up", 0.64),
+    ("save", 0.987),
+    ("end", 0.988),
+];
+
+/// A template that is being made, and who is told.
+struct Recorder {
+    progress: Progress,
+    events: Arc<Events>,
+    /// The VM that it is first needed for.
+    wanted_by: (VmId, Arc<VmSpec>),
+}
+
+impl Recorder {
+    fn at(&self, stage: &'static str) {
+        self.progress.at(stage);
+        self.publish(stage, SHARES.iter().find(|(known, _)| *known == stage).map_or(0.0, |(_, share)| *share), "");
+    }
+
+    fn publish(&self, stage: &'static str, fraction: f64, detail: &str) {
+        let (vm_id, spec) = &self.wanted_by;
+        self.events.publish(vm_id, spec, EventKind::Template { stage, fraction }, detail);
+    }
+}
+
 /// Makes a template by a VM of its own, whatever becomes of the one that it is first needed for.
 struct Maker {
     vm_id: VmId,
+    wanted_by: (VmId, Arc<VmSpec>),
     spec: Arc<VmSpec>,
     is_connected: bool,
     settings: Settings,
@@ -102,14 +135,29 @@ impl Maker {
     fn of(prepared: &Prepared, settings: &Settings) -> Result<Self> {
         let vm_id = new_id("template")?;
         let spec = Arc::new(prepared.spec.to_record(prepared.vmm.backend()));
-        Ok(Self { vm_id, spec, is_connected: prepared.plan.nic.is_some(), settings: settings.clone() })
+        let wanted_by = (prepared.plan.vm_id.clone(), prepared.spec.clone());
+        Ok(Self { vm_id, wanted_by, spec, is_connected: prepared.plan.nic.is_some(), settings: settings.clone() })
     }
 
     async fn make(self, dir: &Path) -> Result<Vec<u8>> {
         let progress = Progress::begin(TEMPLATE);
+        let recorder = Recorder { progress, events: self.settings.events.clone(), wanted_by: self.wanted_by.clone() };
+        const WHY: &str = "the template of such VMs is made, once and for some seconds; later ones are its clones";
+        log::info!("{}: {WHY}", self.wanted_by.0);
+        recorder.publish(TEMPLATE, 0.0, WHY);
+        let made = self.record_as(&recorder, dir).await;
+        match &made {
+            Ok(_) => recorder.publish("done", 1.0, ""),
+            Err(error) => recorder.publish("failed", 1.0, &error.to_string()),
+        }
+        made
+    }
+
+    async fn record_as(&self, recorder: &Recorder, dir: &Path) -> Result<Vec<u8>> {
+        let progress = &recorder.progress;
         let mut prepared = prepare::prepare(&self.vm_id, &self.spec, &self.settings).await?;
         prepared.plan.nic = self.is_connected.then(Nic::unplugged);
-        let hello = record(&prepared, &self.settings, &progress, dir).await?;
+        let hello = record(&prepared, &self.settings, recorder, dir).await?;
         let lengths = progress.lengths();
         let stages: Vec<String> = lengths.iter().map(|(stage, length)| format!("{stage} {length:.1?}")).collect();
         log::debug!("{}: recorded: {}", self.vm_id, stages.join(", "));
@@ -214,28 +262,28 @@ pub fn look(vm_id: &VmId, spec: &VmSpec, settings: &Settings) -> Result<Here> {
 }
 
 /// Boots a VM without an identity and freezes it in `dir`; returns the agent's HELLO.
-async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, dir: &Path) -> Result<Vec<u8>> {
-    progress.at("drives");
+async fn record(prepared: &Prepared, settings: &Settings, recorder: &Recorder, dir: &Path) -> Result<Vec<u8>> {
+    recorder.at("drives");
     let Recording { plan, origin, files } = recording(prepared, &settings.image, dir)?;
     let vm_id = &plan.vm_id;
-    progress.at("launch");
+    recorder.at("launch");
     let launched = prepared.vmm.launch(&plan, &origin, Box::new(prepared.held.clone()))?;
     let Launched { jailed, agent, control, tails, identity } = launched;
     let identity_delivery = IdentityDelivery::by(identity);
     let (limit, vmm) = (settings.start_timeout * TEMPLATE_STARTS, prepared.vmm.as_ref());
-    let attempt = Attempt { vm_id, progress, jailed: &jailed, tails: &tails, limit, vmm };
+    let attempt = Attempt { vm_id, progress: &recorder.progress, jailed: &jailed, tails: &tails, limit, vmm };
     let state = image::create_state(&dir.join(STATE))?;
     let freeze = Ask::Freeze.encode().map_err(|error| Error::host("encode", "a record", error))?;
     let frozen = async {
         control.boot().await?;
-        progress.at(GUEST_BOOT);
+        recorder.at(GUEST_BOOT);
         let mut transport = agent.open().await?;
         let mut hello = Agent::hello(vm_id, &mut transport).await?;
         if has_failed(&hello) {
             // A boot of the VM itself will say what.
             return Err(Error::host("freeze", vm_id, "the guest could not be set up"));
         }
-        progress.at("warm-up");
+        recorder.at("warm-up");
         for _ in 0..WARM_UPS {
             tokio::time::sleep(BETWEEN).await;
             identity_delivery.warm_up()?;
@@ -243,12 +291,12 @@ async fn record(prepared: &Prepared, settings: &Settings, progress: &Progress, d
             hello = Agent::hello(vm_id, &mut transport).await?;
         }
         tokio::time::sleep(BETWEEN).await;
-        progress.at("save");
+        recorder.at("save");
         control.save(state.into()).await?;
         Ok(hello)
     };
     let hello = attempt.race(frozen).await?;
-    progress.at("end");
+    recorder.at("end");
     jailed.kill();
     jailed.reaped().await;
     if prepared.held.uid().is_some() {

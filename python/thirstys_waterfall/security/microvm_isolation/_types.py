@@ -403,7 +403,7 @@ class VMEvent(_Event, _Change, total=False):
     Keys:
         sequence: Counts up by one for each event of the manager; a gap is what this reader missed.
         time: Unix seconds.
-        kind: ``created``, ``removed``, ``state``, ``health``, ``oom``, ``limit`` or ``policy``.
+        kind: ``created``, ``removed``, ``state``, ``health``, ``oom``, ``limit``, ``policy`` or ``template``.
         vm_id: The id of the VM.
         isolation_type: What the VM is for.
         detail: What happened and why, for people.
@@ -415,6 +415,8 @@ class VMEvent(_Event, _Change, total=False):
         what: The limit that was hit: ``quota``, ``processes`` or ``host_disk``; of ``limit``.
         action: ``restart``, ``replace``, ``give_up``, ``deadline`` or ``idle_limit``; of ``policy``.
         replacement: The id of the VM that takes its place, or ``None``; of ``policy``.
+        stage: The part of making a template that begins; ``done`` or ``failed`` at its end; of ``template``.
+        fraction: How much of that is done, from 0 to 1; of ``template``.
         labels: The labels of the VM; only where it has some.
     """
 
@@ -424,6 +426,8 @@ class VMEvent(_Event, _Change, total=False):
     what: str
     action: str
     replacement: Optional[str]
+    stage: str
+    fraction: float
     labels: Dict[str, str]
 
 
