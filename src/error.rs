@@ -1,8 +1,15 @@
 //! One error type for the whole core; each variant has a stable code that the Python side turns into a class.
+//!
+//! An error's text is whole: it says its cause, too, because logs and Python show nothing else. `source()` is for code: the
+//! [`Cause`], as it was, of whose type and number it may ask.
+
+mod cause;
 
 use std::path::PathBuf;
 
 use serde_json::{json, Value};
+
+pub use cause::{errno, Cause};
 
 use crate::model::{said, Backend, VmId, VmState};
 
@@ -74,8 +81,8 @@ pub enum Error {
     LimitTooLow { vm_id: VmId, limit: String, value: u64, needed: u64 },
     #[error("{vm_id}: a connected network cannot be set up: {reason}; {remedy}")]
     NetworkUnavailable { vm_id: VmId, reason: String, remedy: String },
-    #[error("{field} {path:?} cannot be read: {reason}", path = path.display())]
-    ImageUnreadable { field: &'static str, path: PathBuf, reason: String },
+    #[error("{field} {path:?} cannot be read: {source}", path = path.display())]
+    ImageUnreadable { field: &'static str, path: PathBuf, source: Cause },
     #[error("{field} {path:?} is not usable: {reason}", path = path.display())]
     ImageInvalid { field: &'static str, path: PathBuf, reason: String },
     #[error("{vm_id}: start failed at stage {stage}: {}", said(reason))]
@@ -108,8 +115,8 @@ pub enum Error {
     MessageTooLarge { vm_id: String, what: String, size: usize, limit: usize },
     #[error("{vm_id}: {operation} failed: {}", said(reason))]
     Vmm { vm_id: VmId, operation: &'static str, reason: String },
-    #[error("{operation} failed on {object}: {reason}")]
-    Host { operation: &'static str, object: String, reason: String },
+    #[error("{operation} failed on {object}: {source}{}", remedy.as_ref().map_or_else(String::new, |remedy| format!("; {remedy}")))]
+    Host { operation: &'static str, object: String, source: Cause, remedy: Option<String> },
     #[error("{field}={path:?} is not used: {reason}; {remedy}")]
     FolderRefused { field: &'static str, path: PathBuf, reason: String, remedy: String },
     #[error("this {what} was made in process {made_in}; it cannot be used in the forked process {used_in}: make a new one there")]
@@ -267,11 +274,7 @@ impl Error {
         self
     }
 
-    pub(crate) fn host(
-        operation: &'static str,
-        object: impl std::fmt::Display,
-        reason: impl std::fmt::Display,
-    ) -> Self {
-        Error::Host { operation, object: object.to_string(), reason: reason.to_string() }
+    pub(crate) fn host(operation: &'static str, object: impl std::fmt::Display, cause: impl Into<Cause>) -> Self {
+        Error::Host { operation, object: object.to_string(), source: cause.into(), remedy: None }
     }
 }

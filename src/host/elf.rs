@@ -15,7 +15,7 @@ use object::elf::{FileHeader64, NoteType, ProgramType, EM_X86_64, PT_INTERP, PT_
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::{LittleEndian, ReadCache};
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 
 /// The kernel's own limit on a path (`PATH_MAX`).
 const MAX_INTERPRETER: u64 = 4096;
@@ -116,9 +116,13 @@ pub struct Needs {
 /// # Errors
 /// [`Error::Host`] when a file cannot be read, or a library is missing.
 pub fn needs(program: &Path, modules: &[PathBuf]) -> Result<Needs> {
-    let failed = |reason: &dyn std::fmt::Display| Error::host("find the libraries of", program.display(), reason);
-    let Some(named) = interpreter(program).map_err(|e| failed(&e))? else { return Ok(Needs::default()) };
-    let real = named.canonicalize().map_err(|e| failed(&format!("{}: {e}", named.display())))?;
+    let failed = |cause: Cause| Error::host("find the libraries of", program.display(), cause);
+    let failed_on = |path: &Path, error: io::Error| {
+        let text = format!("{}: {error}", path.display());
+        failed(Cause::explained(error, text))
+    };
+    let Some(named) = interpreter(program).map_err(|e| failed(e.into()))? else { return Ok(Needs::default()) };
+    let real = named.canonicalize().map_err(|e| failed_on(&named, e))?;
     let libraries_of = |file: &Path| -> Result<BTreeMap<String, PathBuf>> {
         let output = Command::new(&named)
             .arg("--list")
@@ -126,14 +130,14 @@ pub fn needs(program: &Path, modules: &[PathBuf]) -> Result<Needs> {
             .env_clear()
             .stdin(Stdio::null())
             .output()
-            .map_err(|e| failed(&format!("{}: {e}", named.display())))?;
+            .map_err(|e| failed_on(&named, e))?;
         let said = String::from_utf8_lossy(&output.stdout);
         if !output.status.success() {
-            return Err(failed(&String::from_utf8_lossy(&output.stderr).trim()));
+            return Err(failed(String::from_utf8_lossy(&output.stderr).trim().into()));
         }
         let mut found = BTreeMap::new();
-        for (name, path) in parse_list(&said).map_err(|e| failed(&e))? {
-            let path = path.canonicalize().map_err(|e| failed(&format!("{}: {e}", path.display())))?;
+        for (name, path) in parse_list(&said).map_err(|e| failed(e.into()))? {
+            let path = path.canonicalize().map_err(|e| failed_on(&path, e))?;
             // The interpreter has a place of its own.
             if path != real {
                 found.insert(name, path);

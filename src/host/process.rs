@@ -25,7 +25,7 @@ use tokio::sync::watch;
 use super::fork::{self, ForkGuard};
 use super::pidfd;
 use super::zygote::Zygotes;
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::mutex::Mutex;
 
 /// How long a trial launch may take; it takes milliseconds.
@@ -142,12 +142,12 @@ impl Jailed {
         held: Box<dyn Send>,
     ) -> Result<Self> {
         let Launcher { program, zygote } = launcher;
-        let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, program.display(), reason);
+        let failed = |operation, cause: Cause| Error::host(operation, program.display(), cause);
         let (ours, child) = spawn(program, *zygote)?;
         nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
-            .map_err(|e| failed("O_NONBLOCK", &e))?;
+            .map_err(|e| failed("O_NONBLOCK", e.into()))?;
         // SAFETY: an `OwnedFd` answers with the same open descriptor for as long as it lives.
-        let control = unsafe { AsyncFd::register(ours) }.map_err(|e| failed("epoll", &e))?;
+        let control = unsafe { AsyncFd::register(ours) }.map_err(|e| failed("epoll", e.into()))?;
         let control = Arc::new(control);
         let (pid_tx, pid) = watch::channel(None);
         let (exit_tx, exit) = watch::channel(None);
@@ -296,10 +296,10 @@ impl Child {
 
 /// Starts the launcher; its control socket, and the process.
 fn spawn(launcher: &Path, zygote: Option<(&Arc<Zygotes>, &Path)>) -> Result<(OwnedFd, Child)> {
-    let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
+    let failed = |operation, cause: Cause| Error::host(operation, launcher.display(), cause);
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-        .map_err(|e| failed("socketpair", &e))?;
-    setsockopt(&ours, sockopt::PassCred, &true).map_err(|e| failed("SO_PASSCRED", &e))?;
+        .map_err(|e| failed("socketpair", e.into()))?;
+    setsockopt(&ours, sockopt::PassCred, &true).map_err(|e| failed("SO_PASSCRED", e.into()))?;
     if let Some(forked) = zygote.and_then(|(zygotes, program)| zygotes.fork(program, &theirs)) {
         return Ok((ours, Child::Forked(forked)));
     }
@@ -309,31 +309,33 @@ fn spawn(launcher: &Path, zygote: Option<(&Arc<Zygotes>, &Path)>) -> Result<(Own
         .stderr(Stdio::null())
         .env_clear()
         .spawn()
-        .map_err(|e| failed("spawn", &not_started(launcher, &e)))?;
+        .map_err(|e| failed("spawn", not_started(launcher, e)))?;
     Ok((ours, Child::Executed(child)))
 }
 
 /// Why a program of the package does not start.
-fn not_started(program: &Path, error: &std::io::Error) -> String {
+fn not_started(program: &Path, error: std::io::Error) -> Cause {
     use nix::sys::statvfs::{statvfs, FsFlags};
     let is_noexec = || statvfs(program).is_ok_and(|fs| fs.flags().contains(FsFlags::ST_NOEXEC));
     match error.kind() {
         std::io::ErrorKind::PermissionDenied if is_noexec() => {
-            format!("{error}: its file system is mounted noexec; install the package on another one, or mount -o remount,exec")
+            let remedy = "install the package on another one, or mount -o remount,exec";
+            let text = format!("{error}: its file system is mounted noexec; {remedy}");
+            Cause::explained(error, text)
         }
-        _ => error.to_string(),
+        _ => error.into(),
     }
 }
 
 fn send_spec(launcher: &Path, control: &OwnedFd, spec: &LaunchSpec, fds: &[BorrowedFd<'_>]) -> Result<()> {
-    let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
-    let packet = serde_json::to_vec(spec).map_err(|e| failed("encode the launch spec", &e))?;
+    let failed = |operation, cause: Cause| Error::host(operation, launcher.display(), cause);
+    let packet = serde_json::to_vec(spec).map_err(|e| failed("encode the launch spec", e.into()))?;
     let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
     sendmsg::<()>(control.as_raw_fd(), &[IoSlice::new(&packet)], rights, MsgFlags::MSG_NOSIGNAL, None)
         .map(drop)
-        .map_err(|e| failed("send the launch spec", &e))
+        .map_err(|e| failed("send the launch spec", e.into()))
 }
 
 /// Launches `spec` and waits for its end, to find out whether it can be launched here. Blocking.
@@ -341,14 +343,14 @@ fn send_spec(launcher: &Path, control: &OwnedFd, spec: &LaunchSpec, fds: &[Borro
 /// # Errors
 /// [`Error::Host`] when the launcher does not start or hangs; a launch that fails is an [`Exit::Failed`].
 pub fn try_launch(launcher: &Path, spec: &LaunchSpec) -> Result<(Option<Confined>, Exit)> {
-    let failed = |operation, reason: &dyn std::fmt::Display| Error::host(operation, launcher.display(), reason);
+    let failed = |operation, cause: Cause| Error::host(operation, launcher.display(), cause);
     let (control, mut child) = spawn(launcher, None)?;
     let deadline = nix::sys::time::TimeVal::new(TRIAL_DEADLINE_S, 0);
     let talk = || -> Result<(Option<Confined>, Exit)> {
-        setsockopt(&control, sockopt::ReceiveTimeout, &deadline).map_err(|e| failed("SO_RCVTIMEO", &e))?;
+        setsockopt(&control, sockopt::ReceiveTimeout, &deadline).map_err(|e| failed("SO_RCVTIMEO", e.into()))?;
         send_spec(launcher, &control, spec, &[])?;
         let (mut confined, mut exit) = (None, None);
-        while let Some((event, _)) = receive(&control).map_err(|e| failed("try a launch with", &e))? {
+        while let Some((event, _)) = receive(&control).map_err(|e| failed("try a launch with", e.into()))? {
             match event {
                 JailEvent::Started { confined: found } => confined = Some(found),
                 JailEvent::Failed { stage, errno, message } => {
@@ -363,7 +365,7 @@ pub fn try_launch(launcher: &Path, spec: &LaunchSpec) -> Result<(Option<Confined
     let outcome = talk();
     // Whatever is left of it ends with the socket.
     drop(control);
-    child.wait().map_err(|e| failed("wait for", &e))?;
+    child.wait().map_err(|e| failed("wait for", e.into()))?;
     outcome
 }
 

@@ -106,7 +106,7 @@ impl SocketDir {
             close_to_others(&self.made(name, SFlag::S_IFSOCK, OFlag::O_PATH)?)?;
             Ok(listener.into())
         });
-        bound.map_err(|error| self.failed("listen at", name, &error))
+        bound.map_err(|error| self.failed("listen at", name, error))
     }
 
     /// Listens at a name to which the VMM connects.
@@ -120,7 +120,7 @@ impl SocketDir {
             listener.set_nonblocking(true)?;
             UnixListener::from_std(listener)
         };
-        listen().map_err(|error| self.failed("listen at", name, &error))
+        listen().map_err(|error| self.failed("listen at", name, error))
     }
 
     /// Makes a pipe that the VMM opens by its name; this process reads it.
@@ -135,7 +135,7 @@ impl SocketDir {
             // Open for writing, too: it does not end when the VMM's end closes. By the magic link: it is the same pipe.
             pipe::OpenOptions::new().read_write(true).open_receiver(by_descriptor(&pathless))
         };
-        make().map_err(|error| self.failed("make a pipe at", name, &error))
+        make().map_err(|error| self.failed("make a pipe at", name, error))
     }
 
     /// Makes an empty file that the VMM may read and write.
@@ -145,7 +145,7 @@ impl SocketDir {
     pub fn file(&self, name: &str) -> Result<File> {
         let made = OpenOptions::new().read(true).write(true).create_new(true).open(self.named(name));
         let made = made.and_then(|file| self.give(&file).map(|()| file));
-        made.map_err(|error| self.failed("make a file at", name, &error))
+        made.map_err(|error| self.failed("make a file at", name, error))
     }
 
     /// What the VMM wrote into a file that it made here.
@@ -162,7 +162,7 @@ impl SocketDir {
             }
             Ok(bytes)
         };
-        read().map_err(|error| self.failed("read", name, &error))
+        read().map_err(|error| self.failed("read", name, error))
     }
 
     /// Waits until the VMM has made the socket `name`, and connects to it. Has no deadline of its own.
@@ -180,7 +180,7 @@ impl SocketDir {
                 }
                 Err(error) => Err(error),
             }
-            .map_err(|error| self.failed("connect to", name, &error))?;
+            .map_err(|error| self.failed("connect to", name, error))?;
         }
     }
 
@@ -194,11 +194,11 @@ impl SocketDir {
     pub fn remove(&self, name: &str) {
         match unlinkat(&self.folder, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => {}
-            Err(errno) => log::warn!("{}", self.failed("remove", name, &errno.into())),
+            Err(errno) => log::warn!("{}", self.failed("remove", name, errno.into())),
         }
     }
 
-    fn failed(&self, operation: &'static str, name: &str, error: &io::Error) -> Error {
+    fn failed(&self, operation: &'static str, name: &str, error: io::Error) -> Error {
         Error::host(operation, self.path.join(name).display(), error)
     }
 }

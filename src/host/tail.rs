@@ -8,7 +8,7 @@ use nix::fcntl::OFlag;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::mutex::Mutex;
 
 /// How much of a stream is kept, in bytes.
@@ -27,10 +27,10 @@ impl Tail {
     /// # Errors
     /// [`Error::Host`] when there are no descriptors left.
     pub fn pipe() -> Result<(Self, OwnedFd)> {
-        let failed = |error: &dyn std::fmt::Display| Error::host("pipe", "a log pipe", error);
-        let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(&e))?;
-        nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(&e))?;
-        let mut reader = tokio::net::unix::pipe::Receiver::from_owned_fd(reader).map_err(|e| failed(&e))?;
+        let failed = |cause: Cause| Error::host("pipe", "a log pipe", cause);
+        let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
+        nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(e.into()))?;
+        let mut reader = tokio::net::unix::pipe::Receiver::from_owned_fd(reader).map_err(|e| failed(e.into()))?;
         let (growth, grows) = watch::channel(());
         let tail = Self { kept: Arc::default(), grows: Some(grows) };
         let kept = tail.kept.clone();

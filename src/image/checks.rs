@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::host::elf::Elf;
 
 /// The note that holds the PVH entry point, and its owner (xen/include/public/elfnote.h).
@@ -13,13 +13,13 @@ const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 const XEN: &[u8] = b"Xen";
 
 fn open(field: &'static str, path: &Path) -> Result<(File, u64)> {
-    let unreadable = |reason: String| Error::ImageUnreadable { field, path: path.to_owned(), reason };
+    let unreadable = |source: Cause| Error::ImageUnreadable { field, path: path.to_owned(), source };
     // Looked at before it is opened: opening a FIFO would wait for a writer.
-    let meta = path.metadata().map_err(|error| unreadable(error.to_string()))?;
+    let meta = path.metadata().map_err(|error| unreadable(error.into()))?;
     if !meta.is_file() {
         return Err(unreadable("it is not a regular file".into()));
     }
-    let file = File::open(path).map_err(|error| unreadable(error.to_string()))?;
+    let file = File::open(path).map_err(|error| unreadable(error.into()))?;
     Ok((file, meta.len()))
 }
 

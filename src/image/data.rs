@@ -1,8 +1,9 @@
 //! The files that come with the package.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::host::binary;
 
 /// The packaged guest, the launcher of its jail, and who cleans up after a process that was killed.
@@ -38,15 +39,19 @@ impl GuestImage {
         let remedy = "the installation is not complete: install the package again";
         for path in [&self.kernel, &self.initramfs, &self.disk_template, &self.launcher] {
             let unreadable =
-                |reason: String| Error::ImageUnreadable { field: "package data", path: path.clone(), reason };
-            let meta = path.metadata().map_err(|error| unreadable(format!("{error}; {remedy}")))?;
+                |source: Cause| Error::ImageUnreadable { field: "package data", path: path.clone(), source };
+            let missing = |error: io::Error| {
+                let text = format!("{error}; {remedy}");
+                unreadable(Cause::explained(error, text))
+            };
+            let meta = path.metadata().map_err(missing)?;
             if !meta.is_file() || meta.len() == 0 {
-                return Err(unreadable(format!("it is empty or not a file; {remedy}")));
+                return Err(unreadable(format!("it is empty or not a file; {remedy}").into()));
             }
         }
         if !binary::is_executable(&self.launcher) {
-            let reason = "the installer lost its execute permission: chmod +x it".to_owned();
-            return Err(Error::ImageUnreadable { field: "package data", path: self.launcher.clone(), reason });
+            let source = "the installer lost its execute permission: chmod +x it".into();
+            return Err(Error::ImageUnreadable { field: "package data", path: self.launcher.clone(), source });
         }
         Ok(())
     }

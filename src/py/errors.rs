@@ -1,19 +1,26 @@
 //! The core's errors as Python's, and what the legacy surface does with them.
 
+use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
 use super::convert;
 use super::logging;
-use crate::error::Error;
+use crate::error::{errno, Error};
 use crate::model::{printable, RECORD_BYTES};
 
-/// The exception object for `error`.
+/// The exception object for `error`. Where a system call failed, its `__cause__` is the `OSError` with that number.
 pub fn exception<'py>(py: Python<'py>, error: &Error) -> PyResult<Bound<'py, PyAny>> {
     static MAKE_ERROR: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let make_error = MAKE_ERROR.import(py, "thirstys_waterfall.security.microvm_isolation._errors", "make_error")?;
     let details = convert::from_json(py, &error.details())?;
-    make_error.call1((error.code(), printable(&error.to_string(), RECORD_BYTES), details))
+    let made = make_error.call1((error.code(), printable(&error.to_string(), RECORD_BYTES), details))?;
+    if let Some(errno) = errno(error) {
+        let strerror = py.import("os")?.call_method1("strerror", (errno as i32,))?;
+        // Python picks the class by the number: `PermissionError`, `FileNotFoundError`.
+        made.setattr("__cause__", py.get_type::<PyOSError>().call1((errno as i32, strerror))?)?;
+    }
+    Ok(made)
 }
 
 /// `error` as something to raise.

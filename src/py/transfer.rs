@@ -24,9 +24,8 @@ const SLICE: Duration = Duration::from_millis(20);
 /// A new file's permission bits, less the umask, where the guest tells none.
 const DEFAULT_MODE: u32 = 0o666;
 
-fn failed(py: Python<'_>, operation: &'static str, path: &Path, error: &io::Error) -> PyErr {
-    let (object, reason) = (path.display().to_string(), error.to_string());
-    errors::raise(py, &Error::Host { operation, object, reason })
+fn failed(py: Python<'_>, operation: &'static str, path: &Path, error: io::Error) -> PyErr {
+    errors::raise(py, &Error::host(operation, path.display(), error))
 }
 
 fn raise<T>(py: Python<'_>, result: Result<T, Error>) -> PyResult<T> {
@@ -62,7 +61,7 @@ impl<'py> Source<'py> {
         }
         let path = convert::path("source", value)?;
         let opened = py.detach(|| open_source(&path, offset));
-        let (file, meta) = opened.map_err(|error| failed(py, "read", &path, &error))?;
+        let (file, meta) = opened.map_err(|error| failed(py, "read", &path, error))?;
         Ok(Source::File { path, file, meta })
     }
 
@@ -80,7 +79,7 @@ impl<'py> Source<'py> {
             Source::Object(object) => convert::bytes("what read() gave", &object.call_method1("read", (PIECE,))?),
             Source::File { path, file, meta } => loop {
                 let read = py.detach(|| read_some(file, meta, PIECE, SLICE));
-                if let Some(bytes) = read.map_err(|error| failed(py, "read", path, &error))? {
+                if let Some(bytes) = read.map_err(|error| failed(py, "read", path, error))? {
                     return Ok(bytes);
                 }
                 py.check_signals()?;
@@ -143,7 +142,7 @@ impl<'py> Sink<'py> {
             match opened {
                 Ok(destination) => return Ok(Sink::File { path, destination }),
                 Err(error) if is_unread(&path, &error) => py.detach(|| std::thread::sleep(SLICE)),
-                Err(error) => return Err(failed(py, "write", &path, &error)),
+                Err(error) => return Err(failed(py, "write", &path, error)),
             }
             py.check_signals()?;
         }
@@ -154,7 +153,7 @@ impl<'py> Sink<'py> {
             Sink::File { path, destination } => {
                 while !bytes.is_empty() {
                     let written = py.detach(|| destination.write(bytes, SLICE));
-                    match written.map_err(|error| failed(py, "write", path, &error))? {
+                    match written.map_err(|error| failed(py, "write", path, error))? {
                         0 => py.check_signals()?,
                         taken => bytes = &bytes[taken..],
                     }
@@ -168,7 +167,7 @@ impl<'py> Sink<'py> {
     fn finish(self, py: Python<'py>) -> PyResult<()> {
         match self {
             Sink::File { path, destination } => {
-                py.detach(|| destination.finish()).map_err(|error| failed(py, "write", &path, &error))
+                py.detach(|| destination.finish()).map_err(|error| failed(py, "write", &path, error))
             }
             Sink::Object(_) => Ok(()),
         }

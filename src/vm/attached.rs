@@ -110,8 +110,7 @@ impl Owner for OwnerOf {
     fn operate(&self, operation: Operation) -> Pin<Box<dyn Future<Output = Result<Value>> + Send>> {
         let vm = self.0.upgrade();
         Box::pin(async move {
-            let gone =
-                || Error::Host { operation: operation.name(), object: "the VM".into(), reason: "it is gone".into() };
+            let gone = || Error::host(operation.name(), "the VM", "it is gone");
             let vm = vm.ok_or_else(gone)?;
             let done = |()| Value::Null;
             match operation {

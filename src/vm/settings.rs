@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use serde_json::Value;
 use tokio::sync::Semaphore;
 
@@ -58,26 +59,20 @@ pub struct Settings {
 
 impl Settings {
     /// Names the configuration's key for the folder that is full, read-only or closed.
-    pub(super) fn with_key(&self, error: Error) -> Error {
-        // EACCES, ENOSPC, EROFS, EDQUOT, as the standard library shows them.
-        let of_folder = [13, 28, 30, 122].map(|errno| format!("(os error {errno})"));
-        let is_of_folder = |reason: &str| of_folder.iter().any(|shown| reason.contains(shown));
-        let (operation, object, reason) = match error {
-            Error::Host { operation, object, reason } if is_of_folder(&reason) => (operation, object, reason),
-            other => return other,
-        };
+    pub(super) fn with_key(&self, mut error: Error) -> Error {
+        let Error::Host { object, source, remedy: remedy @ None, .. } = &mut error else { return error };
+        if !matches!(source.errno(), Some(Errno::EACCES | Errno::ENOSPC | Errno::EROFS | Errno::EDQUOT)) {
+            return error;
+        }
         let Folders { runtime, cache } = &self.folders;
-        let is_below = |folder: &Path| Path::new(&object).starts_with(folder);
+        let is_below = |folder: &Path| Path::new(object).starts_with(folder);
         let key = match (is_below(runtime.path()), is_below(cache.path())) {
             (true, _) => "runtime_dir",
             (_, true) => "cache_dir",
-            _ => return Error::Host { operation, object, reason },
+            _ => return error,
         };
-        let reason = match reason.contains("config[") {
-            true => reason,
-            false => format!("{reason}; config[{key:?}] names another folder"),
-        };
-        Error::Host { operation, object, reason }
+        *remedy = Some(format!("config[{key:?}] names another folder"));
+        error
     }
 }
 
@@ -100,4 +95,43 @@ pub struct Facts {
     pub limits: Option<Value>,
     /// `None` while it is on no network.
     pub vm_network: Option<Arc<VmNetwork>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::error::Cause;
+    use crate::model::ManagerConfig;
+
+    fn with_key(object: &str, cause: impl Into<Cause>) -> String {
+        let folders = serde_json::json!({"runtime_dir": "/of/run", "cache_dir": "/of/cache", "templates": false});
+        let config = ManagerConfig::from_json(folders.as_object().unwrap()).unwrap();
+        let settings = crate::manager::settings(&config, GuestImage::in_directory(Path::new("/data")));
+        // As often as it is asked.
+        settings.with_key(settings.with_key(Error::host("create", object, cause))).to_string()
+    }
+
+    #[test]
+    fn test_with_key_names_it_once_where_the_folder_itself_refuses() {
+        let failed = |number| io::Error::from_raw_os_error(number);
+        let remedy = |key| format!("; config[\"{key}\"] names another folder");
+        for number in [libc::EACCES, libc::ENOSPC, libc::EROFS, libc::EDQUOT] {
+            let expected = format!("create failed on /of/run/a: {}{}", failed(number), remedy("runtime_dir"));
+            assert_eq!(with_key("/of/run/a", failed(number)), expected);
+        }
+        assert!(with_key("/of/cache/disks/a", Errno::ENOSPC).ends_with(&remedy("cache_dir")));
+        let explained = Cause::explained(failed(libc::EROFS), "it cannot be written");
+        assert!(with_key("/of/cache", explained).ends_with(&format!("it cannot be written{}", remedy("cache_dir"))));
+    }
+
+    #[test]
+    fn test_with_key_leaves_other_errors_and_other_places_alone() {
+        let denied = || io::Error::from_raw_os_error(libc::EACCES);
+        assert_eq!(with_key("/of/running", denied()), format!("create failed on /of/running: {}", denied()));
+        assert!(!with_key("/of/run/a", io::Error::from_raw_os_error(libc::EIO)).contains("config"));
+        // A text is no error number, whatever it says.
+        assert!(!with_key("/of/run/a", "the guest says (os error 13)").contains("config"));
+    }
 }

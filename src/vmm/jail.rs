@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use microvm_jail::{Access, Confined, Identity, LaunchSpec, Layer, Namespaces, Resource, Rlimit, Seccomp, Visible};
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::host::fork::PerProcess;
 use crate::host::kernel;
 use crate::host::process::{self, Exit};
@@ -69,10 +69,10 @@ impl JailPlan {
     /// # Errors
     /// [`Error::ImageUnreadable`] naming `field`, when there is no such file or the VM's user may not read it.
     pub fn show(&mut self, field: &'static str, host: &Path, inside: &str, access: Access) -> Result<PathBuf> {
-        let unreadable = |reason: String| Error::ImageUnreadable { field, path: host.to_owned(), reason };
-        let real = host.canonicalize().map_err(|error| unreadable(error.to_string()))?;
+        let unreadable = |source: Cause| Error::ImageUnreadable { field, path: host.to_owned(), source };
+        let real = host.canonicalize().map_err(|error| unreadable(error.into()))?;
         if let Some(Identity { uid, gid }) = self.identity {
-            let meta = real.metadata().map_err(|error| unreadable(error.to_string()))?;
+            let meta = real.metadata().map_err(|error| unreadable(error.into()))?;
             let shift = if meta.uid() == uid {
                 6
             } else if meta.gid() == gid {
@@ -86,7 +86,7 @@ impl JailPlan {
                     "the VM runs as uid {uid}, and mode {mode:o} of uid {owner} does not let it read: chmod o+r the \
                      file (the folders above it may stay closed)"
                 );
-                return Err(unreadable(reason));
+                return Err(unreadable(reason.into()));
             }
         }
         let inside = if self.own_root { PathBuf::from(inside) } else { real.clone() };

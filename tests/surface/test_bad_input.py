@@ -251,6 +251,19 @@ class Refused(VMTestCase):
                     self.assertIsNone(self.manager.get_vm_info(vm_id)["pid"])
                     self.manager.destroy_vm(vm_id)
 
+    def test_error_of_a_system_call_has_it_as_its_cause(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            rows: List[Tuple[str, Any]] = [("/none", FileNotFoundError), (name + "/loop", OSError), (name, None)]
+            os.symlink("loop", name + "/loop")
+            for path, kind in rows:
+                with self.subTest(path):
+                    vm = self.manager.get_vm(self.create(kernel_path=path))
+                    self.assertFalse(vm.start())
+                    cause = vm.last_error.__cause__
+                    self.assertEqual(type(cause) if cause else None, kind)
+                    if cause:
+                        self.assertIn("{} (os error {})".format(cause.strerror, cause.errno), str(vm.last_error))
+
     def test_missing_things_are_false_or_none_with_a_code(self) -> None:
         for call in (self.manager.start_vm, self.manager.stop_vm, self.manager.pause_vm, self.manager.destroy_vm):
             self.assertFalse(call("nobody"))

@@ -372,6 +372,8 @@ class Files(VMTestCase):
             with self.subTest(code), self.assertRaises(MicroVMError) as caught:
                 call()
             self.assertEqual(caught.exception.code, code)
+        # The last one failed on this host.
+        self.assertIsInstance(caught.exception.__cause__, FileNotFoundError)
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["source"])
         ls = lambda: self.result(self.vm, "exec", shell("ls -A /data | grep -v system"))["stdout"].split()
         self.assertTrue(eventually(lambda: ls() == ["lost+found"]), ls())

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio::io::BufReader;
 use tokio::net::unix::pipe;
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::host::process::Signals;
 use crate::model::VmId;
 use crate::vmm::line::{self, read_line};
@@ -36,10 +36,10 @@ impl Events {
     /// # Errors
     /// [`Error::Host`].
     pub fn pipe() -> Result<(Self, OwnedFd)> {
-        let failed = |error: &dyn std::fmt::Display| Error::host("pipe", "a VMM's events", error);
-        let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(&e))?;
-        fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(&e))?;
-        let reader = pipe::Receiver::from_owned_fd(reader).map_err(|e| failed(&e))?;
+        let failed = |cause: Cause| Error::host("pipe", "a VMM's events", cause);
+        let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
+        fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(e.into()))?;
+        let reader = pipe::Receiver::from_owned_fd(reader).map_err(|e| failed(e.into()))?;
         Ok((Self { reader }, writer))
     }
 

@@ -10,6 +10,7 @@ class MicroVMError(Exception):
     Attributes:
         code: A stable name of the failure, such as ``"quota_exceeded"``.
         details: Facts for programs beside the message, such as the tail of the guest's console.
+        __cause__: The ``OSError`` of the system call that failed on this host, with its ``errno``; otherwise ``None``.
 
     Args:
         message: What failed, on what, and what to do: for people.
