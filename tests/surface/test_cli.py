@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -471,6 +472,30 @@ class Attached(unittest.TestCase):
             self.assertEqual(microvm("rm", "-f", others[1].vm_id).stdout, others[1].vm_id + "\n")
             self.assertEqual(waiting.wait(TIMEOUT_S), 0)
         self.assertNotIn(others[1].vm_id, self.manager.list_vms())
+
+    def test_cp_of_more_than_a_moment_says_on_a_terminal_how_far_it_is(self) -> None:
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        said: List[bytes] = []
+
+        def hear() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    said.append(os.read(master, 65536))
+
+        hearing = threading.Thread(target=hear)
+        hearing.start()
+        with started("cp", "-", self.id + ":/data/slow", stdin=subprocess.PIPE, stderr=slave) as process:
+            assert process.stdin is not None
+            for _ in range(2):
+                process.stdin.write(bytes(MIB))
+                process.stdin.flush()
+                time.sleep(1.0)
+            process.stdin.close()
+            self.assertEqual(process.wait(TIMEOUT_S), 0)
+        os.close(slave)
+        hearing.join(TIMEOUT_S)
+        self.assertRegex(b"".join(said), rb"\rslow: [12]\.\d MiB\x1b\[K(?s:.*)\r\x1b\[K\Z")
 
     def test_cp_copies_files_both_ways_and_says_how_folders_go(self) -> None:
         with tempfile.TemporaryDirectory() as name:
