@@ -7,6 +7,8 @@
 //! A folder without the mark is taken when it is empty (then it is marked), or when it has a default's name and nothing in
 //! it but what an earlier version made. Any other is refused: what is in it is not ours.
 
+use std::env;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Deref;
@@ -286,60 +288,93 @@ pub fn check_apart(runtime: &Root, cache: &Root) -> Result<()> {
     Err(refuse(Kind::Runtime, runtime.path(), Refusal::new(reason, "name folders that lie apart")))
 }
 
-/// The runtime folder that every process of this user works out alike: no environment variable has a say.
+/// The runtime folder that every process of this user works out alike. `XDG_RUNTIME_DIR` has a say where it names a folder of an
+/// ordinary user's alone, as its specification demands; root's is one for services and for logins, which set it.
 ///
 /// In memory if there is any: containers and small hosts have `/run` on their disk, where ext4 looks at every file that was
-/// removed in the last minute before it makes another. Where neither can be written, a refusal names the usual one.
+/// removed in the last minute before it makes another. In `/tmp` where neither can be made. A refusal names the usual one.
 #[must_use]
 pub fn default_runtime() -> PathBuf {
     let uid = geteuid();
-    let [shared, usual] = default_runtime_folders(uid);
+    let own = env::var_os("XDG_RUNTIME_DIR").filter(|_| !uid.is_root());
+    if let Some(own) = xdg_runtime(own, uid) {
+        return own.join("tw-microvm");
+    }
+    let [usual, shared, last] = default_runtime_folders(uid);
     let is_first = usual.parent().is_some_and(is_in_memory) && can_be_written(&usual);
-    if !is_first && may_be_base(&shared, uid) {
+    if !is_first && is_in_memory(Path::new(SHARED_MEMORY)) && may_be_base(&shared, uid) {
         return shared;
+    }
+    let is_there = usual.symlink_metadata().is_ok();
+    if !is_there && !can_be_written(&usual) && may_be_base(&last, uid) {
+        return last;
     }
     usual
 }
 
 /// Every folder that is [`default_runtime`] for a process of this user: which one depends on what it sees of the host.
 #[must_use]
-pub fn default_runtimes() -> [PathBuf; 2] {
-    default_runtime_folders(geteuid())
+pub fn default_runtimes() -> Vec<PathBuf> {
+    let mut folders = vec![default_runtime()];
+    for folder in default_runtime_folders(geteuid()) {
+        if !folders.contains(&folder) {
+            folders.push(folder);
+        }
+    }
+    folders
 }
 
 /// Where root's uid leases are: the same for every manager that sees these file systems, whatever its runtime folder.
 #[must_use]
 pub fn leases_folder() -> PathBuf {
-    let [shared, usual] = [SHARED_MEMORY, "/run"].map(|folder| Path::new(folder).join("tw-microvm-uids"));
-    if !can_be_written(&usual) && may_be_base(&shared, geteuid()) {
-        return shared;
+    let uid = geteuid();
+    let [usual, shared, last] = ["/run", SHARED_MEMORY, "/tmp"].map(|folder| Path::new(folder).join("tw-microvm-uids"));
+    let has_shared = is_in_memory(Path::new(SHARED_MEMORY)) && may_be_base(&shared, uid);
+    match can_be_written(&usual) {
+        false if has_shared => shared,
+        false if may_be_base(&last, uid) => last,
+        _ => usual,
     }
-    usual
 }
 
 /// Where it may be. The names can be guessed: [`Base`] refuses a folder that another user made there.
-fn default_runtime_folders(uid: Uid) -> [PathBuf; 2] {
+fn default_runtime_folders(uid: Uid) -> [PathBuf; 3] {
     let shared = Path::new(SHARED_MEMORY).join(format!("tw-microvm-{uid}"));
+    let last = PathBuf::from(format!("/tmp/tw-microvm-{uid}"));
     let run_user = PathBuf::from(format!("/run/user/{uid}"));
     let usual = match run_user.symlink_metadata() {
         _ if uid.is_root() => PathBuf::from("/run/tw-microvm"),
         Ok(meta) if meta.is_dir() && meta.uid() == uid.as_raw() => run_user.join("tw-microvm"),
-        _ => PathBuf::from(format!("/tmp/tw-microvm-{uid}")),
+        _ => last.clone(),
     };
-    [shared, usual]
+    [usual, shared, last]
+}
+
+/// The XDG base directory specification: absolute, this user's, and closed to others.
+fn xdg_runtime(value: Option<OsString>, uid: Uid) -> Option<PathBuf> {
+    let path = PathBuf::from(value?);
+    let meta = path.symlink_metadata().ok().filter(|_| path.is_absolute())?;
+    (meta.is_dir() && meta.uid() == uid.as_raw() && meta.mode() & 0o077 == 0).then_some(path)
+}
+
+/// It may be missing, and is made in a folder of this user's: another user's is what `sudo -E` leaves.
+fn xdg_cache(value: Option<OsString>, uid: Uid) -> Option<PathBuf> {
+    let path = PathBuf::from(value?);
+    let there = path.ancestors().find_map(|above| above.metadata().ok()).filter(|_| path.is_absolute())?;
+    (there.is_dir() && there.uid() == uid.as_raw()).then_some(path)
 }
 
 fn is_in_memory(folder: &Path) -> bool {
     statfs(folder).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC)
 }
 
-/// Whether it is there, or can be made, in memory. All may make files beside it: another user's of that name is left alone.
+/// Whether it is there, or can be made. All may make files beside it: another user's of that name is left alone.
 fn may_be_base(folder: &Path, uid: Uid) -> bool {
     let is_ours = match folder.symlink_metadata() {
         Ok(meta) => meta.is_dir() && meta.uid() == uid.as_raw(),
         Err(_) => true,
     };
-    is_ours && folder.parent().is_some_and(is_in_memory) && can_be_written(folder)
+    is_ours && can_be_written(folder)
 }
 
 /// Whether it is there on a file system that can be written, or can be made. One that is there may be closed to its owner
@@ -353,19 +388,25 @@ fn can_be_written(folder: &Path) -> bool {
     }
 }
 
-/// Where what may be made again is kept, unless the configuration says otherwise; no environment variable has a say.
+/// Where what may be made again is kept, unless the configuration or `XDG_CACHE_HOME` says otherwise.
 #[must_use]
 pub fn default_cache() -> PathBuf {
     let uid = geteuid();
-    if uid.is_root() {
-        return PathBuf::from("/var/cache/tw-microvm");
+    if let Some(own) = xdg_cache(env::var_os("XDG_CACHE_HOME"), uid) {
+        return own.join("tw-microvm");
     }
-    let home = User::from_uid(uid).ok().flatten().map(|user| user.dir);
-    let own = |home: &PathBuf| File::open(home).and_then(|file| file.metadata()).is_ok_and(|m| m.uid() == uid.as_raw());
-    match home.filter(own) {
-        Some(home) => home.join(".cache/tw-microvm"),
-        None => PathBuf::from(format!("/tmp/tw-microvm-cache-{uid}")),
-    }
+    let home = || {
+        let home = User::from_uid(uid).ok().flatten().map(|user| user.dir);
+        let own =
+            |home: &PathBuf| File::open(home).and_then(|file| file.metadata()).is_ok_and(|m| m.uid() == uid.as_raw());
+        home.filter(own).map(|home| home.join(".cache/tw-microvm"))
+    };
+    let usual = if uid.is_root() { Some(PathBuf::from("/var/cache/tw-microvm")) } else { home() };
+    let last = PathBuf::from(format!("/tmp/tw-microvm-cache-{uid}"));
+    // What a folder that is there keeps must not seem lost because its file system became read-only.
+    let is_usable =
+        |usual: &PathBuf| usual.symlink_metadata().is_ok() || can_be_written(usual) || !may_be_base(&last, uid);
+    usual.filter(is_usable).unwrap_or(last)
 }
 
 #[cfg(test)]
@@ -493,12 +534,12 @@ mod tests {
     #[test]
     fn test_the_default_is_in_memory_and_never_another_users() {
         let uid = geteuid();
-        let [_, usual] = default_runtime_folders(uid);
+        let folders = default_runtime_folders(uid);
         let chosen = default_runtime();
-        assert!(chosen == usual || is_in_memory(chosen.parent().unwrap()));
+        assert!(chosen == folders[0] || is_in_memory(chosen.parent().unwrap()) || chosen == folders[2]);
         assert!(!can_be_written(Path::new("relative")));
         assert!(can_be_written(&std::env::temp_dir().join("tw/deep")) && can_be_written(Path::new("/dev/shm")));
-        assert!(!is_in_memory(Path::new("/proc")) && !may_be_base(Path::new("/proc/tw"), uid));
+        assert!(!is_in_memory(Path::new("/proc")));
         let free = Path::new(SHARED_MEMORY).join(format!("tw-microvm-test-{}", std::process::id()));
         assert!(may_be_base(&free, uid), "this host has no /dev/shm");
         fs::create_dir(&free).unwrap();
@@ -507,5 +548,26 @@ mod tests {
         symlink("/", &free).unwrap();
         assert!(!may_be_base(&free, uid));
         fs::remove_file(&free).unwrap();
+    }
+
+    #[test]
+    fn test_folders_of_the_environment_are_this_users_or_ignored() {
+        let (scratch, uid) = (Scratch::new(), geteuid());
+        let other = Uid::from_raw(uid.as_raw() + 1);
+        let (own, open) = (scratch.path().join("own"), scratch.path().join("open"));
+        for (path, mode) in [(&own, 0o700), (&open, 0o755)] {
+            fs::create_dir(path).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let value = |path: &Path| Some(path.as_os_str().to_owned());
+        assert_eq!(xdg_runtime(value(&own), uid), Some(own.clone()));
+        assert_eq!(xdg_cache(value(&open.join("new/x")), uid), Some(open.join("new/x")));
+        for refused in [None, value(&open), value(&own.join("new")), value(Path::new("")), value(Path::new("own"))] {
+            assert_eq!(xdg_runtime(refused, uid), None);
+        }
+        for refused in [None, value(Path::new("")), value(Path::new("own"))] {
+            assert_eq!(xdg_cache(refused, uid), None);
+        }
+        assert_eq!((xdg_runtime(value(&own), other), xdg_cache(value(&own), other)), (None, None));
     }
 }

@@ -128,6 +128,20 @@ fn cannot(what: &str, path: &Path, why: impl std::fmt::Display) -> Refusal {
     Refusal::new(format!("{} cannot be {what}: {why}", path.display(), what = past(what)), "name another folder")
 }
 
+fn cannot_make(path: &Path, errno: Errno) -> Refusal {
+    let refusal = cannot("make", path, errno);
+    match errno {
+        Errno::EROFS => Refusal {
+            remedy:
+                "name a folder that can be written, or let the default one be: docker run --tmpfs /tmp, or systemd's \
+                     CacheDirectory=tw-microvm with CacheDirectoryMode=0700"
+                    .into(),
+            ..refusal
+        },
+        _ => refusal,
+    }
+}
+
 fn past(what: &str) -> &str {
     match what {
         "make" => "made",
@@ -151,7 +165,7 @@ fn step(at: &Step, name: &OsStr, make: bool) -> Result<Option<Step>, Refusal> {
     let fd = match look() {
         Err(Errno::ENOENT) if !make => return Ok(None),
         Err(Errno::ENOENT) => {
-            make_in(&at.fd, name).map_err(|errno| cannot("make", &path, errno))?;
+            make_in(&at.fd, name).map_err(|errno| cannot_make(&path, errno))?;
             look()
         }
         found => found,

@@ -1,0 +1,114 @@
+"""VMs run in containers, and on hosts that lack something else, with the missing layers named."""
+
+import json
+import unittest
+from typing import Any, Dict, List
+
+from ..support import IMPORT
+from .container import Container
+
+# The first process of a container: it reaps no process that it did not start.
+LIFE = """
+import json, os
+from {module} import *
+told = {{}}
+manager = MicroVMIsolationManager(dict({{"start_timeout_s": 60}}, **{config}))
+vm = manager.get_vm(manager.create_vm("plugin", VMResourceLimits(memory_mb=128, disk_size_mb=64)))
+told["started"] = vm.start()
+told["error"] = vm.last_error and {{"code": vm.last_error.code, "message": str(vm.last_error)}}
+if told["started"]:
+    info = vm.get_info()
+    told["grade"], told["socket"] = info["isolation_grade"], info["socket_path"]
+    told["missing"] = {{name: layer["how"] for name, layer in info["jail"].items() if isinstance(layer, dict) and not layer["given"]}}
+    script = "dd if=/dev/zero of=/data/x bs=1M count=4 2>/dev/null && sync && echo written"
+    told["said"] = vm.send_command("exec", {{"program": "/bin/sh", "args": ["-c", script]}})["result"]["stdout"]
+manager.destroy_all_vms()
+manager.stop()
+state = lambda pid: open("/proc/" + pid + "/stat").read().rpartition(")")[2].split()[0]
+told["zombies"] = [pid for pid in os.listdir("/proc") if pid.isdigit() and state(pid) == "Z"]
+names = lambda *folders: {{folder: sorted(os.listdir(folder)) for folder in folders if os.path.isdir(folder)}}
+told["made"] = names("/run", "/var/cache", "/tmp", "/dev/shm")
+print(json.dumps(told))
+"""
+# With Docker's default profile no namespace can be made, and its control groups are read-only.
+BY_DOCKER = {"namespaces", "root", "namespace_limits", "keyring", "uid", "cgroup_cpu", "cgroup_memory", "cgroup_pids"}
+# What depends on the host's control groups, or on whether a zygote stands by.
+VARYING = {"cgroup_devices", "cgroup_io", "address_layout", "network_namespace"}
+
+
+class ContainerTestCase(unittest.TestCase):
+    def told(self, container: Container, **config: Any) -> Dict[str, Any]:
+        config = dict({"templates": False}, **config)
+        done = container.run(LIFE.format(module=IMPORT, config=config))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        told: Dict[str, Any] = json.loads(done.stdout)
+        return told
+
+    def runs(self, container: Container, **config: Any) -> Dict[str, Any]:
+        """A VM starts in the container, writes to its disk, and leaves neither a zombie nor a file."""
+        told = self.told(container, **config)
+        self.assertTrue(told["started"], told["error"])
+        self.assertEqual(told["said"], "written\n")
+        self.assertEqual(told["zombies"], [])
+        return told
+
+    def ours(self, told: Dict[str, Any]) -> List[str]:
+        """The folders of the package's own that were made."""
+        return sorted("{}/{}".format(folder, name) for folder, names in told["made"].items() for name in names if "tw-microvm" in name)
+
+
+class Docker(ContainerTestCase):
+    """What ``docker run`` gives without an option, and with some."""
+
+    def test_defaults(self) -> None:
+        told = self.runs(Container())
+        self.assertEqual(set(told["missing"]) - VARYING, BY_DOCKER)
+        self.assertEqual(self.ours(told), ["/dev/shm/tw-microvm-0", "/var/cache/tw-microvm"])
+
+    def test_a_template_and_its_clone(self) -> None:
+        told = self.runs(Container(), templates=True)
+        self.assertEqual(set(told["missing"]) - VARYING, BY_DOCKER)
+
+    def test_an_ordinary_user(self) -> None:
+        told = self.runs(Container(uid=61234))
+        self.assertEqual(set(told["missing"]) - VARYING, BY_DOCKER - {"uid"})
+
+    def test_read_only_with_a_tmpfs_at_tmp(self) -> None:
+        told = self.runs(Container(read_only=True, tmpfs=("/tmp",)))
+        self.assertEqual(set(told["missing"]) - VARYING, BY_DOCKER)
+        self.assertEqual(self.ours(told), ["/dev/shm/tw-microvm-0", "/tmp/tw-microvm-cache-0"])
+
+    def test_read_only_with_a_tmpfs_at_tmp_for_an_ordinary_user(self) -> None:
+        told = self.runs(Container(read_only=True, tmpfs=("/tmp",), uid=61234))
+        self.assertEqual(self.ours(told), ["/tmp/tw-microvm-61234", "/tmp/tw-microvm-cache-61234"])
+
+    def test_read_only_without_shared_memory(self) -> None:
+        told = self.runs(Container(read_only=True, tmpfs=("/tmp",), shm_size=0))
+        self.assertEqual(self.ours(told), ["/tmp/tw-microvm-0", "/tmp/tw-microvm-cache-0"])
+
+    def test_read_only_without_a_tmpfs_is_refused_with_the_option_that_it_wants(self) -> None:
+        told = self.told(Container(read_only=True))
+        self.assertEqual((told["started"], told["error"]["code"]), (False, "folder_refused"))
+        for word in ('config["cache_dir"]', "/var/cache/tw-microvm", "Read-only file system", "docker run --tmpfs /tmp"):
+            with self.subTest(word):
+                self.assertIn(word, told["error"]["message"])
+
+    def test_little_shared_memory(self) -> None:
+        self.runs(Container(shm_size=1 << 20), templates=True)
+
+    def test_privileged_lacks_nothing(self) -> None:
+        told = self.runs(Container(privileged=True))
+        self.assertEqual(set(told["missing"]) - VARYING, set())
+        self.assertIn("/run/tw-microvm-uids", self.ours(told))
+
+    def test_privileged_with_a_read_only_root_leases_uids_elsewhere(self) -> None:
+        told = self.runs(Container(privileged=True, read_only=True, tmpfs=("/tmp",)))
+        self.assertNotIn("uid", told["missing"])
+        self.assertIn("/dev/shm/tw-microvm-uids", self.ours(told))
+        told = self.runs(Container(privileged=True, read_only=True, tmpfs=("/tmp",), shm_size=0))
+        self.assertNotIn("uid", told["missing"])
+        self.assertIn("/tmp/tw-microvm-uids", self.ours(told))
+
+
+if __name__ == "__main__":
+    unittest.main()
