@@ -117,8 +117,8 @@ pub enum Error {
     Vmm { vm_id: VmId, operation: &'static str, reason: String },
     #[error("{operation} failed on {object}: {source}{}", remedy.as_ref().map_or_else(String::new, |remedy| format!("; {remedy}")))]
     Host { operation: &'static str, object: String, source: Cause, remedy: Option<String> },
-    #[error("{field}={path:?} is not used: {reason}; {remedy}")]
-    FolderRefused { field: &'static str, path: PathBuf, reason: String, remedy: String },
+    #[error("{field}={path:?} is not used: {source}; {remedy}")]
+    FolderRefused { field: &'static str, path: PathBuf, source: Cause, remedy: String },
     #[error("this {what} was made in process {made_in}; it cannot be used in the forked process {used_in}: make a new one there")]
     ForkedProcess { what: &'static str, made_in: u32, used_in: u32 },
     #[error("{vm_id}: {operation} was cancelled")]
@@ -207,8 +207,9 @@ impl Error {
             }
             Error::StateMismatch { differences, .. } => json!({"differences": differences}),
             Error::NetworkUnavailable { reason, remedy, .. } => json!({"reason": reason, "remedy": remedy}),
-            Error::FolderRefused { field, path, reason, remedy } => {
-                json!({"field": field, "path": path.display().to_string(), "reason": reason, "remedy": remedy})
+            Error::FolderRefused { field, path, source, remedy } => {
+                let (path, reason) = (path.display().to_string(), source.to_string());
+                json!({"field": field, "path": path, "reason": reason, "remedy": remedy})
             }
             Error::ChannelClosed { sent, .. } | Error::ChannelTimeout { sent, .. } => json!({"sent": sent}),
             Error::MessageTooLarge { .. } | Error::UntrustedSocket { .. } => json!({"sent": false}),

@@ -26,7 +26,7 @@ use nix::unistd::{faccessat, geteuid, AccessFlags, Uid, User};
 use super::dir::{is_kind, Dir, Entry, Id};
 use super::mark::{self, Mark};
 use super::walk::{self, Found, Refusal};
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::model::VmId;
 use crate::mutex::Mutex;
 
@@ -68,7 +68,7 @@ impl Root {
     /// # Errors
     /// [`Error::FolderRefused`] when it is not this user's alone or cannot be made.
     pub fn make_folder(&self, name: &str) -> Result<Dir> {
-        self.make_or_open_dir(name).map_err(|error| self.refuse(name, &error))
+        self.make_or_open_dir(name).map_err(|error| self.refuse(name, error))
     }
 
     /// A folder in this one, if it is there.
@@ -79,12 +79,12 @@ impl Root {
         match self.dir(name) {
             Ok(dir) => Ok(Some(dir)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(self.refuse(name, &error)),
+            Err(error) => Err(self.refuse(name, error)),
         }
     }
 
-    fn refuse(&self, name: &str, error: &io::Error) -> Error {
-        let refusal = Refusal::new(error.to_string(), "make it this user's alone, or name another folder");
+    fn refuse(&self, name: &str, error: io::Error) -> Error {
+        let refusal = Refusal::new(error, "make it this user's alone, or name another folder");
         refuse(self.mark.kind, &self.at(name), refusal)
     }
 
@@ -93,13 +93,13 @@ impl Root {
     /// # Errors
     /// [`Error::FolderRefused`].
     pub fn received(kind: Kind, fd: &OwnedFd, path: &Path) -> Result<Self> {
-        let refused = |reason: String| refuse(kind, path, Refusal::new(reason, "name another folder"));
-        let stat = fstat(fd).map_err(|errno| refused(errno.to_string()))?;
+        let refused = |cause: Cause| refuse(kind, path, Refusal::new(cause, "name another folder"));
+        let stat = fstat(fd).map_err(|errno| refused(errno.into()))?;
         if !is_kind(&stat, SFlag::S_IFDIR) || stat.st_uid != geteuid().as_raw() || stat.st_mode & 0o077 != 0 {
             return Err(refused("it is not a folder of this user's alone".into()));
         }
-        let dir = Dir::from_fd(fd, path.to_owned()).map_err(|error| refused(error.to_string()))?;
-        let mark = mark::read(&dir).map_err(|error| refused(error.to_string()))?;
+        let dir = Dir::from_fd(fd, path.to_owned()).map_err(|error| refused(error.into()))?;
+        let mark = mark::read(&dir).map_err(|error| refused(error.into()))?;
         let mark = mark.filter(|mark| mark.kind == kind).ok_or_else(|| refused("it has no mark".into()))?;
         Ok(Self { dir, mark, id: Id::of(&stat), above: Vec::new() })
     }
@@ -122,8 +122,8 @@ pub struct Base {
     opened: Mutex<Option<Arc<Root>>>,
 }
 
-fn refuse(kind: Kind, path: &Path, Refusal { reason, remedy }: Refusal) -> Error {
-    Error::FolderRefused { field: kind.field(), path: path.to_owned(), reason, remedy }
+fn refuse(kind: Kind, path: &Path, Refusal { cause: source, remedy }: Refusal) -> Error {
+    Error::FolderRefused { field: kind.field(), path: path.to_owned(), source, remedy }
 }
 
 impl Base {
@@ -194,8 +194,8 @@ impl Base {
     fn mark(&self, dir: &Dir, make: bool) -> Result<Option<Mark>> {
         let marked = || {
             let failed = |error: io::Error| {
-                let reason = format!("its mark {} cannot be read: {error}", dir.at(mark::FILE).display());
-                self.refuse(Refusal::new(reason, "name another folder"))
+                let text = format!("its mark {} cannot be read: {error}", dir.at(mark::FILE).display());
+                self.refuse(Refusal::new(Cause::explained(error, text), "name another folder"))
             };
             let found = mark::read(dir).map_err(failed)?;
             match found.as_ref().filter(|mark| mark.kind != self.kind) {
@@ -210,7 +210,8 @@ impl Base {
             return Ok(Some(mark));
         }
         let failed = |error: io::Error| {
-            self.refuse(Refusal::new(format!("it cannot be written: {error}"), "name a folder that can"))
+            let text = format!("it cannot be written: {error}");
+            self.refuse(Refusal::new(Cause::explained(error, text), "name a folder that can"))
         };
         let _turn = dir.turn(FlockArg::LockExclusive).map_err(failed)?;
         // Another process may have marked it meanwhile.

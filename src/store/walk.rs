@@ -16,21 +16,22 @@ use nix::sys::stat::{fstat, FileStat, Mode, SFlag};
 use nix::unistd::geteuid;
 
 use super::dir::{is_kind, make_in, Dir, Id};
+use crate::error::Cause;
 use crate::host::acl;
 
 /// As many as the kernel follows.
 const LINKS: u32 = 40;
 
 /// Why a folder is not used, and the way out.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Refusal {
-    pub reason: String,
+    pub cause: Cause,
     pub remedy: String,
 }
 
 impl Refusal {
-    pub fn new(reason: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { reason: reason.into(), remedy: remedy.into() }
+    pub fn new(cause: impl Into<Cause>, remedy: impl Into<String>) -> Self {
+        Self { cause: cause.into(), remedy: remedy.into() }
     }
 }
 
@@ -124,8 +125,10 @@ fn names(path: &Path) -> impl Iterator<Item = OsString> + '_ {
     })
 }
 
-fn cannot(what: &str, path: &Path, why: impl std::fmt::Display) -> Refusal {
-    Refusal::new(format!("{} cannot be {what}: {why}", path.display(), what = past(what)), "name another folder")
+fn cannot(what: &str, path: &Path, cause: impl Into<Cause>) -> Refusal {
+    let cause = cause.into();
+    let text = format!("{} cannot be {what}: {cause}", path.display(), what = past(what));
+    Refusal::new(Cause::explained(cause, text), "name another folder")
 }
 
 fn cannot_make(path: &Path, errno: Errno) -> Refusal {
@@ -284,7 +287,10 @@ mod tests {
         }
         mode(&scratch.path().join("open"), 0o777);
         let refusal = to(&scratch.path().join("open/base"), false).unwrap_err();
-        assert!(refusal.reason.contains("open (mode 777)") && refusal.remedy.contains("chmod go-w"), "{refusal:?}");
+        assert!(
+            refusal.cause.to_string().contains("open (mode 777)") && refusal.remedy.contains("chmod go-w"),
+            "{refusal:?}"
+        );
     }
 
     #[test]
@@ -296,9 +302,9 @@ mod tests {
         symlink(scratch.path().join("link"), scratch.path().join("far")).unwrap();
         assert!(to(&scratch.path().join("far/base"), true).unwrap().is_some());
         assert!(to(&scratch.path().join("far/../real/./base"), false).unwrap().is_some());
-        assert!(to(&scratch.path().join("link"), true).unwrap_err().reason.contains("symbolic link"));
+        assert!(to(&scratch.path().join("link"), true).unwrap_err().cause.to_string().contains("symbolic link"));
         symlink("loop", scratch.path().join("loop")).unwrap();
-        assert!(to(&scratch.path().join("loop/base"), true).unwrap_err().reason.contains("symbolic link"));
+        assert!(to(&scratch.path().join("loop/base"), true).unwrap_err().cause.to_string().contains("symbolic link"));
     }
 
     #[test]
@@ -314,10 +320,17 @@ mod tests {
         }
         assert!(to_socket(&scratch.path().join("own/none")).unwrap().is_none());
         for path in ["own", "round"] {
-            assert!(to_socket(&scratch.path().join(path)).unwrap_err().reason.contains("not a socket"), "{path}");
+            assert!(
+                to_socket(&scratch.path().join(path)).unwrap_err().cause.to_string().contains("not a socket"),
+                "{path}"
+            );
         }
         mode(&scratch.path().join("own"), 0o777);
-        assert!(to_socket(&scratch.path().join("own/sock")).unwrap_err().reason.contains("other users may write"));
+        assert!(to_socket(&scratch.path().join("own/sock"))
+            .unwrap_err()
+            .cause
+            .to_string()
+            .contains("other users may write"));
     }
 
     #[test]
@@ -326,10 +339,10 @@ mod tests {
         fs::create_dir(scratch.path().join("base")).unwrap();
         mode(&scratch.path().join("base"), 0o755);
         let refusal = to(&scratch.path().join("base"), true).unwrap_err();
-        assert!(refusal.reason.contains("755") && refusal.remedy.contains("chmod 700"), "{refusal:?}");
+        assert!(refusal.cause.to_string().contains("755") && refusal.remedy.contains("chmod 700"), "{refusal:?}");
         fs::write(scratch.path().join("file"), b"").unwrap();
-        assert!(to(&scratch.path().join("file"), true).unwrap_err().reason.contains("not a folder"));
-        assert!(to(&scratch.path().join("file/base"), true).unwrap_err().reason.contains("not a folder"));
+        assert!(to(&scratch.path().join("file"), true).unwrap_err().cause.to_string().contains("not a folder"));
+        assert!(to(&scratch.path().join("file/base"), true).unwrap_err().cause.to_string().contains("not a folder"));
     }
 
     #[test]

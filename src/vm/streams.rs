@@ -69,7 +69,8 @@ pub trait Machine: Send + Sync {
                 Live::begin(running, Upload::begin(stream, path.to_owned(), stall)).await
             };
             match begin(new_mode).await {
-                // An agent of before, in a snapshot, knows no such parameter.
+                // An agent of before, in a snapshot, knows no such parameter. It names it in its message alone: those agents, and
+                // the frames of generation 1, stay as they are.
                 Err(Error::Guest { code: "bad_params", message, .. }) if message.contains("new_mode") => {
                     begin(None).await
                 }

@@ -1,6 +1,7 @@
 """Faults of the host, made for real: each is a clear error or a recovery, and never a wrong state."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -57,6 +58,7 @@ class SmallDisk(VMTestCase):
         vm = self.manager.get_vm(self.create())
         self.assertFalse(vm.start())
         self.assertIn("No space left", str(vm.last_error))
+        self.assertEqual(vm.last_error.__cause__.errno, errno.ENOSPC)
         self.assertEqual(vm.get_state().value, "error")
         self.assertEqual(list((self.disk / "cache" / "disks").glob("*")), [])
         fill.unlink()

@@ -17,7 +17,7 @@ use crate::host::binary;
 const DEADLINE: Duration = Duration::from_secs(10);
 /// An ordinary user's PATH leaves these out.
 const SYSTEM_PATH: &str = "/usr/sbin:/sbin";
-/// What the tools say of something that is gone already.
+/// What the tools say of something that is gone already: tc and nft have words alone, and say these because of `LC_ALL=C`.
 const GONE: [&str; 3] = ["Cannot find device", "No such device", "No such file or directory"];
 
 /// A program that changes the network.
@@ -120,6 +120,7 @@ impl Tool {
         let status = child.wait().map_err(|error| failed(&error))?;
         match said {
             Some(said) if status.success() => Ok(said),
+            // The kernel's EPERM in the C locale: the tool's exit code is the same for every failure.
             Some(said) if said.contains("not permitted") => Err(Refusal::denied(said.trim())),
             Some(said) => Err(Refusal::new(
                 format!("{} failed: {}", self.name(), said.trim()),
