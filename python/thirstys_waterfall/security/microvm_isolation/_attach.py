@@ -11,7 +11,7 @@ class AttachedVM(_native.AttachedVM, Programs):
     __doc__ = _native.AttachedVM.__doc__
 
     @property
-    def instance(self) -> _native.AttachedVM:
+    def instance(self) -> _native.AttachedVM:  # type: ignore[override]
         """The handle itself: ``Programs`` runs programs by it."""
         return self
 

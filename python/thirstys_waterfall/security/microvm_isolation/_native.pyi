@@ -952,12 +952,12 @@ class AttachedVM:
         'hello\\n'
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         vm_id: str,
         runtime_dir: Optional[_Path] = None,
         timeout: Optional[float] = 5.0,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def vm_id(self) -> str:
         """The VM's name."""

@@ -64,10 +64,7 @@ class CompletedProgram(Generic[AnyStr]):
 class Programs:
     """Programs and files of a VM, whichever process has it; every failure is raised."""
 
-    if TYPE_CHECKING:
-
-        @property
-        def instance(self) -> Union[_native.MicroVMInstance, _native.AttachedVM]: ...
+    instance: Union[_native.MicroVMInstance, _native.AttachedVM]
 
     @overload
     def run(
