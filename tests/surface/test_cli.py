@@ -467,6 +467,9 @@ class Attached(unittest.TestCase):
         others = [self.manager.run_vm(resource_limits=limits()) for _ in range(2)]
         with started("wait", others[0].vm_id, others[1].vm_id, stdout=subprocess.PIPE) as waiting:
             assert waiting.stdout is not None
+            # The listener's line, and that of its client: it waits already (proc_pid_net(5)).
+            socket = others[0].instance.get_info()["socket_path"]
+            self.assertTrue(eventually(lambda: Path("/proc/net/unix").read_text().count(socket) > 1, 60.0))
             self.assertEqual(microvm("kill", others[0].vm_id).returncode, 0)
             self.assertEqual(waiting.stdout.readline().decode(), others[0].vm_id + "\n")
             self.assertEqual(microvm("rm", "-f", others[1].vm_id).stdout, others[1].vm_id + "\n")
