@@ -123,6 +123,11 @@ pub fn needs(program: &Path, modules: &[PathBuf]) -> Result<Needs> {
     };
     let Some(named) = interpreter(program).map_err(|e| failed(e.into()))? else { return Ok(Needs::default()) };
     let real = named.canonicalize().map_err(|e| failed_on(&named, e))?;
+    // What runs without input reads it, and a failure to would seem to be the program's.
+    if let Err(error) = std::fs::File::open("/dev/null") {
+        let reason = format!("{error}; make it (mknod -m 666 /dev/null c 1 3), or mount a /dev that has it");
+        return Err(Error::host("open", "/dev/null", reason));
+    }
     let libraries_of = |file: &Path| -> Result<BTreeMap<String, PathBuf>> {
         let output = Command::new(&named)
             .arg("--list")

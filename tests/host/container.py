@@ -67,8 +67,6 @@ class Container(NamedTuple):
     masked: bool = True
     # --cap-add
     cap_add: Tuple[str, ...] = ()
-    # --user
-    uid: int = 0
     nodes: Tuple[str, ...] = NODES
     # A shell script that runs as root of the host in the finished container, before its rights are taken away.
     script: str = ""
@@ -226,8 +224,6 @@ def main() -> None:
         command += ["--bounding-set=-all," + kept, "--inh-caps=-all"]
         if how.seccomp:
             filter_calls("sys_admin" in how.cap_add)
-    if how.uid:
-        command += ["--reuid={}".format(how.uid), "--regid={}".format(how.uid), "--clear-groups"]
     environment = dict(how.environment)
     environment["PYTHONPATH"] = os.pathsep.join(where)
     environment["PYTHONDONTWRITEBYTECODE"] = "1"

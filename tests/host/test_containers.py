@@ -5,12 +5,15 @@ import unittest
 from typing import Any, Dict, List
 
 from ..support import IMPORT
-from .container import Container
+from .container import PATH, Container
 
 # The first process of a container: it reaps no process that it did not start.
 LIFE = """
 import json, os
 from {module} import *
+# Here, as --user would before the interpreter is loaded: it may be in a folder that is root's alone.
+if {uid}:
+    os.setgroups([]); os.setresgid({uid}, {uid}, {uid}); os.setresuid({uid}, {uid}, {uid})
 told = {{}}
 manager = MicroVMIsolationManager(dict({{"start_timeout_s": 60}}, **{config}))
 vm = manager.get_vm(manager.create_vm("plugin", VMResourceLimits(memory_mb=128, disk_size_mb=64)))
@@ -37,16 +40,16 @@ VARYING = {"cgroup_devices", "cgroup_io", "address_layout", "network_namespace"}
 
 
 class ContainerTestCase(unittest.TestCase):
-    def told(self, container: Container, **config: Any) -> Dict[str, Any]:
+    def told(self, container: Container, uid: int = 0, **config: Any) -> Dict[str, Any]:
         config = dict({"templates": False}, **config)
-        done = container.run(LIFE.format(module=IMPORT, config=config))
+        done = container.run(LIFE.format(module=IMPORT, config=config, uid=uid))
         self.assertEqual(done.returncode, 0, done.stderr)
         told: Dict[str, Any] = json.loads(done.stdout)
         return told
 
-    def runs(self, container: Container, **config: Any) -> Dict[str, Any]:
+    def runs(self, container: Container, uid: int = 0, **config: Any) -> Dict[str, Any]:
         """A VM starts in the container, writes to its disk, and leaves neither a zombie nor a file."""
-        told = self.told(container, **config)
+        told = self.told(container, uid, **config)
         self.assertTrue(told["started"], told["error"])
         self.assertEqual(told["said"], "written\n")
         self.assertEqual(told["zombies"], [])
@@ -70,7 +73,7 @@ class Docker(ContainerTestCase):
         self.assertEqual(set(told["missing"]) - VARYING, BY_DOCKER)
 
     def test_an_ordinary_user(self) -> None:
-        told = self.runs(Container(uid=61234))
+        told = self.runs(Container(), uid=61234)
         self.assertEqual(set(told["missing"]) - VARYING, BY_DOCKER - {"uid"})
 
     def test_read_only_with_a_tmpfs_at_tmp(self) -> None:
@@ -79,7 +82,7 @@ class Docker(ContainerTestCase):
         self.assertEqual(self.ours(told), ["/dev/shm/tw-microvm-0", "/tmp/tw-microvm-cache-0"])
 
     def test_read_only_with_a_tmpfs_at_tmp_for_an_ordinary_user(self) -> None:
-        told = self.runs(Container(read_only=True, tmpfs=("/tmp",), uid=61234))
+        told = self.runs(Container(read_only=True, tmpfs=("/tmp",)), uid=61234)
         self.assertEqual(self.ours(told), ["/tmp/tw-microvm-61234", "/tmp/tw-microvm-cache-61234"])
 
     def test_read_only_without_shared_memory(self) -> None:
@@ -108,6 +111,39 @@ class Docker(ContainerTestCase):
         told = self.runs(Container(privileged=True, read_only=True, tmpfs=("/tmp",), shm_size=0))
         self.assertNotIn("uid", told["missing"])
         self.assertIn("/tmp/tw-microvm-uids", self.ours(told))
+
+
+class Hosts(ContainerTestCase):
+    """What a service manager or an odd host takes away."""
+
+    def test_a_devices_folder_without_null_is_named(self) -> None:
+        told = self.told(Container(nodes=("random", "urandom", "zero")))
+        self.assertEqual((told["started"], told["error"]["code"]), (False, "host_error"))
+        self.assertIn("open failed on /dev/null: No such file", told["error"]["message"])
+        self.assertIn("mknod -m 666 /dev/null c 1 3", told["error"]["message"])
+
+    def test_a_system_that_is_protected_but_for_a_cache_folder(self) -> None:
+        # systemd's ProtectSystem=strict with CacheDirectory=; /dev and what is mounted below stay as they are.
+        cache = "mkdir -m 700 /var/cache/tw-microvm; mount -t tmpfs -o mode=700 tmpfs /var/cache/tw-microvm"
+        protect = "for path in / /run /var/cache /tmp /var/tmp; do mount -o remount,bind,ro $path; done"
+        told = self.runs(Container(privileged=True, script="{}; {}".format(cache, protect)))
+        self.assertEqual(set(told["missing"]) - VARYING, set())
+        self.assertEqual(self.ours(told), ["/dev/shm/tw-microvm-0", "/dev/shm/tw-microvm-uids", "/var/cache/tw-microvm"])
+
+    def test_no_environment_but_a_path(self) -> None:
+        self.runs(Container(environment=(("PATH", PATH),)), uid=61234)
+
+    def test_folders_of_the_environment(self) -> None:
+        script = "mkdir -m 700 /run/mine /var/cache/mine; chown 61234:61234 /run/mine /var/cache/mine"
+        xdg = (("PATH", PATH), ("XDG_RUNTIME_DIR", "/run/mine"), ("XDG_CACHE_HOME", "/var/cache/mine"))
+        told = self.runs(Container(script=script, environment=xdg), uid=61234)
+        self.assertTrue(told["socket"].startswith("/run/mine/tw-microvm/"), told["socket"])
+        self.assertEqual(self.ours(told), [])
+
+    def test_locales(self) -> None:
+        for locale in ("C", "tr_TR.UTF-8", "no such locale"):
+            with self.subTest(locale):
+                self.runs(Container(environment=(("PATH", PATH), ("LC_ALL", locale), ("LANG", locale))))
 
 
 if __name__ == "__main__":
