@@ -8,6 +8,7 @@ use microvm_protocol::message::Control;
 use microvm_protocol::mux::STDERR;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
+use pyo3::IntoPyObjectExt;
 use pyo3::PyTraverseError;
 use pyo3::PyVisit;
 use serde_json::{Map, Value};
@@ -42,6 +43,14 @@ pub struct Program {
     /// Held while a piece is on its way to its caller: one that the caller gives up is returned before the next is taken.
     turn: Arc<tokio::sync::Mutex<()>>,
     returned: Mutex<VecDeque<Piece>>,
+    collected: Mutex<Collected>,
+}
+
+/// What `communicate` has taken so far: another call goes on where one was given up.
+#[derive(Default)]
+struct Collected {
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
 }
 
 /// A piece on its way to its caller. Dropped before, it is returned.
@@ -67,7 +76,7 @@ impl Drop for Taken {
 
 impl Program {
     fn new(process: Live<Process>) -> Self {
-        Self { process, turn: Arc::default(), returned: Mutex::default() }
+        Self { process, turn: Arc::default(), returned: Mutex::default(), collected: Mutex::default() }
     }
 
     pub fn put_back(&self, piece: Piece) {
@@ -113,6 +122,30 @@ impl Program {
         Ok(())
     }
 
+    /// Keeps what is left of the output, for [`Program::collected`].
+    ///
+    /// # Errors
+    /// As for [`Program::next`].
+    pub async fn collect(self: Arc<Self>, limit: Option<Limit>) -> Result<()> {
+        while let Some(taken) = self.clone().next(limit).await? {
+            let Some(piece) = taken.claim() else { continue };
+            let mut collected = self.collected.lock();
+            let kept = if piece.channel == STDERR { &mut collected.stderr } else { &mut collected.stdout };
+            kept.extend_from_slice(&piece.bytes);
+        }
+        Ok(())
+    }
+
+    /// Stdout and stderr as [`Program::collect`] has kept them.
+    pub fn collected(&self, py: Python<'_>, text: bool) -> PyResult<(Py<PyAny>, Py<PyAny>)> {
+        let collected = self.collected.lock();
+        let given = |bytes: &[u8]| match text {
+            true => String::from_utf8_lossy(bytes).into_py_any(py),
+            false => PyBytes::new(py, bytes).into_py_any(py),
+        };
+        Ok((given(&collected.stdout)?, given(&collected.stderr)?))
+    }
+
     /// Writes to its input, as fast as it reads. Returns false when it reads no more.
     ///
     /// # Errors
@@ -137,6 +170,17 @@ pub struct StreamArguments<'py> {
     pub rows: Option<Bound<'py, PyAny>>,
     pub columns: Option<Bound<'py, PyAny>>,
     pub on_output: Option<Bound<'py, PyAny>>,
+}
+
+/// The input of a program: bytes, a string as UTF-8, or none.
+pub fn input_from(input: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<u8>> {
+    match input {
+        None => Ok(Vec::new()),
+        Some(input) => match input.cast::<PyString>() {
+            Ok(_) => Ok(convert::text("input", input)?.into_bytes()),
+            Err(_) => convert::bytes("input", input),
+        },
+    }
 }
 
 /// What the handle of a program is made with, once it runs.
@@ -189,7 +233,12 @@ impl StreamOptions {
     /// The handle of a program that was started with these arguments.
     pub fn stream(self, py: Python<'_>, process: Live<Process>) -> PyResult<ProcessStream> {
         let program = Owned::new("ProcessStream", Arc::new(Program::new(process)));
-        let stream = ProcessStream { program, has_terminal: self.has_terminal, on_output: Mutex::new(self.on_output) };
+        let stream = ProcessStream {
+            program,
+            has_terminal: self.has_terminal,
+            on_output: Mutex::new(self.on_output),
+            decoder: Mutex::default(),
+        };
         if let Some(stdin) = self.stdin {
             stream.give(py, stdin)?;
         }
@@ -213,6 +262,8 @@ pub struct ProcessStream {
     program: Owned<Program>,
     has_terminal: bool,
     on_output: Mutex<Option<Py<PyAny>>>,
+    /// Made by the first `text`, for all of them: one that is left in the middle of a character is gone on with.
+    decoder: Mutex<Option<Py<PyAny>>>,
 }
 
 impl ProcessStream {
@@ -233,7 +284,7 @@ impl ProcessStream {
     }
 
     /// Writes and closes the program's input, at whatever pace it reads, while others take its output.
-    fn give(&self, py: Python<'_>, bytes: Vec<u8>) -> PyResult<()> {
+    pub fn give(&self, py: Python<'_>, bytes: Vec<u8>) -> PyResult<()> {
         let program = self.program(py)?;
         gate::spawn(async move {
             if let Err(error) = program.clone().write(bytes).await {
@@ -363,6 +414,63 @@ impl ProcessStream {
             }
         }
         self.exit_code(py)
+    }
+
+    /// Gives the program its whole input, takes all its output, and waits for its end.
+    ///
+    /// Blocks until the program ends. Input and output go at the same time, whatever their sizes; the output
+    /// is held in memory. After a failure the program goes on, and another call, without `input`, returns
+    /// this output, too.
+    ///
+    /// Args:
+    ///     input: Its input: bytes, or a string, which is sent as UTF-8. Where left out, its input ends.
+    ///     timeout: Seconds to wait, 0 to 86400; no limit where left out.
+    ///     text: Whether the output is decoded as UTF-8, with U+FFFD for what is not; else it is bytes.
+    ///
+    /// Returns:
+    ///     Stdout and stderr, without what was taken before. `exit_code` says how the program ended.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: An argument has the wrong type.
+    ///     InvalidValueError: `timeout` is out of range.
+    ///     CommandError: As of `wait`.
+    ///     ChannelError: As of `wait`.
+    ///
+    /// Example:
+    ///     >>> with vm.stream("cat") as program:
+    ///     ...     program.communicate("hello", text=True), program.exit_code
+    ///     (('hello', ''), 0)
+    #[pyo3(signature = (input=None, timeout=None, text=false))]
+    fn communicate(
+        &self,
+        py: Python<'_>,
+        input: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        text: bool,
+    ) -> PyResult<(Py<PyAny>, Py<PyAny>)> {
+        let limit = Limit::parse(timeout, Duration::ZERO)?;
+        self.give(py, input_from(input)?)?;
+        let (program, done) = (self.program(py)?, self.program(py)?);
+        let collected = gate::wait(py, OnInterrupt::Abandon, async move { program.collect(limit).await })?;
+        collected.map_err(|error| errors::raise(py, &error))?;
+        done.collected(py, text)
+    }
+
+    /// Returns an iterator of the output as text: `("stdout" or "stderr", str)`.
+    ///
+    /// Does not block; the iterator does, until there is output. A character whose bytes come in two pieces
+    /// is one character; what is not UTF-8 becomes U+FFFD.
+    ///
+    /// Example:
+    ///     >>> with vm.stream("echo", ["hello"]) as program:
+    ///     ...     list(program.text())
+    ///     [('stdout', 'hello\n')]
+    fn text<'py>(slf: Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let module = py.import("thirstys_waterfall.security.microvm_isolation._text")?;
+        let made = module.getattr("TextDecoder")?.call0()?.unbind();
+        let decoder = slf.get().decoder.lock().get_or_insert(made).clone_ref(py);
+        module.getattr("texts")?.call1((slf, decoder))
     }
 
     /// Kills the program and all its descendants; `wait` then returns -9.

@@ -306,6 +306,20 @@ class Streams(unittest.TestCase):
 
         with_manager(wait)
 
+    def test_communicate_and_text_are_those_of_the_blocking_stream(self) -> None:
+        async def use(manager: AsyncMicroVMIsolationManager) -> None:
+            vm = await start_vm(manager)
+            async with vm.stream("/bin/sh", ["-c", "cat; echo err >&2"]) as program:
+                self.assertEqual(await program.communicate("caf\u00e9", text=True), ("caf\u00e9", "err\n"))
+            async with vm.stream("/bin/sh", ["-c", "echo first; sleep 1; echo second"]) as program:
+                with self.assertRaises(package.ChannelError):
+                    await program.communicate(timeout=0.3)
+                self.assertEqual(await program.communicate(), (b"first\nsecond\n", b""))
+            async with vm.stream("/bin/sh", ["-c", r"printf '\303'; sleep 0.2; printf '\251\377'"]) as program:
+                self.assertEqual("".join([text async for _, text in program.text()]), "\u00e9\ufffd")
+
+        with_manager(use)
+
     def test_slow_reader_stops_its_program_and_not_the_loop(self) -> None:
         async def read(manager: AsyncMicroVMIsolationManager) -> None:
             vm = await start_vm(manager)

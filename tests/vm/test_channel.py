@@ -179,6 +179,25 @@ class Streams(VMTestCase):
         self.assertEqual(self.result(vm, "ping"), "pong")
         self.assertEqual(stream.wait(timeout=0), 7)
 
+    def test_communicate_gives_all_input_and_takes_all_output_at_once(self) -> None:
+        vm = self.running()
+        data = bytes(range(256)) * 4096
+        with vm.stream("cat") as program:
+            self.assertEqual(program.communicate(data, timeout=60), (data, b""))
+            self.assertEqual(program.exit_code, 0)
+        with vm.stream(SH, ["-c", "cat; echo err >&2"]) as program:
+            self.assertEqual(program.communicate("caf\u00e9", text=True), ("caf\u00e9", "err\n"))
+        with vm.stream(SH, ["-c", "echo first; sleep 1; echo second"]) as program:
+            with self.assertRaises(ChannelError):
+                program.communicate(timeout=0.3)
+            self.assertEqual(program.communicate(), (b"first\nsecond\n", b""))
+
+    def test_text_is_whole_however_its_bytes_were_cut(self) -> None:
+        script = r"printf '\303'; sleep 0.2; printf '\251\377'; sleep 0.2; printf '\342\202'"
+        with self.running().stream(SH, ["-c", script]) as program:
+            texts = list(program.text())
+        self.assertEqual("".join(text for _, text in texts), "\u00e9\ufffd\ufffd")
+
     def test_stream_callback_hears_everything_on_the_waiting_thread(self) -> None:
         heard: List[Tuple[str, bytes, int]] = []
         on_output = lambda channel, data: heard.append((channel, data, threading.get_ident()))

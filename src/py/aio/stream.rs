@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::IntoPyObjectExt;
 
 use super::super::gate::OnInterrupt;
-use super::super::stream::{output, Limit, ProcessStream, Taken};
+use super::super::stream::{input_from, output, Limit, ProcessStream, Taken};
 use super::super::{convert, errors};
 use super::queue::OperationQueue;
 use crate::channel::Piece;
@@ -60,6 +60,24 @@ impl StreamOperations {
     fn write(&self, queue: &Bound<'_, OperationQueue>, data: &Bound<'_, PyAny>) -> PyResult<u64> {
         let (program, bytes) = (self.handle.get().program(queue.py())?, convert::bytes("data", data)?);
         queue.get().begin_here(program.write(bytes), raised)
+    }
+
+    #[pyo3(signature = (queue, input=None, timeout=None, text=false))]
+    fn communicate(
+        &self,
+        queue: &Bound<'_, OperationQueue>,
+        input: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        text: bool,
+    ) -> PyResult<u64> {
+        let py = queue.py();
+        let limit = Limit::parse(timeout, Duration::ZERO)?;
+        self.handle.get().give(py, input_from(input)?)?;
+        let (program, done) = (self.handle.get().program(py)?, self.handle.get().program(py)?);
+        queue.get().begin(OnInterrupt::Abandon, program.collect(limit), move |py, collected| {
+            raised(py, collected)?;
+            done.collected(py, text)?.into_py_any(py)
+        })
     }
 
     #[pyo3(signature = (queue, timeout=None))]

@@ -1,7 +1,22 @@
 import logging
 import os
 from types import TracebackType
-from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple, Type, Union, type_check_only
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    Type,
+    Union,
+    overload,
+    type_check_only,
+)
 
 from typing_extensions import Literal, Self, disjoint_base, final
 
@@ -1295,6 +1310,75 @@ class ProcessStream:
             ChannelError: The program did not end in time (`channel_timeout`), or the channel failed
                 (`channel_closed`).
         """
+    @overload
+    def communicate(
+        self, input: Union[_Bytes, str, None] = None, timeout: Optional[float] = None, text: Literal[False] = False
+    ) -> Tuple[bytes, bytes]:
+        """Gives the program its whole input, takes all its output, and waits for its end.
+
+        Blocks until the program ends. Input and output go at the same time, whatever their sizes; the output
+        is held in memory. After a failure the program goes on, and another call, without `input`, returns
+        this output, too.
+
+        Args:
+            input: Its input: bytes, or a string, which is sent as UTF-8. Where left out, its input ends.
+            timeout: Seconds to wait, 0 to 86400; no limit where left out.
+            text: Whether the output is decoded as UTF-8, with U+FFFD for what is not; else it is bytes.
+
+        Returns:
+            Stdout and stderr, without what was taken before. `exit_code` says how the program ended.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: `timeout` is out of range.
+            CommandError: As of `wait`.
+            ChannelError: As of `wait`.
+
+        Example:
+            >>> with vm.stream("cat") as program:
+            ...     program.communicate("hello", text=True), program.exit_code
+            (('hello', ''), 0)
+        """
+    @overload
+    def communicate(
+        self, input: Union[_Bytes, str, None] = None, timeout: Optional[float] = None, *, text: Literal[True]
+    ) -> Tuple[str, str]:
+        """Gives the program its whole input, takes all its output, and waits for its end.
+
+        Blocks until the program ends. Input and output go at the same time, whatever their sizes; the output
+        is held in memory. After a failure the program goes on, and another call, without `input`, returns
+        this output, too.
+
+        Args:
+            input: Its input: bytes, or a string, which is sent as UTF-8. Where left out, its input ends.
+            timeout: Seconds to wait, 0 to 86400; no limit where left out.
+            text: Whether the output is decoded as UTF-8, with U+FFFD for what is not; else it is bytes.
+
+        Returns:
+            Stdout and stderr, without what was taken before. `exit_code` says how the program ended.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: `timeout` is out of range.
+            CommandError: As of `wait`.
+            ChannelError: As of `wait`.
+
+        Example:
+            >>> with vm.stream("cat") as program:
+            ...     program.communicate("hello", text=True), program.exit_code
+            (('hello', ''), 0)
+        """
+    def text(self) -> Iterator[Tuple[_Channel, str]]:
+        """Returns an iterator of the output as text: `("stdout" or "stderr", str)`.
+
+        Does not block; the iterator does, until there is output. A character whose bytes come in two pieces
+        is one character; what is not UTF-8 becomes U+FFFD.
+
+        Example:
+            >>> with vm.stream("echo", ["hello"]) as program:
+            ...     list(program.text())
+            [('stdout', 'hello\\n')]
+        """
     def kill(self) -> None:
         """Kills the program and all its descendants; `wait` then returns -9.
 
@@ -1514,6 +1598,13 @@ class StreamOperations:
         """Gives back a piece that `next` gave to a task that was cancelled before it took it."""
     def write(self, queue: OperationQueue, data: _Bytes) -> int: ...
     def wait(self, queue: OperationQueue, timeout: Optional[float] = None) -> int: ...
+    def communicate(
+        self,
+        queue: OperationQueue,
+        input: Union[_Bytes, str, None] = None,
+        timeout: Optional[float] = None,
+        text: bool = False,
+    ) -> int: ...
 
 @final
 class ManagerOperations:

@@ -1,6 +1,5 @@
 """A running VM with the names of ``subprocess`` and ``pathlib``: everything raises, and nothing is ``Optional``."""
 
-import codecs
 import io
 import os
 import shlex
@@ -21,6 +20,7 @@ from ._errors import (
     ProgramTimeoutError,
     VmNotFoundError,
 )
+from ._text import TextDecoder
 
 if TYPE_CHECKING:
     from typing_extensions import Literal
@@ -388,14 +388,13 @@ class _PassedOn(_Captured):
 
     def __init__(self) -> None:
         super().__init__()
-        make = codecs.getincrementaldecoder("utf-8")
-        self._decoders = {channel: make("replace") for channel in self._streams}
+        self._decoder = TextDecoder()
 
     def take(self, channel: str, data: bytes) -> None:
         stream: IO[str] = getattr(sys, channel)
         buffer: Any = getattr(stream, "buffer", None)
         if buffer is None:
-            stream.write(self._decoders[channel].decode(data))
+            stream.write(self._decoder.decode(channel, data))
         else:
             stream.flush()
             buffer.write(data)

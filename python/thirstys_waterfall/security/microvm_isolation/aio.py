@@ -24,8 +24,10 @@ import time
 import weakref
 from types import TracebackType
 from typing import (
+    TYPE_CHECKING,
     Any,
     AsyncContextManager,
+    AsyncIterator,
     Callable,
     Coroutine,
     Dict,
@@ -38,6 +40,7 @@ from typing import (
     Type,
     TypeVar,
     Union,
+    overload,
 )
 
 from . import _native
@@ -45,6 +48,7 @@ from ._enums import IsolationType, VMBackend, VMState
 from ._errors import MicroVMError, make_error
 from ._manager import MicroVMIsolationManager
 from ._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
+from ._text import TextDecoder
 from ._types import (
     CommandAnswer,
     HealthReport,
@@ -53,6 +57,9 @@ from ._types import (
     TemplateInfo,
     VMInfo,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Literal
 
 __all__ = ["AsyncMicroVMInstance", "AsyncMicroVMIsolationManager", "AsyncProcessStream"]
 
@@ -164,6 +171,7 @@ class AsyncProcessStream:
     _blocking: _native.ProcessStream
     _operations: _native.StreamOperations
     _on_output: Optional[Callable[[str, bytes], Any]]
+    _decoder: TextDecoder
 
     def __aiter__(self) -> "AsyncProcessStream":
         return self
@@ -240,6 +248,49 @@ class AsyncProcessStream:
                 piece = await self._next(timeout, time.monotonic() - begun)
         code: Optional[int] = await _result(self._operations.wait, timeout)
         return code
+
+    @overload
+    async def communicate(
+        self, input: Union[_Bytes, str, None] = ..., timeout: Optional[float] = ..., text: "Literal[False]" = ...
+    ) -> Tuple[bytes, bytes]: ...
+
+    @overload
+    async def communicate(
+        self, input: Union[_Bytes, str, None] = ..., timeout: Optional[float] = ..., *, text: "Literal[True]"
+    ) -> Tuple[str, str]: ...
+
+    async def communicate(
+        self, input: Union[_Bytes, str, None] = None, timeout: Optional[float] = None, text: bool = False
+    ) -> Union[Tuple[bytes, bytes], Tuple[str, str]]:
+        """Gives the program its whole input, takes all its output, and waits for its end.
+
+        Does not block the loop. Cancelling leaves the program running; another call, without ``input``, returns this
+        output, too. ``ProcessStream.communicate`` has the errors.
+
+        Args:
+            input: Its input: bytes, or a string, which is sent as UTF-8. Where left out, its input ends.
+            timeout: Seconds to wait, 0 to 86400; no limit where left out.
+            text: Whether the output is decoded as UTF-8, with U+FFFD for what is not; else it is bytes.
+
+        Returns:
+            Stdout and stderr, without what was taken before.
+        """
+        output: Union[Tuple[bytes, bytes], Tuple[str, str]]
+        output = await _result(self._operations.communicate, input, timeout, text)
+        return output
+
+    async def text(self) -> AsyncIterator[Tuple[str, str]]:
+        """Returns an asynchronous iterator of the output as text: ``("stdout" or "stderr", str)``.
+
+        Does not block the loop. A character whose bytes come in two pieces is one character; what is not UTF-8 becomes
+        U+FFFD.
+        """
+        async for channel, data in self:
+            text = self._decoder.decode(channel, data)
+            if text:
+                yield channel, text
+        for piece in self._decoder.end():
+            yield piece
 
     def kill(self) -> None:
         """Kills the program and all its descendants; ``wait`` then returns -9.
@@ -448,7 +499,7 @@ class AsyncMicroVMInstance:
             self._operations.stream, arguments, undo=lambda queue, blocking: blocking.kill()
         )
         stream._operations = _native.StreamOperations(stream._blocking)
-        stream._on_output = on_output
+        stream._on_output, stream._decoder = on_output, TextDecoder()
         return stream
 
     async def get_health_metrics(self) -> VMHealthMetrics:
