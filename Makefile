@@ -25,8 +25,9 @@ AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve
 
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
     xz-utils bzip2 nftables iproute2 openssl util-linux python3-venv make gcc
+QEMU_PACKAGES := make gcc xz-utils python3-venv ninja-build pkg-config libglib2.0-dev libpcre2-dev libfdt-dev libseccomp-dev zlib1g-dev
 
-.PHONY: help check advisories dev stub t against setup kernel agent busybox guest jail zygote janitor attackers wheel installed demo test test-fast test-timing \
+.PHONY: help check advisories dev stub t against setup kernel agent busybox guest jail zygote janitor attackers wheel qemu-wheel installed demo test test-fast test-timing \
     test-nested test-distributions bench fuzz traffic clones cycles stress network-many network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
@@ -34,6 +35,7 @@ help:
 	@echo 'make test    build all and run every test; make test-fast: a slice of each area, with a debug build'
 	@echo 'make test-timing  what measures time or shares, one after the other'
 	@echo 'make wheel   build the wheel into dist/'
+	@echo 'make qemu-wheel  our own QEMU as a second wheel, into build/qemu-wheel/ (once, some minutes)'
 	@echo 'make check   format, lints, types, licences, layers, unit and golden tests: no VM; make advisories: RustSec'
 	@echo 'make dev     a debug build in the tree; make t T=tests.vm.test_channel.Streams: one test with it'
 	@echo 'make stub    after a change of a doc comment in src/py: the docstrings of the type stub'
@@ -180,6 +182,27 @@ wheel: guest jail zygote janitor
 	@$(CARGO) metadata --locked --format-version 1 --filter-platform $(HOST) | $(PYTHON) tools/third-party.py >$(DATA)/THIRD-PARTY.txt
 	$(WITH_ZIG) $(VENV)/bin/maturin build --release --locked --zig --compatibility manylinux_$(subst .,_,$(GLIBC)) --target $(HOST) -o dist \
 	    -- -C link-arg=$$(gcc -print-file-name=libgcc_s.so.1)
+
+# Built again only when something changes that goes into it, the libraries of this machine included.
+qemu-wheel:
+	@$(MAKE) --no-print-directory setup PACKAGES='$(QEMU_PACKAGES)'
+	@mkdir -p $(BUILD)
+	qemu/fetch.sh $(BUILD)/qemu.tar.xz
+	@key=$$({ find qemu -type f -not -path '*/__pycache__/*' | LC_ALL=C sort | xargs cat $(BUILD)/qemu.tar.xz; dpkg-query -W gcc binutils libc6-dev \
+	    $(QEMU_PACKAGES); } | sha256sum | cut -d' ' -f1); \
+	if [ ! -d $(BUILD)/qemu-wheel ] || [ "$$(cat $(BUILD)/qemu-wheel.key 2>/dev/null || true)" != "$$key" ]; then \
+	    echo 'building QEMU (once, some minutes)'; \
+	    rm -rf $(BUILD)/qemu $(BUILD)/qemu-wheel; \
+	    mkdir -p $(BUILD)/qemu; \
+	    cp -r qemu $(BUILD)/qemu/wheel; \
+	    env -u MAKEFLAGS PYTHON=$(PYTHON) qemu/build.sh $(BUILD)/qemu.tar.xz $(BUILD)/qemu/work $(BUILD)/qemu/built; \
+	    mv $(BUILD)/qemu/built/bin $(BUILD)/qemu/built/share $(BUILD)/qemu/wheel/thirstys_waterfall_microvm_qemu/; \
+	    mv $(BUILD)/qemu/built/licences $(BUILD)/qemu/wheel/; \
+	    SOURCE_DATE_EPOCH=315532800 $(VENV)/bin/pip wheel -q --no-deps -w $(BUILD)/qemu-wheel $(BUILD)/qemu/wheel; \
+	    rm -rf $(BUILD)/qemu; \
+	    echo "$$key" >$(BUILD)/qemu-wheel.key; \
+	fi
+	@ls $(BUILD)/qemu-wheel/*.whl
 
 # The wheel in an environment that holds nothing else.
 installed: wheel
