@@ -22,7 +22,7 @@ from .test_documentation import BLOCKS, described, parameters
 
 CONFIG = {"default_backend": "QEMU", "default_memory_mb": 128, "default_disk_size_mb": 64, "max_vcpus": 64}
 # Transfers and events are of the blocking face alone so far.
-BLOCKING_ONLY = {"upload", "download", "events", "on_event", "export_disk", "run_vm"}
+BLOCKING_ONLY = {"attach", "upload", "download", "events", "on_event", "export_disk", "run_vm"}
 HEAD = """
 import asyncio, threading, time
 from {} import *
