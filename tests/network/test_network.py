@@ -289,13 +289,13 @@ class Taps(NetworkTestCase):
             run("mount --bind {} /dev/net/tun".format(device))
             self.addCleanup(run, "umount /dev/net/tun")
             code = (
-                "from {} import *\n"
-                "config = {{'default_memory_mb': 128, 'raise_on_error': True, 'runtime_dir': '{}/run'}}\n"
+                "from {1} import *\n"
+                "config = {{'default_memory_mb': 128, 'raise_on_error': True, 'runtime_dir': '{0}/run', 'cache_dir': '{0}/cache'}}\n"
                 "with MicroVMIsolationManager(config) as manager:\n"
                 "    vm_id = manager.create_vm('plugin', network_config=VMNetworkConfig(isolated_network=False))\n"
                 "    manager.start_vm(vm_id)\n"
                 "    print(manager.send_command_to_vm(vm_id, 'process_request', {{'url': 'http://web.test/'}}))\n"
-            ).format(IMPORT, name)
+            ).format(name, IMPORT)
             powers = "+net_admin,+net_raw"
             user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
             user += ["--inh-caps=" + powers, "--ambient-caps=" + powers]
