@@ -50,8 +50,8 @@ pub enum Error {
     VmIdTaken { vm_id: VmId, owner: String },
     #[error("there is no VM {vm_id:?}; list_vms() names those there are")]
     VmNotFound { vm_id: String },
-    #[error("there is no VM {vm_id:?} that runs at {socket:?}: {reason}; `microvm ps` names those of this user", socket = socket.display())]
-    NothingToAttach { vm_id: VmId, socket: PathBuf, reason: String },
+    #[error("there is no VM {vm_id:?} that runs at {socket:?}: {source}; `microvm ps` names those of this user", socket = socket.display())]
+    NothingToAttach { vm_id: VmId, socket: PathBuf, source: Cause },
     /// What the process that has the VM answered: an error with the code, message and details that it has there.
     #[error("{message}")]
     Owner { code: &'static str, message: String, details: Value },
@@ -85,8 +85,8 @@ pub enum Error {
     ImageUnreadable { field: &'static str, path: PathBuf, source: Cause },
     #[error("{field} {path:?} is not usable: {reason}", path = path.display())]
     ImageInvalid { field: &'static str, path: PathBuf, reason: String },
-    #[error("{vm_id}: start failed at stage {stage}: {}", said(reason))]
-    StartFailed { vm_id: VmId, stage: &'static str, reason: String, tails: Box<Tails> },
+    #[error("{vm_id}: start failed at stage {stage}: {}", said(&source.to_string()))]
+    StartFailed { vm_id: VmId, stage: &'static str, source: Cause, tails: Box<Tails> },
     #[error(
         "{vm_id}: start did not finish within {limit_s} s; it was at stage {stage}{} (start_timeout_s can be raised)",
         busy.as_ref().map_or_else(String::new, |busy| format!(": {busy}"))
@@ -94,8 +94,8 @@ pub enum Error {
     StartTimeout { vm_id: VmId, stage: &'static str, limit_s: f64, busy: Option<String>, tails: Box<Tails> },
     #[error("{vm_id}: the VMM's process ended unexpectedly ({how})")]
     VmDied { vm_id: VmId, how: String, tails: Box<Tails> },
-    #[error("{vm_id}: the channel to the agent is closed: {}{}", said(reason), outcome(*sent))]
-    ChannelClosed { vm_id: String, reason: String, sent: bool },
+    #[error("{vm_id}: the channel to the agent is closed: {}{}", said(&source.to_string()), outcome(*sent))]
+    ChannelClosed { vm_id: String, source: Cause, sent: bool },
     #[error(
         "{vm_id}: {socket:?} belongs to uid {uid}, neither to this process's user nor to root: nothing was sent",
         socket = socket.display()
@@ -109,8 +109,8 @@ pub enum Error {
     Guest { vm_id: String, what: String, code: &'static str, message: String },
     #[error("{vm_id}: {path:?} did not arrive as it was sent: CRC-32 {here:08x} here, {there:08x} in the guest")]
     ChecksumMismatch { vm_id: String, path: String, here: u32, there: u32 },
-    #[error("{vm_id}: the guest and this host could not agree on a session: {}", said(reason))]
-    HandshakeFailed { vm_id: VmId, reason: String },
+    #[error("{vm_id}: the guest and this host could not agree on a session: {}", said(&source.to_string()))]
+    HandshakeFailed { vm_id: VmId, source: Cause },
     #[error("{vm_id}: {what} of {size} bytes is over the limit of {limit} bytes; send it in pieces")]
     MessageTooLarge { vm_id: String, what: String, size: usize, limit: usize },
     #[error("{vm_id}: {operation} failed: {}", said(reason))]
@@ -277,5 +277,9 @@ impl Error {
 
     pub(crate) fn host(operation: &'static str, object: impl std::fmt::Display, cause: impl Into<Cause>) -> Self {
         Error::Host { operation, object: object.to_string(), source: cause.into(), remedy: None }
+    }
+
+    pub(crate) fn channel_closed(vm_id: impl std::fmt::Display, cause: impl Into<Cause>, sent: bool) -> Self {
+        Error::ChannelClosed { vm_id: vm_id.to_string(), source: cause.into(), sent }
     }
 }

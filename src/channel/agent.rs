@@ -8,12 +8,12 @@ use microvm_protocol::identity::Credentials;
 use microvm_protocol::message::{is_modest, refuse_internal, Outcome, Request, Response, MAX_MESSAGE};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::session::{Role, Session};
-use microvm_protocol::ProtocolError;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, OwnedSemaphorePermit};
 
+use super::error::SessionError;
 use super::link::{Link, Peer, ReplyTo};
 use super::mailbox::Mailbox;
 use super::operation::{Operation, OwnerAnswer};
@@ -73,7 +73,7 @@ impl Agent {
         if decoder.is_empty() {
             Ok(hello)
         } else {
-            Err(refused(vm_id, "it spoke out of turn".into()))
+            Err(refused(vm_id, SessionError::OutOfTurn))
         }
     }
 
@@ -89,10 +89,10 @@ impl Agent {
         match serde_json::from_slice(&said) {
             Ok(Outcome::Ready) => {}
             Ok(Outcome::Failed { stage, message }) => {
-                let reason = format!("{stage}: {message}");
-                return Err(Error::StartFailed { vm_id, stage: "guest setup", reason, tails: Box::default() });
+                let source = SessionError::GuestSetup { stage, message }.into();
+                return Err(Error::StartFailed { vm_id, stage: "guest setup", source, tails: Box::default() });
             }
-            Err(error) => return Err(refused(&vm_id, format!("ACCEPT: {error}"))),
+            Err(error) => return Err(refused(&vm_id, SessionError::not_json("ACCEPT")(error))),
         }
         Ok(Self { link: Link::start(vm_id, Peer::Guest, stream, session, decoder) })
     }
@@ -127,8 +127,8 @@ impl Agent {
     /// Ends the session and all that is under way in it.
     pub fn close(&self) {
         self.link.close(match self.link.peer {
-            Peer::Guest => "the VM was stopped",
-            Peer::Owner => "the handle was closed",
+            Peer::Guest => SessionError::Stopped,
+            Peer::Owner => SessionError::HandleClosed,
         });
     }
 
@@ -254,15 +254,17 @@ impl Agent {
     }
 
     fn encode(&self, request: &Request) -> Result<Vec<u8>> {
-        let vm_id = || self.link.vm_id.to_string();
-        let body = serde_json::to_vec(request).map_err(|error| Error::ChannelClosed {
-            vm_id: vm_id(),
-            reason: format!("the request is not JSON: {error}"),
-            sent: false,
-        })?;
+        let vm_id = &self.link.vm_id;
+        let body = serde_json::to_vec(request).map_err(SessionError::not_json("the request is not JSON"));
+        let body = body.map_err(|error| Error::channel_closed(vm_id, error, false))?;
         if body.len() > MAX_MESSAGE {
             let what = format!("command {:?}", request.action);
-            return Err(Error::MessageTooLarge { vm_id: vm_id(), what, size: body.len(), limit: MAX_MESSAGE });
+            return Err(Error::MessageTooLarge {
+                vm_id: vm_id.to_string(),
+                what,
+                size: body.len(),
+                limit: MAX_MESSAGE,
+            });
         }
         Ok(body)
     }
@@ -283,25 +285,25 @@ const READ_COSTS: usize = 3;
 /// A response of the guest, which may hold anything; an empty one stands for one that there was no memory for. Where the VM's
 /// owner answers, its own errors are told from the guest's.
 pub fn decode(link: &Link, body: &[u8]) -> Result<Answer> {
-    let unreadable = |reason: String| Error::ChannelClosed { vm_id: link.vm_id.to_string(), reason, sent: true };
+    let unreadable = |reason: SessionError| Error::channel_closed(&link.vm_id, reason, true);
     // What is read takes about as much again; a Vec or String that grows by itself ends the process when there is none.
     let no_memory = Vec::<u8>::new().try_reserve_exact(READ_COSTS * body.len()).is_err();
     if body.is_empty() || no_memory {
-        return Err(unreadable("this process has no memory for the answer".into()));
+        return Err(unreadable(SessionError::NoMemory));
     }
     if !is_modest(body) {
-        return Err(unreadable("the answer holds too many values to be read".into()));
+        return Err(unreadable(SessionError::TooManyValues { what: "the answer" }));
     }
-    let invalid = |error| unreadable(format!("the answer is not one: {error}"));
+    let invalid = |error| unreadable(SessionError::not_json("the answer is not one")(error));
     match link.peer {
         Peer::Guest => serde_json::from_slice(body).map_err(invalid),
         Peer::Owner => serde_json::from_slice::<OwnerAnswer>(body).map_err(invalid)?.into(),
     }
 }
 
-fn refused(vm_id: &VmId, reason: String) -> Error {
+fn refused(vm_id: &VmId, reason: SessionError) -> Error {
     log::warn!("{vm_id}: whoever is on the transport was refused: {reason}");
-    Error::HandshakeFailed { vm_id: vm_id.clone(), reason }
+    Error::HandshakeFailed { vm_id: vm_id.clone(), source: reason.into() }
 }
 
 async fn shake_hands(
@@ -309,28 +311,27 @@ async fn shake_hands(
     decoder: &mut Decoder,
     credentials: Credentials,
     hello: &[u8],
-) -> std::result::Result<(Session, Vec<u8>), String> {
-    let refused = |error: ProtocolError| error.to_string();
+) -> std::result::Result<(Session, Vec<u8>), SessionError> {
     let mut handshake = HostHandshake::new(credentials);
-    let mut step = handshake.receive(hello, clock::unix_time_ns()).map_err(refused)?;
+    let mut step = handshake.receive(hello, clock::unix_time_ns())?;
     loop {
         match step {
-            HostStep::Send(bytes) => stream.write_all(&bytes).await.map_err(|e| e.to_string())?,
+            HostStep::Send(bytes) => stream.write_all(&bytes).await?,
             HostStep::Established(session, said) => return Ok((*session, said)),
         }
         let record = next_record(stream, decoder).await?;
-        step = handshake.receive(&record, clock::unix_time_ns()).map_err(refused)?;
+        step = handshake.receive(&record, clock::unix_time_ns())?;
     }
 }
 
-async fn next_record(stream: &mut UnixStream, decoder: &mut Decoder) -> std::result::Result<Vec<u8>, String> {
+async fn next_record(stream: &mut UnixStream, decoder: &mut Decoder) -> std::result::Result<Vec<u8>, SessionError> {
     let mut chunk = [0; HANDSHAKE_CHUNK];
     loop {
-        if let Some(record) = decoder.next_record().map_err(|e| e.to_string())? {
+        if let Some(record) = decoder.next_record()? {
             return Ok(record.to_vec());
         }
-        match stream.read(&mut chunk).await.map_err(|e| e.to_string())? {
-            0 => return Err("the VMM closed the transport".into()),
+        match stream.read(&mut chunk).await? {
+            0 => return Err(SessionError::TransportClosed),
             length => decoder.feed(&chunk[..length]),
         }
     }

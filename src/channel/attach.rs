@@ -9,6 +9,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::agent::Agent;
 use super::client::connect;
+use super::error::SessionError;
 use super::framing::{self, Reader};
 use crate::error::{Error, Result};
 use crate::model::VmId;
@@ -31,23 +32,23 @@ pub async fn attach(vm_id: &VmId, socket: &Path, deadline: Duration) -> Result<(
 
 async fn agreed(vm_id: &VmId, socket: &Path) -> Result<(Agent, Option<i32>)> {
     let nothing = |error: std::io::Error| {
-        let (vm_id, socket, reason) = (vm_id.clone(), socket.to_owned(), error.to_string());
-        Error::NothingToAttach { vm_id, socket, reason }
+        let (vm_id, socket, source) = (vm_id.clone(), socket.to_owned(), error.into());
+        Error::NothingToAttach { vm_id, socket, source }
     };
-    let closed = |reason: String| Error::ChannelClosed { vm_id: vm_id.to_string(), reason, sent: false };
+    let closed = |reason: SessionError| Error::channel_closed(vm_id, reason, false);
     let mut stream = connect(vm_id, socket).await?.map_err(nothing)?;
     let owner = stream.peer_cred().map_err(nothing)?.pid();
-    let wish = framing::encode(&json!({"type": "attach", "version": VERSION})).map_err(|e| closed(e.to_string()))?;
+    let wish = framing::encode(&json!({"type": "attach", "version": VERSION})).map_err(|e| closed(e.into()))?;
     stream.write_all(&wish).await.map_err(nothing)?;
     let mut reader = Reader::default();
     match reader.next(&mut stream).await {
         Ok(Some(answer)) if answer["type"] == "attached" => {}
         Ok(Some(answer)) => {
-            let why = answer["error"]["message"].as_str().unwrap_or_default().to_owned();
-            return Err(closed(format!("the process that has the VM is of another version: {why}")));
+            let answer = answer["error"]["message"].as_str().unwrap_or_default().to_owned();
+            return Err(closed(SessionError::OtherVersion { answer }));
         }
         Ok(None) => return Err(nothing(std::io::ErrorKind::ConnectionReset.into())),
-        Err(error) => return Err(closed(error.to_string())),
+        Err(error) => return Err(closed(error.into())),
     }
     let mut decoder = Decoder::default();
     decoder.feed(&reader.into_rest());

@@ -24,6 +24,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::agent::Agent;
 use super::broker::{patience_for, Place};
+use super::error::SessionError;
 use super::link::MAX_STREAMS;
 use super::mailbox::{Mailbox, Taken};
 use super::operation::{Operation, Owner, OwnerAnswer};
@@ -88,11 +89,7 @@ impl Services {
         let mut owner = self.owner.subscribe();
         let found = tokio::time::timeout(STARTING, owner.wait_for(Option::is_some)).await;
         let found = found.ok().and_then(std::result::Result::ok).and_then(|owner| owner.clone());
-        found.ok_or_else(|| Error::ChannelClosed {
-            vm_id: self.vm_id.to_string(),
-            reason: "the VM is still being started".into(),
-            sent: false,
-        })
+        found.ok_or_else(|| Error::channel_closed(&self.vm_id, SessionError::Starting, false))
     }
 }
 
@@ -164,7 +161,7 @@ impl Drop for Ended {
 }
 
 /// Serves a client to its end; `rest` came after its wish to attach. Returns why it ended.
-pub(super) async fn serve(services: Arc<Services>, stream: UnixStream, rest: &[u8], place: &Place) -> String {
+pub(super) async fn serve(services: Arc<Services>, stream: UnixStream, rest: &[u8], place: &Place) -> SessionError {
     let connection = Connection::new(Session::unsealed(Role::Guest));
     let client = Arc::new(Client {
         vm_id: services.vm_id.clone(),
@@ -182,7 +179,7 @@ pub(super) async fn serve(services: Arc<Services>, stream: UnixStream, rest: &[u
     tokio::select! {
         reason = read(&client, &services, &mut tasks, rest, place) => reason,
         reason = write(&client) => reason,
-        () = client.is_deaf.notified() => "it does not read its answers".into(),
+        () = client.is_deaf.notified() => SessionError::Deaf,
     }
 }
 
@@ -192,7 +189,7 @@ async fn read(
     tasks: &mut JoinSet<()>,
     rest: &[u8],
     place: &Place,
-) -> String {
+) -> SessionError {
     let mut decoder = Decoder::default();
     decoder.feed(rest);
     loop {
@@ -204,7 +201,7 @@ async fn read(
                     }
                 }
                 Ok(None) => break,
-                Err(error) => return error.to_string(),
+                Err(error) => return error.into(),
             }
         }
         while tasks.try_join_next().is_some() {}
@@ -214,27 +211,27 @@ async fn read(
         }
         client.queued.notify_one();
         match client.stream.try_read(decoder.space()) {
-            Ok(0) => return "it hung up".into(),
+            Ok(0) => return SessionError::HungUp,
             Ok(length) => decoder.filled(length),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 tokio::select! {
-                    ready = client.stream.readable() => if let Err(error) = ready { return error.to_string() },
+                    ready = client.stream.readable() => if let Err(error) = ready { return error.into() },
                     // Its place is free for others once it has no call.
                     Some(_) = tasks.join_next() => {}
                 }
             }
-            Err(error) => return error.to_string(),
+            Err(error) => return error.into(),
         }
         // A client that never stops talking must not keep a worker to itself.
         tokio::task::coop::consume_budget().await;
     }
 }
 
-async fn write(client: &Client) -> String {
+async fn write(client: &Client) -> SessionError {
     loop {
         client.queued.notified().await;
         if let Err(error) = client.flush().await {
-            return error.to_string();
+            return error.into();
         }
     }
 }
@@ -269,10 +266,10 @@ impl Client {
         record: &[u8],
         services: &Arc<Services>,
         tasks: &mut JoinSet<()>,
-    ) -> std::result::Result<(), String> {
+    ) -> std::result::Result<(), SessionError> {
         let mut state = self.state.lock();
         let relay = |state: &State, id: u32| state.calls.get(&id).map(|call| call.relay.clone());
-        let incoming = state.connection.receive(record).map_err(|error| error.to_string())?;
+        let incoming = state.connection.receive(record)?;
         match incoming {
             None => {}
             Some(Incoming::Request { id, body }) => {
@@ -305,15 +302,15 @@ impl Client {
             Some(Incoming::Control { id, body }) => {
                 let relay = relay(&state, id);
                 drop(state);
-                let control = serde_json::from_slice::<Control>(&body).map_err(|error| error.to_string())?;
+                let control = serde_json::from_slice::<Control>(&body).map_err(SessionError::not_json("CONTROL"))?;
                 if let Some(stream) = relay.and_then(|relay| relay.stream.lock().clone()) {
-                    stream.control(&control).map_err(|error| error.to_string())?;
+                    stream.try_control(&control)?;
                 }
             }
             Some(Incoming::Refused { id }) => {
                 state.connection.calls.respond(id, Vec::new()).ok();
             }
-            Some(other) => return Err(format!("it sent what only a guest may send: {other:.40?}")),
+            Some(_) => return Err(SessionError::WrongSide { peer: "it", other: "a guest" }),
         }
         Ok(())
     }
@@ -368,17 +365,17 @@ pub enum Asked {
 /// A client's request, which may be any bytes.
 ///
 /// # Errors
-/// What is wrong with it, for people.
-pub fn parse(body: &[u8]) -> std::result::Result<Asked, String> {
+/// What is wrong with it.
+pub fn parse(body: &[u8]) -> std::result::Result<Asked, SessionError> {
     if !is_modest(body) {
-        return Err("it holds too many values".into());
+        return Err(SessionError::TooManyValues { what: "it" });
     }
-    let value: Value = serde_json::from_slice(body).map_err(|error| error.to_string())?;
+    let value: Value = serde_json::from_slice(body).map_err(SessionError::not_json("its JSON"))?;
     let asked = match value.get("operation") {
         Some(_) => serde_json::from_value(value).map(Asked::Owner),
         None => serde_json::from_value(value).map(Asked::Guest),
     };
-    asked.map_err(|error| error.to_string())
+    asked.map_err(SessionError::not_json("its JSON"))
 }
 
 /// Works on one call to its answer. Dropping it cancels the call in the guest.

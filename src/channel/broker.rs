@@ -16,6 +16,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::agent::{patience, Agent};
 use super::attach::VERSION;
 use super::attached::{self, Services};
+use super::error::SessionError;
 use super::framing::{self, FramingError, Reader, MAX_DOCUMENT};
 use super::operation::Owner;
 use crate::error::{Error, Result};
@@ -195,19 +196,22 @@ fn attaches(message: &Value) -> Option<bool> {
 
 /// One question after the other, so that the answers come in their order. Meanwhile up to one document's worth of further
 /// questions is read, so that a client may ask ahead without reading.
-async fn converse(services: &Services, stream: &mut UnixStream, place: &Place) -> std::result::Result<End, String> {
+async fn converse(
+    services: &Services,
+    stream: &mut UnixStream,
+    place: &Place,
+) -> std::result::Result<End, SessionError> {
     let Services { vm_id, agent, deadline, .. } = services;
-    let text = |error: std::io::Error| error.to_string();
     let (mut reading, mut writing) = stream.split();
     let mut reader = Reader::default();
     for number in 0u64.. {
         if reader.is_empty() {
             // A client may be silent for as long as nobody wants its place, only not in the middle of a message.
-            reading.readable().await.map_err(text)?;
+            reading.readable().await?;
             place.heard();
         }
         let message = tokio::time::timeout(patience_for(MAX_DOCUMENT), reader.next(&mut reading)).await;
-        let message = message.map_err(|_| "it stalled in the middle of a message".to_owned())?;
+        let message = message.map_err(|_| SessionError::Stalled)?;
         place.asked();
         let first = (number == 0).then_some(&message).and_then(|message| message.as_ref().ok()?.as_ref());
         let wish = first.and_then(attaches);
@@ -227,20 +231,19 @@ async fn converse(services: &Services, stream: &mut UnixStream, place: &Place) -
                     }
                 };
                 let answer = while_reading(&mut reader, &mut reading, answered).await;
-                (answer.ok_or("it hung up before its answer")?, false)
+                (answer.ok_or(SessionError::HungUp)?, false)
             }
             Ok(None) => return Ok(End::HungUp),
             Err(error @ FramingError::NotJson(_)) => (refusal("bad_message", &error.to_string()), false),
             Err(error @ FramingError::TooLong(_)) => (refusal("message_too_large", &error.to_string()), true),
-            Err(FramingError::Io(error)) => return Err(error.to_string()),
+            Err(FramingError::Io(error)) => return Err(error.into()),
         };
         let bytes = framing::encode(&answer)
-            .or_else(|error| framing::encode(&refusal("message_too_large", &error.to_string())))
-            .map_err(|error| error.to_string())?;
+            .or_else(|error| framing::encode(&refusal("message_too_large", &error.to_string())))?;
         drop(answer);
         let written = tokio::time::timeout(patience_for(bytes.len()), writing.write_all(&bytes));
         let written = while_reading(&mut reader, &mut reading, written).await;
-        written.map_err(|_| "it does not read its answers".to_owned())?.map_err(text)?;
+        written.map_err(|_| SessionError::Deaf)??;
         if last {
             return Ok(End::HungUp);
         }
@@ -290,21 +293,28 @@ fn failed(error: &Error) -> Value {
 /// A client's message as the agent's action and parameters.
 ///
 /// # Errors
-/// What is wrong with it, for people.
-pub fn parse(message: &Map<String, Value>) -> std::result::Result<(String, Value), String> {
+/// [`Error::InvalidType`].
+pub fn parse(message: &Map<String, Value>) -> Result<(String, Value)> {
+    let refused = |field: &str, allowed: &str, value: String| {
+        Err(Error::InvalidType { field: field.into(), value, allowed: allowed.into() })
+    };
     let kind = message.get("type").and_then(Value::as_str).unwrap_or("nothing");
     if kind == "ping" {
         return Ok(("ping".into(), Value::Null));
     }
     if kind != "command" {
-        return Err(format!("type must be \"ping\" or \"command\", not {kind:?}"));
+        return refused("type", "\"ping\" or \"command\"", format!("{kind:?}"));
     }
-    let name = message.get("command").or_else(|| message.get("action"));
-    let name = name.ok_or("a command needs \"command\" (or \"action\"): its name")?;
-    let name = name.as_str().ok_or_else(|| format!("the command's name must be a string, not {name}"))?;
+    let name = match message.get("command").or_else(|| message.get("action")) {
+        Some(Value::String(name)) => name,
+        other => {
+            let value = other.map_or_else(|| "missing".to_owned(), Value::to_string);
+            return refused("\"command\" (or \"action\")", "a string, the command's name", value);
+        }
+    };
     let params = message.get("params").or_else(|| message.get("data")).cloned().unwrap_or(Value::Null);
     if !params.is_object() && !params.is_null() {
-        return Err(format!("\"params\" (or \"data\") must be an object, not {params}"));
+        return refused("\"params\" (or \"data\")", "an object", params.to_string());
     }
     Ok((name.to_owned(), params))
 }
@@ -312,7 +322,7 @@ pub fn parse(message: &Map<String, Value>) -> std::result::Result<(String, Value
 async fn answer(vm_id: &VmId, agent: &Agent, message: Value, deadline: Duration) -> Value {
     let Value::Object(message) = message else { return refusal("bad_message", "a message must be a JSON object") };
     let mut answer = match parse(&message) {
-        Err(reason) => refusal("bad_message", &reason),
+        Err(error) => refusal("bad_message", &error.to_string()),
         Ok((action, params)) => match ask(agent, &action, params, deadline).await {
             Ok(Response::Ok { .. }) if message.get("type") == Some(&json!("ping")) => json!({"type": "pong"}),
             Ok(Response::Ok { result }) => json!({"type": "response", "status": "ok", "result": result}),
@@ -337,7 +347,7 @@ async fn ask(agent: &Agent, action: &str, params: Value, deadline: Duration) -> 
 mod tests {
     use super::*;
 
-    fn parsed(message: Value) -> std::result::Result<(String, Value), String> {
+    fn parsed(message: Value) -> Result<(String, Value)> {
         parse(message.as_object().unwrap())
     }
 
@@ -358,9 +368,10 @@ mod tests {
 
     #[test]
     fn test_parse_both_forms_of_a_command_mean_the_same() {
-        let expected = Ok(("exec".to_owned(), json!({"program": "ls"})));
-        assert_eq!(parsed(json!({"type": "command", "command": "exec", "params": {"program": "ls"}})), expected);
-        assert_eq!(parsed(json!({"type": "command", "action": "exec", "data": {"program": "ls"}})), expected);
+        let expected = ("exec".to_owned(), json!({"program": "ls"}));
+        let today = json!({"type": "command", "command": "exec", "params": {"program": "ls"}});
+        assert_eq!(parsed(today).unwrap(), expected);
+        assert_eq!(parsed(json!({"type": "command", "action": "exec", "data": {"program": "ls"}})).unwrap(), expected);
     }
 
     #[test]
@@ -368,11 +379,11 @@ mod tests {
         for (message, expected) in [
             (json!({}), "type must be"),
             (json!({"type": "shout"}), "\"shout\""),
-            (json!({"type": "command"}), "needs \"command\""),
+            (json!({"type": "command"}), "\"command\" (or \"action\") must be a string"),
             (json!({"type": "command", "command": 3}), "not 3"),
             (json!({"type": "command", "command": "x", "params": [1]}), "must be an object"),
         ] {
-            assert!(parsed(message).unwrap_err().contains(expected));
+            assert!(parsed(message).unwrap_err().to_string().contains(expected));
         }
     }
 }

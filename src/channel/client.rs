@@ -11,8 +11,9 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
+use super::error::SessionError;
 use super::framing::{self, FramingError, Reader, MAX_DOCUMENT};
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::model::VmId;
 use crate::store::{self, Refusal};
 
@@ -67,8 +68,8 @@ impl Client {
     }
 
     /// `sent`: whether a message of ours may have reached the agent. One that the broker did not get whole did not.
-    fn closed(&self, reason: impl std::fmt::Display, sent: bool) -> Error {
-        Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: reason.to_string(), sent }
+    fn closed(&self, reason: impl Into<Cause>, sent: bool) -> Error {
+        Error::channel_closed(&self.vm_id, reason, sent)
     }
 
     fn timeout(&self, what: &str, deadline: Duration, sent: bool) -> Error {
@@ -86,7 +87,8 @@ impl Client {
         let connected = connected.map_err(|_| self.timeout("connect", deadline, false))?;
         let unreachable = |error: io::Error| {
             let shown = self.socket.display();
-            self.closed(format!("{shown}: {error}; is the VM running, and this process of its user?"), false)
+            let text = format!("{shown}: {error}; is the VM running, and this process of its user?");
+            self.closed(Cause::explained(error, text), false)
         };
         let (reading, writing) = connected?.map_err(unreachable)?.into_split();
         *self.writing.lock().await = Some(writing);
@@ -106,15 +108,15 @@ impl Client {
                 size,
                 limit: MAX_DOCUMENT,
             },
-            other => self.closed(other, false),
+            other => self.closed(SessionError::from(other), false),
         })?;
         let mut slot = self.writing.lock().await;
         // Taken out while it is in use: giving up half-way leaves no torn message for the next one to follow.
-        let mut writing = slot.take().ok_or_else(|| self.closed("not connected", false))?;
+        let mut writing = slot.take().ok_or_else(|| self.closed(SessionError::NotConnected, false))?;
         tokio::time::timeout(deadline, writing.write_all(&bytes))
             .await
             .map_err(|_| self.timeout("send", deadline, false))?
-            .map_err(|error| self.closed(error, false))?;
+            .map_err(|error| self.closed(SessionError::from(error), false))?;
         *slot = Some(writing);
         Ok(())
     }
@@ -126,14 +128,14 @@ impl Client {
     pub async fn receive(&self, deadline: Duration) -> Result<Value> {
         let wait = async {
             let mut slot = self.reading.lock().await;
-            let (stream, reader) = slot.as_mut().ok_or_else(|| self.closed("not connected", false))?;
+            let (stream, reader) = slot.as_mut().ok_or_else(|| self.closed(SessionError::NotConnected, false))?;
             match reader.next(stream).await {
                 Ok(Some(document)) => Ok(document),
                 Ok(None) => {
                     *slot = None;
-                    Err(self.closed("the VM was stopped", true))
+                    Err(self.closed(SessionError::Stopped, true))
                 }
-                Err(error) => Err(self.closed(error, true)),
+                Err(error) => Err(self.closed(SessionError::from(error), true)),
             }
         };
         tokio::time::timeout(deadline, wait).await.map_err(|_| self.timeout("receive", deadline, true))?

@@ -14,8 +14,8 @@ pub enum FramingError {
     #[error("a message of {0} bytes is over the limit of {MAX_DOCUMENT}")]
     TooLong(usize),
     #[error("a message is not JSON: {0}")]
-    NotJson(serde_json::Error),
-    #[error(transparent)]
+    NotJson(#[source] serde_json::Error),
+    #[error("{0}")]
     Io(#[from] std::io::Error),
 }
 

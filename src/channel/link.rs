@@ -20,9 +20,10 @@ use tokio::net::UnixStream;
 use tokio::sync::{oneshot, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 
+use super::error::SessionError;
 use super::mailbox::Mailbox;
 use super::rehandshake::{Rehandshake, RehandshakeReply};
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::model::VmId;
 use crate::mutex::Mutex;
 
@@ -45,10 +46,10 @@ pub enum Peer {
 
 impl Peer {
     /// What the end of the byte stream means.
-    fn left(self) -> &'static str {
+    fn left(self) -> SessionError {
         match self {
-            Peer::Guest => "the transport was closed",
-            Peer::Owner => "the process that has the VM has ended, or let go of the VM",
+            Peer::Guest => SessionError::TransportClosed,
+            Peer::Owner => SessionError::OwnerGone,
         }
     }
 }
@@ -85,7 +86,7 @@ pub(super) struct LinkState {
     /// When a call of a user last began or ended.
     used: Instant,
     /// Why no answer will come any more.
-    pub(super) closed: Option<String>,
+    pub(super) closed: Option<Cause>,
 }
 
 /// Everything about the transport's writing end.
@@ -155,10 +156,10 @@ impl Link {
     }
 
     /// Ends the session and wakes all callers.
-    pub fn close(&self, reason: &str) {
+    pub fn close(&self, reason: impl Into<Cause>) {
         let calls = {
             let mut state = self.state.lock();
-            state.closed.get_or_insert_with(|| reason.to_owned());
+            state.closed.get_or_insert(reason.into());
             state.rehandshake = None;
             std::mem::take(&mut state.in_flight)
         };
@@ -193,12 +194,9 @@ impl Link {
         }
     }
 
-    pub fn closed_reason(&self) -> String {
-        self.state.lock().closed.clone().unwrap_or_else(|| "the session ended".into())
-    }
-
     pub fn closed(&self, sent: bool) -> Error {
-        Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: self.closed_reason(), sent }
+        let reason = self.state.lock().closed.clone();
+        Error::channel_closed(&self.vm_id, reason.unwrap_or_else(|| SessionError::Ended.into()), sent)
     }
 
     /// Records received so far.
@@ -251,10 +249,9 @@ impl Link {
         let id = {
             let mut state = self.state.lock();
             if let Some(reason) = state.closed.clone() {
-                return Err(Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason, sent: false });
+                return Err(Error::channel_closed(&self.vm_id, reason, false));
             }
-            let refused =
-                |error| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason: format!("{error}"), sent: false };
+            let refused = |error| Error::channel_closed(&self.vm_id, SessionError::Refused(error), false);
             let id = state.connection.calls.request(body).map_err(refused)?;
             state.in_flight.insert(id, InFlight::new(reply_to, place, is_use));
             if is_use {
@@ -304,7 +301,7 @@ impl Link {
             let Some(stream) = writer.stream.clone() else { return };
             if let Err(reason) = self.write_some(&mut writer, &stream) {
                 drop(writer);
-                return self.close(&reason);
+                return self.close(reason);
             }
             let is_stuck = writer.written < writer.bytes.len();
             drop(writer);
@@ -318,25 +315,24 @@ impl Link {
         self.blocked.notify_one();
     }
 
-    fn write_some(&self, writer: &mut Writer, stream: &UnixStream) -> std::result::Result<(), String> {
+    fn write_some(&self, writer: &mut Writer, stream: &UnixStream) -> std::result::Result<(), SessionError> {
         if writer.written == writer.bytes.len() {
             (writer.written, _) = (0, writer.bytes.clear());
-            let sealed = self.state.lock().connection.transmit(&mut writer.bytes, WRITE_CHUNK);
-            sealed.map_err(|error| error.to_string())?;
+            self.state.lock().connection.transmit(&mut writer.bytes, WRITE_CHUNK)?;
         }
         while writer.written < writer.bytes.len() {
             match stream.try_write(&writer.bytes[writer.written..]) {
                 Ok(length) => writer.written += length,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(format!("the transport failed: {error}")),
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())
     }
 
     /// Takes one record. The error is the end of the session.
-    fn take(&self, record: &[u8]) -> std::result::Result<(), String> {
+    fn take(&self, record: &[u8]) -> std::result::Result<(), SessionError> {
         self.records_received.fetch_add(1, Ordering::Relaxed);
         self.sign.notify_waiters();
         let mut state = self.state.lock();
@@ -346,7 +342,7 @@ impl Link {
             state.rehandshake = next.filter(|_| state.closed.is_none());
             return Ok(());
         }
-        let Some(incoming) = state.connection.receive(record).map_err(|error| error.to_string())? else {
+        let Some(incoming) = state.connection.receive(record)? else {
             return Ok(());
         };
         let mailbox = |state: &LinkState, id: u32| match state.in_flight.get(&id) {
@@ -397,7 +393,7 @@ impl Link {
             | Incoming::Refused { .. }
             | Incoming::Cancel { .. }
             | Incoming::Control { .. } => {
-                return Err("the agent sent what only a host may send".into());
+                return Err(SessionError::WrongSide { peer: "the agent", other: "a host" });
             }
         }
         Ok(())
@@ -422,7 +418,7 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
                     }
                 }
                 Ok(None) => break,
-                Err(error) => break 'session error.to_string(),
+                Err(error) => break 'session error.into(),
             }
         }
         // Credit and the like.
@@ -430,14 +426,14 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
             link.flush();
         }
         match stream.try_read(decoder.space()) {
-            Ok(0) => break link.peer.left().to_owned(),
+            Ok(0) => break link.peer.left(),
             Ok(length) => decoder.filled(length),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 if let Err(error) = stream.readable().await {
-                    break error.to_string();
+                    break error.into();
                 }
             }
-            Err(error) => break error.to_string(),
+            Err(error) => break error.into(),
         }
         // A guest that never stops talking must not keep a worker to itself.
         tokio::task::coop::consume_budget().await;
@@ -445,14 +441,14 @@ async fn read(link: Arc<Link>, stream: Arc<UnixStream>, mut decoder: Decoder) {
     if link.state.lock().closed.is_none() {
         log::debug!("{}: the session ended: {reason}", link.vm_id);
     }
-    link.close(&reason);
+    link.close(reason);
 }
 
 async fn write(link: Arc<Link>, stream: Arc<UnixStream>) {
     loop {
         link.blocked.notified().await;
         if let Err(error) = stream.writable().await {
-            return link.close(&error.to_string());
+            return link.close(SessionError::from(error));
         }
         link.flush();
     }

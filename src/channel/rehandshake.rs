@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use tokio::time::{timeout, Instant};
 
 use super::agent::Agent;
+use super::error::SessionError;
 use super::link::{InFlight, Link, LinkState, ReplyTo};
 use crate::error::{Error, Result};
 use crate::host::clock;
@@ -30,24 +31,26 @@ pub(super) enum Rehandshake {
 
 impl Rehandshake {
     /// Takes a record; returns the next state, `None` when the new session is established. An error ends the session.
-    pub(super) fn take(self, record: &[u8], connection: &mut Connection) -> std::result::Result<Option<Self>, String> {
+    pub(super) fn take(
+        self,
+        record: &[u8],
+        connection: &mut Connection,
+    ) -> std::result::Result<Option<Self>, SessionError> {
         match self {
-            Rehandshake::Quiet => Err("the agent spoke out of turn".into()),
+            Rehandshake::Quiet => Err(SessionError::OutOfTurn),
             Rehandshake::Hello(reply) => {
                 // The caller may have timed out this very moment: then its freeze ends in an error anyway.
                 drop(reply.send(record.to_vec()));
                 Ok(Some(Rehandshake::Quiet))
             }
-            Rehandshake::Accept(mut handshake, reply) => {
-                match handshake.receive(record, clock::unix_time_ns()).map_err(|error| error.to_string())? {
-                    HostStep::Established(session, said) => {
-                        connection.resume(*session);
-                        drop(reply.send(said));
-                        Ok(None)
-                    }
-                    HostStep::Send(_) => Err("the agent did not accept".into()),
+            Rehandshake::Accept(mut handshake, reply) => match handshake.receive(record, clock::unix_time_ns())? {
+                HostStep::Established(session, said) => {
+                    connection.resume(*session);
+                    drop(reply.send(said));
+                    Ok(None)
                 }
-            }
+                HostStep::Send(_) => Err(SessionError::NotAccepted),
+            },
         }
     }
 }
@@ -61,8 +64,9 @@ impl LinkState {
         &mut self,
         body: &[u8],
         reply: RehandshakeReply,
-    ) -> std::result::Result<(), String> {
-        let answer = match serde_json::from_slice(body).map_err(|error| format!("the answer to {FREEZE:?}: {error}"))? {
+    ) -> std::result::Result<(), SessionError> {
+        let unread = SessionError::not_json(format!("the answer to {FREEZE:?}"));
+        let answer = match serde_json::from_slice(body).map_err(unread)? {
             Response::Ok { .. } => {
                 self.connection.suspend();
                 self.rehandshake = Some(Rehandshake::Quiet);
@@ -81,22 +85,23 @@ impl LinkState {
 impl Link {
     /// Sends FREEZE as the last record of this session.
     async fn request_rehandshake(&self, params: Value) -> Result<oneshot::Receiver<std::result::Result<(), Failure>>> {
-        let refused = |reason: String| Error::ChannelClosed { vm_id: self.vm_id.to_string(), reason, sent: false };
+        let refused = |reason: SessionError| Error::channel_closed(&self.vm_id, reason, false);
         let place = self.place().await?;
         let request = Request { action: FREEZE.to_owned(), params, stream: false };
-        let body = serde_json::to_vec(&request).map_err(|error| refused(error.to_string()))?;
+        let body =
+            serde_json::to_vec(&request).map_err(SessionError::not_json("the request is not JSON")).map_err(refused)?;
         let (reply, answer) = oneshot::channel();
         {
             let mut writer = self.writer.lock();
             let mut state = self.state.lock();
             if let Some(reason) = state.closed.clone() {
-                return Err(refused(reason));
+                return Err(Error::channel_closed(&self.vm_id, reason, false));
             }
-            let id = state.connection.calls.request(body).map_err(|error| refused(error.to_string()))?;
+            let id = state.connection.calls.request(body).map_err(|error| refused(error.into()))?;
             state.in_flight.insert(id, InFlight::new(ReplyTo::Rehandshake(reply), place, false));
             // After what is sealed already and not yet written.
             let sealed = state.connection.seal_last(id, &mut writer.bytes);
-            sealed.map_err(|error| refused(error.to_string()))?;
+            sealed.map_err(|error| refused(error.into()))?;
         }
         self.flush();
         Ok(answer)
@@ -170,18 +175,19 @@ impl Agent {
     /// [`Error::HandshakeFailed`], [`Error::ChannelTimeout`], [`Error::ChannelClosed`]; the session is closed then.
     pub async fn thaw(&self, credentials: Credentials, hello: &[u8], deadline: Duration) -> Result<()> {
         let until = Instant::now() + deadline;
-        let refused = |reason: String| Error::HandshakeFailed { vm_id: self.link.vm_id.clone(), reason };
+        let refused =
+            |reason: SessionError| Error::HandshakeFailed { vm_id: self.link.vm_id.clone(), source: reason.into() };
         let thawed = async {
             let mut handshake = HostHandshake::new(credentials);
-            let step = handshake.receive(hello, clock::unix_time_ns()).map_err(|error| refused(error.to_string()))?;
-            let HostStep::Send(offer) = step else { return Err(refused("HELLO led to no OFFER".into())) };
+            let step = handshake.receive(hello, clock::unix_time_ns()).map_err(|error| refused(error.into()))?;
+            let HostStep::Send(offer) = step else { return Err(refused(SessionError::OutOfTurn)) };
             let (reply, said) = oneshot::channel();
             self.link.say(&offer, Rehandshake::Accept(Box::new(handshake), reply));
             let said = said.await.map_err(|_| self.link.closed(true))?;
             match serde_json::from_slice(&said) {
                 Ok(Outcome::Ready) => Ok(()),
-                Ok(Outcome::Failed { stage, message }) => Err(refused(format!("{stage}: {message}"))),
-                Err(error) => Err(refused(format!("ACCEPT: {error}"))),
+                Ok(Outcome::Failed { stage, message }) => Err(refused(SessionError::GuestSetup { stage, message })),
+                Err(error) => Err(refused(SessionError::not_json("ACCEPT")(error))),
             }
         };
         self.or_close("wake the guest", until, deadline, thawed).await?;
@@ -202,7 +208,7 @@ impl Agent {
         });
         if let Err(error) = &outcome {
             if !matches!(error, Error::Guest { .. }) {
-                self.link.close(&error.to_string());
+                self.link.close(error.clone());
             }
         }
         outcome

@@ -11,6 +11,7 @@ use serde_json::Value;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::agent::decode;
+use super::error::SessionError;
 use super::link::Link;
 use super::mailbox::{Mailbox, Piece, Taken};
 use crate::error::{Error, Result};
@@ -74,7 +75,8 @@ impl Stream {
         }
         match self.mailbox.take().await {
             Taken::Response(body) => {
-                Err(self.ended::<Value>(&body).err().unwrap_or_else(|| self.nonsense("it never began")))
+                let never = || self.nonsense(SessionError::NeverBegan { what: self.what.clone() });
+                Err(self.ended::<Value>(&body).err().unwrap_or_else(never))
             }
             _ => Err(self.link.closed(self.was_sent())),
         }
@@ -86,27 +88,25 @@ impl Stream {
     /// [`Error::ChannelClosed`] when what it said is nothing.
     pub(super) async fn has_begun(&self) -> Result<Option<Started>> {
         let Some(body) = self.mailbox.started().await else { return Ok(None) };
-        serde_json::from_slice(&body).map(Some).map_err(|error| self.nonsense(&error.to_string()))
+        serde_json::from_slice(&body).map(Some).map_err(|error| self.not_read(error))
     }
 
     fn was_sent(&self) -> bool {
         self.link.with(|calls| calls.is_sent(self.id)).unwrap_or(true)
     }
 
-    fn nonsense(&self, reason: &str) -> Error {
-        Error::ChannelClosed {
-            vm_id: self.vm_id(),
-            reason: format!("{}: the agent's answer: {reason}", self.what),
-            sent: true,
-        }
+    fn nonsense(&self, reason: SessionError) -> Error {
+        Error::channel_closed(&self.link.vm_id, reason, true)
+    }
+
+    fn not_read(&self, error: serde_json::Error) -> Error {
+        self.nonsense(SessionError::not_json(format!("{}: the agent's answer", self.what))(error))
     }
 
     /// The result in the guest's response.
     fn ended<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T> {
         match decode(&self.link, body)? {
-            Response::Ok { result } => {
-                serde_json::from_value(result).map_err(|error| self.nonsense(&error.to_string()))
-            }
+            Response::Ok { result } => serde_json::from_value(result).map_err(|error| self.not_read(error)),
             Response::Error { error } => Err(Error::Guest {
                 vm_id: self.vm_id(),
                 what: self.what.clone(),
@@ -191,15 +191,20 @@ impl Stream {
     /// # Errors
     /// [`Error::ChannelTimeout`] when too much waits to be told already.
     pub fn control(&self, control: &Control) -> Result<()> {
-        let body = serde_json::to_vec(control).map_err(|error| self.nonsense(&error.to_string()))?;
+        self.try_control(control).map_err(|refused| Error::ChannelTimeout {
+            vm_id: self.vm_id(),
+            what: format!("{}: {refused}; it", self.what),
+            limit_s: 0.0,
+            sent: false,
+        })
+    }
+
+    /// As [`Stream::control`], with the reason as it is.
+    pub(super) fn try_control(&self, control: &Control) -> std::result::Result<(), SessionError> {
+        let body = serde_json::to_vec(control).map_err(SessionError::not_json("CONTROL"))?;
         match self.link.with(|calls| calls.control(self.id, body)) {
             Ok(()) | Err(Refused::Gone) => Ok(()),
-            Err(refused) => Err(Error::ChannelTimeout {
-                vm_id: self.vm_id(),
-                what: format!("{}: {refused}; it", self.what),
-                limit_s: 0.0,
-                sent: false,
-            }),
+            Err(refused) => Err(refused.into()),
         }
     }
 

@@ -6,6 +6,7 @@ use crc32fast::Hasher;
 use microvm_protocol::message::{Started, Transferred};
 use microvm_protocol::mux::STDIN;
 
+use super::error::SessionError;
 use super::stream::{Next, Stream};
 use crate::error::{Error, Result};
 
@@ -48,11 +49,7 @@ impl Upload {
     async fn failure(&self) -> Error {
         match self.stream.within(self.stall, "the reason", self.stream.next::<Transferred>()).await {
             Err(error) => error,
-            Ok(_) => Error::ChannelClosed {
-                vm_id: self.stream.vm_id(),
-                reason: "the guest ended the upload".into(),
-                sent: true,
-            },
+            Ok(_) => Error::channel_closed(self.stream.vm_id(), SessionError::UploadEnded, true),
         }
     }
 

@@ -11,7 +11,8 @@ use super::gate::{self, OnInterrupt, Owned};
 use super::instance::{answer_json, command_from};
 use super::stream::{ProcessStream, StreamArguments};
 use super::{convert, errors, logging, transfer};
-use crate::channel::Operation;
+use crate::channel::{Operation, SessionError};
+use crate::error::Error;
 use crate::mutex::Mutex;
 use crate::store::{self, runtime};
 use crate::vm::attached::{self, Attached};
@@ -55,10 +56,8 @@ pub struct AttachedVM {
 impl AttachedVM {
     fn attached(&self, py: Python<'_>) -> PyResult<Arc<Attached>> {
         let attached = self.attached.get(py)?.lock().clone();
-        attached.ok_or_else(|| {
-            let (vm_id, reason) = (self.vm_id.clone(), "the handle was closed".to_owned());
-            errors::raise(py, &crate::error::Error::ChannelClosed { vm_id, reason, sent: false })
-        })
+        attached
+            .ok_or_else(|| errors::raise(py, &Error::channel_closed(&self.vm_id, SessionError::HandleClosed, false)))
     }
 
     /// The owner does it to its end, also when this process does not wait for that.

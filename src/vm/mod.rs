@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 use tokio::sync::watch;
 
-use crate::channel::{patience, Answer};
+use crate::channel::{patience, Answer, SessionError};
 use crate::error::{Error, Result};
 use crate::host::{clock, process};
 use crate::model::{EventKind, Reservation, VmId, VmSpec, VmState};
@@ -568,8 +568,7 @@ async fn explain(running: &Running, error: Error) -> Error {
     }
     let Ok(exit) = tokio::time::timeout(Duration::from_secs(1), running.exited()).await else { return error };
     if running.has_shut_down(&exit).await {
-        let (vm_id, reason) = (running.vm_id.to_string(), "the guest shut itself down".to_owned());
-        return Error::ChannelClosed { vm_id, reason, sent: true };
+        return Error::channel_closed(&running.vm_id, SessionError::GuestShutDown, true);
     }
     running.died(&exit)
 }

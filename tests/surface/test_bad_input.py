@@ -272,6 +272,7 @@ class Refused(VMTestCase):
         channel = CommunicationChannel("nobody")
         self.assertFalse(channel.connect())
         self.assertEqual(channel.last_error.code, "channel_closed")
+        self.assertIsInstance(channel.last_error.__cause__, FileNotFoundError)
 
     def test_missing_backends_say_what_to_install(self) -> None:
         manager = MicroVMIsolationManager(

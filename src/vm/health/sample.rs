@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::history::Health;
 use crate::channel::Answer;
-use crate::error::Error;
+use crate::error::{Cause, Error};
 use crate::host::cgroup;
 use crate::host::{clock, procfs};
 use crate::model::{evaluate, GuestUse, HealthSample, Liveness, VmState};
@@ -123,7 +123,7 @@ async fn probe(running: &Running, deadline: Duration) -> (Liveness, ProbeResult)
         Some(Ok(Answer::Error { .. })) => {
             return (Liveness::Alive(begun.elapsed().as_secs_f64()), ProbeResult::default())
         }
-        Some(Err(Error::ChannelClosed { reason, .. })) => return (Liveness::Closed(reason), ProbeResult::default()),
+        Some(Err(Error::ChannelClosed { source, .. })) => return closed(&source),
         // No answer in time, or no place to ask for one.
         Some(Err(_)) | None => {}
     }
@@ -131,6 +131,10 @@ async fn probe(running: &Running, deadline: Duration) -> (Liveness, ProbeResult)
         return (Liveness::Alive(begun.elapsed().as_secs_f64()), ProbeResult::default());
     }
     wait_for_life(running, deadline).await
+}
+
+fn closed(why: &Cause) -> (Liveness, ProbeResult) {
+    (Liveness::Closed(why.to_string()), ProbeResult::default())
 }
 
 /// Waits once more, and measures meanwhile whether the VM gets to run at all.
@@ -145,7 +149,7 @@ async fn wait_for_life(running: &Running, deadline: Duration) -> (Liveness, Prob
     let (begun, (before_s, _)) = (Instant::now(), starved_s());
     match running.agent().sign_of_life(deadline).await {
         Ok(()) => return (Liveness::Alive(begun.elapsed().as_secs_f64()), ProbeResult::default()),
-        Err(Error::ChannelClosed { reason, .. }) => return (Liveness::Closed(reason), ProbeResult::default()),
+        Err(Error::ChannelClosed { source, .. }) => return closed(&source),
         Err(_) => {}
     }
     let (after_s, is_vmm_stopped) = starved_s();

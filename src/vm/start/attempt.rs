@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result, Tails};
+use crate::error::{Cause, Error, Result, Tails};
 use crate::host::process::Jailed;
 use crate::host::procfs;
 use crate::model::VmId;
@@ -69,7 +69,7 @@ impl Attempt<'_> {
         let outcome = tokio::select! {
             biased;
             done = work => done,
-            exit = self.jailed.exited() => Err(self.failed(format!("the VMM ended ({exit})"))),
+            exit = self.jailed.exited() => Err(self.failed(ended(exit))),
             () = tokio::time::sleep(left) => Err(Error::StartTimeout {
                 vm_id: self.vm_id.clone(),
                 stage: self.progress.stage(),
@@ -109,30 +109,43 @@ impl Attempt<'_> {
         })
     }
 
-    fn failed(&self, reason: String) -> Error {
-        Error::StartFailed { vm_id: self.vm_id.clone(), stage: self.progress.stage(), reason, tails: Box::default() }
+    fn failed(&self, cause: Cause) -> Error {
+        let (vm_id, stage) = (self.vm_id.clone(), self.progress.stage());
+        Error::StartFailed { vm_id, stage, source: cause, tails: Box::default() }
     }
 
     /// A transport that closed means a VMM that ended: say how.
     async fn explain(&self, error: Error) -> Error {
-        let (Error::HandshakeFailed { reason, .. } | Error::Vmm { reason, .. }) = error else { return error };
+        let cause = match error {
+            Error::HandshakeFailed { source, .. } => source,
+            Error::Vmm { reason, .. } => reason.into(),
+            error => return error,
+        };
         let soon = Duration::from_millis(500);
         match tokio::time::timeout(soon, self.jailed.exited()).await {
-            Ok(exit) => self.failed(format!("the VMM ended ({exit})")),
-            Err(_) => self.failed(reason),
+            Ok(exit) => self.failed(ended(exit)),
+            Err(_) => self.failed(cause),
         }
     }
+}
+
+fn ended(exit: impl std::fmt::Display) -> Cause {
+    format!("the VMM ended ({exit})").into()
 }
 
 fn with_tails(error: Error, said: Tails) -> Error {
     let tails = Box::new(said);
     match error {
-        Error::StartFailed { vm_id, stage, reason, .. } => {
+        Error::StartFailed { vm_id, stage, source, .. } => {
             let last = |text: &str| text.lines().rev().find(|line| !line.trim().is_empty()).map(str::to_owned);
             // One line of what was said is worth a place in the message; the rest is in the details.
             let hint = last(&tails.vmm_stderr).map(|line| format!("; the VMM said: {line}"));
             let hint = hint.or_else(|| last(&tails.console).map(|line| format!("; the guest's console ends: {line}")));
-            Error::StartFailed { vm_id, stage, reason: reason + &hint.unwrap_or_default(), tails }
+            let source = match hint {
+                Some(hint) => Cause::explained(source.clone(), format!("{source}{hint}")),
+                None => source,
+            };
+            Error::StartFailed { vm_id, stage, source, tails }
         }
         Error::StartTimeout { vm_id, stage, limit_s, busy, .. } => {
             Error::StartTimeout { vm_id, stage, limit_s, busy, tails }

@@ -128,7 +128,7 @@ impl Running {
             crate::channel::Answer::Error { error } => Err(Error::StartFailed {
                 vm_id: vm_id.clone(),
                 stage: "adopt",
-                reason: error.message,
+                source: error.message.into(),
                 tails: Box::new(self.tails.read()),
             }),
         }
