@@ -21,8 +21,22 @@ pub struct VmmBinary {
     pub needs: elf::Needs,
     /// What it answers to `--version`.
     pub version_line: Option<String>,
-    /// What it prints for the backend's own question.
-    pub answer: Option<String>,
+    /// What it prints for the first of the backend's own questions that it accepts.
+    pub answer: Option<Answer>,
+}
+
+/// What a binary says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Which question it is the answer to.
+    pub question: usize,
+    pub text: String,
+}
+
+/// Asks in turns: a binary that does not know an option ends badly.
+fn ask(binary: &Path, questions: &[&[&str]]) -> Option<Answer> {
+    let mut asked = questions.iter().enumerate();
+    asked.find_map(|(question, args)| Some(Answer { question, text: binary::output(binary, args).ok()? }))
 }
 
 type Identity = (PathBuf, u64, u64, i64, i64, u64);
@@ -37,14 +51,14 @@ fn file_name(path: &Path) -> String {
 
 impl VmmBinary {
     /// Looks at a binary, or remembers what it found out about the same file; `modules` names what it loads besides,
-    /// `question` is a command line that it is run with. Blocking.
+    /// `questions` are command lines that it is run with, until it accepts one. Blocking.
     ///
     /// # Errors
     /// [`Error::Host`] when it is no program of this machine's, or misses a library.
     pub fn inspect(
         path: &Path,
         modules: impl FnOnce(&Path) -> Vec<PathBuf>,
-        question: Option<&[&str]>,
+        questions: &[&[&str]],
     ) -> Result<Arc<Self>> {
         static KNOWN: PerProcess<Mutex<HashMap<Identity, Arc<VmmBinary>>>> = PerProcess::new();
         let failed = |error: std::io::Error| Error::host("inspect", path.display(), error);
@@ -57,7 +71,7 @@ impl VmmBinary {
         let modules = modules(&binary);
         let (needs, version_line, answer) = std::thread::scope(|scope| {
             let version = scope.spawn(|| binary::version_line(&binary).ok());
-            let answer = scope.spawn(|| binary::output(&binary, question?).ok());
+            let answer = scope.spawn(|| ask(&binary, questions));
             (elf::needs(&binary, &modules), version.join().unwrap_or(None), answer.join().unwrap_or(None))
         });
         let program = Arc::new(Self { needs: needs?, version_line, answer, binary });
@@ -112,6 +126,13 @@ pub fn parse_version(line: &str, prefix: &str) -> Option<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_ask_tells_which_question_was_accepted() {
+        let answer = ask(Path::new("/bin/sh"), &[&["-c", "exit 1"], &["-c", "echo yes"], &["-c", "echo no"]]).unwrap();
+        assert_eq!((answer.question, answer.text.as_str()), (1, "yes\n"));
+        assert_eq!(ask(Path::new("/bin/false"), &[&["a"], &["b"]]), None);
+    }
 
     #[test]
     fn test_parse_version_takes_the_first_two_numbers() {

@@ -45,7 +45,7 @@ impl CloudHypervisor {
     pub fn find(binaries: &Binaries) -> Result<Self> {
         let path = binaries.locate(Backend::CloudHypervisor)?;
         needs_kvm(Backend::CloudHypervisor)?;
-        Ok(Self { program: VmmBinary::inspect(&path, |_| Vec::new(), None)? })
+        Ok(Self { program: VmmBinary::inspect(&path, |_| Vec::new(), &[])? })
     }
 }
 

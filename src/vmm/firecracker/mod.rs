@@ -36,7 +36,7 @@ impl Firecracker {
     pub fn find(binaries: &Binaries) -> Result<Self> {
         let path = binaries.locate(Backend::Firecracker)?;
         needs_kvm(Backend::Firecracker)?;
-        Ok(Self { program: VmmBinary::inspect(&path, |_| Vec::new(), None)? })
+        Ok(Self { program: VmmBinary::inspect(&path, |_| Vec::new(), &[])? })
     }
 
     /// Whether the vsock is deaf for ever after a pause and a resume by the API: so in 1.16.0 and 1.16.1

@@ -29,6 +29,10 @@ const SYSTEM_LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
 /// QEMU loads its emulator from a module where it was built with modules; KVM is always built in.
 const TCG_MODULE: &str = "accel-tcg-x86_64.so";
 
+/// The first is refused by a QEMU that was built without libseccomp. `off` because nothing is to be filtered here.
+const QUESTIONS: [&[&str]; 2] = [&["-sandbox", "off", "-cpu", "help"], &["-cpu", "help"]];
+const WITH_SANDBOX: usize = 0;
+
 /// One QEMU binary.
 #[derive(Debug, Clone)]
 pub struct QemuBinary {
@@ -69,7 +73,7 @@ impl QemuBinary {
     /// # Errors
     /// [`crate::error::Error::Host`] when it is no program of this machine's, or misses a library.
     pub fn inspect(path: &Path) -> Result<Self> {
-        let files = program::VmmBinary::inspect(path, modules, Some(&["-cpu", "help"]))?;
+        let files = program::VmmBinary::inspect(path, modules, &QUESTIONS)?;
         let firmware = |name: &'static str| Some((name, beside(&files.binary, &FIRMWARE_FOLDERS, name)?));
         let firmware = FIRMWARE.into_iter().filter_map(firmware).collect();
         Ok(Self { modules: modules(&files.binary), firmware, files })
@@ -117,7 +121,7 @@ impl QemuBinary {
     /// Whether QEMU was built to filter its own system calls.
     #[must_use]
     pub fn has_sandbox(&self) -> bool {
-        self.files.needs.libraries.keys().any(|name| name.starts_with("libseccomp.so"))
+        self.files.answer.as_ref().is_some_and(|answer| answer.question == WITH_SANDBOX)
     }
 
     /// How it takes the state that it restores.
@@ -132,7 +136,7 @@ impl QemuBinary {
     /// Whether its CPUs know a feature by this name, be it that they have it or not.
     #[must_use]
     pub fn has_cpu_flag(&self, name: &str) -> bool {
-        lists_cpu_flag(self.files.answer.as_deref().unwrap_or_default(), name)
+        self.files.answer.as_ref().is_some_and(|answer| lists_cpu_flag(&answer.text, name))
     }
 
     /// Whether the loader links it, with glibc: only then is there a moment between that and its `main`.
