@@ -351,6 +351,7 @@ fn backend_json(found: &Installed, settings: &Settings) -> Value {
         "backend": found.backend.as_str(),
         "available": found.grade.is_some(),
         "path": found.path,
+        "packaged": found.path.as_deref().map(|path| settings.binaries.is_packaged(path)),
         "version": found.version,
         "accelerator": accelerator,
         "isolation_grade": found.grade.map(Grade::as_str),

@@ -17,6 +17,8 @@ pub struct GuestImage {
     /// Preloaded into a VMM that is forked for each VM.
     pub zygote: PathBuf,
     pub janitor: PathBuf,
+    /// The QEMU of the package beside this one, where that is installed.
+    pub qemu: Option<PathBuf>,
 }
 
 impl GuestImage {
@@ -30,6 +32,7 @@ impl GuestImage {
             launcher: directory.join("microvm-jail"),
             zygote: directory.join("libmicrovm_zygote.so"),
             janitor: directory.join("microvm-janitor"),
+            qemu: None,
         }
     }
 

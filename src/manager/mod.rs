@@ -175,6 +175,7 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         max_bytes: config.cache_max_mb << 20,
         max_age: Duration::from_secs(config.cache_max_age_days * 86_400),
     };
+    let packaged_qemu = image.qemu.clone();
     let zygotes = (config.jail != JailMode::Strict).then(|| Arc::new(Zygotes::new(&image.zygote)));
     Settings {
         folders,
@@ -183,7 +184,7 @@ pub fn settings(config: &ManagerConfig, image: GuestImage) -> Settings {
         snapshots: shared::snapshots(&cache),
         suspended: shared::suspended(&cache),
         digests: shared::digests(),
-        binaries: Binaries::from(config),
+        binaries: Binaries::new(config, packaged_qemu),
         min_isolation: config.min_isolation,
         jail: config.jail,
         zygotes,

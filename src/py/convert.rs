@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyModuleNotFoundError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 use serde_json::{json, Map, Number, Value};
@@ -349,7 +349,16 @@ pub fn guest_image(py: Python<'_>) -> PyResult<GuestImage> {
     let file: PathBuf = py.import(format!("{PACKAGE}._native"))?.getattr("__file__")?.extract()?;
     let file = std::path::absolute(file)?;
     let parent = file.parent().ok_or_else(|| PyTypeError::new_err("the module has no directory"))?;
-    Ok(GuestImage::in_directory(&parent.join("_data")))
+    Ok(GuestImage { qemu: packaged_qemu(py)?, ..GuestImage::in_directory(&parent.join("_data")) })
+}
+
+/// The QEMU of the package `thirstys-waterfall-microvm-qemu`; `None` where that is not installed.
+fn packaged_qemu(py: Python<'_>) -> PyResult<Option<PathBuf>> {
+    match py.import("thirstys_waterfall_microvm_qemu") {
+        Ok(package) => package.call_method0("path")?.extract().map(Some),
+        Err(error) if error.is_instance_of::<PyModuleNotFoundError>(py) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// A JSON object from a Python mapping.

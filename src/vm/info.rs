@@ -104,6 +104,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "isolation_type": spec.isolation_type.as_str(),
         "isolation_grade": facts.grade.map(|grade| grade.as_str()),
         "accelerator": facts.accelerator,
+        "vmm": facts.vmm.map(|vmm| json!({"path": vmm.path, "version": vmm.version, "packaged": vmm.packaged})),
         "start": facts.origin.map(|origin| start_json(origin, &facts.stages)),
         "state": vm.state().as_str(),
         "suspended": vm.is_suspended(),

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::health::history::HealthHistory;
 use super::ids::Ids;
 use super::network::Connection;
-use super::settings::{Facts, Settings};
+use super::settings::{Facts, Settings, VmmFacts};
 use super::start::confine::Confinement;
 use super::start::identity_delivery::IdentityDelivery;
 use super::start::prepare::Seen;
@@ -60,7 +60,7 @@ pub struct Running {
     pub(super) capabilities: Capabilities,
     pub(super) grade: Grade,
     pub(super) accelerator: &'static str,
-    pub(super) vmm_version: Option<String>,
+    pub(super) program: VmmFacts,
     /// What it goes on using, as it was when the VM started.
     pub(super) seen: Vec<Seen>,
     pub(super) confinement: Confinement,
@@ -165,6 +165,7 @@ impl Running {
             backend_reason: Some(self.chosen.clone()),
             grade: Some(self.grade),
             accelerator: Some(self.accelerator),
+            vmm: Some(self.program.clone()),
             jail: Some(self.confinement.jail_json(&self.jailed)),
             limits: Some(self.confinement.limits_json()),
             origin: Some(self.origin),

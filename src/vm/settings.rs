@@ -76,6 +76,16 @@ impl Settings {
     }
 }
 
+/// The program that runs a VM.
+#[derive(Debug, Clone)]
+pub struct VmmFacts {
+    pub path: PathBuf,
+    /// What it says of its version.
+    pub version: Option<String>,
+    /// Whether it is the one of our own package.
+    pub packaged: bool,
+}
+
 /// What a VM got, beyond what was asked for.
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
@@ -85,6 +95,7 @@ pub struct Facts {
     pub backend_reason: Option<String>,
     pub grade: Option<Grade>,
     pub accelerator: Option<&'static str>,
+    pub vmm: Option<VmmFacts>,
     /// `boot`, `clone`, `pool` or `resume`.
     pub origin: Option<&'static str>,
     /// The stages of its start and how long each took.

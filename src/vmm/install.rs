@@ -1,33 +1,50 @@
 //! Which VMMs are installed, and what to do about those that are not.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::host::{binary, kvm};
 use crate::model::{Backend, Grade, ManagerConfig};
 
-/// Binaries that the configuration names; absent ones are looked up on `PATH`.
+/// What pip calls the package with a QEMU of our own.
+const QEMU_PACKAGE: &str = "thirstys-waterfall-microvm-qemu";
+
+/// Binaries that the configuration names; instead of an absent one there is the package's, else what `PATH` has.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Binaries {
     pub qemu: Option<String>,
+    /// QEMU of our own package, where that is installed; without links.
+    pub packaged_qemu: Option<PathBuf>,
     pub firecracker: Option<String>,
     pub cloud_hypervisor: Option<String>,
 }
 
-impl From<&ManagerConfig> for Binaries {
-    fn from(config: &ManagerConfig) -> Self {
+impl Binaries {
+    #[must_use]
+    pub fn new(config: &ManagerConfig, packaged_qemu: Option<PathBuf>) -> Self {
         Self {
             qemu: config.qemu_binary.clone(),
+            packaged_qemu,
             firecracker: config.firecracker_binary.clone(),
             cloud_hypervisor: config.cloud_hypervisor_binary.clone(),
         }
     }
-}
 
-impl Binaries {
     /// # Errors
     /// [`Error::BackendUnavailable`] that says what to install.
     pub fn locate(&self, backend: Backend) -> Result<PathBuf> {
+        let packaged = self.packaged_qemu.as_ref().filter(|_| backend == Backend::Qemu && self.qemu.is_none());
+        if let Some(packaged) = packaged {
+            // The one on PATH may be another release: not taken silently.
+            return match binary::is_executable(packaged) {
+                true => Ok(packaged.clone()),
+                false => Err(Error::BackendUnavailable {
+                    backend,
+                    reason: format!("{QEMU_PACKAGE}: {} is not an executable file", packaged.display()),
+                    remedy: "install that package again, or name another QEMU in config[\"qemu_binary\"]".into(),
+                }),
+            };
+        }
         let (named, default, key) = match backend {
             Backend::Qemu => (&self.qemu, "qemu-system-x86_64", "qemu_binary"),
             Backend::Firecracker => (&self.firecracker, "firecracker", "firecracker_binary"),
@@ -43,12 +60,19 @@ impl Binaries {
             remedy: install_hint(backend, key),
         })
     }
+
+    /// Whether a VMM is the one of our own package, however it was named; `binary` is without links.
+    #[must_use]
+    pub fn is_packaged(&self, binary: &Path) -> bool {
+        self.packaged_qemu.as_deref() == Some(binary)
+    }
 }
 
 fn install_hint(backend: Backend, key: &str) -> String {
     let how = match backend {
         Backend::Qemu => {
-            "install it (Debian, Ubuntu: apt install qemu-system-x86; Fedora: dnf install qemu-system-x86-core)"
+            "install it (the wheel thirstys-waterfall-microvm-qemu has all that is needed; Debian, Ubuntu: apt install \
+             qemu-system-x86; Fedora: dnf install qemu-system-x86-core)"
         }
         Backend::Firecracker => "install a release from https://github.com/firecracker-microvm/firecracker/releases",
         Backend::CloudHypervisor => {

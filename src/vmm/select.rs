@@ -150,7 +150,8 @@ mod tests {
     #[test]
     fn test_select_without_any_binary_tells_of_all() {
         let nowhere = || Some("/nowhere/at/all".to_owned());
-        let binaries = Binaries { qemu: nowhere(), firecracker: nowhere(), cloud_hypervisor: nowhere() };
+        let binaries =
+            Binaries { qemu: nowhere(), packaged_qemu: None, firecracker: nowhere(), cloud_hypervisor: nowhere() };
         let error = select(&VmId::parse("vm").unwrap(), &REQUEST, &binaries).err().unwrap();
         let text = error.to_string();
         assert_eq!(error.code(), "backend_unavailable");

@@ -348,6 +348,6 @@ class CommandLine(unittest.TestCase):
             self.assertEqual(os.listdir(name), [])
 
     def test_chart_of_a_run_without_milliseconds_is_drawn(self) -> None:
-        report = Report("tcg", {})
+        report = Report("QEMU", "tcg", {})
         report.add("command: round trip", "us", [1.0, 2.0])
         self.assertIn("round trip", report.svg())

@@ -113,7 +113,7 @@ pub async fn fit_of(running: &Running, spec: VmSpec, settings: &Settings, operat
     // Where the content of what a template depended on is unknown, any change of the file counts.
     let mut differences = match &running.base {
         Some(base) => {
-            differences((&base.fit, running.vmm_version.as_deref()), (&here.fit, here.vmm_version.as_deref()))
+            differences((&base.fit, running.program.version.as_deref()), (&here.fit, here.vmm_version.as_deref()))
         }
         None => Vec::new(),
     };

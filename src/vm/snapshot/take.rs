@@ -182,7 +182,7 @@ impl MicroVm {
             machine_id: running.ids.machine_id,
             boot_id: running.ids.boot_id,
             created_unix_s: clock::unix_time_ns() / 1_000_000_000,
-            vmm_version: running.vmm_version.clone(),
+            vmm_version: running.program.version.clone(),
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::store::VmDir;
 use crate::vm::ids::Ids;
 use crate::vm::network::Connection;
 use crate::vm::running::{Base, Running};
-use crate::vm::settings::Settings;
+use crate::vm::settings::{Settings, VmmFacts};
 use crate::vmm::{LaunchPlan, Launched, LiveTails, Origin, Transport, Vmm, VmmControl};
 
 /// Launches what is prepared and brings it up.
@@ -44,6 +44,7 @@ pub struct Launching {
     dir: VmDir,
     disk: Disk,
     vmm: Box<dyn Vmm>,
+    program: VmmFacts,
     chosen: String,
     plan: LaunchPlan,
     seen: Vec<Seen>,
@@ -88,10 +89,16 @@ impl Launching {
         plan.nic = None;
         let connection = network.map(|network| network.connection);
         let limit = settings.start_timeout;
+        let program = VmmFacts {
+            path: vmm.binary().to_owned(),
+            version: vmm.version().map(str::to_owned),
+            packaged: settings.binaries.is_packaged(vmm.binary()),
+        };
         Ok(Self {
             dir,
             disk,
             vmm,
+            program,
             chosen,
             plan,
             seen,
@@ -164,6 +171,7 @@ impl Launching {
             dir,
             disk,
             vmm,
+            program,
             chosen,
             plan,
             seen,
@@ -206,7 +214,7 @@ impl Launching {
             capabilities: vmm.capabilities(),
             grade: vmm.grade(),
             accelerator: vmm.accelerator(),
-            vmm_version: vmm.version().map(str::to_owned),
+            program,
             seen,
             confinement,
             ids: Ids { machine_id: identity.machine_id, boot_id: identity.boot_id },

@@ -253,6 +253,20 @@ class ErrorInfo(TypedDict):
     message: str
 
 
+class ProgramInfo(TypedDict):
+    """The program of a VMM.
+
+    Keys:
+        path: Where it is.
+        version: What it says of its version.
+        packaged: Whether it is the QEMU of the package ``thirstys-waterfall-microvm-qemu``.
+    """
+
+    path: str
+    version: Optional[str]
+    packaged: bool
+
+
 class VMInfo(TypedDict):
     """Everything there is to know about a VM, as ``MicroVMInstance.get_info`` returns it.
 
@@ -263,6 +277,7 @@ class VMInfo(TypedDict):
         isolation_type: What the VM is for.
         isolation_grade: ``hardware`` (KVM) or ``emulated`` (TCG); ``None`` while it does not run.
         accelerator: ``kvm`` or ``tcg``; ``None`` while it does not run.
+        vmm: The program that runs it; ``None`` while it does not run.
         start: How it came to run; ``None`` while it does not run.
         state: A value of ``VMState``.
         suspended: Whether its state is on disk and it has no process.
@@ -288,6 +303,7 @@ class VMInfo(TypedDict):
     isolation_type: str
     isolation_grade: Optional[str]
     accelerator: Optional[str]
+    vmm: Optional[ProgramInfo]
     start: Optional[StartInfo]
     state: str
     suspended: bool
@@ -828,6 +844,7 @@ class HostBackend(TypedDict):
         backend: A value of ``VMBackend``.
         available: Whether it can run VMs here.
         path: Where it is installed.
+        packaged: Whether it is the QEMU of the package ``thirstys-waterfall-microvm-qemu``.
         version: What it says of its version.
         accelerator: ``kvm`` or ``tcg``.
         isolation_grade: ``hardware`` or ``emulated``.
@@ -840,6 +857,7 @@ class HostBackend(TypedDict):
     backend: str
     available: bool
     path: Optional[str]
+    packaged: Optional[bool]
     version: Optional[str]
     accelerator: Optional[str]
     isolation_grade: Optional[str]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from .. import MicroVMError, MicroVMInstance, MicroVMIsolationManager, VMInfo, VMResourceLimits, doctor
+from .. import MicroVMError, MicroVMInstance, MicroVMIsolationManager, VMInfo, VMResourceLimits
 from .bare import Machine, Running, memory_mib
 from .report import Report
 
@@ -115,14 +115,14 @@ class Bench:
             vm = self.vm(manager)
             vm.start()
             info = vm.get_info()
-            found = {backend["backend"]: backend["path"] for backend in doctor()["backends"]}
-            program, accelerator = found[info["backend"]], info["accelerator"]
-            assert program is not None and accelerator is not None, info
-            self.program = program
+            vmm, accelerator = info["vmm"], info["accelerator"]
+            assert vmm is not None and accelerator is not None, info
+            self.program = vmm["path"]
             self.cloned = Machine(pid_of(info), self.program)
         (self.template,) = [path for path in (folder / "cache" / "templates").iterdir() if path.is_dir()]
         settings = {"guest_memory_mib": memory_mb, "disk_mib": DISK_MB, "vcpus": 1}
-        self.report = Report(accelerator, settings)
+        package = ", of the package thirstys-waterfall-microvm-qemu" if vmm["packaged"] else ""
+        self.report = Report((vmm["version"] or self.program) + package, accelerator, settings)
 
     @contextmanager
     def manager(self, **config: Any) -> Iterator[MicroVMIsolationManager]:

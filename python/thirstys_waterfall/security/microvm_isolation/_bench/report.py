@@ -33,8 +33,8 @@ class Row:
 class Report:
     """The figures of one run on one accelerator."""
 
-    def __init__(self, accelerator: str, settings: Dict[str, Any]) -> None:
-        self.accelerator, self.settings = accelerator, settings
+    def __init__(self, program: str, accelerator: str, settings: Dict[str, Any]) -> None:
+        self.program, self.accelerator, self.settings = program, accelerator, settings
         self.rows: List[Row] = []
 
     def add(self, name: str, unit: str, samples: Sequence[float], against: Optional[str] = None) -> None:
@@ -46,7 +46,7 @@ class Report:
 
     def table(self) -> str:
         settings = ", ".join("{} {}".format(name.replace("_", " "), value) for name, value in self.settings.items())
-        lines = ["QEMU on {}; {}".format(self.accelerator, settings)]
+        lines = ["{} on {}; {}".format(self.program, self.accelerator, settings)]
         width = max(len(row.name) for row in self.rows)
         lines.append("{:<{}}  {:>5} {:>5} {:>9} {:>9} {:>9}   p50 against".format("", width, "unit", "n", "p50", "p95", "p99"))
         for row in self.rows:
@@ -58,6 +58,7 @@ class Report:
 
     def json(self) -> str:
         whole = {
+            "program": self.program,
             "accelerator": self.accelerator,
             "settings": self.settings,
             "host": {"kernel": platform.release(), "machine": platform.machine(), "python": platform.python_version()},

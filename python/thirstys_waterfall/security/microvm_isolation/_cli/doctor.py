@@ -74,7 +74,8 @@ def _findings(title: str, findings: List[Mapping[str, Any]]) -> List[str]:
 
 def _backend(backend: Mapping[str, Any]) -> List[str]:
     # A backend that cannot run on this host may be installed.
-    found = " ".join(filter(None, [backend.get("path"), backend.get("version")]))
+    package = "(of the package thirstys-waterfall-microvm-qemu)" if backend.get("packaged") else None
+    found = " ".join(filter(None, [backend.get("path"), backend.get("version"), package]))
     if not backend.get("available"):
         found = ", ".join(filter(None, ["not available", found]))
         return ["  {}: {}".format(backend.get("backend"), found)] + _why(backend, "    ")
