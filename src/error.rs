@@ -113,8 +113,8 @@ pub enum Error {
     HandshakeFailed { vm_id: VmId, source: Cause },
     #[error("{vm_id}: {what} of {size} bytes is over the limit of {limit} bytes; send it in pieces")]
     MessageTooLarge { vm_id: String, what: String, size: usize, limit: usize },
-    #[error("{vm_id}: {operation} failed: {}", said(reason))]
-    Vmm { vm_id: VmId, operation: &'static str, reason: String },
+    #[error("{vm_id}: {operation} failed: {}", said(&source.to_string()))]
+    Vmm { vm_id: VmId, operation: &'static str, source: Cause },
     #[error("{operation} failed on {object}: {source}{}", remedy.as_ref().map_or_else(String::new, |remedy| format!("; {remedy}")))]
     Host { operation: &'static str, object: String, source: Cause, remedy: Option<String> },
     #[error("{field}={path:?} is not used: {source}; {remedy}")]

@@ -1,6 +1,7 @@
 //! The HTTP of a VMM's API: one connection, one request at a time, each with a deadline.
 //!
-//! Architecture invariant: knows no VMM. What an answer means is the caller's business; a refusal keeps the VMM's words.
+//! Architecture invariant: knows no VMM. What an answer means is the caller's business, and so is an error's mention of the
+//! request.
 
 use std::borrow::Cow;
 use std::future::Future;
@@ -16,6 +17,8 @@ use serde::Serialize;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
+use super::error::ControlError;
+use crate::error;
 use crate::host::rights::{FdStream, PendingFd};
 
 /// Answers are some kilobytes; no VMM gets to fill this process's memory.
@@ -84,28 +87,27 @@ impl Client {
     /// what was left of an answer belongs to nobody. `fd` goes along with the request.
     ///
     /// # Errors
-    /// Text for people, which names the request.
-    pub async fn ask<C>(&self, call: Call, fd: Option<OwnedFd>, connect: impl Fn() -> C) -> Result<Answer, String>
+    /// Anything but a refusal, which is an [`Answer`].
+    pub async fn ask<C>(&self, call: Call, fd: Option<OwnedFd>, connect: impl Fn() -> C) -> Result<Answer, ControlError>
     where
-        C: Future<Output = Result<UnixStream, String>>,
+        C: Future<Output = error::Result<UnixStream>>,
     {
-        let named = format!("{} {}", call.method, call.path);
         let asked = async {
             let mut place = self.sender.lock().await;
             // Taken out, so that giving up in the middle leaves none.
             let mut sender = match place.take().filter(|sender| !sender.is_closed()) {
                 Some(sender) => sender,
-                None => open(FdStream::new(connect().await?, self.pending_fd.clone())).await?,
+                None => {
+                    let stream = connect().await.map_err(|error| ControlError::NotConnected(error.into()))?;
+                    open(FdStream::new(stream, self.pending_fd.clone())).await?
+                }
             };
             *self.pending_fd.lock() = fd;
             let answer = send(&mut sender, call).await?;
             *place = Some(sender);
             Ok(answer)
         };
-        match tokio::time::timeout(self.deadline, asked).await {
-            Ok(answer) => answer.map_err(|reason: String| format!("{named}: {reason}")),
-            Err(_) => Err(format!("{named}: no answer within {} s", self.deadline.as_secs_f64())),
-        }
+        tokio::time::timeout(self.deadline, asked).await.unwrap_or(Err(ControlError::NoAnswer(self.deadline)))
     }
 }
 
@@ -115,8 +117,8 @@ impl std::fmt::Debug for Client {
     }
 }
 
-async fn open(stream: FdStream) -> Result<SendRequest<Full<Bytes>>, String> {
-    let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
+async fn open(stream: FdStream) -> Result<SendRequest<Full<Bytes>>, ControlError> {
+    let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(ControlError::http)?;
     tokio::spawn(async move {
         if let Err(error) = connection.await {
             log::debug!("a VMM's API connection ended: {error}");
@@ -125,29 +127,18 @@ async fn open(stream: FdStream) -> Result<SendRequest<Full<Bytes>>, String> {
     Ok(sender)
 }
 
-async fn send(sender: &mut SendRequest<Full<Bytes>>, call: Call) -> Result<Answer, String> {
-    sender.ready().await.map_err(|error| chain(&error))?;
+async fn send(sender: &mut SendRequest<Full<Bytes>>, call: Call) -> Result<Answer, ControlError> {
+    sender.ready().await.map_err(ControlError::http)?;
     let mut request = Request::builder().method(call.method).uri(&*call.path).header("Host", "localhost");
     if call.body.is_some() {
         request = request.header("Content-Type", "application/json");
     }
     let body = Full::new(Bytes::from(call.body.unwrap_or_default()));
-    let request = request.body(body).map_err(|error| error.to_string())?;
-    let answer = sender.send_request(request).await.map_err(|error| chain(&error))?;
+    let request = request.body(body).map_err(ControlError::http)?;
+    let answer = sender.send_request(request).await.map_err(ControlError::http)?;
     let status = answer.status();
-    let body = Limited::new(answer.into_body(), MAX_ANSWER_BYTES).collect().await.map_err(|error| error.to_string())?;
+    let body = Limited::new(answer.into_body(), MAX_ANSWER_BYTES).collect().await.map_err(ControlError::http)?;
     Ok(Answer { status, body: body.to_bytes() })
-}
-
-/// hyper's errors say what they are about in their sources.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text = format!("{text}: {source}");
-        next = source.source();
-    }
-    text
 }
 
 #[cfg(test)]
@@ -164,7 +155,7 @@ mod tests {
         Silent,
     }
 
-    async fn connection(peer: &Peer) -> Result<UnixStream, String> {
+    async fn connection(peer: &Peer) -> error::Result<UnixStream> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let (bytes, stays) = match peer {
             Peer::Says(bytes) => (*bytes, true),
@@ -183,7 +174,7 @@ mod tests {
         Ok(ours)
     }
 
-    async fn ask(client: &Client, peer: &Peer) -> Result<Answer, String> {
+    async fn ask(client: &Client, peer: &Peer) -> Result<Answer, ControlError> {
         client.ask(Call::put("/vm", &serde_json::json!({"state": "Paused"})), None, || connection(peer)).await
     }
 
@@ -201,7 +192,7 @@ mod tests {
     async fn test_half_an_answer_is_an_error_and_the_next_call_connects_anew() {
         let client = Client::new(Duration::from_secs(5));
         let half = ask(&client, &Peer::HangsUp(b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{\"a\"")).await;
-        assert!(half.unwrap_err().starts_with("PUT /vm: "));
+        assert!(matches!(half, Err(ControlError::Http(_))), "{half:?}");
         let whole = ask(&client, &Peer::Says(b"HTTP/1.1 204 No Content\r\n\r\n")).await.unwrap();
         assert_eq!(whole.status.as_u16(), 204);
     }
@@ -209,9 +200,9 @@ mod tests {
     #[tokio::test]
     async fn test_silence_ends_at_the_deadline() {
         let client = Client::new(Duration::from_millis(50));
-        assert_eq!(ask(&client, &Peer::Silent).await.unwrap_err(), "PUT /vm: no answer within 0.05 s");
-        let closed = ask(&client, &Peer::HangsUp(b"")).await.unwrap_err();
-        assert!(closed.starts_with("PUT /vm: ") && !closed.contains("no answer"), "{closed}");
+        assert_eq!(ask(&client, &Peer::Silent).await.unwrap_err().to_string(), "no answer within 0.05 s");
+        let closed = ask(&client, &Peer::HangsUp(b"")).await;
+        assert!(matches!(closed, Err(ControlError::Http(_))), "{closed:?}");
     }
 
     #[tokio::test]

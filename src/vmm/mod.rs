@@ -4,6 +4,7 @@
 //! [`VmmControl`]. It owns no files, holds no state of a VM's life, and nobody above knows which backend it is.
 
 mod cloud_hypervisor;
+mod error;
 mod firecracker;
 mod http;
 mod install;

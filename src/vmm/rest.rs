@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
+use crate::vmm::error::ControlError;
 use crate::vmm::http::{Answer, Call, Client};
 use crate::vmm::{LaunchPlan, CONTROL_DEADLINE};
 
@@ -38,8 +39,8 @@ impl Rest {
     }
 
     #[must_use]
-    pub fn failed(&self, operation: &'static str, reason: String) -> Error {
-        Error::Vmm { vm_id: self.vm_id.clone(), operation, reason }
+    pub fn failed(&self, operation: &'static str, cause: impl Into<Cause>) -> Error {
+        Error::Vmm { vm_id: self.vm_id.clone(), operation, source: cause.into() }
     }
 
     /// # Errors
@@ -59,13 +60,14 @@ impl Rest {
         call: Call,
         fd: Option<OwnedFd>,
     ) -> Result<Answer> {
-        let connect = || async { self.sockets.connect(self.socket).await.map_err(|error| error.to_string()) };
         let named = format!("{} {}", call.method, call.path);
-        let answer = client.ask(call, fd, connect).await.map_err(|reason| self.failed(operation, reason))?;
-        if answer.status.is_success() {
-            return Ok(answer);
-        }
-        Err(self.failed(operation, format!("{named}: {}", refusal(&answer, self.words))))
+        let error = match client.ask(call, fd, || self.sockets.connect(self.socket)).await {
+            Ok(answer) if answer.status.is_success() => return Ok(answer),
+            Ok(answer) => ControlError::Refused(refusal(&answer, self.words)),
+            Err(error) => error,
+        };
+        let text = format!("{named}: {error}");
+        Err(self.failed(operation, Cause::explained(error, text)))
     }
 }
 

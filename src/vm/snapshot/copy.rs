@@ -69,15 +69,16 @@ impl Copy {
     }
 }
 
-fn cannot(vm_id: &VmId, backend: Backend, operation: &'static str, reason: String, remedy: &'static str) -> Error {
-    Error::NotSupported { vm_id: vm_id.clone(), operation, backend, reason, remedy }
-}
-
 fn check_copies(vm_id: &VmId, backend: Backend, able: Capabilities, operation: &'static str) -> Result<()> {
-    let reason = "a VM on it cannot be copied while it runs";
     match able.copies {
         true => Ok(()),
-        false => Err(cannot(vm_id, backend, operation, reason.into(), "use backend=\"qemu\"")),
+        false => Err(Error::NotSupported {
+            vm_id: vm_id.clone(),
+            operation,
+            backend,
+            reason: "a VM on it cannot be copied while it runs".into(),
+            remedy: "use backend=\"qemu\"",
+        }),
     }
 }
 
@@ -91,7 +92,7 @@ pub async fn fit_of(running: &Running, spec: VmSpec, settings: &Settings, operat
     let (vm_id, backend) = (&running.vm_id, running.backend);
     check_copies(vm_id, backend, running.capabilities, operation)?;
     let (id, settings) = (vm_id.clone(), settings.clone());
-    let looking = tokio::task::spawn_blocking(move || template::look(&id, &spec, &settings));
+    let looking = tokio::task::spawn_blocking(move || template::look(&id, &spec, &settings, operation));
     let here = looking.await.map_err(|error| Error::host("look at", "what a copy depends on", error))?;
     let refused = |differences: Vec<String>| {
         let what = format!("a copy of {vm_id} could not be started, because what it needs");
@@ -105,9 +106,7 @@ pub async fn fit_of(running: &Running, spec: VmSpec, settings: &Settings, operat
     };
     let here = match here {
         Ok(here) => here,
-        Err(Error::Vmm { reason, .. }) => {
-            return Err(cannot(vm_id, backend, operation, reason, "doctor tells what this host's jail lacks"));
-        }
+        Err(error @ Error::NotSupported { .. }) => return Err(error),
         Err(error) => return Err(refused(vec![error.to_string()])),
     };
     // Where the content of what a template depended on is unknown, any change of the file counts.

@@ -193,7 +193,7 @@ impl MicroVm {
 #[must_use]
 pub fn differences_here(written: &SnapshotManifest, settings: &Settings) -> Vec<String> {
     let metadata = &written.metadata;
-    match look(&metadata.vm_id, &metadata.spec, settings) {
+    match look(&metadata.vm_id, &metadata.spec, settings, "resume") {
         Ok(here) => differences(
             (&written.manifest.fit, metadata.vmm_version.as_deref()),
             (&here.fit, here.vmm_version.as_deref()),

@@ -116,15 +116,11 @@ impl Attempt<'_> {
 
     /// A transport that closed means a VMM that ended: say how.
     async fn explain(&self, error: Error) -> Error {
-        let cause = match error {
-            Error::HandshakeFailed { source, .. } => source,
-            Error::Vmm { reason, .. } => reason.into(),
-            error => return error,
-        };
+        let (Error::HandshakeFailed { source, .. } | Error::Vmm { source, .. }) = error else { return error };
         let soon = Duration::from_millis(500);
         match tokio::time::timeout(soon, self.jailed.exited()).await {
             Ok(exit) => self.failed(ended(exit)),
-            Err(_) => self.failed(cause),
+            Err(_) => self.failed(source),
         }
     }
 }

@@ -223,8 +223,9 @@ pub struct Here {
 /// nothing. Blocking; reads an image that has changed.
 ///
 /// # Errors
-/// As a start's, where such a VM cannot be started on this host.
-pub fn look(vm_id: &VmId, spec: &VmSpec, settings: &Settings) -> Result<Here> {
+/// As a start's, where such a VM cannot be started on this host; [`Error::NotSupported`] for `operation` where its jail lacks
+/// what a clone needs.
+pub fn look(vm_id: &VmId, spec: &VmSpec, settings: &Settings, operation: &'static str) -> Result<Here> {
     let sources = Sources::checked(&spec.image, settings)?;
     let request = BackendRequest::of(spec, settings.min_isolation);
     let vmm = vmm::select(vm_id, &request, &settings.binaries)?.vmm;
@@ -254,8 +255,13 @@ pub fn look(vm_id: &VmId, spec: &VmSpec, settings: &Settings) -> Result<Here> {
         jail: JailPlan::new(&settings.image.launcher, &host, None, &[])?,
         zygotes: None,
     };
-    let cannot = |reason| Error::Vmm { vm_id: vm_id.clone(), operation: "copy", reason };
-    vmm.can_clone(&plan).map_err(cannot)?;
+    vmm.can_clone(&plan).map_err(|reason| Error::NotSupported {
+        vm_id: vm_id.clone(),
+        operation,
+        backend: vmm.backend(),
+        reason,
+        remedy: "doctor tells what this host's jail lacks",
+    })?;
     let machine = vmm.machine(&plan);
     let fit = fit_of(&settings.digests, VmmFacts::of(vmm.as_ref()), machine, &plan.drives, &sources)?;
     Ok(Here { fit, vmm_version: vmm.version().map(str::to_owned) })

@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::host::net::Tap;
 use crate::host::socket_dir::SocketDir;
 use crate::mutex::Mutex;
+use crate::vmm::error::ControlError;
 use crate::vmm::http::{Call, Client};
 use crate::vmm::rest::Rest;
 use crate::vmm::{BoxFuture, DiskIo, LaunchPlan, Origin, VmmControl};
@@ -72,7 +73,7 @@ impl VmmControl for Api {
             self.rest.ask_by(&patient, "create", create, None).await?;
             let nic = self.nic.lock().take();
             if let Some((call, tap)) = nic {
-                let fd = tap.fd.try_clone().map_err(|error| self.rest.failed("connect", error.to_string()))?;
+                let fd = tap.fd.try_clone().map_err(|error| self.rest.failed("connect", error))?;
                 self.rest.ask_by(&patient, "connect", call, Some(fd)).await?;
             }
             self.rest.ask_by(&patient, "boot", start, None).await.map(drop)
@@ -93,18 +94,17 @@ impl VmmControl for Api {
             self.rest.ask("save", bodies::pause()).await?;
             self.rest.ask_by(&patient, "save", bodies::snapshot(&self.folder), None).await?;
             let read = |name| self.rest.sockets.read(name, MAX_BYTES);
-            let packed = pack(&read(MACHINE)?, &read(DEVICES)?).map_err(|reason| self.rest.failed("save", reason))?;
-            File::from(state).write_all(&packed).map_err(|error| self.rest.failed("save", error.to_string()))
+            let packed = pack(&read(MACHINE)?, &read(DEVICES)?).map_err(|error| self.rest.failed("save", error))?;
+            File::from(state).write_all(&packed).map_err(|error| self.rest.failed("save", error))
         })
     }
 
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            let failed = |reason| self.rest.failed("load", reason);
-            let io_failed = |error: std::io::Error| failed(error.to_string());
+            let io_failed = |error: std::io::Error| self.rest.failed("load", error);
             let mut packed = Vec::new();
             File::from(state).read_to_end(&mut packed).map_err(io_failed)?;
-            let (machine, devices) = unpack(&packed, &self.plan).map_err(failed)?;
+            let (machine, devices) = unpack(&packed, &self.plan).map_err(|error| self.rest.failed("load", error))?;
             self.rest.sockets.file(MACHINE)?.write_all(&machine).map_err(io_failed)?;
             self.rest.sockets.file(DEVICES)?.write_all(devices).map_err(io_failed)?;
             self.rest.ask("load", bodies::restore(&self.folder)).await?;
@@ -123,15 +123,15 @@ impl VmmControl for Api {
         Box::pin(async {
             let operation = "read the counters";
             let answer = self.rest.ask(operation, bodies::counters()).await?;
-            sum(&answer.body).map_err(|reason| self.rest.failed(operation, reason))
+            sum(&answer.body).map_err(|error| self.rest.failed(operation, error))
         })
     }
 }
 
 /// What the drives moved: of all devices, they alone count bytes that are read.
-fn sum(body: &[u8]) -> std::result::Result<DiskIo, String> {
+fn sum(body: &[u8]) -> std::result::Result<DiskIo, ControlError> {
     let devices: HashMap<String, HashMap<String, u64>> =
-        serde_json::from_slice(body).map_err(|error| format!("the counters: {error}"))?;
+        serde_json::from_slice(body).map_err(ControlError::not_json("the counters"))?;
     let total = |field: &str| {
         let values = devices.values().filter_map(|counters| counters.get(field).copied());
         values.filter(|value| *value != NOTHING).fold(0u64, u64::saturating_add)
@@ -168,7 +168,7 @@ mod tests {
     fn test_sum_adds_drives_and_leaves_out_what_was_never_counted() {
         let body = br#"{"disk": {"read_bytes": 5, "write_bytes": 7, "read_latency_min": 18446744073709551615},
             "config": {"read_bytes": 1, "write_bytes": 18446744073709551615}, "net": {"rx_bytes": 3}}"#;
-        assert_eq!(sum(body), Ok(DiskIo { read_bytes: 6, written_bytes: 7, failed_writes: 0 }));
+        assert_eq!(sum(body).unwrap(), DiskIo { read_bytes: 6, written_bytes: 7, failed_writes: 0 });
         assert!(sum(b"[]").is_err());
     }
 

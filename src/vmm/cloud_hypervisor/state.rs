@@ -8,6 +8,7 @@ use microvm_protocol::identity::DISK_SERIAL;
 use serde_json::Value;
 
 use super::bodies::RAM_FD;
+use crate::vmm::error::ControlError;
 use crate::vmm::rest::rate_limiter;
 use crate::vmm::LaunchPlan;
 
@@ -20,20 +21,22 @@ pub const MAX_BYTES: u64 = 16 << 20;
 /// The two in one.
 ///
 /// # Errors
-/// Text for people, when the machine is none.
-pub fn pack(machine: &[u8], devices: &[u8]) -> Result<Vec<u8>, String> {
-    let machine: Value = serde_json::from_slice(machine).map_err(|error| format!("{MACHINE}: {error}"))?;
+/// [`ControlError::NotJson`], when the machine is none.
+pub fn pack(machine: &[u8], devices: &[u8]) -> Result<Vec<u8>, ControlError> {
+    let machine: Value = serde_json::from_slice(machine).map_err(ControlError::not_json(MACHINE))?;
     Ok([machine.to_string().as_bytes(), b"\n", devices].concat())
 }
 
 /// The two again, for a clone as `plan` has it.
 ///
 /// # Errors
-/// Text for people, when it is not what [`pack`] made of such a machine.
-pub fn unpack<'a>(packed: &'a [u8], plan: &LaunchPlan) -> Result<(Vec<u8>, &'a [u8]), String> {
-    let end = packed.iter().position(|byte| *byte == b'\n').ok_or("the machine has no end")?;
-    let mut machine: Value = serde_json::from_slice(&packed[..end]).map_err(|error| format!("{MACHINE}: {error}"))?;
-    let zone = machine.pointer_mut("/memory/zones/0").and_then(Value::as_object_mut).ok_or("it has no memory zone")?;
+/// [`ControlError::NotJson`], [`ControlError::Incomplete`], when it is not what [`pack`] made of such a machine.
+pub fn unpack<'a>(packed: &'a [u8], plan: &LaunchPlan) -> Result<(Vec<u8>, &'a [u8]), ControlError> {
+    let without = |part| move || ControlError::Incomplete { what: MACHINE.to_owned(), part };
+    let end = packed.iter().position(|byte| *byte == b'\n').ok_or_else(without("end"))?;
+    let mut machine: Value = serde_json::from_slice(&packed[..end]).map_err(ControlError::not_json(MACHINE))?;
+    let zone = machine.pointer_mut("/memory/zones/0").and_then(Value::as_object_mut);
+    let zone = zone.ok_or_else(without("memory zone"))?;
     zone.insert("file".into(), format!("/proc/self/fd/{RAM_FD}").into());
     zone.insert("shared".into(), false.into());
     // It would open the file, which a clone does not see.
@@ -41,8 +44,9 @@ pub fn unpack<'a>(packed: &'a [u8], plan: &LaunchPlan) -> Result<(Vec<u8>, &'a [
         payload.remove("initramfs");
     }
     let mut disks = machine["disks"].as_array_mut().into_iter().flatten();
-    let disk = disks.find(|disk| disk["id"] == DISK_SERIAL).and_then(Value::as_object_mut).ok_or("it has no disk")?;
-    let limiter = serde_json::to_value(rate_limiter(plan)).map_err(|error| error.to_string())?;
+    let disk = disks.find(|disk| disk["id"] == DISK_SERIAL).and_then(Value::as_object_mut);
+    let disk = disk.ok_or_else(without("disk"))?;
+    let limiter = serde_json::to_value(rate_limiter(plan)).map_err(ControlError::not_json("the disk's limits"))?;
     disk.insert("rate_limiter_config".into(), limiter);
     Ok((machine.to_string().into_bytes(), &packed[end + 1..]))
 }
@@ -80,8 +84,9 @@ mod tests {
 
     #[test]
     fn test_what_is_no_state_is_refused_with_words() {
-        assert!(pack(b"{", b"").unwrap_err().contains("config.json"));
-        assert!(unpack(b"{}", &plan()).unwrap_err().contains("no end"));
-        assert!(unpack(b"{}\n", &plan()).unwrap_err().contains("no memory zone"));
+        let refusal = |packed: &[u8]| unpack(packed, &plan()).unwrap_err().to_string();
+        assert!(pack(b"{", b"").unwrap_err().to_string().starts_with("config.json: "));
+        assert_eq!(refusal(b"{}"), "config.json has no end");
+        assert_eq!(refusal(b"{}\n"), "config.json has no memory zone");
     }
 }

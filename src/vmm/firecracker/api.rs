@@ -21,6 +21,7 @@ use crate::host::process::Signals;
 use crate::host::procfs;
 use crate::host::socket_dir::SocketDir;
 use crate::model::VmId;
+use crate::vmm::error::ControlError;
 use crate::vmm::http::{Call, Client};
 use crate::vmm::line::{self, read_line};
 use crate::vmm::rest::Rest;
@@ -110,7 +111,7 @@ impl Api {
 }
 
 impl Stopper {
-    async fn stop(&self) -> std::result::Result<(), String> {
+    async fn stop(&self) -> std::result::Result<(), ControlError> {
         self.signals.send(SIGSTOP);
         let stopped = async {
             // Only a parent is told when a process stops, and that is the jail's supervisor.
@@ -119,7 +120,7 @@ impl Stopper {
             }
         };
         let done = tokio::time::timeout(CONTROL_DEADLINE, stopped).await;
-        done.map_err(|_| format!("the process did not stop within {} s", CONTROL_DEADLINE.as_secs()))?;
+        done.map_err(|_| ControlError::NotStopped(CONTROL_DEADLINE))?;
         self.stopped.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -154,7 +155,7 @@ impl VmmControl for Api {
         Box::pin(async {
             match &self.stopper {
                 None => self.rest.ask("pause", bodies::pause()).await.map(drop),
-                Some(stopper) => stopper.stop().await.map_err(|reason| self.rest.failed("pause", reason)),
+                Some(stopper) => stopper.stop().await.map_err(|error| self.rest.failed("pause", error)),
             }
         })
     }
@@ -173,9 +174,9 @@ impl VmmControl for Api {
 
     fn save(&self, state: OwnedFd) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            let failed = |error: std::io::Error| self.rest.failed("save", error.to_string());
+            let failed = |error: std::io::Error| self.rest.failed("save", error);
             if self.ram.as_os_str().is_empty() {
-                return Err(self.rest.failed("save", "it was not launched to become a template".into()));
+                return Err(self.rest.failed("save", ControlError::NoTemplate));
             }
             let mut written = self.rest.sockets.file(bodies::STATE)?;
             // This pause is for good: what the API's resume does to the vsock does not matter.
@@ -189,7 +190,7 @@ impl VmmControl for Api {
 
     fn load(&self, state: OwnedFd, run: bool) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            let failed = |error: std::io::Error| self.rest.failed("load", error.to_string());
+            let failed = |error: std::io::Error| self.rest.failed("load", error);
             let mut given = self.rest.sockets.file(bodies::STATE)?;
             std::io::copy(&mut File::from(state), &mut given).map_err(failed)?;
             let at_once = run && self.disk_limit.is_none();
@@ -224,7 +225,7 @@ impl VmmControl for Api {
                     Ok(Ok(totals)) => Some(totals.sum),
                     Ok(Err(_)) | Err(_) => None,
                 };
-            sum.ok_or_else(|| self.rest.failed(operation, "it wrote no counters into its pipe".into()))
+            sum.ok_or_else(|| self.rest.failed(operation, ControlError::NoCounters))
         })
     }
 }
@@ -249,13 +250,13 @@ async fn read_counters(vm_id: VmId, metrics: pipe::Receiver, sender: watch::Send
                 totals.sum.written_bytes += more.written_bytes;
                 totals.sum.failed_writes += more.failed_writes;
             }),
-            Err(reason) => log::debug!("{vm_id}: {reason}"),
+            Err(error) => log::debug!("{vm_id}: {error}"),
         }
     }
 }
 
 /// The drives' part of a line: `block` is the sum over `block_ID`.
-fn added(line: &[u8]) -> std::result::Result<DiskIo, String> {
+fn added(line: &[u8]) -> std::result::Result<DiskIo, ControlError> {
     #[derive(Deserialize)]
     struct Line {
         block: Block,
@@ -267,7 +268,7 @@ fn added(line: &[u8]) -> std::result::Result<DiskIo, String> {
         /// What ended in an error of the host's, too.
         invalid_reqs_count: u64,
     }
-    let Line { block } = serde_json::from_slice(line).map_err(|error| format!("the counters: {error}"))?;
+    let Line { block } = serde_json::from_slice(line).map_err(ControlError::not_json("the counters"))?;
     let Block { read_bytes, write_bytes: written_bytes, invalid_reqs_count: failed_writes } = block;
     Ok(DiskIo { read_bytes, written_bytes, failed_writes })
 }
@@ -296,8 +297,8 @@ mod tests {
     fn test_added_takes_the_sum_over_drives() {
         let line =
             br#"{"block":{"read_bytes":10,"write_bytes":3,"invalid_reqs_count":1},"block_disk":{"read_bytes":10},"x":{}}"#;
-        assert_eq!(added(line), Ok(DiskIo { read_bytes: 10, written_bytes: 3, failed_writes: 1 }));
-        assert!(added(b"{}").unwrap_err().contains("block"));
+        assert_eq!(added(line).unwrap(), DiskIo { read_bytes: 10, written_bytes: 3, failed_writes: 1 });
+        assert!(added(b"{}").unwrap_err().to_string().contains("block"));
     }
 
     fn api(fake: &Fake) -> Api {

@@ -7,10 +7,11 @@ use tokio::io::{AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::host::process::Signals;
 use crate::host::rights::send_with;
 use crate::model::VmId;
+use crate::vmm::error::ControlError;
 use crate::vmm::line::{self, read_line};
 use crate::vmm::{BoxFuture, DiskIo, VmmControl, CONTROL_DEADLINE};
 
@@ -21,6 +22,8 @@ const STATE_SET: u32 = 1;
 
 /// Answers are some kilobytes.
 const MAX_LINE_BYTES: usize = 1 << 20;
+
+type Outcome<T> = std::result::Result<T, ControlError>;
 
 /// One QMP connection; commands go one after the other.
 #[derive(Debug)]
@@ -57,12 +60,7 @@ impl Qmp {
     }
 
     /// Runs `work` on the negotiated line, at most [`CONTROL_DEADLINE`].
-    async fn on_line<T>(
-        &self,
-        operation: &'static str,
-        work: impl AsyncFnOnce(&mut Line) -> std::result::Result<T, String>,
-    ) -> Result<T> {
-        let failed = |reason: String| Error::Vmm { vm_id: self.vm_id.clone(), operation, reason };
+    async fn on_line<T>(&self, operation: &'static str, work: impl AsyncFnOnce(&mut Line) -> Outcome<T>) -> Result<T> {
         let asked = async {
             let mut line = self.line.lock().await;
             let done = work(&mut line).await;
@@ -71,10 +69,17 @@ impl Qmp {
             }
             done
         };
-        match tokio::time::timeout(CONTROL_DEADLINE, asked).await {
-            Ok(answer) => answer.map_err(failed),
-            Err(_) => Err(failed(format!("QMP did not answer within {} s", CONTROL_DEADLINE.as_secs()))),
-        }
+        let answer = tokio::time::timeout(CONTROL_DEADLINE, asked).await;
+        answer.unwrap_or(Err(ControlError::NoAnswer(CONTROL_DEADLINE))).map_err(|error| {
+            let source = match error {
+                ControlError::Refused(_) | ControlError::NotTransferred => error.into(),
+                error => {
+                    let text = format!("QMP: {error}");
+                    Cause::explained(error, text)
+                }
+            };
+            Error::Vmm { vm_id: self.vm_id.clone(), operation, source }
+        })
     }
 
     async fn execute(&self, command: &'static str) -> Result<Value> {
@@ -83,17 +88,13 @@ impl Qmp {
 }
 
 impl Line {
-    async fn command(&mut self, command: &str, arguments: Value) -> std::result::Result<Value, String> {
+    async fn command(&mut self, command: &str, arguments: Value) -> Outcome<Value> {
         self.commands([(command, arguments)], None).await
     }
 
     /// Runs commands one after the other, the first that needs it with `fd`; returns the last one's answer. They are sent
     /// at once: each answer waited for would be two more wake-ups. Where one fails, those behind it run all the same.
-    async fn commands<const N: usize>(
-        &mut self,
-        commands: [(&str, Value); N],
-        fd: Option<&OwnedFd>,
-    ) -> std::result::Result<Value, String> {
+    async fn commands<const N: usize>(&mut self, commands: [(&str, Value); N], fd: Option<&OwnedFd>) -> Outcome<Value> {
         self.commands_and(commands, fd, |_| {}).await
     }
 
@@ -103,7 +104,7 @@ impl Line {
         commands: [(&str, Value); N],
         fd: Option<&OwnedFd>,
         mut hear: impl FnMut(&Value),
-    ) -> std::result::Result<Value, String> {
+    ) -> Outcome<Value> {
         let negotiation = (!self.negotiated).then_some(("qmp_capabilities", Value::Null));
         let first = self.next_id + 1;
         let commands = negotiation.into_iter().chain(commands);
@@ -127,7 +128,7 @@ impl Line {
         request.to_string() + "\n"
     }
 
-    async fn send(&mut self, text: &str, fd: Option<&OwnedFd>) -> std::result::Result<(), String> {
+    async fn send(&mut self, text: &str, fd: Option<&OwnedFd>) -> Outcome<()> {
         let stream = self.stream.get_mut();
         let sent = match fd {
             None => stream.write_all(text.as_bytes()).await,
@@ -139,24 +140,25 @@ impl Line {
                 }
             }
         };
-        sent.map_err(|e| format!("QMP: {e}"))
+        Ok(sent?)
     }
 
-    async fn answer(&mut self, id: u64, mut hear: impl FnMut(&Value)) -> std::result::Result<Value, String> {
+    async fn answer(&mut self, id: u64, mut hear: impl FnMut(&Value)) -> Outcome<Value> {
         // The greeting, events and late answers have another id or none.
         let is_it = |line: &Value| line.get("id").and_then(Value::as_u64) == Some(id);
         let answer = self.line_with(|line| is_it(line) || (hear(line), false).1).await?;
         match (answer.get("return"), answer.get("error")) {
             (Some(value), _) => Ok(value.clone()),
             (None, Some(error)) => {
-                Err(error.get("desc").and_then(Value::as_str).unwrap_or("unknown QMP error").to_owned())
+                let words = error.get("desc").and_then(Value::as_str).unwrap_or("unknown QMP error");
+                Err(ControlError::Refused(words.to_owned()))
             }
-            (None, None) => Err(format!("QMP: neither return nor error in {answer}")),
+            (None, None) => Err(ControlError::Incomplete { what: answer.to_string(), part: "return or error" }),
         }
     }
 
     /// Waits for the end of an incoming migration.
-    async fn migrated(&mut self) -> std::result::Result<(), String> {
+    async fn migrated(&mut self) -> Outcome<()> {
         let status = |line: &Value| match (line["event"].as_str(), line["data"]["status"].as_str()) {
             (Some("MIGRATION"), Some(status @ ("completed" | "failed"))) => Some(status == "completed"),
             _ => None,
@@ -164,17 +166,16 @@ impl Line {
         let end = self.line_with(|line| status(line).is_some()).await?;
         match status(&end) {
             Some(true) => Ok(()),
-            _ => Err("the device state was not transferred; the VMM's stderr says why".into()),
+            _ => Err(ControlError::NotTransferred),
         }
     }
 
-    async fn line_with(&mut self, mut wanted: impl FnMut(&Value) -> bool) -> std::result::Result<Value, String> {
+    async fn line_with(&mut self, mut wanted: impl FnMut(&Value) -> bool) -> Outcome<Value> {
         loop {
-            let read = read_line(&mut self.stream, &mut self.partial, MAX_LINE_BYTES).await;
-            if !read.map_err(|e| format!("QMP: {e}"))? {
-                return Err("QMP: the VMM closed the connection".into());
+            if !read_line(&mut self.stream, &mut self.partial, MAX_LINE_BYTES).await? {
+                return Err(ControlError::Closed);
             }
-            let line: Value = serde_json::from_slice(&self.partial).map_err(|e| format!("QMP: {e}"))?;
+            let line: Value = serde_json::from_slice(&self.partial).map_err(ControlError::not_json("its answer"))?;
             self.partial.clear();
             if wanted(&line) {
                 return Ok(line);
