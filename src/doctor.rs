@@ -168,7 +168,7 @@ fn judge(image: &GuestImage, look: &Look, trials: &[Trial]) -> Value {
     }
     match network {
         Err(refusal) => {
-            let what = format!("VMs cannot be connected: {}", refusal.reason);
+            let what = format!("VMs cannot be connected: {}", refusal.cause);
             problems.push(Finding::new(what, Some(refusal.remedy.clone())));
         }
         Ok(found) => problems.extend(found.iter().map(|one| {
@@ -189,7 +189,7 @@ fn judge(image: &GuestImage, look: &Look, trials: &[Trial]) -> Value {
         "network": {
             "connected_vms": network.is_ok(),
             "uplinks": net::uplinks(),
-            "reason": network.as_ref().err().map(|refusal| &refusal.reason),
+            "reason": network.as_ref().err().map(|refusal| refusal.cause.to_string()),
             "remedy": network.as_ref().err().map(|refusal| &refusal.remedy),
         },
         "jail": jail,

@@ -61,8 +61,8 @@ pub enum Error {
     TemplateTaken { name: String, reason: &'static str },
     #[error("{what} does not fit: {}", differences.join("; "))]
     StateMismatch { what: String, differences: Vec<String> },
-    #[error("{what} is damaged and is not used: {reason}; {remedy}")]
-    StateDamaged { what: String, reason: String, remedy: &'static str },
+    #[error("{what} is damaged and is not used: {source}; {remedy}")]
+    StateDamaged { what: String, source: Cause, remedy: &'static str },
     #[error("{vm_id}: cannot {operation} a VM that is {state}; allowed from: {allowed}")]
     InvalidState { vm_id: VmId, operation: &'static str, state: VmState, allowed: String },
     #[error("backend {backend} cannot be used: {reason}; {remedy}")]
@@ -79,8 +79,8 @@ pub enum Error {
         limit.to_uppercase()
     )]
     LimitTooLow { vm_id: VmId, limit: String, value: u64, needed: u64 },
-    #[error("{vm_id}: a connected network cannot be set up: {reason}; {remedy}")]
-    NetworkUnavailable { vm_id: VmId, reason: String, remedy: String },
+    #[error("{vm_id}: a connected network cannot be set up: {source}; {remedy}")]
+    NetworkUnavailable { vm_id: VmId, source: Cause, remedy: String },
     #[error("{field} {path:?} cannot be read: {source}", path = path.display())]
     ImageUnreadable { field: &'static str, path: PathBuf, source: Cause },
     #[error("{field} {path:?} is not usable: {reason}", path = path.display())]
@@ -101,8 +101,8 @@ pub enum Error {
         socket = socket.display()
     )]
     ForeignSocket { vm_id: String, socket: PathBuf, uid: u32 },
-    #[error("{vm_id}: {socket:?} is not trusted: {reason}; {remedy}: nothing was sent", socket = socket.display())]
-    UntrustedSocket { vm_id: String, socket: PathBuf, reason: String, remedy: String },
+    #[error("{vm_id}: {socket:?} is not trusted: {source}; {remedy}: nothing was sent", socket = socket.display())]
+    UntrustedSocket { vm_id: String, socket: PathBuf, source: Cause, remedy: String },
     #[error("{vm_id}: {what} was not done within {limit_s} s{}", outcome(*sent))]
     ChannelTimeout { vm_id: String, what: String, limit_s: f64, sent: bool },
     #[error("{vm_id}: {what}: {}", said(message))]
@@ -206,7 +206,7 @@ impl Error {
                 json!({"limit": limit, "value": value, "needed": needed})
             }
             Error::StateMismatch { differences, .. } => json!({"differences": differences}),
-            Error::NetworkUnavailable { reason, remedy, .. } => json!({"reason": reason, "remedy": remedy}),
+            Error::NetworkUnavailable { source, remedy, .. } => json!({"reason": source.to_string(), "remedy": remedy}),
             Error::FolderRefused { field, path, source, remedy } => {
                 let (path, reason) = (path.display().to_string(), source.to_string());
                 json!({"field": field, "path": path, "reason": reason, "remedy": remedy})

@@ -38,8 +38,8 @@ fn is_trusted(owner: u32, own: u32) -> bool {
 pub(super) async fn connect(vm_id: &VmId, socket: &Path) -> Result<io::Result<UnixStream>> {
     // Another user could lead the path, by a link in a folder of theirs, to the broker of another VM of this user.
     let found = store::to_socket(socket).map_err(|Refusal { cause, remedy }| {
-        let (vm_id, socket, reason) = (vm_id.to_string(), socket.to_owned(), cause.to_string());
-        Error::UntrustedSocket { vm_id, socket, reason, remedy }
+        let (vm_id, socket) = (vm_id.to_string(), socket.to_owned());
+        Error::UntrustedSocket { vm_id, socket, source: cause, remedy }
     })?;
     let Some(found) = found else { return Ok(Err(io::Error::from_raw_os_error(libc::ENOENT))) };
     // What was checked, whatever its path leads to by now (proc_pid_fd(5)).

@@ -12,14 +12,17 @@ use crate::host::elf::Elf;
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 const XEN: &[u8] = b"Xen";
 
+fn unreadable(field: &'static str, path: &Path, cause: impl Into<Cause>) -> Error {
+    Error::ImageUnreadable { field, path: path.to_owned(), source: cause.into() }
+}
+
 fn open(field: &'static str, path: &Path) -> Result<(File, u64)> {
-    let unreadable = |source: Cause| Error::ImageUnreadable { field, path: path.to_owned(), source };
     // Looked at before it is opened: opening a FIFO would wait for a writer.
-    let meta = path.metadata().map_err(|error| unreadable(error.into()))?;
+    let meta = path.metadata().map_err(|error| unreadable(field, path, error))?;
     if !meta.is_file() {
-        return Err(unreadable("it is not a regular file".into()));
+        return Err(unreadable(field, path, "it is not a regular file"));
     }
-    let file = File::open(path).map_err(|error| unreadable(error.into()))?;
+    let file = File::open(path).map_err(|error| unreadable(field, path, error))?;
     Ok((file, meta.len()))
 }
 
@@ -36,7 +39,7 @@ pub fn check_kernel(path: &Path) -> Result<()> {
         |reason: &str| Error::ImageInvalid { field: "kernel_path", path: path.to_owned(), reason: reason.into() };
     let (file, _) = open("kernel_path", path)?;
     let mut header = Vec::new();
-    (&file).take(1024).read_to_end(&mut header).map_err(|error| invalid(&error.to_string()))?;
+    (&file).take(1024).read_to_end(&mut header).map_err(|error| unreadable("kernel_path", path, error))?;
     if header.get(0x202..0x206) == Some(b"HdrS") {
         return Err(invalid(
             "it is a compressed bzImage; give the uncompressed vmlinux (scripts/extract-vmlinux makes it)",

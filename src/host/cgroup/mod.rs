@@ -26,7 +26,7 @@ use nix::unistd::{unlinkat, Pid, UnlinkatFlags};
 
 use super::fork::{self, ForkGuard};
 use super::pidfd;
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use hierarchy::Hierarchies;
 pub use usage::{recorded, usage, GroupUse};
 
@@ -91,7 +91,7 @@ pub struct Limits {
 }
 
 /// What became of one controller: where and how it limits, or why it does not.
-pub type Outcome = (Controller, std::result::Result<String, String>);
+pub type Outcome = (Controller, std::result::Result<String, Cause>);
 
 /// One VM's groups; killed, emptied and removed when dropped. Blocking.
 #[derive(Debug)]
@@ -136,11 +136,11 @@ impl Groups {
             let reason = match controller {
                 Controller::Devices if hierarchies.v2().is_some() => {
                     "cgroup v2 restricts devices by BPF programs alone; the jail's root has no other device nodes"
-                        .into()
+                        .to_owned()
                 }
                 other => format!("no cgroup hierarchy here has the {other} controller"),
             };
-            (controller, Err(reason))
+            (controller, Err(Cause::from(reason)))
         };
         groups.outcomes.extend(missing.into_iter().map(absent));
         groups.outcomes.sort_by_key(|(controller, _)| *controller);
@@ -373,9 +373,12 @@ fn make(folder: &Path) -> io::Result<()> {
 }
 
 /// Writes one control file of a group.
-fn set(folder: &Path, file: &str, value: &str) -> std::result::Result<(), String> {
+fn set(folder: &Path, file: &str, value: &str) -> std::result::Result<(), Cause> {
     let path = folder.join(file);
-    fs::write(&path, value).map_err(|error| format!("writing {value:?} to {}: {error}", path.display()))
+    fs::write(&path, value).map_err(|error| {
+        let text = format!("writing {value:?} to {}: {error}", path.display());
+        Cause::explained(error, text)
+    })
 }
 
 /// What a group is asked for that only has to be there.
@@ -393,7 +396,7 @@ pub fn probe(parent: Option<&Path>) -> Vec<Outcome> {
     let name = format!("probe-{}-{:x}", std::process::id(), super::clock::unix_time_ns());
     match Groups::create(&name, parent, &PROBED) {
         Ok(groups) => groups.outcomes().to_vec(),
-        Err(error) => Controller::ALL.into_iter().map(|controller| (controller, Err(error.to_string()))).collect(),
+        Err(error) => Controller::ALL.into_iter().map(|controller| (controller, Err(error.clone().into()))).collect(),
     }
 }
 
@@ -518,7 +521,7 @@ mod tests {
         }
         let groups = Groups::create(&format!("{name}-{}", std::process::id()), None, limits).unwrap();
         let missing = |(controller, outcome): &&Outcome| outcome.is_err() && *controller != Controller::Devices;
-        assert_eq!(groups.outcomes().iter().find(missing), None);
+        assert!(!groups.outcomes().iter().any(|outcome| missing(&outcome)), "{:?}", groups.outcomes());
         Some(groups)
     }
 

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use super::{make, set, Controller, Device, Limits};
+use crate::error::Cause;
 
 pub struct Made {
     pub folder: Option<PathBuf>,
-    pub outcome: Result<String, String>,
+    pub outcome: Result<String, Cause>,
 }
 
 /// Makes the group below `own` and sets what the controller limits.
@@ -16,7 +17,8 @@ pub fn create(own: &Path, name: &str, controller: Controller, limits: &Limits) -
     if let Err(error) = make(&folder) {
         if error.kind() != std::io::ErrorKind::AlreadyExists {
             let remedy = "an administrator can delegate a group: mkdir, chown, and start this process in it";
-            return Made { folder: None, outcome: Err(format!("mkdir {}: {error}; {remedy}", folder.display())) };
+            let text = format!("mkdir {}: {error}; {remedy}", folder.display());
+            return Made { folder: None, outcome: Err(Cause::explained(error, text)) };
         }
     }
     let outcome = match controller {
@@ -30,7 +32,7 @@ pub fn create(own: &Path, name: &str, controller: Controller, limits: &Limits) -
     Made { folder: Some(folder), outcome }
 }
 
-fn cpu(folder: &Path, limits: &Limits) -> Result<String, String> {
+fn cpu(folder: &Path, limits: &Limits) -> Result<String, Cause> {
     set(folder, "cpu.cfs_period_us", &limits.cpu_period_us.to_string())?;
     set(folder, "cpu.cfs_quota_us", &limits.cpu_quota_us.to_string())?;
     // On a busy host a group weighs as much as one process, however many CPUs it may use: 1024 for each of them.
@@ -39,7 +41,7 @@ fn cpu(folder: &Path, limits: &Limits) -> Result<String, String> {
     Ok(format!("cgroup v1 cpu: {} us of every {} us", limits.cpu_quota_us, limits.cpu_period_us))
 }
 
-fn memory(folder: &Path, limits: &Limits) -> Result<String, String> {
+fn memory(folder: &Path, limits: &Limits) -> Result<String, Cause> {
     let bytes = limits.memory_bytes.to_string();
     // A guest's secrets do not go to swap, and swap does not stretch the limit.
     set(folder, "memory.swappiness", "0")?;
@@ -51,7 +53,7 @@ fn memory(folder: &Path, limits: &Limits) -> Result<String, String> {
     Ok(format!("cgroup v1 memory: memory.limit_in_bytes {bytes}"))
 }
 
-fn devices(folder: &Path, allowed: &[Device]) -> Result<String, String> {
+fn devices(folder: &Path, allowed: &[Device]) -> Result<String, Cause> {
     set(folder, "devices.deny", "a")?;
     for Device { major, minor } in allowed {
         set(folder, "devices.allow", &format!("c {major}:{minor} rw"))?;
@@ -59,7 +61,7 @@ fn devices(folder: &Path, allowed: &[Device]) -> Result<String, String> {
     Ok(format!("cgroup v1 devices: {} character devices, all others denied", allowed.len()))
 }
 
-fn io(folder: &Path, limits: &Limits) -> Result<String, String> {
+fn io(folder: &Path, limits: &Limits) -> Result<String, Cause> {
     let Some((Device { major, minor }, bytes, operations)) = limits.io else { return Err("nothing to limit".into()) };
     for (what, value) in [("bps", bytes), ("iops", operations)] {
         let Some(value) = value else { continue };

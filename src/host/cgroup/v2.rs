@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::hierarchy::Unified;
 use super::{make, set, Controller, Device, Limits, Outcome};
+use crate::error::Cause;
 
 pub struct Made {
     pub folder: Option<PathBuf>,
@@ -18,7 +19,7 @@ pub struct Made {
 /// the process's own group seldom serves, and its siblings are next.
 pub fn create(v2: &Unified, parent: Option<&Path>, name: &str, wanted: &[Controller], limits: &Limits) -> Made {
     let candidates = candidates(v2, parent);
-    let (mut best, mut reason) = (None, "there is no group to divide".to_owned());
+    let (mut best, mut reason) = (None, Cause::from("there is no group to divide"));
     for candidate in &candidates {
         let (given, why) = divide(&v2.mount, candidate, wanted);
         reason = why.unwrap_or(reason);
@@ -32,7 +33,8 @@ pub fn create(v2: &Unified, parent: Option<&Path>, name: &str, wanted: &[Control
     let made = best.map(|(candidate, _)| candidate.join(name)).and_then(|folder| match make(&folder) {
         Ok(()) => Some(folder),
         Err(error) => {
-            reason = format!("mkdir {}: {error}", folder.display());
+            let text = format!("mkdir {}: {error}", folder.display());
+            reason = Cause::explained(error, text);
             None
         }
     });
@@ -41,7 +43,7 @@ pub fn create(v2: &Unified, parent: Option<&Path>, name: &str, wanted: &[Control
                   and name it in config[\"cgroup_parent\"]";
     let outcome = |controller: &Controller| match &made {
         Some(folder) => limit(folder, *controller, limits),
-        None => Err(format!("{reason}; {remedy}")),
+        None => Err(Cause::explained(reason.clone(), format!("{reason}; {remedy}"))),
     };
     let outcomes = wanted.iter().map(|controller| (*controller, outcome(controller))).collect();
     Made { folder: made, outcomes }
@@ -57,7 +59,7 @@ pub fn candidates(v2: &Unified, parent: Option<&Path>) -> Vec<PathBuf> {
 
 /// Gives a group's children the controllers that they do not have yet, and its ancestors' children before; answers with
 /// how many of the wanted ones they have then, and why not all.
-fn divide(mount: &Path, folder: &Path, wanted: &[Controller]) -> (usize, Option<String>) {
+fn divide(mount: &Path, folder: &Path, wanted: &[Controller]) -> (usize, Option<Cause>) {
     let has = |folder: &Path, controller: &Controller| {
         let enabled = fs::read_to_string(folder.join("cgroup.subtree_control")).unwrap_or_default();
         enabled.split_whitespace().any(|name| name == controller.as_str())
@@ -76,7 +78,7 @@ fn divide(mount: &Path, folder: &Path, wanted: &[Controller]) -> (usize, Option<
     (given, reason.filter(|_| given < wanted.len()))
 }
 
-fn limit(folder: &Path, controller: Controller, limits: &Limits) -> Result<String, String> {
+fn limit(folder: &Path, controller: Controller, limits: &Limits) -> Result<String, Cause> {
     match controller {
         Controller::Cpu => {
             let value = format!("{} {}", limits.cpu_quota_us, limits.cpu_period_us);

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::route::way_to;
 use super::{Refusal, Tool};
+use crate::error::Cause;
 use crate::model::Ipv4Net;
 
 /// The index of the interface called `name`.
@@ -89,7 +90,10 @@ pub fn set_setting(path: &str, value: &str) -> Result<(), Refusal> {
     match setting(path) {
         Some(now) if now != value => fs::write(format!("/proc/sys/net/{path}"), value).map_err(|error| {
             let reason = format!("/proc/sys/net/{path} cannot be set to {value}: {error}");
-            Refusal::new(reason, "let this process write below /proc/sys/net (a container: --privileged)")
+            Refusal::new(
+                Cause::explained(error, reason),
+                "let this process write below /proc/sys/net (a container: --privileged)",
+            )
         }),
         // A kernel without IPv6 has none to switch off.
         _ => Ok(()),

@@ -24,21 +24,25 @@ pub use tap::Tap;
 pub use tool::Tool;
 pub use undo::{Step, Undo};
 
+use crate::error::Cause;
+
 /// Why the host's network was not changed, and what to do about that.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Refusal {
-    pub reason: String,
+    pub cause: Cause,
     pub remedy: String,
 }
 
 impl Refusal {
-    pub(crate) fn new(reason: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { reason: reason.into(), remedy: remedy.into() }
+    pub(crate) fn new(cause: impl Into<Cause>, remedy: impl Into<String>) -> Self {
+        Self { cause: cause.into(), remedy: remedy.into() }
     }
 
     /// The process may not do it.
-    pub(crate) fn denied(what: &str) -> Self {
-        Self::new(format!("{what}: this process lacks CAP_NET_ADMIN"), PRIVILEGE_REMEDY)
+    pub(crate) fn denied(what: impl Into<Cause>) -> Self {
+        let what = what.into();
+        let text = format!("{what}: this process lacks CAP_NET_ADMIN");
+        Self::new(Cause::explained(what, text), PRIVILEGE_REMEDY)
     }
 }
 

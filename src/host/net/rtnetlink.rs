@@ -29,27 +29,27 @@ const TRIES: usize = 16;
 /// What the kernel answers about something that is gone already.
 const GONE: [Errno; 4] = [Errno::ENODEV, Errno::ESRCH, Errno::ENOENT, Errno::EADDRNOTAVAIL];
 
+/// An index that no interface has.
+const NOBODY: u32 = i32::MAX as u32;
+
 /// A change that the kernel did not make.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 #[error("the kernel does not {change}: {errno}")]
 pub struct Rejected {
     change: String,
+    #[source]
     pub errno: Errno,
 }
 
 impl From<Rejected> for Refusal {
     fn from(rejected: Rejected) -> Self {
-        match rejected.errno {
-            Errno::EPERM | Errno::EACCES => Refusal::denied(&rejected.to_string()),
-            Errno::EOPNOTSUPP => Refusal::new(rejected.to_string(), "load the driver (modprobe ifb)"),
-            Errno::EBUSY | Errno::EEXIST => {
-                Refusal::new(rejected.to_string(), "look at who uses it (ip address, ip route)")
-            }
-            _ => Refusal::new(
-                rejected.to_string(),
-                "look at the interface, and at the limits of this process (ulimit -a)",
-            ),
-        }
+        let remedy = match rejected.errno {
+            Errno::EPERM | Errno::EACCES => return Refusal::denied(rejected),
+            Errno::EOPNOTSUPP => "load the driver (modprobe ifb)",
+            Errno::EBUSY | Errno::EEXIST => "look at who uses it (ip address, ip route)",
+            _ => "look at the interface, and at the limits of this process (ulimit -a)",
+        };
+        Refusal::new(rejected, remedy)
     }
 }
 
@@ -83,6 +83,13 @@ pub fn apply_all(changes: &[Change]) {
             log::warn!("the network was not cleaned up: {rejected}");
         }
     }
+}
+
+/// Whether the kernel lets this process change no interface here: it asks for the right before it looks for the interface.
+pub(super) fn is_denied() -> bool {
+    let mut nobody = LinkMessage::default();
+    nobody.header.index = NOBODY;
+    exchange(RouteNetlinkMessage::SetLink(nobody).into(), NLM_F_ACK) == Err(Errno::EPERM)
 }
 
 /// Every interface: none that exists all the while is left out.
@@ -237,9 +244,6 @@ fn destination_of(message: &RouteMessage) -> String {
 mod tests {
     use super::*;
 
-    /// An index that no interface has.
-    const NOBODY: u32 = i32::MAX as u32;
-
     fn delete(index: u32) -> Change {
         let mut message = LinkMessage::default();
         message.header.index = index;
@@ -270,6 +274,26 @@ mod tests {
     #[test]
     fn test_refusal_without_the_right_tells_how_to_get_it() {
         let rejected = Rejected { change: "make interface tw-ifb-7".into(), errno: Errno::EPERM };
-        assert_eq!(Refusal::from(rejected).remedy, super::super::PRIVILEGE_REMEDY);
+        let refusal = Refusal::from(rejected);
+        assert_eq!(refusal.remedy, super::super::PRIVILEGE_REMEDY);
+        assert_eq!(refusal.cause.errno(), Some(Errno::EPERM));
+    }
+
+    #[test]
+    fn test_is_denied_as_soon_as_the_right_is_gone() {
+        let (before, after) = std::thread::spawn(|| {
+            let before = is_denied();
+            // capset(2): the header has the version of the interface and a thread, 0 for this one; then come three sets, in
+            // halves.
+            let (header, none) = ([0x2008_0522_u32, 0], [0_u32; 6]);
+            // SAFETY: both are of the lengths that this version reads. It concerns this thread alone, which is about to end.
+            let dropped = unsafe { libc::syscall(libc::SYS_capset, &raw const header, &raw const none) };
+            assert_eq!(dropped, 0);
+            (before, is_denied())
+        })
+        .join()
+        .unwrap();
+        assert!(!before || !crate::host::privileges::probe().net_admin);
+        assert!(after);
     }
 }

@@ -9,6 +9,7 @@ use nix::sys::socket::{
 };
 
 use super::Refusal;
+use crate::error::Cause;
 
 /// How often another port is tried when one is free for UDP alone.
 const TRIES: usize = 16;
@@ -34,10 +35,8 @@ pub fn listen_on(interface: &str) -> Result<Listening, Refusal> {
             Err(errno) => last = errno,
         }
     }
-    Err(Refusal::new(
-        format!("a DNS relay cannot listen on {interface}: {last}"),
-        "look at its limits and capabilities",
-    ))
+    let text = format!("a DNS relay cannot listen on {interface}: {last}");
+    Err(Refusal::new(Cause::explained(last, text), "look at its limits and capabilities"))
 }
 
 fn try_listen(interface: &str) -> nix::Result<Listening> {

@@ -94,11 +94,11 @@ impl Table {
         let removed = if state.parts.is_empty() { Tool::Nft.run(&self.drop) } else { Tool::Nft.run(&part.remove) };
         // Someone else was at it: what is left is made anew.
         let removed = removed.or_else(|refusal| {
-            log::warn!("{}: a part could not be taken out, so all is made anew: {}", self.name, refusal.reason);
+            log::warn!("{}: a part could not be taken out, so all is made anew: {}", self.name, refusal.cause);
             self.make_anew(&state)
         });
         if let Err(refusal) = removed {
-            log::error!("{}: not cleaned up: {}; {}", self.name, refusal.reason, refusal.remedy);
+            log::error!("{}: not cleaned up: {}; {}", self.name, refusal.cause, refusal.remedy);
         }
     }
 
@@ -127,7 +127,7 @@ impl Table {
         match restored {
             Ok(()) => log::warn!("{}: someone removed it; it was put back", self.name),
             Err(refusal) => {
-                log::error!("{}: someone removed it, and it was not put back: {}", self.name, refusal.reason)
+                log::error!("{}: someone removed it, and it was not put back: {}", self.name, refusal.cause)
             }
         }
     }

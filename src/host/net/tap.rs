@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::{facts, Refusal};
+use crate::error::Cause;
 use crate::host::fork::{self, ForkGuard};
 
 /// The clone device; tuntap.rst.
@@ -40,13 +41,14 @@ impl Tap {
         let device = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE);
         let device = device.map_err(|error| match error.kind() {
             ErrorKind::PermissionDenied => Refusal::new(
-                format!("{DEVICE} may not be opened by this user"),
+                Cause::explained(error, format!("{DEVICE} may not be opened by this user")),
                 "let every user open it, as is usual (chmod 666; what may be done with it is asked later), or run as root",
             ),
-            _ => Refusal::new(
-                format!("{DEVICE}: {error}"),
-                "load the driver (modprobe tun); in a container pass --device /dev/net/tun",
-            ),
+            _ => {
+                let text = format!("{DEVICE}: {error}");
+                let remedy = "load the driver (modprobe tun); in a container pass --device /dev/net/tun";
+                Refusal::new(Cause::explained(error, text), remedy)
+            }
         })?;
         // SAFETY: all zeros is a valid ifreq.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -64,18 +66,21 @@ impl Tap {
         let set = unsafe { libc::ioctl(device.as_raw_fd(), TUNSETIFF, &raw mut request) };
         if set < 0 {
             let error = std::io::Error::last_os_error();
-            return Err(match error.raw_os_error() {
-                Some(libc::EPERM) => Refusal::denied(&format!("tap {name:?}")),
-                Some(libc::EBUSY) => Refusal::new(
+            let (text, remedy) = match error.raw_os_error() {
+                Some(libc::EPERM) => {
+                    return Err(Refusal::denied(Cause::explained(error, format!("tap {name:?}"))));
+                }
+                Some(libc::EBUSY) => (
                     format!("tap {name:?} is in use by another VM or process"),
-                    "stop that one, or choose another tap_device",
+                    "stop that one, or choose another tap_device".to_owned(),
                 ),
-                Some(libc::EINVAL) => Refusal::new(
+                Some(libc::EINVAL) => (
                     format!("{name:?} exists and is no tap with one queue"),
                     format!("choose another tap_device, or make it anew: ip tuntap add dev {name} mode tap"),
                 ),
-                _ => Refusal::new(format!("tap {name:?}: {error}"), "choose another tap_device"),
-            });
+                _ => (format!("tap {name:?}: {error}"), "choose another tap_device".to_owned()),
+            };
+            return Err(Refusal::new(Cause::explained(error, text), remedy));
         }
         let bytes: Vec<u8> = request.ifr_name.iter().map(|c| *c as u8).take_while(|byte| *byte != 0).collect();
         let name = String::from_utf8_lossy(&bytes).into_owned();

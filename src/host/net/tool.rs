@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::memfd::{memfd_create, MFdFlags};
 
-use super::Refusal;
+use super::{rtnetlink, Refusal};
+use crate::error::Cause;
 use crate::host::binary;
 
 /// How long one run may take; each takes a few milliseconds.
@@ -76,7 +77,7 @@ impl Tool {
         }
         let Err(refusal) = self.start(&self.batch_arguments(true), batch) else { return };
         let told = |line: &&str| !line.starts_with("Command failed") && !GONE.iter().any(|gone| line.contains(gone));
-        for line in refusal.reason.lines().filter(told) {
+        for line in refusal.cause.to_string().lines().filter(told) {
             log::warn!("the network was not cleaned up: {line}");
         }
     }
@@ -99,29 +100,30 @@ impl Tool {
 
     fn start(self, arguments: &[&str], stdin: &str) -> Result<String, Refusal> {
         let path = self.find()?;
-        let failed = |error: &dyn std::fmt::Display| {
-            Refusal::new(format!("{}: {error}", path.display()), "look at the limits of this process (ulimit -a)")
+        let failed = |error: std::io::Error| {
+            let text = format!("{}: {error}", path.display());
+            Refusal::new(Cause::explained(error, text), "look at the limits of this process (ulimit -a)")
         };
-        let input = file_with(stdin).map_err(|error| failed(&error))?;
-        let (mut reader, writer) = std::io::pipe().map_err(|error| failed(&error))?;
+        let input = file_with(stdin).map_err(failed)?;
+        let (mut reader, writer) = std::io::pipe().map_err(failed)?;
         let mut child = Command::new(&path)
             .args(arguments)
             .env_clear()
             .env("LC_ALL", "C")
             .stdin(Stdio::from(input))
-            .stdout(writer.try_clone().map_err(|error| failed(&error))?)
+            .stdout(writer.try_clone().map_err(failed)?)
             .stderr(writer)
             .spawn()
-            .map_err(|error| failed(&error))?;
+            .map_err(failed)?;
         let said = read_until(&mut reader, Instant::now() + DEADLINE);
         if said.is_none() {
-            child.kill().map_err(|error| failed(&error))?;
+            child.kill().map_err(failed)?;
         }
-        let status = child.wait().map_err(|error| failed(&error))?;
+        let status = child.wait().map_err(failed)?;
         match said {
             Some(said) if status.success() => Ok(said),
-            // The kernel's EPERM in the C locale: the tool's exit code is the same for every failure.
-            Some(said) if said.contains("not permitted") => Err(Refusal::denied(said.trim())),
+            // The tool's exit code is the same for every failure.
+            Some(said) if rtnetlink::is_denied() => Err(Refusal::denied(said.trim())),
             Some(said) => Err(Refusal::new(
                 format!("{} failed: {}", self.name(), said.trim()),
                 "check that the kernel has what it names (modules nf_tables, nft_connlimit, ifb, cls_u32, act_mirred, sch_tbf)",
@@ -174,6 +176,6 @@ mod tests {
     #[test]
     fn test_run_a_line_that_fails_says_which_and_why() {
         let refusal = Tool::Tc.run("qdisc show dev no-such-device\n").unwrap_err();
-        assert!(refusal.reason.contains("no-such-device"), "{refusal:?}");
+        assert!(refusal.cause.to_string().contains("no-such-device"), "{refusal:?}");
     }
 }

@@ -33,7 +33,7 @@ impl Drop for Undo {
                 Step::Links(changes) => apply_all(&changes),
                 Step::Setting(path, value) => {
                     if let Err(refusal) = set_setting(&path, &value) {
-                        log::warn!("the network was not cleaned up: {}", refusal.reason);
+                        log::warn!("the network was not cleaned up: {}", refusal.cause);
                     }
                 }
                 Step::Rules(part) => drop(part),

@@ -26,7 +26,7 @@ use tokio::sync::RwLock;
 use super::files::{self, Template, DISK, MANIFEST, RAM, STATE};
 use super::folder::{self, Folder};
 use super::{digest, Digest, Fit, Manifest};
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::host::clock;
 use crate::image::copy_disk;
 use crate::model::{VmId, VmSpec};
@@ -159,9 +159,9 @@ impl SnapshotStore {
         }
     }
 
-    fn damaged(&self, name: &str, reason: impl std::fmt::Display) -> Error {
+    fn damaged(&self, name: &str, cause: impl Into<Cause>) -> Error {
         let what = format!("{} {name:?}", self.what);
-        Error::StateDamaged { what, reason: reason.to_string(), remedy: self.remedy }
+        Error::StateDamaged { what, source: cause.into(), remedy: self.remedy }
     }
 
     #[must_use]

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use microvm_protocol::identity::GuestNetwork;
 use nix::errno::Errno;
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::host::fork::PerProcess;
 use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
 use crate::host::{clock, kernel, privileges};
@@ -120,7 +120,8 @@ pub fn connect(
     bandwidth_mbps: u64,
     wire: Wire,
 ) -> Result<(Connection, Nic, GuestNetwork)> {
-    let refused = |Refusal { reason, remedy }| Error::NetworkUnavailable { vm_id: vm_id.clone(), reason, remedy };
+    let refused =
+        |Refusal { cause: source, remedy }| Error::NetworkUnavailable { vm_id: vm_id.clone(), source, remedy };
     if config.ipv6 {
         return Err(refused(Refusal::new("this release gives VMs no IPv6", "leave out ipv6=True")));
     }
@@ -159,7 +160,7 @@ pub fn ready(tap: Option<&str>, relayed: bool, age: Age) -> std::result::Result<
         problems = look(tap, relayed, Age::Now);
     }
     match problems.iter().find(|problem| problem.is_certain) {
-        Some(Problem { what, remedy, .. }) => Err(Refusal::new(what, remedy)),
+        Some(Problem { what, remedy, .. }) => Err(Refusal::new(what.as_str(), remedy)),
         None => Ok(problems),
     }
 }
@@ -291,10 +292,8 @@ fn raise(vm_network: &Arc<VmNetwork>, home: &Home) -> std::result::Result<(Undo,
     })?;
     let relay = listening.map(|(listening, upstream)| {
         Relay::start(listening, upstream, vm_network.clone(), rules.clone(), table.clone()).map_err(|error| {
-            Refusal::new(
-                format!("the DNS relay of {} does not start: {error}", vm_network.tap.name),
-                "look at ulimit -n",
-            )
+            let text = format!("the DNS relay of {} does not start: {error}", vm_network.tap.name);
+            Refusal::new(Cause::explained(error, text), "look at ulimit -n")
         })
     });
     Ok((undo, relay.transpose()?))
@@ -303,7 +302,8 @@ fn raise(vm_network: &Arc<VmNetwork>, home: &Home) -> std::result::Result<(Undo,
 /// Whether a tap that exists is up; one that belongs to a bridge has no addresses of its own.
 fn was_up(Tap { name, index, .. }: &Tap) -> std::result::Result<bool, Refusal> {
     let link = host::link(*index).map_err(|errno| {
-        Refusal::new(format!("the kernel tells nothing of tap {name:?}: {errno}"), "look whether it is still there")
+        let text = format!("the kernel tells nothing of tap {name:?}: {errno}");
+        Refusal::new(Cause::explained(errno, text), "look whether it is still there")
     })?;
     let Some(master) = link.master else { return Ok(link.is_up) };
     let master = host::link(master).map_or_else(|_| "another interface".to_owned(), |master| master.name);

@@ -11,6 +11,7 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::host_servers;
+use crate::error::Cause;
 use crate::host::clock;
 use crate::host::net::{Listening, Table};
 use crate::mutex::Mutex as StdMutex;
@@ -304,7 +305,7 @@ impl Asking {
         None
     }
 
-    async fn pin(&self, relayed: &Relayed) -> Result<(), String> {
+    async fn pin(&self, relayed: &Relayed) -> Result<(), Cause> {
         if relayed.pinned.is_empty() {
             return Ok(());
         }
@@ -320,10 +321,8 @@ impl Asking {
             }
             if !pins.have_room(&relayed.pinned) {
                 self.wanted.lock().retain(|pinned, _| !relayed.pinned.contains(pinned));
-                return Err(format!(
-                    "its names stand for {} addresses already, the most that may be",
-                    pins.until.len()
-                ));
+                let held = pins.until.len();
+                return Err(format!("its names stand for {held} addresses already, the most that may be").into());
             }
             match pins.changes.take(now) {
                 Ok(()) => return self.change(&mut pins, relayed, needed).await,
@@ -341,7 +340,7 @@ impl Asking {
     }
 
     /// Lets pass what `relayed` needs, and in the same change what others wait for, as far as there is room.
-    async fn change(&self, pins: &mut Pins, relayed: &Relayed, needed: u32) -> Result<(), String> {
+    async fn change(&self, pins: &mut Pins, relayed: &Relayed, needed: u32) -> Result<(), Cause> {
         let others = std::mem::take(&mut *self.wanted.lock());
         let mut all: HashMap<Pinned, u32> = relayed.pinned.iter().map(|pinned| (*pinned, needed)).collect();
         let mut room = MAX_PINNED.saturating_sub(pins.until.len() + all.len());
@@ -358,7 +357,7 @@ impl Asking {
         let text = self.rules.pin(self.vm_network.tap.index, &all);
         let (table, begun) = (self.table.clone(), Instant::now());
         let changed = tokio::task::spawn_blocking(move || table.change(&text)).await;
-        changed.map_err(|error| error.to_string())?.map_err(|refusal| refusal.reason)?;
+        changed?.map_err(|refusal| refusal.cause)?;
         pins.until.extend(all.iter().map(|(pinned, lasts)| (*pinned, begun + Duration::from_secs(u64::from(*lasts)))));
         Ok(())
     }

@@ -25,7 +25,7 @@ pub fn sweep() {
     }
     match Tool::Nft.ask(&["list", "tables"]) {
         Ok(tables) => tables.lines().filter_map(rules_of).for_each(|rules| remove_if_stale(&rules)),
-        Err(refusal) => log::warn!("stale rules were not looked for: {}", refusal.reason),
+        Err(refusal) => log::warn!("stale rules were not looked for: {}", refusal.cause),
     }
     host::apply_all(&ifbs);
     log::info!("removed the networks of {} VMs of dead processes", ifbs.len());
@@ -73,6 +73,6 @@ fn remove(rules: &Rules, taps: &[Link]) {
         host::apply_all(&net::abandoned_end(*index, is_generated(name)));
     }
     if let Err(refusal) = Tool::Nft.run(&rules.drop()) {
-        log::warn!("stale rules were not removed: {}", refusal.reason);
+        log::warn!("stale rules were not removed: {}", refusal.cause);
     }
 }

@@ -260,7 +260,7 @@ pub fn cgroup_layer((controller, outcome): &Outcome) -> (&'static str, Layer) {
     };
     let layer = match outcome {
         Ok(how) => Layer::Given(how.clone()),
-        Err(why) => Layer::Missing(why.clone()),
+        Err(why) => Layer::Missing(why.to_string()),
     };
     (name, layer)
 }
