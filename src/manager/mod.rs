@@ -28,7 +28,7 @@ use crate::model::{
 };
 use crate::mutex::Mutex;
 use crate::store::{path, Existing, Folders};
-use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Settings};
+use crate::vm::{self, janitor, Events, Heartbeat, MicroVm, Preparation, Settings};
 use crate::vmm::{Binaries, COST_MIB};
 use policy::Remediations;
 use pool::Pool;
@@ -293,12 +293,12 @@ impl Manager {
         }
     }
 
-    /// Makes the template of VMs like `spec`, unless it is there; they then start as clones.
+    /// What makes the template of VMs like `spec`, unless it is there; they then start as clones.
     ///
     /// # Errors
-    /// As a start's; [`Error::Host`] when there can be none.
-    pub async fn prepare(&self, spec: VmSpec) -> Result<()> {
-        vm::prepare_template(spec, &self.settings).await
+    /// [`Error::Host`].
+    pub fn prepare(&self, spec: VmSpec) -> Result<Preparation> {
+        Preparation::new(spec, &self.settings)
     }
 
     /// Destroys every VM and stops cleaning up; nothing when it is stopped already.
@@ -492,7 +492,12 @@ async fn prepare_all(manager: Weak<Manager>) {
     let specs = manager.upgrade().map_or_else(Vec::new, |manager| manager.config.prepare.clone());
     for spec in specs {
         let Some(manager) = manager.upgrade() else { return };
-        if let Err(error) = manager.prepare(spec).await {
+        let prepared = async {
+            let preparation = manager.prepare(spec)?;
+            while preparation.next().await?.is_some() {}
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = prepared.await {
             log::warn!("a template could not be prepared: {error}");
         }
     }

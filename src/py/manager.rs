@@ -19,7 +19,7 @@ use crate::image::template::SnapshotMetadata;
 use crate::manager::{CreateRequest, ExportedDisk, Manager, PoolUse, ResourceUsage, SnapshotEntry, VmFilter};
 use crate::model::{HealthStatus, IsolationType, ManagerConfig, PoolSpec, VmSpec, VmState};
 use crate::mutex::Mutex;
-use crate::vm::{info, MicroVm};
+use crate::vm::{info, MicroVm, Preparation};
 
 /// How many events wait to be taken, unless a caller says otherwise; and at most.
 const EVENTS: u64 = 1024;
@@ -74,6 +74,23 @@ impl MicroVMIsolationManager {
     /// Notes the error as the last one.
     pub fn keep(&self, error: Error) {
         *self.last_error.lock() = Some(error);
+    }
+
+    /// What `prepare` begins with in both faces.
+    pub fn preparation(
+        &self,
+        py: Python<'_>,
+        arguments: &SpecArguments<'_, '_>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Result<Arc<Preparation>, Error>> {
+        let manager = self.manager.get(py)?;
+        if let Some(value) = progress.filter(|value| !value.is_callable()) {
+            let (field, value) = ("progress".into(), convert::shown(value));
+            let allowed = "callable with a stage and a fraction, or None".into();
+            return Err(errors::raise(py, &Error::InvalidType { field, value, allowed }));
+        }
+        let patch = arguments.parse()?.or(manager.config().defaults());
+        Ok(manager.prepare(VmSpec::new(IsolationType::BrowserTab, patch)).map(Arc::new))
     }
 
     /// The manager, in the process that made it.
@@ -635,26 +652,46 @@ impl MicroVMIsolationManager {
     ///     resource_limits: The limits of such VMs; the `default_*` settings where left out.
     ///     kernel_path: Their kernel, as in `create_vm`.
     ///     rootfs_path: Their image, as in `create_vm`.
+    ///     progress: A function that is called, here, with the stage that begins and with the fraction of
+    ///         the time that has gone by there, 0.0 to 1.0, as the events of kind `template` have them. The
+    ///         last call is `("done", 1.0)`, and the only one when the template is there already or another
+    ///         VM's start makes it. What it raises is raised here; a template that has begun to boot is
+    ///         finished all the same.
     ///
     /// Returns:
     ///     `True` when the template is there, else `False`.
     ///
+    /// Raises:
+    ///     InvalidTypeError: `progress` is not callable, or another argument has the wrong type.
+    ///
     /// Errors:
     ///     MicroVMError: Every error of `MicroVMInstance.start`.
-    #[pyo3(signature = (resource_limits=None, kernel_path=None, rootfs_path=None))]
+    ///
+    /// Example:
+    ///     >>> manager.prepare(progress=lambda stage, fraction: print(f"{fraction:4.0%} {stage}"))
+    ///     100% done
+    ///     True
+    #[pyo3(signature = (resource_limits=None, kernel_path=None, rootfs_path=None, progress=None))]
     fn prepare(
         &self,
         py: Python<'_>,
         resource_limits: Option<&Bound<'_, PyAny>>,
         kernel_path: Option<&Bound<'_, PyAny>>,
         rootfs_path: Option<&Bound<'_, PyAny>>,
+        progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<bool> {
-        let manager = self.manager.get(py)?.clone();
         let arguments = SpecArguments { resource_limits, kernel_path, rootfs_path, ..SpecArguments::default() };
-        let patch = arguments.parse()?.or(manager.config().defaults());
-        let spec = VmSpec::new(IsolationType::BrowserTab, patch);
-        let prepared = gate::wait(py, OnInterrupt::Abandon, async move { manager.prepare(spec).await })?;
-        Ok(self.settle(py, prepared)?.is_some())
+        let preparation = self.preparation(py, &arguments, progress)?;
+        let Some(preparation) = self.settle(py, preparation)? else { return Ok(false) };
+        loop {
+            let making = preparation.clone();
+            let next = gate::wait(py, OnInterrupt::Abandon, async move { making.next().await })?;
+            match (self.settle(py, next)?, progress) {
+                (Some(Some(stage)), Some(progress)) => drop(progress.call1(stage)?),
+                (Some(Some(_)), None) => {}
+                (ended, _) => return Ok(ended.is_some()),
+            }
+        }
     }
 
     /// Measures the health of every VM now, and counts the healthy and the unhealthy ones.

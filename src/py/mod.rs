@@ -71,6 +71,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<aio::OperationQueue>()?;
     module.add_class::<aio::VmOperations>()?;
     module.add_class::<aio::ManagerOperations>()?;
+    module.add_class::<aio::PrepareOperation>()?;
     module.add_class::<aio::StreamOperations>()?;
     module.add_function(wrap_pyfunction!(check_resource_limits, module)?)?;
     module.add_function(wrap_pyfunction!(check_network_config, module)?)?;

@@ -43,8 +43,8 @@ pub use settings::{Facts, Heartbeat, Settings};
 pub use snapshot::suspend::forget as forget_suspended;
 pub use snapshot::take::{check_clone, differences_here};
 pub use start::confine::{cgroup_layer, layers};
+pub use start::preparation::Preparation;
 pub use start::prepare::{try_out, Tried};
-pub use start::template::prepare as prepare_template;
 pub use start::warm::WarmVm;
 pub use streams::{Live, Machine};
 

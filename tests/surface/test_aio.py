@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import re
+import tempfile
 import threading
 import time
 import unittest
@@ -157,6 +158,22 @@ class Operations(unittest.TestCase):
                 await manager.create_vm("plugin", "large")  # type: ignore[arg-type]
 
         with_manager(fail, raise_on_error=False)
+
+    def test_prepare_tells_its_stages_on_the_thread_of_the_loop(self) -> None:
+        told: List[Tuple[str, float, threading.Thread]] = []
+
+        async def prepare(manager: AsyncMicroVMIsolationManager) -> None:
+            tell = lambda stage, fraction: told.append((stage, fraction, threading.current_thread()))
+            self.assertTrue(await manager.prepare(limits(), progress=tell))
+            self.assertEqual((told[0][:2], told[-1][:2], len(told)), (("template", 0.0), ("done", 1.0), 8))
+            self.assertEqual({thread for _, _, thread in told}, {threading.current_thread()})
+            self.assertTrue(await manager.prepare(limits(), progress=tell))
+            self.assertEqual(told[8:], [("done", 1.0, threading.current_thread())])
+            with self.assertRaises(package.InvalidTypeError):
+                await manager.prepare(limits(), progress="loud")  # type: ignore[arg-type]
+
+        with tempfile.TemporaryDirectory() as folder:
+            with_manager(prepare, cache_dir=folder + "/cache")
 
     def test_twenty_vms_start_at_once_and_their_commands_take_no_threads(self) -> None:
         async def start(manager: AsyncMicroVMIsolationManager) -> None:

@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
-from thirstys_waterfall.security.microvm_isolation import HostError, IsolationType, MicroVMIsolationManager
+from thirstys_waterfall.security.microvm_isolation import HostError, InvalidTypeError, IsolationType, MicroVMIsolationManager
 
 from ..support import DATA, IMPORT, VMTestCase, children, eventually, find_tool, limits, make_rootfs, run_python, shell
 
@@ -363,6 +364,41 @@ class TestCache(TemplateTestCase):
         self.assertEqual(self.manager.get_resource_usage()["total_vms"], 0)
         vm = self.running()
         self.assertNotIn("guest boot", vm.get_info()["start"]["stages_seconds"])
+
+    def test_prepare_tells_its_stages_to_the_caller_on_its_own_thread(self) -> None:
+        told: List[Any] = []
+        threads = set()
+
+        def tell(stage: str, fraction: float) -> None:
+            threads.add(threading.current_thread())
+            told.append((stage, fraction))
+
+        stream = self.manager.events()
+        self.assertTrue(self.manager.prepare(limits(), progress=tell), self.manager.last_error)
+        stream.close()
+        events = [(event["stage"], event["fraction"]) for event in stream if event["kind"] == "template"]
+        self.assertEqual(told, events)
+        self.assertEqual((told[0], told[-1], len(told)), (("template", 0.0), ("done", 1.0), 8))
+        self.assertEqual(threads, {threading.current_thread()})
+        # It is there, and nothing is made.
+        told.clear()
+        self.assertTrue(self.manager.prepare(limits(), progress=tell))
+        self.assertEqual(told, [("done", 1.0)])
+
+    def test_prepare_ends_with_what_its_callback_raises_and_the_template_is_made_all_the_same(self) -> None:
+        def tell(stage: str, fraction: float) -> None:
+            if stage == "guest boot":
+                raise ZeroDivisionError(stage)
+
+        with self.assertRaisesRegex(ZeroDivisionError, "guest boot"):
+            self.manager.prepare(limits(), progress=tell)
+        self.assertTrue(eventually(self.templates, 60.0))
+        self.assertEqual(self.origin(self.running()), "clone")
+
+    def test_prepare_refuses_a_callback_that_cannot_be_called(self) -> None:
+        with self.assertRaisesRegex(InvalidTypeError, "progress must be callable with a stage and a fraction, or None, not 7"):
+            self.manager.prepare(limits(), progress=7)
+        self.assertEqual(self.manager.get_resource_usage()["templates"]["count"], 0)
 
 
 class TestSmallCache(TemplateTestCase):

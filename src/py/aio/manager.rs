@@ -13,8 +13,7 @@ use super::super::manager::{self, MicroVMIsolationManager};
 use super::queue::OperationQueue;
 use crate::error::{Error, Result};
 use crate::manager::{CreateRequest, Manager};
-use crate::model::{IsolationType, VmSpec};
-use crate::vm::MicroVm;
+use crate::vm::{MicroVm, Preparation};
 
 /// The operations on a manager: each begins at once and returns its number in the queue.
 ///
@@ -213,20 +212,40 @@ impl ManagerOperations {
         self.on_manager(queue, OnInterrupt::Finish, delete, |_, _, ()| Ok(true))
     }
 
-    #[pyo3(signature = (queue, resource_limits=None, kernel_path=None, rootfs_path=None))]
+    /// The making of a template: its `next` does it, stage by stage.
+    #[pyo3(signature = (resource_limits=None, kernel_path=None, rootfs_path=None, progress=None))]
     fn prepare(
         &self,
-        queue: &Bound<'_, OperationQueue>,
+        py: Python<'_>,
         resource_limits: Option<&Bound<'_, PyAny>>,
         kernel_path: Option<&Bound<'_, PyAny>>,
         rootfs_path: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<u64> {
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<PrepareOperation> {
         let arguments = SpecArguments { resource_limits, kernel_path, rootfs_path, ..SpecArguments::default() };
-        let patch = arguments.parse()?;
-        let prepare = |manager: Arc<Manager>| async move {
-            let spec = VmSpec::new(IsolationType::BrowserTab, patch.or(manager.config().defaults()));
-            manager.prepare(spec).await
-        };
-        self.on_manager(queue, OnInterrupt::Abandon, prepare, |_, _, ()| Ok(true))
+        let handle = self.handle.get();
+        let preparation = handle.preparation(py, &arguments, progress)?;
+        let preparation = errors::raised(py, preparation, |error| handle.keep(error))?;
+        Ok(PrepareOperation { handle: self.handle.clone_ref(py), preparation })
+    }
+}
+
+/// The making of a template: each `next` begins at once and returns its number in the queue.
+///
+/// Used by `aio` alone. Does not block.
+#[pyclass(frozen, module = "thirstys_waterfall.security.microvm_isolation._native")]
+pub struct PrepareOperation {
+    handle: Py<MicroVMIsolationManager>,
+    preparation: Arc<Preparation>,
+}
+
+#[pymethods]
+impl PrepareOperation {
+    /// The stage that begins and its fraction, `None` when the template is there. Cancelling it gives the making up.
+    fn next(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        let (handle, preparation) = (self.handle.clone_ref(queue.py()), self.preparation.clone());
+        queue.get().begin(OnInterrupt::Abandon, async move { preparation.next().await }, move |py, next| {
+            errors::raised(py, next, |error| handle.get().keep(error))
+        })
     }
 }

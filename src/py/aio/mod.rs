@@ -13,6 +13,6 @@ mod queue;
 mod stream;
 
 pub use instance::VmOperations;
-pub use manager::ManagerOperations;
+pub use manager::{ManagerOperations, PrepareOperation};
 pub use queue::OperationQueue;
 pub use stream::StreamOperations;

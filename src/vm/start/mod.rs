@@ -5,6 +5,7 @@ pub mod attempt;
 pub mod confine;
 pub mod identity_delivery;
 pub mod launching;
+pub mod preparation;
 pub mod prepare;
 pub mod template;
 pub mod warm;

@@ -79,13 +79,12 @@ pub fn patience(begun: Instant, settings: &Settings) -> Instant {
     begun + settings.start_timeout / WAITS
 }
 
-/// Makes the template of VMs like `spec`, unless it is there.
+/// Makes the template of VMs like `spec`, unless it is there; its events name `vm_id`.
 ///
 /// # Errors
 /// As a start's; [`Error::Host`] when templates are switched off or cannot be kept.
-pub async fn prepare(spec: VmSpec, settings: &Settings) -> Result<()> {
-    let vm_id = new_id("prepare")?;
-    let prepared = prepare::prepare(&vm_id, &Arc::new(spec), settings).await?;
+pub async fn prepare(vm_id: &VmId, spec: VmSpec, settings: &Settings) -> Result<()> {
+    let prepared = prepare::prepare(vm_id, &Arc::new(spec), settings).await?;
     let template = find_or_make(&prepared, settings, None).await;
     let missing = || Error::host("prepare", "a template", "there can be none; see the log for the reason");
     template.map(drop).ok_or_else(missing)

@@ -46,6 +46,7 @@ __all__ = [
     "MicroVMInstance",
     "MicroVMIsolationManager",
     "OperationQueue",
+    "PrepareOperation",
     "ProcessStream",
     "StreamOperations",
     "VmOperations",
@@ -450,6 +451,7 @@ class MicroVMIsolationManager:
         resource_limits: Optional[VMResourceLimits] = None,
         kernel_path: Optional[_Path] = None,
         rootfs_path: Optional[_Path] = None,
+        progress: Optional[Callable[[str, float], Any]] = None,
     ) -> bool:
         """Makes the template of a kind of VM ahead of time, so that the first VM, too, starts as a clone.
 
@@ -460,12 +462,25 @@ class MicroVMIsolationManager:
             resource_limits: The limits of such VMs; the `default_*` settings where left out.
             kernel_path: Their kernel, as in `create_vm`.
             rootfs_path: Their image, as in `create_vm`.
+            progress: A function that is called, here, with the stage that begins and with the fraction of
+                the time that has gone by there, 0.0 to 1.0, as the events of kind `template` have them. The
+                last call is `("done", 1.0)`, and the only one when the template is there already or another
+                VM's start makes it. What it raises is raised here; a template that has begun to boot is
+                finished all the same.
 
         Returns:
             `True` when the template is there, else `False`.
 
+        Raises:
+            InvalidTypeError: `progress` is not callable, or another argument has the wrong type.
+
         Errors:
             MicroVMError: Every error of `MicroVMInstance.start`.
+
+        Example:
+            >>> manager.prepare(progress=lambda stage, fraction: print(f"{fraction:4.0%} {stage}"))
+            100% done
+            True
         """
     def get_resource_usage(self) -> ResourceUsage:
         """Returns what the quota has, what is reserved of it, and what lies in the cache folder.
@@ -1640,11 +1655,22 @@ class ManagerOperations:
     def delete_template(self, queue: OperationQueue, name: str) -> int: ...
     def prepare(
         self,
-        queue: OperationQueue,
         resource_limits: Optional[VMResourceLimits] = None,
         kernel_path: Optional[_Path] = None,
         rootfs_path: Optional[_Path] = None,
-    ) -> int: ...
+        progress: Optional[Callable[[str, float], Any]] = None,
+    ) -> PrepareOperation:
+        """The making of a template: its `next` does it, stage by stage."""
+
+@final
+class PrepareOperation:
+    """The making of a template: each `next` begins at once and returns its number in the queue.
+
+    Used by `aio` alone. Does not block.
+    """
+
+    def next(self, queue: OperationQueue) -> int:
+        """The stage that begins and its fraction, `None` when the template is there. Cancelling it gives the making up."""
 
 def check_resource_limits(
     vcpu_count: int,

@@ -847,6 +847,7 @@ class AsyncMicroVMIsolationManager:
         resource_limits: Optional[VMResourceLimits] = None,
         kernel_path: Optional[_Path] = None,
         rootfs_path: Optional[_Path] = None,
+        progress: Optional[Callable[[str, float], Any]] = None,
     ) -> bool:
         """Makes the template of a kind of VM ahead of time, so that the first VM, too, starts as a clone.
 
@@ -856,8 +857,16 @@ class AsyncMicroVMIsolationManager:
             resource_limits: The limits of such VMs; the ``default_*`` settings where left out.
             kernel_path: Their kernel, as in ``create_vm``.
             rootfs_path: Their image, as in ``create_vm``.
+            progress: A function that the loop's thread calls with each stage and its fraction, as in
+                ``MicroVMIsolationManager.prepare``.
         """
-        return bool(await _result(self._operations.prepare, resource_limits, kernel_path, rootfs_path))
+        making = self._operations.prepare(resource_limits, kernel_path, rootfs_path, progress)
+        while True:
+            stage: Optional[Tuple[str, float]] = await _result(making.next)
+            if stage is None:
+                return True
+            if progress is not None:
+                progress(*stage)
 
     def metrics(self) -> str:
         """Returns the metrics of the manager and its VMs as OpenMetrics text, for Prometheus.
