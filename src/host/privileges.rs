@@ -42,6 +42,31 @@ pub fn is_in_chroot() -> bool {
     }
 }
 
+/// Whether a container manager started this process, as far as it can be seen. A virtual machine that was made of a container's
+/// image has its marks, but not its namespaces; Kubernetes' runtimes leave no mark, but an overlay.
+#[must_use]
+pub fn is_in_container() -> bool {
+    // The kernel's numbers of the first ones (include/linux/proc_ns.h); `--pid=host` and the like leave the others.
+    const FIRST: [(&str, u64); 3] = [("ipc", 0xEFFF_FFFF), ("uts", 0xEFFF_FFFE), ("pid", 0xEFFF_FFFC)];
+    let is_own = |(name, first): &(&str, u64)| {
+        fs::metadata(format!("/proc/self/ns/{name}")).is_ok_and(|namespace| namespace.ino() != *first)
+    };
+    // Docker's and Podman's; the variable is every manager's (systemd's "container interface").
+    let is_marked = || {
+        let has_file = ["/.dockerenv", "/run/.containerenv"].iter().any(|mark| Path::new(mark).exists());
+        has_file || std::env::var_os("container").is_some()
+    };
+    let has_overlay = || has_overlay_root(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default());
+    FIRST.iter().any(is_own) && (is_marked() || has_overlay())
+}
+
+/// proc_pid_mountinfo(5): behind the dash, the type. The last one mounted at `/` is seen.
+fn has_overlay_root(mountinfo: &str) -> bool {
+    let root = mountinfo.lines().rfind(|line| line.split(' ').nth(4) == Some("/"));
+    let kind = root.and_then(|line| line.split_once(" - ")?.1.split(' ').next());
+    kind.is_some_and(|kind| kind == "overlay" || kind == "fuse.fuse-overlayfs")
+}
+
 /// proc_pid_mountinfo(5): the fifth field is where it is mounted, seen from the process's root.
 fn has_root(mountinfo: &str) -> bool {
     mountinfo.lines().any(|line| line.split(' ').nth(4) == Some("/"))
@@ -74,6 +99,16 @@ mod tests {
         let line = |at: &str| format!("36 35 98:0 /tree {at} rw,noatime shared:1 - ext4 /dev/root rw\n");
         assert!(has_root(&(line("/proc") + &line("/"))));
         assert!(!has_root(&(line("/proc") + &line("/dev"))));
+    }
+
+    #[test]
+    fn test_has_overlay_root_the_last_mount_counts() {
+        let line =
+            |at: &str, kind: &str| format!("36 35 0:50 / {at} rw,noatime shared:1 - {kind} overlay rw,lowerdir=/a\n");
+        assert!(has_overlay_root(&(line("/", "ext4") + &line("/", "overlay") + &line("/proc", "proc"))));
+        assert!(has_overlay_root(&line("/", "fuse.fuse-overlayfs")));
+        assert!(!has_overlay_root(&(line("/", "overlay") + &line("/", "ext4") + &line("/mnt", "overlay"))));
+        assert!(!has_overlay_root(""));
     }
 
     #[test]

@@ -173,13 +173,10 @@ impl Place {
     #[must_use]
     pub fn look() -> Self {
         let me = Uid::effective();
-        // Docker and Podman; the variable is every manager's (systemd's "container interface").
-        let is_in_container = ["/.dockerenv", "/run/.containerenv"].iter().any(|mark| Path::new(mark).exists())
-            || std::env::var_os("container").is_some();
         Self {
             user: name_of(me),
             is_root: me.is_root(),
-            is_in_container,
+            is_in_container: privileges::is_in_container(),
             is_in_chroot: privileges::is_in_chroot(),
             // sd_booted(3).
             has_systemd: Path::new("/run/systemd/system").is_dir(),

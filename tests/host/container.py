@@ -40,12 +40,17 @@ BY_SYS_ADMIN = (
     "bpf fanotify_init fsconfig fsmount fsopen fspick lookup_dcookie mount mount_setattr move_mount open_tree perf_event_open quotactl "
     "quotactl_fd setdomainname sethostname setns syslog umount2 unshare"
 ).split()
-CLONE, CLONE3, SOCKET, PERSONALITY = 56, 435, 41, 135
-NEW_NAMESPACES, AF_VSOCK, EPERM, ENOSYS = 0x7E020000, 40, 1, 38
+CLONE, CLONE3, PIDFD_OPEN, SOCKET, PERSONALITY = 56, 435, 434, 41, 135
+NEW_NAMESPACES, AF_VSOCK, EPERM, EINVAL, ENOSYS = 0x7E020000, 40, 1, 22, 38
 PERSONALITIES = (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)
 # Hidden and read-only in /proc, as runc has them.
 MASKED = ("acpi", "asound", "interrupts", "kcore", "keys", "latency_stats", "scsi", "sched_debug", "timer_list", "timer_stats")
 READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger")
+# As user_namespaces(7) maps them for Podman without root: whom root and the others of the container are, and how many there are.
+MAPPED, MAPPED_COUNT = 200000, 65536
+# Calls from here on are younger than Linux 4.19; so are these seals and this way to wait.
+FIRST_AFTER_4_19 = 424
+FCNTL, F_ADD_SEALS, F_SEAL_FUTURE_WRITE, WAITID, P_PIDFD = 72, 1033, 16, 247, 3
 # The folders of the container's own, with their modes.
 WRITABLE = {"/run": 0o755, "/var/cache": 0o755, "/tmp": 0o1777, "/var/tmp": 0o1777}
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -62,6 +67,10 @@ class Container(NamedTuple):
     shm_size: int = 64 << 20
     # --privileged: all capabilities, no filter, nothing masked, control groups that can be written.
     privileged: bool = False
+    # podman run, without root: the container's root is an ordinary user outside of it, and owns all of its files.
+    rootless: bool = False
+    # No system call that Linux 4.19 has not.
+    old_kernel: bool = False
     # Without --security-opt seccomp=unconfined, and without --security-opt systempaths=unconfined.
     seccomp: bool = True
     masked: bool = True
@@ -120,7 +129,10 @@ def make_read_only(target: str) -> None:
 def make_root(scratch: str, how: Container, paths: Dict[str, int]) -> None:
     """Mounts the container's root and enters it."""
     root = scratch + "/root"
-    bind("/", root)
+    if how.rootless:
+        lay_out(root)
+    else:
+        bind("/", root)
     mount("proc", root + "/proc", "proc", NOSUID | NODEV | NOEXEC)
     mount("sysfs", root + "/sys", "sysfs", NOSUID | NODEV | NOEXEC)
     groups = []
@@ -140,16 +152,19 @@ def make_root(scratch: str, how: Container, paths: Dict[str, int]) -> None:
         own = scratch + folder.replace("/", "-").replace("-", "/", 1)
         os.mkdir(own)
         os.chmod(own, mode)
+        if how.rootless:
+            os.chown(own, MAPPED, MAPPED)
         bind(own, root + folder)
     for path in paths:
         os.makedirs(root + path, exist_ok=True)
         bind(path, root + path)
-    tmpfs(root + "/dev", "mode=755,size=64k", NOSUID)
+    owner = MAPPED if how.rootless else 0
+    tmpfs(root + "/dev", "mode=755,size=64k,uid={}".format(owner), NOSUID)
     for name in ("pts", "mqueue") + (("shm",) if how.shm_size else ()):
         os.mkdir(root + "/dev/" + name)
     mount("devpts", root + "/dev/pts", "devpts", NOSUID | NOEXEC, "newinstance,ptmxmode=0666,mode=620")
     if how.shm_size:
-        tmpfs(root + "/dev/shm", "mode=1777,size={}".format(how.shm_size), NOSUID | NODEV | NOEXEC)
+        tmpfs(root + "/dev/shm", "mode=1777,size={},uid={}".format(how.shm_size, owner), NOSUID | NODEV | NOEXEC)
     for name, target in (("ptmx", "pts/ptmx"), ("fd", "/proc/self/fd")):
         os.symlink(target, root + "/dev/" + name)
     for name in how.nodes:
@@ -171,7 +186,7 @@ def make_root(scratch: str, how: Container, paths: Dict[str, int]) -> None:
             make_read_only(root + path)
     for folder in how.tmpfs:
         # What --tmpfs mounts has these flags.
-        tmpfs(root + folder, "mode=1777", NOSUID | NODEV | NOEXEC)
+        tmpfs(root + folder, "mode=1777,uid={}".format(owner), NOSUID | NODEV | NOEXEC)
         for path, fd in paths.items():
             if path.startswith(folder + "/"):
                 os.makedirs(root + path)
@@ -184,12 +199,73 @@ def make_root(scratch: str, how: Container, paths: Dict[str, int]) -> None:
     os.chdir("/")
 
 
+def lay_out(root: str) -> None:
+    """A root folder of the mapped root's own, in which the host's folders of programs are mounted."""
+    owner = ",uid={0},gid={0}".format(MAPPED)
+    tmpfs(root, "mode=755" + owner)
+    for entry in os.scandir("/"):
+        own = root + entry.path
+        if entry.is_symlink():
+            os.symlink(os.readlink(entry.path), own)
+        elif entry.is_dir():
+            os.mkdir(own)
+            if entry.name not in ("dev", "home", "proc", "root", "run", "sys", "tmp", "var"):
+                bind(entry.path, own)
+    for folder in (*WRITABLE, "/dev"):
+        os.makedirs(root + folder, exist_ok=True)
+    for folder in ("/root", "/var", *WRITABLE):
+        os.chown(root + folder, MAPPED, MAPPED)
+
+
+def enter_user_namespace() -> None:
+    """Makes this process root of a user namespace; another one writes the maps, with the rights of the one above."""
+    new_user, pid = 0x10000000, os.getpid()
+    unshared, done = os.pipe()
+    helper = os.fork()
+    if helper == 0:
+        os.close(done)
+        os.read(unshared, 1)
+        for name in ("uid_map", "gid_map"):
+            Path("/proc/{}/{}".format(pid, name)).write_text("0 {} {}\n".format(MAPPED, MAPPED_COUNT))
+        os._exit(0)
+    check(LIBC.unshare(new_user), "unshare")
+    os.close(done)
+    os.close(unshared)
+    if os.waitpid(helper, 0)[1] != 0:
+        raise OSError("the user namespace was not mapped")
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    # Another user forgets with whom it is to end.
+    parent_death, sigkill = 1, 9
+    check(LIBC.prctl(parent_death, sigkill), "prctl(PR_SET_PDEATHSIG)")
+
+
+def forget_calls() -> None:
+    """Has the kernel not know what came after Linux 4.19, as far as a filter can: numbers of calls and plain arguments."""
+    at_least, equal, bits = 0x35, 0x15, 0x45
+    number, first, second, third = 0, 16, 24, 32
+    load, give, allow, errno = 0x20, 0x06, 0x7FFF0000, 0x50000
+    program = [(load, 0, 0, number), (at_least, 0, 1, FIRST_AFTER_4_19), (give, 0, 0, errno | ENOSYS)]
+    program += [(equal, 0, 3, WAITID), (load, 0, 0, first), (equal, 0, 6, P_PIDFD), (give, 0, 0, errno | EINVAL)]
+    program += [(equal, 0, 4, FCNTL), (load, 0, 0, second), (equal, 0, 2, F_ADD_SEALS), (load, 0, 0, third)]
+    program += [(bits, 1, 0, F_SEAL_FUTURE_WRITE), (give, 0, 0, allow), (give, 0, 0, errno | EINVAL)]
+    load_filter(program)
+
+
+def load_filter(program: List[Tuple[int, int, int, int]]) -> None:
+    """Loads a filter: instructions of bpf(4), each a code, two jumps and an operand."""
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
+    fprog = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
+    set_seccomp, by_filter = 22, 2
+    check(LIBC.prctl(set_seccomp, by_filter, fprog, 0, 0), "prctl(PR_SET_SECCOMP)")
+
+
 def filter_calls(sys_admin: bool) -> None:
     """Loads Docker's default profile, for a container with CAP_SYS_ADMIN or with Docker's default capabilities."""
     load, equal, bits, give = 0x20, 0x15, 0x45, 0x06
     number, architecture, argument = 0, 4, 16
     allow, errno, x86_64 = 0x7FFF0000, 0x50000, 0xC000003E
-    # Each an instruction of bpf(4): code, jumps when true and false, operand.
     program: List[Tuple[int, int, int, int]] = [(load, 0, 0, architecture), (equal, 1, 0, x86_64), (give, 0, 0, errno | EPERM), (load, 0, 0, number)]
     for name, call in DENIED.items():
         if not (sys_admin and name in BY_SYS_ADMIN):
@@ -202,11 +278,7 @@ def filter_calls(sys_admin: bool) -> None:
     program += [(equal, 1, 0, PERSONALITY), (give, 0, 0, allow), (load, 0, 0, argument)]
     for value in PERSONALITIES:
         program += [(equal, 0, 1, value), (give, 0, 0, allow)]
-    program += [(give, 0, 0, errno | EPERM)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
-    fprog = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
-    set_seccomp, by_filter = 22, 2
-    check(LIBC.prctl(set_seccomp, by_filter, fprog, 0, 0), "prctl(PR_SET_SECCOMP)")
+    load_filter(program + [(give, 0, 0, errno | EPERM)])
 
 
 def main() -> None:
@@ -218,6 +290,10 @@ def main() -> None:
         os.close(fd)
     if how.script:
         subprocess.run(["/bin/sh", "-ec", how.script], check=True)
+    if how.rootless:
+        enter_user_namespace()
+    if how.old_kernel:
+        forget_calls()
     command = ["setpriv"]
     if not how.privileged:
         kept = ",".join("+" + name for name in CAPABILITIES + list(how.cap_add))

@@ -33,23 +33,60 @@ names = lambda *folders: {{folder: sorted(os.listdir(folder)) for folder in fold
 told["made"] = names("/run", "/var/cache", "/tmp", "/dev/shm")
 print(json.dumps(told))
 """
+DOCTOR = """
+import json
+from {module} import doctor
+print(json.dumps([[each["what"], each["remedy"]] for each in doctor(start=False)["problems"]]))
+"""
+VICTIM = """
+import os
+from {module} import *
+manager = MicroVMIsolationManager({{"templates": False, "raise_on_error": True}})
+vm = manager.get_vm(manager.create_vm("plugin", VMResourceLimits(memory_mb=128, disk_size_mb=64)))
+vm.start()
+os.kill(os.getpid(), 9)
+"""
+# The first process waits for the victim, and for none of its children.
+KILLED = """
+import json, os, subprocess, sys, time
+assert subprocess.call([sys.executable, "-c", {victim!r}]) == -9
+
+def others():
+    for pid in os.listdir("/proc"):
+        if pid.isdigit() and pid != "1":
+            name, _, rest = open("/proc/" + pid + "/stat").read().partition("(")[2].rpartition(")")
+            yield name, rest.split()[0] == "Z"
+
+end = time.monotonic() + 10
+while time.monotonic() < end and not all(dead for _, dead in others()):
+    time.sleep(0.05)
+found = list(others())
+told = {{"alive": [name for name, dead in found if not dead], "zombies": [name for name, dead in found if dead]}}
+told["left"] = os.listdir("/dev/shm/tw-microvm-0")
+print(json.dumps(told))
+"""
+READ_ONLY_GROUPS = (
+    "for path in $(awk '$5 ~ \"^/sys/fs/cgroup\" {print $5}' /proc/self/mountinfo); do mount -o remount,bind,ro $path; done"
+)
+GROUPS = {"cgroup_cpu", "cgroup_memory", "cgroup_pids"}
+PODMAN = (("PATH", PATH), ("HOME", "/root"), ("container", "podman"))
 # With Docker's default profile no namespace can be made, and its control groups are read-only.
-BY_DOCKER = {"namespaces", "root", "namespace_limits", "keyring", "uid", "cgroup_cpu", "cgroup_memory", "cgroup_pids"}
+BY_DOCKER = {"namespaces", "root", "namespace_limits", "keyring", "uid"} | GROUPS
 # What depends on the host's control groups, or on whether a zygote stands by.
 VARYING = {"cgroup_devices", "cgroup_io", "address_layout", "network_namespace"}
 
 
 class ContainerTestCase(unittest.TestCase):
-    def told(self, container: Container, uid: int = 0, **config: Any) -> Dict[str, Any]:
+    def told(self, container: Container, uid: int = 0, head: str = "", **config: Any) -> Dict[str, Any]:
         config = dict({"templates": False}, **config)
-        done = container.run(LIFE.format(module=IMPORT, config=config, uid=uid))
+        done = container.run(head + LIFE.format(module=IMPORT, config=ascii(config), uid=uid))
         self.assertEqual(done.returncode, 0, done.stderr)
         told: Dict[str, Any] = json.loads(done.stdout)
         return told
 
-    def runs(self, container: Container, uid: int = 0, **config: Any) -> Dict[str, Any]:
+    def runs(self, container: Container, uid: int = 0, head: str = "", **config: Any) -> Dict[str, Any]:
         """A VM starts in the container, writes to its disk, and leaves neither a zombie nor a file."""
-        told = self.told(container, uid, **config)
+        told = self.told(container, uid, head, **config)
         self.assertTrue(told["started"], told["error"])
         self.assertEqual(told["said"], "written\n")
         self.assertEqual(told["zombies"], [])
@@ -112,6 +149,41 @@ class Docker(ContainerTestCase):
         self.assertNotIn("uid", told["missing"])
         self.assertIn("/tmp/tw-microvm-uids", self.ours(told))
 
+    def test_control_groups_that_are_read_only_are_all_that_is_missing(self) -> None:
+        told = self.runs(Container(privileged=True, script=READ_ONLY_GROUPS))
+        self.assertEqual(set(told["missing"]) - VARYING, GROUPS)
+        for name in GROUPS:
+            self.assertIn("Read-only file system", told["missing"][name])
+
+    def test_doctors_remedies_are_options_of_the_container(self) -> None:
+        marked = (("PATH", PATH), ("container", "podman"))
+        done = Container(privileged=True, script=READ_ONLY_GROUPS, environment=marked).run(DOCTOR.format(module=IMPORT))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        remedies = {what.split(":")[0].split()[-1]: remedy for what, remedy in json.loads(done.stdout)}
+        self.assertLessEqual(GROUPS, set(remedies))
+        for name in GROUPS:
+            self.assertIn("-v /sys/fs/cgroup:/sys/fs/cgroup:rw", remedies[name])
+        self.assertNotIn("systemd", done.stdout)
+
+
+class Podman(ContainerTestCase):
+    """What ``podman run`` gives to an ordinary user: root is root in a user namespace alone."""
+
+    def test_without_root(self) -> None:
+        told = self.runs(Container(rootless=True, seccomp=False, environment=PODMAN))
+        # The limits of namespaces are in /proc/sys, which is read-only.
+        self.assertEqual(set(told["missing"]) - VARYING, {"uid", "namespace_limits"} | GROUPS)
+
+    def test_without_root_and_with_a_filter_that_denies_namespaces(self) -> None:
+        told = self.runs(Container(rootless=True, environment=PODMAN))
+        self.assertEqual(set(told["missing"]) - VARYING, BY_DOCKER)
+
+    def test_without_root_a_template_and_its_clone(self) -> None:
+        self.runs(Container(rootless=True, seccomp=False, environment=PODMAN), templates=True)
+
+    def test_without_root_and_read_only_with_a_tmpfs_at_tmp(self) -> None:
+        self.runs(Container(rootless=True, read_only=True, tmpfs=("/tmp",), environment=PODMAN))
+
 
 class Hosts(ContainerTestCase):
     """What a service manager or an odd host takes away."""
@@ -139,6 +211,19 @@ class Hosts(ContainerTestCase):
         told = self.runs(Container(script=script, environment=xdg), uid=61234)
         self.assertTrue(told["socket"].startswith("/run/mine/tw-microvm/"), told["socket"])
         self.assertEqual(self.ours(told), [])
+
+    def killed(self, container: Container) -> Dict[str, Any]:
+        """What is left of a manager that was killed while its VM ran."""
+        done = container.run(KILLED.format(victim=VICTIM.format(module=IMPORT)))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        told: Dict[str, Any] = json.loads(done.stdout)
+        return told
+
+    def test_first_process_that_reaps_nobody_when_the_manager_is_killed(self) -> None:
+        told = self.killed(Container())
+        self.assertEqual(told["alive"], [])
+        self.assertEqual(sorted(told["zombies"]), ["microvm-jail", "microvm-janitor", "microvm-zygote"])
+        self.assertEqual(told["left"], [".tw-microvm"])
 
     def test_locales(self) -> None:
         for locale in ("C", "tr_TR.UTF-8", "no such locale"):
