@@ -11,14 +11,17 @@ pub fn is_executable(path: &Path) -> bool {
     path.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }
 
-/// The first executable called `name` in `search_path` (the form of `$PATH`); a name with a slash is taken as it is.
+/// The first executable called `name` in `search_path` (the form of `$PATH`); a name with a slash is taken as it is. Folders whose
+/// names are no UTF-8 are passed over: no report could name what is there.
 #[must_use]
 pub fn find(name: &str, search_path: Option<&OsStr>) -> Option<PathBuf> {
     if name.contains('/') {
         let path = std::path::absolute(name).ok()?;
         return is_executable(&path).then_some(path);
     }
-    std::env::split_paths(search_path?).map(|dir| dir.join(name)).find(|path| path.is_absolute() && is_executable(path))
+    std::env::split_paths(search_path?)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_absolute() && path.to_str().is_some() && is_executable(path))
 }
 
 /// The first line that `path --version` prints, or why there is none.

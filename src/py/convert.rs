@@ -348,6 +348,10 @@ pub fn model<'py>(py: Python<'py>, class: &str, fields: &Value) -> PyResult<Boun
 pub fn guest_image(py: Python<'_>) -> PyResult<GuestImage> {
     let file: PathBuf = py.import(format!("{PACKAGE}._native"))?.getattr("__file__")?.extract()?;
     let file = std::path::absolute(file)?;
+    if file.to_str().is_none() {
+        let reason = "its path is no UTF-8: install the package in another folder";
+        return Err(errors::raise(py, &Error::host("use", file.display(), reason)));
+    }
     let parent = file.parent().ok_or_else(|| PyTypeError::new_err("the module has no directory"))?;
     Ok(GuestImage { qemu: packaged_qemu(py)?, ..GuestImage::in_directory(&parent.join("_data")) })
 }

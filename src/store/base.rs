@@ -353,14 +353,14 @@ fn default_runtime_folders(uid: Uid) -> [PathBuf; 3] {
 
 /// The XDG base directory specification: absolute, this user's, and closed to others.
 fn xdg_runtime(value: Option<OsString>, uid: Uid) -> Option<PathBuf> {
-    let path = PathBuf::from(value?);
+    let path = PathBuf::from(value?.into_string().ok()?);
     let meta = path.symlink_metadata().ok().filter(|_| path.is_absolute())?;
     (meta.is_dir() && meta.uid() == uid.as_raw() && meta.mode() & 0o077 == 0).then_some(path)
 }
 
 /// It may be missing, and is made in a folder of this user's: another user's is what `sudo -E` leaves.
 fn xdg_cache(value: Option<OsString>, uid: Uid) -> Option<PathBuf> {
-    let path = PathBuf::from(value?);
+    let path = PathBuf::from(value?.into_string().ok()?);
     let there = path.ancestors().find_map(|above| above.metadata().ok()).filter(|_| path.is_absolute())?;
     (there.is_dir() && there.uid() == uid.as_raw()).then_some(path)
 }
@@ -400,7 +400,7 @@ pub fn default_cache() -> PathBuf {
         let home = User::from_uid(uid).ok().flatten().map(|user| user.dir);
         let own =
             |home: &PathBuf| File::open(home).and_then(|file| file.metadata()).is_ok_and(|m| m.uid() == uid.as_raw());
-        home.filter(own).map(|home| home.join(".cache/tw-microvm"))
+        home.filter(|home| home.to_str().is_some() && own(home)).map(|home| home.join(".cache/tw-microvm"))
     };
     let usual = if uid.is_root() { Some(PathBuf::from("/var/cache/tw-microvm")) } else { home() };
     let last = PathBuf::from(format!("/tmp/tw-microvm-cache-{uid}"));

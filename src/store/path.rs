@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// Makes `given` absolute; a leading `~` or `~name` is that user's home. `field` is what the user calls it.
 ///
 /// # Errors
-/// [`Error::InvalidValue`] for what is empty, holds a NUL, or has a home that is not known.
+/// [`Error::InvalidValue`] for what is empty, holds a NUL, has a home that is not known, or is no UTF-8 in full.
 pub fn absolute(field: &str, given: &Path) -> Result<PathBuf> {
     let invalid = |allowed: String| {
         let value = format!("{:?}", given.display().to_string());
@@ -22,9 +22,13 @@ pub fn absolute(field: &str, given: &Path) -> Result<PathBuf> {
     }
     let expanded = expand(given).map_err(invalid)?;
     let expanded = expanded.as_deref().unwrap_or(given);
-    std::path::absolute(expanded).map_err(|error| {
+    let absolute = std::path::absolute(expanded).map_err(|error| {
         invalid(format!("a relative path needs a working directory, which cannot be told ({error}); give it in full"))
-    })
+    })?;
+    match absolute.to_str() {
+        Some(_) => Ok(absolute),
+        None => Err(invalid(format!("in full it is {}, which is no UTF-8; name another", absolute.display()))),
+    }
 }
 
 /// The path below a home; `None` when it does not begin with `~`.
@@ -56,6 +60,12 @@ mod tests {
         {
             assert_eq!(absolute("field", Path::new(given)).unwrap(), expected);
         }
+    }
+
+    #[test]
+    fn test_absolute_path_that_is_no_utf8_is_refused() {
+        let given = Path::new(std::ffi::OsStr::from_bytes(b"/tmp/\xff"));
+        assert!(absolute("field", given).unwrap_err().to_string().contains("no UTF-8"));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 """VMs run in containers, and on hosts that lack something else, with the missing layers named."""
 
 import json
+import shlex
 import unittest
 from typing import Any, Dict, List
 
-from ..support import IMPORT
+from ..support import DATA, IMPORT
 from .container import PATH, Container
 
 # The first process of a container: it reaps no process that it did not start.
@@ -224,6 +225,18 @@ class Hosts(ContainerTestCase):
         self.assertEqual(told["alive"], [])
         self.assertEqual(sorted(told["zombies"]), ["microvm-jail", "microvm-janitor", "microvm-zygote"])
         self.assertEqual(told["left"], [".tw-microvm"])
+
+    def test_paths_that_the_locale_cannot_say(self) -> None:
+        # Python has them as bytes that are no text to it; the package is in such a folder, too.
+        homes = "for name in 'k\\303\\244se' '\\377'; do home=$(printf /tmp/$name); mkdir -m 700 $home; chown 61234 $home; done"
+        package = "package=$(printf '/tmp/p\\303\\244ckage'); mkdir $package; mount --bind {} $package".format(shlex.quote(str(DATA.parents[3])))
+        head = "import os, sys; sys.path.insert(0, os.fsdecode(bytes({})))\n".format(list("/tmp/p\u00e4ckage".encode()))
+        plain = (("PATH", PATH), ("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0"))
+        for home in ("/tmp/k\u00e4se", "/tmp/\udcff"):
+            with self.subTest(ascii(home)):
+                environment = plain + (("HOME", home), ("XDG_RUNTIME_DIR", home))
+                self.runs(Container(script=homes + "; " + package, environment=environment), uid=61234, head=head)
+        self.runs(Container(script=package, environment=plain), head=head, cache_dir="/var/cache/k\u00e4se", runtime_dir="/run/k\u00e4se")
 
     def test_locales(self) -> None:
         for locale in ("C", "tr_TR.UTF-8", "no such locale"):
