@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 /// Opens a process; `None` when there is none of that number.
 ///
 /// # Errors
-/// `Unsupported` where the kernel has no such descriptors (before 5.3).
+/// pidfd_open(2)'s; those of which [`are_missing`] is true say nothing about the process.
 pub fn open(pid: Pid) -> io::Result<Option<OwnedFd>> {
     // SAFETY: pidfd_open(2) takes two numbers and returns a new descriptor or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
@@ -20,6 +20,13 @@ pub fn open(pid: Pid) -> io::Result<Option<OwnedFd>> {
             error => Err(error),
         },
     }
+}
+
+/// Whether [`open`] failed because there are no such descriptors: the kernel is older than 5.3, or a filter of system calls is.
+#[must_use]
+pub fn are_missing(error: &io::Error) -> bool {
+    // What filters answer differs; pidfd_open(2) itself knows no EPERM.
+    matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM))
 }
 
 /// Kills a process; one that has ended already is no error.

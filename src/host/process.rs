@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{self, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use microvm_jail::{Confined, JailEvent, JailRequest, LaunchSpec};
 use nix::errno::Errno;
@@ -86,27 +86,47 @@ struct JailReport {
     findings: Vec<Finding>,
 }
 
-/// Another process, whose end can be waited for.
+/// The process that started this one, whose end can be waited for.
 #[derive(Debug)]
-pub struct Watched(OwnedFd);
+pub struct Parent {
+    pid: Pid,
+    /// `None` where there are no such descriptors (before Linux 5.3).
+    process: Option<OwnedFd>,
+}
 
-impl Watched {
-    /// The process that started this one.
-    ///
+impl Parent {
     /// # Errors
-    /// [`Error::Host`]; the kernel has process descriptors from 5.3 on.
-    pub fn parent() -> Result<Self> {
+    /// [`Error::Host`].
+    pub fn of_this_process() -> Result<Self> {
         let pid = nix::unistd::getppid();
         let failed = |error: std::io::Error| Error::host("pidfd_open", pid, error);
-        let gone = || failed(std::io::Error::from_raw_os_error(libc::ESRCH));
-        pidfd::open(pid).map_err(failed)?.map(Self).ok_or_else(gone)
+        match pidfd::open(pid) {
+            Ok(Some(process)) => Ok(Self { pid, process: Some(process) }),
+            Ok(None) => Err(failed(std::io::Error::from_raw_os_error(libc::ESRCH))),
+            Err(error) if pidfd::are_missing(&error) => Ok(Self { pid, process: None }),
+            Err(error) => Err(failed(error)),
+        }
     }
 
     /// Waits until it has ended with all its threads, and all its descriptors are closed.
     pub fn ended_within(&self, deadline: Duration) -> bool {
+        let Some(process) = &self.process else { return self.left_within(deadline) };
         let timeout = PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX);
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         matches!(poll(&mut fds, timeout), Ok(1))
+    }
+
+    /// The same, by looking again: this process has another parent then, which nothing announces.
+    fn left_within(&self, deadline: Duration) -> bool {
+        const PAUSE: Duration = Duration::from_millis(10);
+        let end = Instant::now() + deadline;
+        while nix::unistd::getppid() == self.pid {
+            if Instant::now() >= end {
+                return false;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        true
     }
 }
 

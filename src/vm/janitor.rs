@@ -150,7 +150,7 @@ fn spawn(program: &Path) -> Result<JanitorProcess> {
 /// # Errors
 /// [`Error::Host`] when it cannot tell whose janitor it is.
 pub fn serve() -> Result<()> {
-    let master = process::Watched::parent()?;
+    let master = process::Parent::of_this_process()?;
     let mut places = Vec::new();
     while let Some((message, fds)) =
         receive(&std::io::stdin()).map_err(|error| Error::host("receive", "the folders to clean up", error))?

@@ -6,7 +6,7 @@ import unittest
 from typing import Any, Dict, List
 
 from ..support import DATA, IMPORT
-from .container import PATH, Container
+from .container import CLONE3, PATH, PIDFD_OPEN, Container
 
 # The first process of a container: it reaps no process that it did not start.
 LIFE = """
@@ -225,6 +225,16 @@ class Hosts(ContainerTestCase):
         self.assertEqual(told["alive"], [])
         self.assertEqual(sorted(told["zombies"]), ["microvm-jail", "microvm-janitor", "microvm-zygote"])
         self.assertEqual(told["left"], [".tw-microvm"])
+
+    def test_system_calls_of_linux_4_19(self) -> None:
+        without = "import ctypes\nfor call in ({}, {}):\n    assert ctypes.CDLL(None).syscall(call, 0, 0) == -1\n".format(PIDFD_OPEN, CLONE3)
+        told = self.runs(Container(privileged=True, old_kernel=True), head=without, templates=True)
+        self.assertEqual(set(told["missing"]) - VARYING, {"landlock"})
+
+    def test_system_calls_of_linux_4_19_when_the_manager_is_killed(self) -> None:
+        # Its janitor and the sweep of control groups do without descriptors of processes.
+        told = self.killed(Container(privileged=True, old_kernel=True))
+        self.assertEqual((told["alive"], told["left"]), ([], [".tw-microvm"]))
 
     def test_paths_that_the_locale_cannot_say(self) -> None:
         # Python has them as bytes that are no text to it; the package is in such a folder, too.

@@ -313,8 +313,7 @@ impl Open {
         for pid in self.processes()? {
             match pidfd::open(pid) {
                 Ok(process) => opened.extend(process.map(|process| (pid, Some(process)))),
-                // A kernel before 5.3.
-                Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => opened.push((pid, None)),
+                Err(error) if pidfd::are_missing(&error) => opened.push((pid, None)),
                 Err(error) => return Err(error),
             }
         }
