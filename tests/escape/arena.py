@@ -35,6 +35,8 @@ class Arena(unittest.TestCase):
     namespaces = True
     backend = "qemu"
     connected = False
+    # Begins the intruder's name; `intr-own-` says that it is the QEMU of our own package.
+    prefix = "intr-"
     folder: Path
     intruder: Path
 
@@ -49,7 +51,7 @@ class Arena(unittest.TestCase):
         cls.addClassCleanup(shutil.rmtree, str(cls.folder))
         cls.folder.chmod(0o755)
         # A name of its own, by which the driver finds the process: other suites may run at the same time.
-        cls.intruder = cls.folder / "intr-{}".format(os.getpid())
+        cls.intruder = cls.folder / "{}{}".format(cls.prefix, os.getpid())
         shutil.copy(str(intruder), str(cls.intruder))
 
     def attack(

@@ -122,6 +122,12 @@ class AttacksWithoutNamespaces(Arena):
         self.assertTrue(report["victim_lives"] and report["decoy_lives"])
 
 
+class AttacksOfOwnQemu(Attacks, Arena):
+    """In the place of our own QEMU, whose allow-list is shorter."""
+
+    prefix = "intr-own-"
+
+
 class AttacksOfConnectedQemu(Arena):
     """It holds a tap that was opened for it, and no way to another."""
 
@@ -185,6 +191,7 @@ def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: 
         AttacksAsRoot,
         AttacksAsUser,
         AttacksWithoutNamespaces,
+        AttacksOfOwnQemu,
         AttacksOfConnectedQemu,
         AttacksOfFirecracker,
         AttacksOfConnectedFirecracker,

@@ -10,8 +10,11 @@ use crate::error::Result;
 use crate::host::elf;
 use crate::vmm::{program, JailPlan};
 
-/// The releases whose system calls were measured for the allow-list.
+/// The distributions' releases whose system calls were measured for the allow-list.
 const MEASURED: [(u32, u32); 1] = [(7, 2)];
+/// Ours, which has an allow-list of its own; `qemu/build.sh` gives it that name.
+const OWN_MEASURED: (u32, u32) = (10, 0);
+const OWN_NAME: &str = "(microvm)";
 /// From 9.1 on `fd:` of a file is deprecated, and `file:` takes a set of descriptors; 11 refuses the first. It cannot be tried:
 /// a restore that was refused leaves QEMU unable to begin another. `query-qmp-schema` does not tell.
 const RESTORES_FILES: (u32, u32) = (9, 1);
@@ -67,6 +70,19 @@ fn lists_cpu_flag(answer: &str, name: &str) -> bool {
     answer.split_once("CPUID flags:").is_some_and(|(_, flags)| flags.split_whitespace().any(|flag| flag == name))
 }
 
+fn version(line: &str) -> Option<(u32, u32)> {
+    program::parse_version(line, "QEMU emulator version ")
+}
+
+/// The filter of system calls for a QEMU that says this of its version. Whoever lies gets one that fits him less.
+fn filter(version_line: &str) -> Seccomp {
+    match version(version_line) {
+        Some(OWN_MEASURED) if version_line.ends_with(OWN_NAME) => Seccomp::AllowListForOwnQemu,
+        Some(version) if MEASURED.contains(&version) => Seccomp::AllowList,
+        _ => Seccomp::DenyList,
+    }
+}
+
 impl QemuBinary {
     /// Looks at a binary, or remembers what it found out about the same file. Blocking.
     ///
@@ -95,7 +111,7 @@ impl QemuBinary {
     }
 
     fn version(&self) -> Option<(u32, u32)> {
-        program::parse_version(self.version_line()?, "QEMU emulator version ")
+        version(self.version_line()?)
     }
 
     /// Adds QEMU's own files to a plan; of one that is loaded already, those that it has yet to open.
@@ -147,10 +163,7 @@ impl QemuBinary {
 
     #[must_use]
     pub fn seccomp(&self) -> Seccomp {
-        match self.version() {
-            Some(version) if MEASURED.contains(&version) => Seccomp::AllowList,
-            _ => Seccomp::DenyList,
-        }
+        filter(self.version_line().unwrap_or_default())
     }
 
     /// What can be said about QEMU's part in the filter, before it runs.
@@ -162,6 +175,7 @@ impl QemuBinary {
         };
         let shown = self.version().map_or_else(|| "of unknown version".to_owned(), |(a, b)| format!("{a}.{b}"));
         let allow_list = match self.seccomp() {
+            Seccomp::AllowListForOwnQemu => Layer::Given(format!("measured with our own QEMU {shown}")),
             Seccomp::AllowList => Layer::Given(format!("measured with QEMU {shown}")),
             _ => Layer::Missing(format!(
                 "QEMU {shown} is not among the releases whose system calls were measured ({}): it gets the deny-list; \
@@ -189,6 +203,16 @@ mod tests {
         assert_eq!(modules(&copy), [system]);
         std::fs::write(&copy, "no program").unwrap();
         assert_eq!(modules(&copy), [] as [PathBuf; 0]);
+    }
+
+    #[test]
+    fn test_filter_is_that_of_the_release_and_build() {
+        let of = |rest: &str| filter(&format!("QEMU emulator version {rest}"));
+        assert_eq!(of("10.0.13 (microvm)"), Seccomp::AllowListForOwnQemu);
+        assert_eq!(of("7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"), Seccomp::AllowList);
+        for other in ["10.0.13 (Debian 1:10.0.13+ds-0+deb13u1)", "10.1.0 (microvm)", "100.0 (microvm)", ""] {
+            assert_eq!(of(other), Seccomp::DenyList, "{other}");
+        }
     }
 
     #[test]

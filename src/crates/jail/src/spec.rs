@@ -154,7 +154,7 @@ pub struct Identity {
     pub gid: u32,
 }
 
-/// Which filter of system calls the VMM gets; `policy.rs` has both lists.
+/// Which filter of system calls the VMM gets; `policy.rs` has the lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Seccomp {
@@ -168,6 +168,8 @@ pub enum Seccomp {
     /// Nothing but what the measured VMMs need.
     #[default]
     AllowList,
+    /// Nothing but what the QEMU of our own package needs, which is static and has few devices: a shorter list.
+    AllowListForOwnQemu,
 }
 
 /// One resource limit; `u64::MAX` is "unlimited".

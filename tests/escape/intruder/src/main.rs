@@ -62,7 +62,8 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.iter().any(|argument| argument == "--version") {
         // The jail's filter depends on what QEMU says of itself.
-        println!("QEMU emulator version 7.2.22 (an intruder)");
+        let is_own = std::env::args().next().is_some_and(|name| name.contains("/intr-own-"));
+        println!("QEMU emulator version {}", if is_own { "10.0.13 (microvm)" } else { "7.2.22 (an intruder)" });
         return;
     }
     let orders = match Orders::read(&arguments) {

@@ -36,11 +36,12 @@ pub fn install(spec: &LaunchSpec) -> Result<Installed, Failure> {
         Seccomp::None => {
             return Ok(Installed { layer: Layer::Missing("switched off by the launch spec".into()), listener: None })
         }
-        Seccomp::AllowList => {
-            let mut rules = policy::allowed().map_err(wrong)?;
+        list @ (Seccomp::AllowList | Seccomp::AllowListForOwnQemu) => {
+            let mut rules = policy::allowed(measured(list)).map_err(wrong)?;
             // In an audit they are asked about, too: Landlock has no audit without denial.
             rules.retain(|call, _| !spec.audit || !OPENS.contains(call));
-            (compile(rules, verdict, SeccompAction::Allow).map_err(wrong)?, "allow-list")
+            let name = if list == Seccomp::AllowList { "allow-list" } else { "our QEMU's allow-list" };
+            (compile(rules, verdict, SeccompAction::Allow).map_err(wrong)?, name)
         }
         list @ (Seccomp::DenyList | Seccomp::DenyListForRustVmms) => {
             let mut rules = policy::denied().map_err(wrong)?;
@@ -72,10 +73,19 @@ pub fn install(spec: &LaunchSpec) -> Result<Installed, Failure> {
     load(&absent, 0)?;
     let how = match (spec.seccomp, spec.audit) {
         (_, true) => "audited: nothing is refused".to_owned(),
-        (Seccomp::AllowList, false) => format!("{} calls, every other one answers EPERM", policy::allowed_count()),
+        (list @ (Seccomp::AllowList | Seccomp::AllowListForOwnQemu), false) => {
+            format!("{} calls, every other one answers EPERM", policy::allowed_count(measured(list)))
+        }
         (_, false) => "what no VMM needs answers EPERM".to_owned(),
     };
     Ok(Installed { layer: Layer::Given(format!("{name}: {how}")), listener })
+}
+
+fn measured(list: Seccomp) -> &'static [libc::c_long] {
+    match list {
+        Seccomp::AllowListForOwnQemu => policy::OWN_QEMU,
+        _ => policy::DISTRIBUTIONS,
+    }
 }
 
 fn compile(
