@@ -91,6 +91,11 @@ class Usage(unittest.TestCase):
             (["stop", "no-such-vm"], 1, "microvm ps"),
             (["cp", "a"], 2, "DESTINATION"),
             (["ps", "--runtime-dir", "/tmp"], 1, "runtime_dir"),
+            (["stats", "no-such-vm"], 1, "microvm ps"),
+            (["stats", "--interval", "0"], 2, "'0' is not 0.1 to 3600 seconds"),
+            (["top"], 2, "microvm stats"),
+            (["snapshot", "no-such-vm", "name"], 1, "microvm ps"),
+            (["snapshot", "no-such-vm"], 2, "NAME"),
             (["no-such-command"], 2, "no-such-command"),
             (["doctor", "--foo"], 2, "--foo"),
             ([], 2, ""),
@@ -114,7 +119,7 @@ class Usage(unittest.TestCase):
         commands, _ = _cli.completion._commands(_cli.make_parser())
         for command in commands:
             self.assertRegex(page, r"\n\| `{}\b".format(command))
-        for action in [action for command in ("run", "exec", "shell", "ps", "inspect", "cp", "rm") for action in commands[command]._actions]:
+        for action in [action for command in ("run", "exec", "shell", "ps", "inspect", "cp", "rm", "stats", "top") for action in commands[command]._actions]:
             for option in set(action.option_strings) - {"-h", "--help", "--env", "--workdir", "--user"}:
                 self.assertRegex(page, r"\n\|.*`{}\b".format(option))
 
@@ -476,6 +481,47 @@ class Attached(unittest.TestCase):
             self.assertEqual(waiting.wait(TIMEOUT_S), 0)
         self.assertNotIn(others[1].vm_id, self.manager.list_vms())
 
+    def test_stats_is_a_table_json_or_what_is_asked_for(self) -> None:
+        said = microvm("stats", "--no-stream").stdout
+        self.assertRegex(said, r"\AVM +CPU % +MEMORY +OF +DISK I/O +RECEIVED +SENT +HEALTH +UP\n")
+        self.assertRegex(said, r"(?m)^{} +\d+\.\d +\d+ MiB +128 MiB +[\d.]+ [KM]iB +- +- +\w+ +\d+s$".format(self.id))
+        (reading,) = json.loads(microvm("stats", "--no-stream", "--json", self.id).stdout)
+        self.assertEqual((reading["vm_id"], reading["memory_mb"]), (self.id, 128))
+        self.assertGreater(reading["memory_usage_mb"], 1)
+        self.assertEqual(microvm("stats", "--no-stream", "--format", "{vm_id} {vcpu_count}", self.id).stdout, self.id + " 1\n")
+        wrong = microvm("stats", "--no-stream", "--format", "{colour}", self.id)
+        self.assertEqual(wrong.returncode, 2)
+        self.assertIn("cpu_usage_percent", wrong.stderr)
+
+    def test_stats_of_a_busy_vm_follow_it_to_its_end(self) -> None:
+        with self.vm.popen(["sh", "-c", "while :; do :; done"]):
+            with started("stats", "--json", "--interval", "0.5", self.id, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                busiest = max(json.loads(process.stdout.readline())[0]["cpu_usage_percent"] for _ in range(8))
+                self.assertGreater(busiest, 10.0)
+                self.vm.destroy()
+                self.assertEqual(process.wait(TIMEOUT_S), 0)
+
+    def test_stats_end_with_control_c_as_they_are_meant_to(self) -> None:
+        with started("stats", self.id, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            self.assertEqual((process.wait(TIMEOUT_S), process.stderr.read()), (0, b""))
+
+    def test_snapshot_is_taken_once_under_a_name_and_suspend_ends_a_vm(self) -> None:
+        name = "cli-snapshot-{}".format(os.getpid())
+        self.addCleanup(lambda: MicroVMIsolationManager().delete_template(name))
+        done = microvm("snapshot", self.id, name)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, name + "\n", ""))
+        self.assertEqual([one["name"] for one in self.manager.list_templates() if one["name"] == name], [name])
+        again = microvm("snapshot", self.id, name)
+        self.assertEqual((again.returncode, again.stdout), (1, ""))
+        self.assertRegex(again.stderr, r"\Amicrovm: [^\n]*{}[^\n]*exists[^\n]*\n\Z".format(name))
+        self.assertEqual(microvm("suspend", self.id).stdout, self.id + "\n")
+        self.assertTrue(self.vm.instance.get_info()["suspended"])
+        self.assertTrue(self.manager.resume_vm(self.id))
+
     def test_cp_of_more_than_a_moment_says_on_a_terminal_how_far_it_is(self) -> None:
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
@@ -516,6 +562,76 @@ class Attached(unittest.TestCase):
         self.assertEqual(microvm("cp", self.id + ":/tmp/in", "-").stdout, "words")
         self.assertEqual(microvm("cp", "a", "b").returncode, 2)
         self.assertEqual(microvm("cp", self.id + ":/no-such-file", "-").returncode, 1)
+
+
+class Top(unittest.TestCase):
+    """The screen, as a person at a terminal has it."""
+
+    def setUp(self) -> None:
+        manager = MicroVMIsolationManager({"raise_on_error": True})
+        self.addCleanup(manager.stop)
+        self.vm = manager.run_vm(resource_limits=limits())
+        self.master, self.slave = pty.openpty()
+        self.addCleanup(os.close, self.master)
+        self.addCleanup(os.close, self.slave)
+        resize(self.master, 30, 120)
+        self.before = termios.tcgetattr(self.slave)
+        self.said = ""
+
+    @contextlib.contextmanager
+    def shown(self, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
+        def control() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        environment = dict(os.environ, LC_ALL="C.UTF-8", **env)
+        with started(
+            "top", "--interval", "0.3", stdin=self.slave, stdout=self.slave, stderr=self.slave, preexec_fn=control, env=environment
+        ) as process:
+            yield process
+
+    def hear(self, pattern: str) -> None:
+        end = time.monotonic() + 60.0
+        while not re.search(pattern, self.said) and time.monotonic() < end:
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.said += os.read(self.master, 65536).decode("utf-8", "replace")
+        self.assertTrue(re.search(pattern, self.said), self.said[-2000:])
+
+    def test_busy_vm_has_a_chart_and_q_ends_it(self) -> None:
+        with self.vm.popen(["sh", "-c", "while :; do :; done"]), self.shown() as process:
+            self.hear(r"\x1b\[\?1049h")
+            self.hear(r"1 VM, \d+ % of a CPU, \d+ MiB of memory; q quits")
+            self.hear(r"\x1b\[1mVM +CPU +CPU %")
+            self.hear(r"{} +[▂▃▄▅▆▇█]".format(self.vm.vm_id))
+            os.write(self.master, b"q")
+            self.assertEqual(process.wait(TIMEOUT_S), 0)
+        self.hear(r"\x1b\[\?25h\x1b\[\?1049l")
+        self.assertEqual(termios.tcgetattr(self.slave), self.before)
+
+    def test_lines_fit_the_terminal_whose_size_changes(self) -> None:
+        with self.shown(NO_COLOR="1") as process:
+            self.hear(r"UP\x1b\[K")
+            resize(self.master, 4, 30)
+            self.said = ""
+            process.send_signal(signal.SIGWINCH)
+            self.hear(r"\x1b\[H[^\r\n]{1,30}\x1b\[K\r\n\x1b\[K\r\nVM[^\r\n]{1,28}\x1b\[K\r\n[^\r\n]{1,30}\x1b\[K\x1b\[J")
+            self.assertNotIn("\x1b[1m", self.said)
+            os.write(self.master, b"\x03")
+            self.assertEqual(process.wait(TIMEOUT_S), 0)
+        self.assertEqual(termios.tcgetattr(self.slave), self.before)
+
+    def test_stopped_or_terminated_it_gives_the_terminal_back(self) -> None:
+        with self.shown() as process:
+            self.hear("q quits")
+            process.send_signal(signal.SIGTSTP)
+            status = Path("/proc/{}/stat".format(process.pid))
+            self.assertTrue(eventually(lambda: status.read_text().rpartition(")")[2].split()[0] == "T", 20.0))
+            self.assertEqual(termios.tcgetattr(self.slave), self.before)
+            self.said = ""
+            process.send_signal(signal.SIGCONT)
+            self.hear("q quits")
+            process.terminate()
+            self.assertEqual(process.wait(TIMEOUT_S), 128 + signal.SIGTERM)
+        self.assertEqual(termios.tcgetattr(self.slave), self.before)
 
 
 class Templates(unittest.TestCase):

@@ -8,7 +8,7 @@ import sys
 from typing import Any, NoReturn, Optional, Sequence
 
 from .. import MicroVMError, __version__
-from . import completion, cp, doctor, exec, run, templates, vms
+from . import completion, cp, doctor, exec, run, stats, templates, vms
 from .fail import Complaints, complain
 
 NAME = "microvm"
@@ -43,6 +43,9 @@ def make_parser(program: str = NAME, with_bench: bool = True) -> Parser:
     for command, help in vms.CHANGES.items():
         configure = vms.configure_rm if command == "rm" else vms.configure_change
         configure(commands.add_parser(command, help=help))
+    vms.configure_snapshot(commands.add_parser("snapshot", help="keep a VM's state, that VMs can be cloned from"))
+    stats.configure_stats(commands.add_parser("stats", help="print what VMs use, again and again"))
+    stats.configure_top(commands.add_parser("top", help="show what VMs use, with charts"))
     doctor.configure(commands.add_parser("doctor", help="say what this host can run and what is missing"))
     bench = commands.add_parser("bench", help="measure VMs beside the bare VMM")
     templates.configure(commands.add_parser("templates", help="list the snapshots that VMs can be cloned from"))
@@ -101,6 +104,12 @@ def _call(options: argparse.Namespace, parser: Parser) -> int:
         return cp.run(options)
     if options.command in vms.CHANGES:
         return vms.change(options)
+    if options.command == "snapshot":
+        return vms.snapshot(options)
+    if options.command == "stats":
+        return stats.stats(options)
+    if options.command == "top":
+        return stats.top(options)
     if options.command == "doctor":
         return doctor.run(options)
     if options.command == "bench":

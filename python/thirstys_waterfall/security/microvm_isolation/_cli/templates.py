@@ -6,6 +6,7 @@ import time
 from typing import List
 
 from .. import MicroVMIsolationManager, TemplateInfo
+from . import table
 
 HEAD = ["NAME", "STATE", "BACKEND", "SIZE", "CREATED"]
 
@@ -19,10 +20,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2, sort_keys=True))
         return 0
-    rows = [HEAD, *map(_row, found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    table.show([HEAD, *map(_row, found)])
     return 0
 
 

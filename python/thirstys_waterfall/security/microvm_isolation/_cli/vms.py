@@ -1,14 +1,12 @@
 """``ps``, ``inspect`` and what changes VMs that run, whichever process has them."""
 
 import argparse
-import contextlib
 import json
 import os
-import shutil
-import sys
-from typing import Any, Callable, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from .. import AttachedVM, MicroVMError, VMSummary, attach, running_vms
+from . import table
 from .fail import complain
 
 HEAD = ["VM", "TYPE", "STATE", "GRADE", "CPUS", "MEMORY", "UP", "OWNER", "LABELS"]
@@ -20,6 +18,7 @@ CHANGES: Dict[str, str] = {
     "rm": "destroy VMs with their files",
     "pause": "stop the vCPUs of VMs",
     "resume": "let paused VMs go on",
+    "suspend": "write VMs to the disk and end them, until their owners resume them",
     "wait": "wait until VMs have ended",
 }
 
@@ -57,6 +56,12 @@ def configure_rm(parser: argparse.ArgumentParser) -> None:
     configure_change(parser)
 
 
+def configure_snapshot(parser: argparse.ArgumentParser) -> None:
+    configure_attach(parser)
+    parser.add_argument("vm", metavar="VM", help="the VM's id, which microvm ps lists")
+    parser.add_argument("name", metavar="NAME", help="the name of the snapshot, which no other has")
+
+
 def ps(options: argparse.Namespace) -> int:
     found = [vm for vm in running_vms(options.runtime_dir) if options.all or vm["error"] is None]
     if options.json:
@@ -64,9 +69,9 @@ def ps(options: argparse.Namespace) -> int:
     elif options.quiet:
         _print_lines([vm["vm_id"] for vm in found])
     elif options.format:
-        _print_lines([_formatted(options, vm) for vm in found])
+        _print_lines([formatted(options, vm) for vm in found])
     else:
-        _print_table([HEAD, *map(_row, found)])
+        table.show([HEAD, *map(_row, found)])
     return 0
 
 
@@ -78,7 +83,7 @@ def inspect(options: argparse.Namespace) -> int:
 
     code = _each(options, tell)
     if options.format:
-        _print_lines([_formatted(options, info) for info in told])
+        _print_lines([formatted(options, info) for info in told])
     else:
         print(json.dumps(told, indent=2, sort_keys=True))
     return code
@@ -92,6 +97,7 @@ def change(options: argparse.Namespace) -> int:
         "rm": AttachedVM.destroy,
         "pause": AttachedVM.pause,
         "resume": AttachedVM.resume,
+        "suspend": AttachedVM.suspend,
         "wait": AttachedVM.wait,
     }
 
@@ -100,6 +106,14 @@ def change(options: argparse.Namespace) -> int:
         print(vm.vm_id, flush=True)
 
     return _each(options, one)
+
+
+def snapshot(options: argparse.Namespace) -> int:
+    """Prints the name of the snapshot that was taken."""
+    with attach(options.vm, options.runtime_dir) as vm:
+        vm.snapshot(options.name)
+    print(options.name)
+    return 0
 
 
 def _each(options: argparse.Namespace, use: Callable[[AttachedVM], None]) -> int:
@@ -115,7 +129,8 @@ def _each(options: argparse.Namespace, use: Callable[[AttachedVM], None]) -> int
     return code
 
 
-def _formatted(options: argparse.Namespace, vm: Mapping[str, Any]) -> str:
+def formatted(options: argparse.Namespace, vm: Mapping[str, Any]) -> str:
+    """A VM as ``--format`` wants it."""
     try:
         return str(options.format).format_map(vm)
     except (KeyError, ValueError, IndexError, AttributeError) as error:
@@ -130,27 +145,17 @@ def _row(vm: VMSummary) -> List[str]:
     labels = ",".join("{}={}".format(name, value) for name, value in sorted(vm["labels"].items()))
     owner = "-" if vm["owner_pid"] is None else str(vm["owner_pid"])
     memory = "{} MiB".format(vm["memory_mb"])
-    return [vm["vm_id"], vm["isolation_type"], vm["state"], vm["isolation_grade"] or "-", str(vm["vcpu_count"]), memory, _age(vm), owner, labels]
+    return [vm["vm_id"], vm["isolation_type"], vm["state"], vm["isolation_grade"] or "-", str(vm["vcpu_count"]), memory, age(vm["uptime_seconds"]), owner, labels]
 
 
-def _age(vm: VMSummary) -> str:
-    seconds = vm["uptime_seconds"]
+def age(seconds: Optional[float]) -> str:
+    """It in its largest unit."""
     if seconds is None:
         return "-"
     for unit, length in UNITS:
         if seconds >= length:
             return "{}{}".format(int(seconds // length), unit)
     return "{}s".format(int(seconds))
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """On a terminal no line is longer than that."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    longest = None
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        longest = shutil.get_terminal_size().columns if os.isatty(sys.stdout.fileno()) else None
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()[:longest])
 
 
 def _print_lines(lines: Sequence[str]) -> None:
