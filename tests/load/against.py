@@ -1,7 +1,8 @@
 """What a commit costs beside another: the same starts by two installed wheels, in turns, in one run.
 
 ``python3 tests/load/against.py BEFORE AFTER [--n 60] [--only clone] [--json FILE]``; BEFORE and AFTER are interpreters of environments
-that hold one wheel each. A difference counts only beside the other's figure of the same run: hosts are noisy.
+that hold one wheel each. A difference counts only beside the other's figure of the same run: hosts are noisy. The clones of one
+template are alike, and two templates of one wheel differ by up to a tenth: so each makes several.
 """
 
 import argparse
@@ -105,27 +106,31 @@ def main() -> int:
     parser.add_argument("after", help="the interpreter that has the later wheel")
     parser.add_argument("--n", type=int, default=60, help="samples of each figure (default: 60; many: a tenth)")
     parser.add_argument("--at-once", type=int, default=50, help="VMs of one sample of many (default: 50)")
+    parser.add_argument("--templates", type=int, default=5, help="how often each makes its templates anew (default: 5)")
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--json", help="write all samples to this file")
     options = parser.parse_args()
-    samples: Dict[str, Dict[str, List[float]]] = {}
-    with tempfile.TemporaryDirectory(prefix="against-") as before, tempfile.TemporaryDirectory(prefix="against-") as after:
-        workers = {"before": Worker(options.before, before, options.at_once), "after": Worker(options.after, after, options.at_once)}
-        for part in options.only or PARTS:
-            rows = samples[part] = {"before": [], "after": []}
+    parts = options.only or PARTS
+    samples: Dict[str, Dict[str, List[float]]] = {part: {"before": [], "after": []} for part in parts}
+    for share in range(options.templates):
+        with tempfile.TemporaryDirectory(prefix="against-") as before, tempfile.TemporaryDirectory(prefix="against-") as after:
+            workers = {"before": Worker(options.before, before, options.at_once), "after": Worker(options.after, after, options.at_once)}
+            for part in parts:
+                n = max(5, options.n // 10) if part == "many" else options.n
+                for worker in workers.values():
+                    worker.measure(part)
+                for _ in range(share, n, options.templates):
+                    for name in random.sample(sorted(workers), 2):
+                        samples[part][name].append(workers[name].measure(part))
             for worker in workers.values():
-                worker.measure(part)
-            for _ in range(max(5, options.n // 10) if part == "many" else options.n):
-                for name in random.sample(sorted(workers), 2):
-                    rows[name].append(workers[name].measure(part))
-            line: List[Any] = [part]
-            for name in ("before", "after"):
-                line += [percentile(rows[name], share) for share in (0.5, 0.95, 0.99)]
-            quotient = statistics.median(rows["after"]) / statistics.median(rows["before"])
-            row = "{:6} before p50 {:8.1f} p95 {:8.1f} p99 {:8.1f} | after p50 {:8.1f} p95 {:8.1f} p99 {:8.1f} ms | n {} | p50 after / before {:.3f}"
-            print(row.format(*line, len(rows["after"]), quotient), flush=True)
-        for worker in workers.values():
-            worker.end()
+                worker.end()
+    for part, rows in samples.items():
+        line: List[Any] = [part]
+        for name in ("before", "after"):
+            line += [percentile(rows[name], share) for share in (0.5, 0.95, 0.99)]
+        quotient = statistics.median(rows["after"]) / statistics.median(rows["before"])
+        row = "{:6} before p50 {:8.1f} p95 {:8.1f} p99 {:8.1f} | after p50 {:8.1f} p95 {:8.1f} p99 {:8.1f} ms | n {} | p50 after / before {:.3f}"
+        print(row.format(*line, len(rows["after"]), quotient), flush=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(samples, file)
