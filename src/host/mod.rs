@@ -4,6 +4,7 @@
 //! with `unsafe`. It knows nothing of VMs or VMMs: it launches, watches and measures whatever it is given.
 
 pub mod acl;
+pub mod async_file;
 pub mod binary;
 pub mod cgroup;
 pub mod clock;

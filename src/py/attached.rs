@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::gate::{self, OnInterrupt, Owned};
 use super::instance::{answer_json, command_from};
 use super::stream::{ProcessStream, StreamArguments};
-use super::{convert, errors, logging, transfer};
+use super::transfer::{self, DownloadArguments, UploadArguments};
+use super::{convert, errors, logging};
 use crate::channel::{Operation, SessionError};
 use crate::error::Error;
 use crate::mutex::Mutex;
@@ -194,19 +195,15 @@ impl AttachedVM {
     fn upload<'py>(
         &self,
         py: Python<'py>,
-        source: &Bound<'py, PyAny>,
-        guest_path: &Bound<'py, PyAny>,
-        offset: Option<&Bound<'py, PyAny>>,
-        mode: Option<&Bound<'py, PyAny>>,
-        progress: Option<&Bound<'py, PyAny>>,
-        timeout: Option<&Bound<'py, PyAny>>,
+        source: Bound<'py, PyAny>,
+        guest_path: Bound<'py, PyAny>,
+        offset: Option<Bound<'py, PyAny>>,
+        mode: Option<Bound<'py, PyAny>>,
+        progress: Option<Bound<'py, PyAny>>,
+        timeout: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let stall: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
-        let guest_path = convert::text("guest_path", guest_path)?;
-        let offset = offset.map(|offset| convert::whole_in("offset", offset, 0, 1 << 62)).transpose()?;
-        let mode = mode.map(|mode| convert::whole_in("mode", mode, 0, 0o7777)).transpose()?.map(|mode| mode as u32);
-        let progress = convert::optional_callable("progress", progress)?;
-        transfer::upload(&self.attached(py)?, source, guest_path, offset, mode, progress, stall)
+        let arguments = UploadArguments { source, guest_path, offset, mode, progress, timeout };
+        transfer::upload(&self.attached(py)?, &arguments)
     }
 
     /// Reads a file of the guest into a path or an object with `write`.
@@ -234,19 +231,15 @@ impl AttachedVM {
     fn download<'py>(
         &self,
         py: Python<'py>,
-        guest_path: &Bound<'py, PyAny>,
-        destination: &Bound<'py, PyAny>,
-        offset: Option<&Bound<'py, PyAny>>,
-        progress: Option<&Bound<'py, PyAny>>,
-        max_bytes: Option<&Bound<'py, PyAny>>,
-        timeout: Option<&Bound<'py, PyAny>>,
+        guest_path: Bound<'py, PyAny>,
+        destination: Bound<'py, PyAny>,
+        offset: Option<Bound<'py, PyAny>>,
+        progress: Option<Bound<'py, PyAny>>,
+        max_bytes: Option<Bound<'py, PyAny>>,
+        timeout: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let stall: Option<Duration> = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
-        let max_bytes = max_bytes.map(|most| convert::whole_in("max_bytes", most, 0, 1 << 62)).transpose()?;
-        let guest_path = convert::text("guest_path", guest_path)?;
-        let offset = offset.map(|offset| convert::whole_in("offset", offset, 0, 1 << 62)).transpose()?;
-        let progress = convert::optional_callable("progress", progress)?;
-        transfer::download(&self.attached(py)?, guest_path, destination, offset, progress, max_bytes, stall)
+        let arguments = DownloadArguments { guest_path, destination, offset, progress, max_bytes, timeout };
+        transfer::download(&self.attached(py)?, &arguments)
     }
 
     /// Measures the VM's health now.

@@ -436,9 +436,7 @@ impl MicroVMIsolationManager {
         let (vm_id, path) = (convert::text("vm_id", vm_id)?, convert::path("path", path)?);
         let manager = self.manager.get(py)?.clone();
         let exported = gate::wait(py, OnInterrupt::Finish, async move { manager.export_disk(&vm_id, path).await })?;
-        let told =
-            |disk: ExportedDisk| convert::from_json(py, &json!({"bytes": disk.bytes, "verified": disk.verified}));
-        self.settle(py, exported)?.map(told).transpose()
+        self.settle(py, exported)?.map(|disk| convert::from_json(py, &disk_json(&disk))).transpose()
     }
 
     /// Lists the templates that `MicroVMInstance.snapshot` made for this user in `cache_dir`.
@@ -890,6 +888,10 @@ pub fn usage_json(usage: &ResourceUsage) -> Value {
         "own_templates": {"count": usage.snapshots.0, "disk_bytes": usage.snapshots.1},
         "suspended": {"count": usage.suspended.0, "disk_bytes": usage.suspended.1},
     })
+}
+
+pub fn disk_json(disk: &ExportedDisk) -> Value {
+    json!({"bytes": disk.bytes, "verified": disk.verified})
 }
 
 fn snapshot_json(key: &str, entry: &SnapshotEntry) -> Value {

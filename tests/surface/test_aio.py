@@ -6,24 +6,28 @@ import gc
 import importlib
 import importlib.util
 import inspect
+import io
 import os
 import re
+import subprocess
 import tempfile
 import threading
 import time
 import unittest
-from typing import Any, Awaitable, Callable, Dict, List, Tuple
+import zlib
+from pathlib import Path
+from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple, Type
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import aio
-from thirstys_waterfall.security.microvm_isolation.aio import AsyncMicroVMInstance, AsyncMicroVMIsolationManager
+from thirstys_waterfall.security.microvm_isolation.aio import AsyncMicroVMInstance, AsyncMicroVMIsolationManager, _operations
 
 from ..support import IMPORT, ROOT, eventually, limits, play, run_python, shell
 from .test_documentation import BLOCKS, described, parameters
 
 CONFIG = {"default_backend": "QEMU", "default_memory_mb": 128, "default_disk_size_mb": 64, "max_vcpus": 64}
-# Transfers and events are of the blocking face alone so far.
-BLOCKING_ONLY = {"attach", "upload", "download", "events", "on_event", "export_disk", "run_vm"}
+# What is of the blocking face alone so far.
+BLOCKING_ONLY = {"attach", "events", "on_event", "run_vm"}
 HEAD = """
 import asyncio, threading, time
 from {} import *
@@ -133,6 +137,11 @@ class Operations(unittest.TestCase):
             self.assertTrue(await manager.delete_template("aio-life"))
             self.assertTrue(await vm.suspend())
             self.assertIn("aio-life", [suspended["vm_id"] for suspended in await manager.list_suspended()])
+            with tempfile.TemporaryDirectory() as folder:
+                disk = Path(folder, "disk")
+                self.assertEqual(await manager.export_disk("aio-life", disk), {"bytes": disk.stat().st_size, "verified": True})
+                with self.assertRaises(ValueError):
+                    await manager.export_disk("aio-life", disk)
             self.assertTrue(await manager.resume_vm("aio-life"))
             self.assertEqual(manager.list_vms(state="running", labels={"team": "web"}), ["aio-life"])
             self.assertTrue(await vm.stop())
@@ -255,7 +264,7 @@ class Cancellation(unittest.TestCase):
             # The loop stands still until the VM is there; then its future has the id, which the task has not taken yet.
             self.assertTrue(eventually(manager.list_vms))
             time.sleep(0.2)
-            aio._queue_of(asyncio.get_running_loop())._drain()
+            _operations.queue_of(asyncio.get_running_loop())._drain()
             task.cancel()
             with self.assertRaises(asyncio.CancelledError):
                 await task
@@ -413,6 +422,167 @@ class Streams(unittest.TestCase):
         with_manager(fail)
 
 
+class Transfers(unittest.TestCase):
+    def test_files_and_objects_go_both_ways_as_by_the_blocking_calls(self) -> None:
+        content = os.urandom(700_000)
+
+        class Pieces:
+            """Read and written by coroutine functions, as asyncio's streams."""
+
+            def __init__(self, content: bytes = b"") -> None:
+                self.file = io.BytesIO(content)
+
+            async def read(self, size: int) -> bytes:
+                await asyncio.sleep(0)
+                return self.file.read(size)
+
+            async def write(self, data: bytes) -> int:
+                await asyncio.sleep(0)
+                # As a raw stream, which may take less.
+                return self.file.write(data[:50_000])
+
+        async def transfer(manager: AsyncMicroVMIsolationManager, folder: Path) -> None:
+            vm = await start_vm(manager)
+            path, back = folder / "there", folder / "back"
+            path.write_bytes(content)
+            path.chmod(0o640)
+            told: List[Tuple[int, Optional[int], threading.Thread]] = []
+
+            def progress(done: int, total: Optional[int]) -> None:
+                told.append((done, total, threading.current_thread()))
+
+            moved = {"bytes": len(content), "crc32": zlib.crc32(content)}
+            self.assertEqual(await vm.upload(path, "/tmp/one"), moved)
+            self.assertEqual(await vm.upload(io.BytesIO(content), "/tmp/two", mode=0o600, progress=progress), moved)
+            self.assertEqual(await vm.upload(Pieces(content), "/tmp/three"), moved)
+            self.assertEqual(await vm.upload(str(path), "/tmp/four", progress=progress), moved)
+            self.assertEqual(await output_of(vm, "cd /tmp; cat one two three four | cksum; stat -c %a one two"),
+                             subprocess.run("cat {0} {0} {0} {0} | cksum; echo 640; echo 600".format(path), shell=True,
+                                            stdout=subprocess.PIPE, check=True).stdout.decode())
+            self.assertEqual(await vm.download("/tmp/one", back), moved)
+            self.assertEqual((back.read_bytes() == content, back.stat().st_mode & 0o777), (True, 0o640))
+            for name in ("file", "object"):
+                received = io.BytesIO()
+                destination: Any = back if name == "file" else received
+                self.assertEqual(await vm.download("/tmp/two", destination, progress=progress), moved)
+                self.assertEqual(back.read_bytes() if name == "file" else received.getvalue(), content)
+            pieces = Pieces()
+            self.assertEqual(await vm.download("/tmp/three", pieces), moved)
+            self.assertEqual(pieces.file.getvalue(), content)
+            # An end in place, from a file that knows where it stands.
+            self.assertEqual((await vm.upload(path, "/tmp/one", offset=600_000))["bytes"], 100_000)
+            self.assertEqual((await vm.download("/tmp/one", back, offset=600_000))["bytes"], 100_000)
+            self.assertEqual(back.read_bytes(), content)
+            self.assertEqual((await vm.upload(io.BytesIO(), "/tmp/empty"), await vm.download("/tmp/empty", io.BytesIO())),
+                             ({"bytes": 0, "crc32": 0},) * 2)
+            self.assertEqual({thread for _, _, thread in told}, {threading.current_thread()})
+            self.assertEqual([total for done, total, _ in told if done == len(content)], [None] + [len(content)] * 3)
+            self.assertGreaterEqual(len(told), 12)
+
+        with tempfile.TemporaryDirectory() as name:
+            with_manager(lambda manager: transfer(manager, Path(name)))
+
+    def test_failures_are_raised_and_undo_the_transfer(self) -> None:
+        async def fail(manager: AsyncMicroVMIsolationManager, folder: Path) -> None:
+            vm = await start_vm(manager)
+            path = folder / "file"
+            path.write_text("old")
+            with self.assertRaises(package.HostError) as caught:
+                await vm.upload(folder / "none", "/tmp/there")
+            self.assertIsInstance(caught.exception.__cause__, FileNotFoundError)
+            with self.assertRaises(package.HostError):
+                await vm.download("/etc/hostname", folder)
+            with self.assertRaises(package.CommandError):
+                await vm.upload(path, "/no/such/folder")
+            with self.assertRaises(package.CommandError) as refused:
+                await vm.download("/dev/zero", path, max_bytes=100)
+            self.assertEqual(path.read_text(), "old", refused.exception)
+            bad: List[Tuple[Type[Exception], Callable[[], Awaitable[Any]]]] = [
+                (TypeError, lambda: vm.upload(3, "/tmp/there")),  # type: ignore[arg-type]
+                (TypeError, lambda: vm.upload(path, "/tmp/there", progress=3)),  # type: ignore[arg-type]
+                (TypeError, lambda: vm.upload(io.StringIO("text"), "/tmp/there")),  # type: ignore[arg-type]
+                (ValueError, lambda: vm.upload(path, "/tmp/there", mode=0o10000)),
+                (ValueError, lambda: vm.download("/etc/hostname", path, offset=-1)),
+                (ZeroDivisionError, lambda: vm.upload(path, "/tmp/there", progress=lambda done, total: 1 // 0)),
+                (ZeroDivisionError, lambda: vm.download("/bin/busybox", path, progress=lambda done, total: 1 // 0)),
+            ]
+            for kind, call in bad:
+                with self.subTest(kind=kind), self.assertRaises(kind):
+                    await call()
+            self.assertEqual((path.read_text(), os.listdir(str(folder))), ("old", ["file"]))
+
+            async def is_undone() -> bool:
+                return await output_of(vm, "ls -A /tmp") == ""
+
+            self.assertTrue(await comes(is_undone), await output_of(vm, "ls -A /tmp"))
+
+        with tempfile.TemporaryDirectory() as name:
+            with_manager(lambda manager: fail(manager, Path(name)))
+
+    def test_cancelled_transfers_are_undone_at_any_moment(self) -> None:
+        async def cancel(manager: AsyncMicroVMIsolationManager, folder: Path) -> None:
+            vm = await start_vm(manager)
+            source, path = folder / "source", folder / "file"
+            source.write_bytes(os.urandom(8 << 20))
+            path.write_text("old")
+            await vm.upload(source, "/root/big")
+            for turn in range(24):
+                calls = [vm.upload(source, "/tmp/there"), vm.download("/root/big", path),
+                         vm.upload(io.BytesIO(source.read_bytes()), "/tmp/there"), vm.download("/root/big", io.BytesIO())]
+                task = asyncio.ensure_future(calls.pop(turn % 4))
+                for call in calls:
+                    call.close()
+                await asyncio.sleep(turn // 4 * 0.004)
+                task.cancel()
+                begun = time.monotonic()
+                try:
+                    await task
+                except asyncio.CancelledError:
+                    self.assertLess(time.monotonic() - begun, 1.0)
+                else:
+                    self.fail("8 MiB were faster than their cancellation, turn {}".format(turn))
+
+            async def is_undone() -> bool:
+                return await output_of(vm, "ls -A /tmp") == "" and sorted(os.listdir(str(folder))) == ["file", "source"]
+
+            self.assertTrue(await comes(is_undone), (await output_of(vm, "ls -A /tmp"), os.listdir(str(folder))))
+            self.assertEqual(path.read_text(), "old")
+
+        with tempfile.TemporaryDirectory() as name:
+            with_manager(lambda manager: cancel(manager, Path(name)))
+
+    def test_many_transfers_and_fifos_take_few_threads(self) -> None:
+        async def transfer(manager: AsyncMicroVMIsolationManager, folder: Path) -> None:
+            vm = await start_vm(manager)
+            (folder / "file").write_bytes(os.urandom(1 << 20))
+            await vm.upload(folder / "file", "/tmp/file")
+            before = len(os.listdir("/proc/self/task"))
+            fifos = [folder / str(number) for number in range(6)]
+            for fifo in fifos:
+                os.mkfifo(str(fifo))
+            waiting = [asyncio.ensure_future(vm.upload(fifo, "/tmp/{}".format(fifo.name))) for fifo in fifos[:3]]
+            waiting += [asyncio.ensure_future(vm.download("/etc/hostname", fifo)) for fifo in fifos[3:]]
+            moving = [asyncio.ensure_future(vm.download("/tmp/file", folder / "to-{}".format(number))) for number in range(30)]
+            most = 0
+            while not all(task.done() for task in moving):
+                most = max(most, len(os.listdir("/proc/self/task")))
+                await asyncio.sleep(0.005)
+            self.assertEqual({task.result()["bytes"] for task in moving}, {1 << 20})
+            self.assertLessEqual(most - before, 4)
+            self.assertFalse(any(task.done() for task in waiting))
+            for fifo in fifos[:3]:
+                fifo.write_text("through")
+            read = [os.open(str(fifo), os.O_RDONLY | os.O_NONBLOCK) for fifo in fifos[3:]]
+            done = await asyncio.gather(*waiting)
+            self.assertEqual([one["bytes"] for one in done[:3]], [7] * 3)
+            for fd in read:
+                self.assertEqual(len(os.read(fd, 100)), done[3]["bytes"])
+                os.close(fd)
+
+        with tempfile.TemporaryDirectory() as name:
+            with_manager(lambda manager: transfer(manager, Path(name)))
+
+
 class Loops(unittest.TestCase):
     def test_two_loops_in_two_threads_use_one_vm(self) -> None:
         async def use(manager: AsyncMicroVMIsolationManager) -> None:
@@ -468,7 +638,7 @@ class Loops(unittest.TestCase):
         for _ in range(5):
             asyncio.run(one())
         gc.collect()
-        self.assertEqual([queue for queue in aio._queues.values() if queue() is not None], [])
+        self.assertEqual([queue for queue in _operations._queues.values() if queue() is not None], [])
 
     def test_forked_child_is_told_that_the_manager_is_its_parents(self) -> None:
         done = run_python(HEAD + """
@@ -513,6 +683,10 @@ class CancellationUnderUvloop(Uvloop, Cancellation):
 
 
 class StreamsUnderUvloop(Uvloop, Streams):
+    pass
+
+
+class TransfersUnderUvloop(Uvloop, Transfers):
     pass
 
 

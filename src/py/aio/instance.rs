@@ -8,8 +8,10 @@ use pyo3::prelude::*;
 use super::super::gate::OnInterrupt;
 use super::super::instance::{self, MicroVMInstance};
 use super::super::stream::StreamArguments;
+use super::super::transfer::{DownloadArguments, UploadArguments};
 use super::super::{convert, errors};
 use super::queue::OperationQueue;
+use super::transfer::{DownloadOperations, UploadOperations};
 use crate::error::Result;
 use crate::vm::{info, Machine, MicroVm};
 
@@ -112,6 +114,14 @@ impl VmOperations {
         let (params, options) = arguments.parse()?;
         let start = |vm: Arc<MicroVm>| async move { vm.stream(params).await };
         self.on_vm(queue, OnInterrupt::Abandon, start, |py, process| Py::new(py, options.stream(py, process)?))
+    }
+
+    fn upload<'py>(&self, queue: &Bound<'py, OperationQueue>, arguments: UploadArguments<'py>) -> PyResult<u64> {
+        UploadOperations::begin(self.vm(queue.py())?, queue, &arguments)
+    }
+
+    fn download<'py>(&self, queue: &Bound<'py, OperationQueue>, arguments: DownloadArguments<'py>) -> PyResult<u64> {
+        DownloadOperations::begin(self.vm(queue.py())?, queue, &arguments)
     }
 
     fn get_health_metrics(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {

@@ -200,6 +200,19 @@ impl ManagerOperations {
         })
     }
 
+    fn export_disk(
+        &self,
+        queue: &Bound<'_, OperationQueue>,
+        vm_id: &Bound<'_, PyAny>,
+        path: &Bound<'_, PyAny>,
+    ) -> PyResult<u64> {
+        let (vm_id, path) = (convert::text("vm_id", vm_id)?, convert::path("path", path)?);
+        let export = |manager: Arc<Manager>| async move { manager.export_disk(&vm_id, path).await };
+        self.on_manager(queue, OnInterrupt::Finish, export, |py, _, disk| {
+            Ok(convert::from_json(py, &manager::disk_json(&disk))?.unbind())
+        })
+    }
+
     fn list_templates(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
         self.report(queue, |manager| {
             blocking("the snapshots", move || manager::snapshots_json("name", &manager.list_templates()))

@@ -11,8 +11,10 @@ mod instance;
 mod manager;
 mod queue;
 mod stream;
+mod transfer;
 
 pub use instance::VmOperations;
 pub use manager::{ManagerOperations, PrepareOperation};
 pub use queue::OperationQueue;
 pub use stream::StreamOperations;
+pub use transfer::{DownloadOperations, UploadOperations};

@@ -41,6 +41,7 @@ from ._types import (
 __all__ = [
     "AttachedVM",
     "CommunicationChannel",
+    "DownloadOperations",
     "EventStream",
     "ManagerOperations",
     "MicroVMInstance",
@@ -49,6 +50,7 @@ __all__ = [
     "PrepareOperation",
     "ProcessStream",
     "StreamOperations",
+    "UploadOperations",
     "VmOperations",
     "check_network_config",
     "check_resource_limits",
@@ -1588,6 +1590,8 @@ class VmOperations:
     def resume(self, queue: OperationQueue) -> int: ...
     def suspend(self, queue: OperationQueue) -> int: ...
     def stream(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
+    def upload(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
+    def download(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
     def get_health_metrics(self, queue: OperationQueue) -> int: ...
     def get_info(self, queue: OperationQueue) -> int: ...
     def snapshot(self, queue: OperationQueue, name: str) -> int: ...
@@ -1622,6 +1626,40 @@ class StreamOperations:
     ) -> int: ...
 
 @final
+class UploadOperations:
+    """One upload: each step begins at once and returns its number in the queue.
+
+    Used by `aio` alone. Does not block.
+    """
+
+    @property
+    def total(self) -> Optional[int]:
+        """Bytes that there are to send; `None` where that is not known."""
+    def send(self, queue: OperationQueue, rest: bool) -> int:
+        """Sends the next piece of the file, or the rest of it: how many bytes were sent so far, or the result at the end."""
+    def write(self, queue: OperationQueue, data: _Bytes) -> int:
+        """Sends bytes: how many were sent so far, or the result when there were none."""
+    def close(self) -> None:
+        """Gives the upload up unless it has ended: a new file never appears in the guest."""
+
+@final
+class DownloadOperations:
+    """One download: each step begins at once and returns its number in the queue.
+
+    Used by `aio` alone. Does not block.
+    """
+
+    @property
+    def total(self) -> int:
+        """Bytes that there are to receive."""
+    def save(self, queue: OperationQueue, rest: bool) -> int:
+        """Writes the next piece to the file, or the rest of it: how many bytes have come so far, or the result at the end."""
+    def read(self, queue: OperationQueue) -> int:
+        """Returns the next bytes, and how many have come so far; at the end none, and the result."""
+    def close(self) -> None:
+        """Gives the download up unless it has ended: a file that it would have made does not appear."""
+
+@final
 class ManagerOperations:
     """The operations on a manager: each begins at once and returns its number in the queue.
 
@@ -1636,6 +1674,7 @@ class ManagerOperations:
     def get_resource_usage(self, queue: OperationQueue) -> int: ...
     def get_health_status(self, queue: OperationQueue) -> int: ...
     def list_suspended(self, queue: OperationQueue) -> int: ...
+    def export_disk(self, queue: OperationQueue, vm_id: str, path: _Path) -> int: ...
     def list_templates(self, queue: OperationQueue) -> int: ...
     def create_vm(
         self,

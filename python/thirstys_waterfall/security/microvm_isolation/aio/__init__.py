@@ -1,0 +1,24 @@
+"""The package for asyncio: the classes of the same names with ``Async`` before them, and the same arguments and results.
+
+Every failure is raised, whatever ``raise_on_error`` says: nothing answers ``None`` or ``False``. Cancelling a task
+cancels its operation here and in the guest: a program that ``send_command("exec", ...)`` runs is killed, the VM goes on,
+and a start is undone. What is worse by half (stop, pause, resume, suspend, snapshot, destroy) goes on without the task.
+
+No call takes a thread. Any event loop with ``add_reader`` will do (uvloop's, too), as many as there are threads; a loop may be closed
+while operations are under way, and their results are dropped.
+
+Example:
+    >>> async def hello():
+    ...     async with AsyncMicroVMIsolationManager({"default_memory_mb": 128}) as manager:
+    ...         vm = manager.get_vm(await manager.create_vm("session"))
+    ...         await vm.start()
+    ...         return await vm.send_command("ping")
+    >>> asyncio.run(hello())["result"]
+    'pong'
+"""
+
+from ._instance import AsyncMicroVMInstance
+from ._manager import AsyncMicroVMIsolationManager
+from ._stream import AsyncProcessStream
+
+__all__ = ["AsyncMicroVMInstance", "AsyncMicroVMIsolationManager", "AsyncProcessStream"]
