@@ -43,6 +43,16 @@ impl EventStream {
         Self { subscriber: Owned::new("EventStream", subscriber), timeout }
     }
 
+    /// The subscriber, in the process that made it.
+    pub fn subscriber(&self, py: Python<'_>) -> PyResult<&Arc<Subscriber>> {
+        self.subscriber.get(py)
+    }
+
+    /// How long a caller waits who does not say so.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.timeout
+    }
+
     fn take(&self, py: Python<'_>, timeout: Option<Duration>) -> PyResult<Recv> {
         let subscriber = self.subscriber.get(py)?.clone();
         let deadline = timeout.map(|timeout| Instant::now() + timeout);

@@ -73,6 +73,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<aio::ManagerOperations>()?;
     module.add_class::<aio::PrepareOperation>()?;
     module.add_class::<aio::StreamOperations>()?;
+    module.add_class::<aio::EventOperations>()?;
+    module.add_class::<aio::TakenEvent>()?;
     module.add_class::<aio::UploadOperations>()?;
     module.add_class::<aio::DownloadOperations>()?;
     module.add_function(wrap_pyfunction!(check_resource_limits, module)?)?;

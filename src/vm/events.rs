@@ -129,6 +129,19 @@ impl Subscriber {
         self.notify.notify_one();
     }
 
+    /// Gives back an event that was taken for a caller that has given up, to be the next one; a full queue drops it.
+    pub fn put_back(&self, event: Arc<Event>) {
+        let mut queue = self.queue.lock();
+        if queue.events.len() < self.capacity {
+            queue.events.push_front(event);
+        } else {
+            queue.dropped += 1;
+        }
+        drop(queue);
+        self.arrived.notify_one();
+        self.notify.notify_one();
+    }
+
     /// How many events were dropped from the full queue.
     #[must_use]
     pub fn dropped(&self) -> u64 {
@@ -170,7 +183,11 @@ impl Subscriber {
         loop {
             match Self::take(&mut self.queue.lock()) {
                 Some(Recv::Event(event)) => return Some(event),
-                Some(_) => return None,
+                Some(_) => {
+                    // Every other task that waits has come to the end, too.
+                    self.notify.notify_one();
+                    return None;
+                }
                 None => {}
             }
             self.notify.notified().await;
@@ -194,6 +211,33 @@ mod tests {
             _ => None,
         })
         .collect()
+    }
+
+    #[tokio::test]
+    async fn test_every_task_that_waits_hears_of_the_end_and_of_what_was_put_back() {
+        let events = Events::default();
+        let subscriber = events.subscribe(2);
+        publish(&events, "1");
+        let first = subscriber.next().await.unwrap();
+        let waiting: Vec<_> = (0..3)
+            .map(|_| {
+                let subscriber = subscriber.clone();
+                tokio::spawn(async move { subscriber.next().await })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        subscriber.put_back(first.clone());
+        tokio::task::yield_now().await;
+        events.close();
+        let mut received = Vec::new();
+        for task in waiting {
+            received.extend(task.await.unwrap());
+        }
+        assert_eq!(received, std::slice::from_ref(&first));
+        let full = events.subscribe(1);
+        publish(&events, "4");
+        full.put_back(first);
+        assert_eq!((details(&full), full.dropped()), (vec!["4".to_owned()], 1));
     }
 
     #[test]

@@ -27,7 +27,7 @@ from .test_documentation import BLOCKS, described, parameters
 
 CONFIG = {"default_backend": "QEMU", "default_memory_mb": 128, "default_disk_size_mb": 64, "max_vcpus": 64}
 # What is of the blocking face alone so far.
-BLOCKING_ONLY = {"attach", "events", "on_event", "run_vm"}
+BLOCKING_ONLY = {"attach", "run_vm"}
 HEAD = """
 import asyncio, threading, time
 from {} import *
@@ -583,6 +583,121 @@ class Transfers(unittest.TestCase):
             with_manager(lambda manager: transfer(manager, Path(name)))
 
 
+class Events(unittest.TestCase):
+    def test_stream_tells_what_the_blocking_one_tells_and_ends_with_the_manager(self) -> None:
+        async def listen(manager: AsyncMicroVMIsolationManager) -> None:
+            blocking, stream = manager._blocking.events(), manager.events()
+            ended = [asyncio.ensure_future(manager.events().get()) for _ in range(3)]
+            both = manager.events()
+            ended += [asyncio.ensure_future(both.get()) for _ in range(3)]
+            vm = await start_vm(manager)
+            await vm.pause()
+            self.assertEqual({event["kind"] for event in await asyncio.gather(*ended[:3]) if event is not None}, {"created"})
+            await manager.stop()
+            told = [event async for event in stream]
+            self.assertEqual(told, list(blocking))
+            self.assertEqual([event["to"] for event in told if event["kind"] == "state"],
+                             ["starting", "running", "paused", "destroyed"])
+            self.assertIsNone(await stream.get())
+            self.assertTrue(all(event is not None for event in await asyncio.wait_for(asyncio.gather(*ended[3:]), 5)))
+            late = [asyncio.ensure_future(both.get()) for _ in range(100)]
+            self.assertIn(None, await asyncio.wait_for(asyncio.gather(*late), 5))
+
+        with_manager(listen)
+
+    def test_timeout_capacity_and_close_are_those_of_the_blocking_stream(self) -> None:
+        async def listen(manager: AsyncMicroVMIsolationManager) -> None:
+            stream = manager.events(timeout=0.2)
+            begun = time.monotonic()
+            self.assertEqual([event async for event in stream], [])
+            self.assertGreater(time.monotonic() - begun, 0.19)
+            self.assertIsNone(await stream.get(timeout=0))
+            async with manager.events(capacity=3) as few:
+                waiting = [asyncio.ensure_future(manager.events().get()) for _ in range(2)]
+                made = [await manager.create_vm("plugin", limits()) for _ in range(5)]
+                self.assertEqual(few.dropped, 2)
+                await asyncio.gather(*waiting)
+            self.assertEqual([event["vm_id"] async for event in few], made[2:])
+            with self.assertRaises(ValueError):
+                manager.events(capacity=0)
+            with self.assertRaises(TypeError):
+                await stream.get(timeout="soon")  # type: ignore[arg-type]
+            self.assertIn("AsyncEventStream", repr(stream))
+
+        with_manager(listen)
+
+    def test_cancelled_readers_lose_no_event(self) -> None:
+        async def listen(manager: AsyncMicroVMIsolationManager) -> None:
+            stream, numbers, turn = manager.events(), [], 0
+            reference = manager.events()
+            making = asyncio.ensure_future(churn(manager))
+            while not making.done() or reference._blocking.dropped:
+                task = asyncio.ensure_future(stream.get(timeout=0.001 * (turn % 3)))
+                for _ in range(turn % 4):
+                    await asyncio.sleep(0)
+                if turn % 8 == 7:
+                    await asyncio.sleep(0.001)
+                task.cancel()
+                turn += 1
+                try:
+                    event = await task
+                except asyncio.CancelledError:
+                    continue
+                numbers += [event["sequence"]] if event is not None else []
+            stream.close()
+            reference.close()
+            numbers += [event["sequence"] async for event in stream]
+            self.assertEqual(numbers, [event["sequence"] async for event in reference])
+            self.assertGreater(len(numbers), 100)
+            self.assertGreater(turn, 100)
+
+        async def churn(manager: AsyncMicroVMIsolationManager) -> None:
+            for _ in range(50):
+                await manager.destroy_vm(await manager.create_vm("plugin", limits()))
+
+        with_manager(listen)
+
+    def test_callbacks_run_in_the_loop_until_they_are_closed(self) -> None:
+        async def listen(manager: AsyncMicroVMIsolationManager) -> None:
+            heard: List[Tuple[str, Any]] = []
+            threads = len(os.listdir("/proc/self/task"))
+
+            def plain(event: Any) -> None:
+                heard.append(("plain", event["sequence"]))
+                self.assertIs(threading.current_thread(), threading.main_thread())
+                raise ValueError("of the callback")
+
+            async def slow(event: Any) -> None:
+                await asyncio.sleep(0.01)
+                heard.append(("slow", event["sequence"]))
+
+            async def first(event: Any) -> None:
+                heard.append(("first", event["sequence"]))
+                await once.close()
+
+            with self.assertLogs(package._logging.LOGGER_NAME, "ERROR") as logged:
+                async with manager.on_event(plain), manager.on_event(slow) as subscription:
+                    once = manager.on_event(first)
+                    for _ in range(3):
+                        await manager.create_vm("plugin", limits())
+                    self.assertTrue(subscription.active)
+                self.assertFalse(subscription.active)
+            self.assertEqual(len([line for line in logged.output if "of the callback" in line]), 3)
+            for name in ("plain", "slow"):
+                self.assertEqual([number for who, number in heard if who == name], [1, 2, 3])
+            self.assertIn(("first", 1), heard)
+            self.assertEqual((once.active, subscription.dropped), (False, 0))
+            self.assertLessEqual(len(os.listdir("/proc/self/task")), threads + 2)
+            with self.assertRaises(TypeError):
+                manager.on_event("no function")  # type: ignore[arg-type]
+            ending = manager.on_event(lambda event: None)
+            await manager.stop()
+            await asyncio.wait_for(asyncio.shield(ending._task), 5)
+            self.assertFalse(ending.active)
+
+        with_manager(listen)
+
+
 class Loops(unittest.TestCase):
     def test_two_loops_in_two_threads_use_one_vm(self) -> None:
         async def use(manager: AsyncMicroVMIsolationManager) -> None:
@@ -690,6 +805,10 @@ class TransfersUnderUvloop(Uvloop, Transfers):
     pass
 
 
+class EventsUnderUvloop(Uvloop, Events):
+    pass
+
+
 class LoopsUnderUvloop(Uvloop, Loops):
     pass
 
@@ -726,6 +845,17 @@ threading.Thread(target=asyncio.run, args=(main(),), daemon=True).start()
 assert ready.wait(60)
 """,
     }
+
+    ENDS["readers of events"] = """
+async def main():
+    manager = AsyncMicroVMIsolationManager(config)
+    await manager.start()
+    manager.on_event(print)
+    global task
+    task = asyncio.ensure_future(manager.events().get())
+    await asyncio.sleep(0.05)
+asyncio.run(main())
+"""
 
     def test_interpreter_exits_in_the_middle_of_operations_without_a_word(self) -> None:
         for name, code in self.ENDS.items():

@@ -7,12 +7,14 @@
 //! library that completes futures from workers (`pyo3-async-runtimes`) attaches each time, and a worker that attaches
 //! while the interpreter ends hangs or crashes it. The queue needs nothing of a loop but `add_reader`, which uvloop's has, too.
 
+mod events;
 mod instance;
 mod manager;
 mod queue;
 mod stream;
 mod transfer;
 
+pub use events::{EventOperations, TakenEvent};
 pub use instance::VmOperations;
 pub use manager::{ManagerOperations, PrepareOperation};
 pub use queue::OperationQueue;

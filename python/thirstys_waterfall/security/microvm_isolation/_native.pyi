@@ -42,6 +42,7 @@ __all__ = [
     "AttachedVM",
     "CommunicationChannel",
     "DownloadOperations",
+    "EventOperations",
     "EventStream",
     "ManagerOperations",
     "MicroVMInstance",
@@ -50,6 +51,7 @@ __all__ = [
     "PrepareOperation",
     "ProcessStream",
     "StreamOperations",
+    "TakenEvent",
     "UploadOperations",
     "VmOperations",
     "check_network_config",
@@ -1624,6 +1626,29 @@ class StreamOperations:
         timeout: Optional[float] = None,
         text: bool = False,
     ) -> int: ...
+
+@final
+class TakenEvent:
+    """An event that its task has not seen yet.
+
+    Used by `aio` alone. Does not block.
+    """
+
+    def claim(self) -> Optional[VMEvent]:
+        """Returns the event, once."""
+    def put_back(self) -> None:
+        """Gives the event back, unless it was claimed."""
+
+@final
+class EventOperations:
+    """The operations on a stream of events: each begins at once and returns its number in the queue.
+
+    Used by `aio` alone. Does not block.
+    """
+
+    def __new__(cls, handle: EventStream) -> Self: ...
+    def next(self, queue: OperationQueue, timeout: Optional[float] = None) -> int:
+        """The next event; `None` at the end of the stream, and after the `timeout`, which is the stream's own where left out."""
 
 @final
 class UploadOperations:

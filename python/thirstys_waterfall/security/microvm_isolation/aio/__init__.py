@@ -17,8 +17,15 @@ Example:
     'pong'
 """
 
+from ._events import AsyncEventStream, AsyncEventSubscription
 from ._instance import AsyncMicroVMInstance
 from ._manager import AsyncMicroVMIsolationManager
 from ._stream import AsyncProcessStream
 
-__all__ = ["AsyncMicroVMInstance", "AsyncMicroVMIsolationManager", "AsyncProcessStream"]
+__all__ = [
+    "AsyncEventStream",
+    "AsyncEventSubscription",
+    "AsyncMicroVMInstance",
+    "AsyncMicroVMIsolationManager",
+    "AsyncProcessStream",
+]

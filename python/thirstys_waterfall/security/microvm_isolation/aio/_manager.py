@@ -17,8 +17,10 @@ from .._types import (
     ResourceUsage,
     SuspendedVM,
     TemplateInfo,
+    VMEvent,
     VMInfo,
 )
+from ._events import AsyncEventStream, AsyncEventSubscription, wrap
 from ._instance import AsyncMicroVMInstance
 from ._operations import Path, result
 
@@ -319,6 +321,32 @@ class AsyncMicroVMIsolationManager:
                 return True
             if progress is not None:
                 progress(*stage)
+
+    def events(self, timeout: Optional[float] = None, capacity: int = 1024) -> AsyncEventStream:
+        """Returns an asynchronous iterator of what happens to the VMs from now on; it ends with the manager.
+
+        Does not block; the iterator does not block the loop.
+
+        Args:
+            timeout: Seconds that the iterator waits for each event before it ends, 0 to 86400; no limit where left out.
+            capacity: Number of events that may wait to be taken, 1 to 1048576; when more come, the oldest are dropped
+                (``AsyncEventStream.dropped``).
+        """
+        return wrap(self._blocking.events(timeout, capacity))
+
+    def on_event(self, callback: Callable[[VMEvent], Any], capacity: int = 1024) -> AsyncEventSubscription:
+        """Calls ``callback`` with each event from now on, in a task of the running loop, until it is closed.
+
+        Does not block. An exception of the callback is logged and the next event is delivered.
+
+        Args:
+            callback: A function or a coroutine function of one argument, the event: a dict.
+            capacity: Number of events that may wait to be delivered, 1 to 1048576; when more come, the oldest are dropped
+                (``AsyncEventSubscription.dropped``).
+        """
+        if not callable(callback):
+            raise make_error("invalid_type", "callback must be callable with one event, a dict, not {!r}".format(callback))
+        return AsyncEventSubscription(self.events(capacity=capacity), callback)
 
     def metrics(self) -> str:
         """Returns the metrics of the manager and its VMs as OpenMetrics text, for Prometheus.
