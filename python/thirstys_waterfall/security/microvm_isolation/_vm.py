@@ -145,34 +145,15 @@ class Programs:
             >>> vm.run("exit 3", shell=True).returncode
             3
         """
-        program, rest = _command(args, shell)
-        given = input.encode() if isinstance(input, str) else input
-        output = _Captured() if capture_output else _PassedOn()
-        begun = time.monotonic()
-
-        with self.instance.stream(
-            program, rest, env=env, cwd=cwd, stdin=given or b"", uid=user, timeout=timeout, on_output=output.take
-        ) as stream:
+        call = Run(args, shell, check, timeout, input, text, capture_output, cwd, env, user)
+        with self.instance.stream(**call.arguments) as stream:
             try:
-                left = None if timeout is None else max(0.0, begun + timeout - time.monotonic())
-                returncode = stream.wait(left)
+                returncode = stream.wait(call.left())
             except (ChannelError, CommandError) as error:
-                # `timeout` is the guest's own look at the time, `channel_timeout` this process's.
-                if timeout is None or error.code not in ("timeout", "channel_timeout"):
+                if not call.is_timeout(error):
                     raise
-                stdout, stderr = output.end()
-                said = (_decode(stdout), _decode(stderr)) if text else (stdout, stderr)
-                raise ProgramTimeoutError(args, timeout, *said) from None
-        assert returncode is not None, "wait() without an error returns the program's exit code"
-        stdout, stderr = output.end()
-        done: Union[CompletedProgram[str], CompletedProgram[bytes]]
-        if text:
-            done = CompletedProgram(args, returncode, _decode(stdout), _decode(stderr))
-        else:
-            done = CompletedProgram(args, returncode, stdout, stderr)
-        if check:
-            done.check_returncode()
-        return done
+                raise call.timed_out() from None
+        return call.end(returncode)
 
     def popen(
         self,
@@ -210,7 +191,7 @@ class Programs:
             ...     list(program), program.exit_code
             ([('stdout', b'hello\\n')], 2)
         """
-        program, rest = _command(args, shell)
+        program, rest = command(args, shell)
         return self.instance.stream(
             program, rest, env=env, cwd=cwd, uid=user, timeout=timeout, pty=pty, rows=rows, columns=columns
         )
@@ -246,9 +227,7 @@ class Programs:
         Raises:
             MicroVMError: Every error of ``MicroVMInstance.upload``.
         """
-        if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise InvalidTypeError("data: it must be bytes, not {}".format(type(data).__name__), "invalid_type")
-        self.instance.upload(io.BytesIO(data), path, mode=mode)
+        self.instance.upload(content_of(data), path, mode=mode)
 
     def write_text(self, path: str, text: str, *, mode: Optional[int] = None) -> None:
         """Replaces a file of the guest by a text, as UTF-8.
@@ -263,9 +242,7 @@ class Programs:
         Raises:
             MicroVMError: Every error of ``MicroVMInstance.upload``.
         """
-        if not isinstance(text, str):
-            raise InvalidTypeError("text: it must be a str, not {}".format(type(text).__name__), "invalid_type")
-        self.write_bytes(path, text.encode(), mode=mode)
+        self.write_bytes(path, encoded(text), mode=mode)
 
     def read_bytes(self, path: str) -> bytes:
         """Returns the content of a file of the guest.
@@ -401,11 +378,83 @@ class _PassedOn(_Captured):
         stream.flush()
 
 
+class Run:
+    """One call of ``run``: what it asks of the guest, and what it makes of the program's end."""
+
+    def __init__(
+        self,
+        args: Args,
+        shell: bool,
+        check: bool,
+        timeout: Optional[float],
+        input: Optional[Input],
+        text: bool,
+        capture_output: bool,
+        cwd: Optional[str],
+        env: Optional[Mapping[str, str]],
+        user: Optional[int],
+    ) -> None:
+        program, rest = command(args, shell)
+        given = input.encode() if isinstance(input, str) else input
+        self._args, self._check, self._timeout, self._text = args, check, timeout, text
+        self._output = _Captured() if capture_output else _PassedOn()
+        self._begun = time.monotonic()
+        self.arguments: Dict[str, Any] = {
+            "program": program,
+            "args": rest,
+            "env": env,
+            "cwd": cwd,
+            "stdin": given or b"",
+            "uid": user,
+            "timeout": timeout,
+            "on_output": self._output.take,
+        }
+
+    def left(self) -> Optional[float]:
+        """Seconds until the timeout."""
+        return None if self._timeout is None else max(0.0, self._begun + self._timeout - time.monotonic())
+
+    def is_timeout(self, error: MicroVMError) -> bool:
+        # `timeout` is the guest's own look at the time, `channel_timeout` this process's.
+        return self._timeout is not None and error.code in ("timeout", "channel_timeout")
+
+    def timed_out(self) -> ProgramTimeoutError:
+        stdout, stderr = self._output.end()
+        said = (_decode(stdout), _decode(stderr)) if self._text else (stdout, stderr)
+        return ProgramTimeoutError(self._args, self._timeout or 0.0, *said)
+
+    def end(self, returncode: Optional[int]) -> Union[CompletedProgram[str], CompletedProgram[bytes]]:
+        assert returncode is not None, "wait() without an error returns the program's exit code"
+        stdout, stderr = self._output.end()
+        done: Union[CompletedProgram[str], CompletedProgram[bytes]]
+        if self._text:
+            done = CompletedProgram(self._args, returncode, _decode(stdout), _decode(stderr))
+        else:
+            done = CompletedProgram(self._args, returncode, stdout, stderr)
+        if self._check:
+            done.check_returncode()
+        return done
+
+
+def content_of(data: Union[bytes, bytearray, memoryview]) -> io.BytesIO:
+    """What ``write_bytes`` uploads."""
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise InvalidTypeError("data: it must be bytes, not {}".format(type(data).__name__), "invalid_type")
+    return io.BytesIO(data)
+
+
+def encoded(text: str) -> bytes:
+    """What ``write_text`` writes."""
+    if not isinstance(text, str):
+        raise InvalidTypeError("text: it must be a str, not {}".format(type(text).__name__), "invalid_type")
+    return text.encode()
+
+
 def _decode(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
-def _command(args: Args, shell: bool) -> Tuple[str, List[str]]:
+def command(args: Args, shell: bool) -> Tuple[str, List[str]]:
     """The program and its arguments."""
     if shell:
         if not isinstance(args, str):

@@ -10,7 +10,7 @@ from .._errors import MicroVMError
 from .._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
 from .._text import TextDecoder
 from .._types import CommandAnswer, Transferred, VMInfo
-from ._operations import Bytes, Opening, Path, result
+from ._operations import Bytes, Opening, Path, go_on, result
 from ._stream import AsyncProcessStream
 from ._transfer import DownloadProgress, Reads, UploadProgress, Writes, download, upload
 
@@ -324,7 +324,10 @@ class AsyncMicroVMInstance:
     async def __aexit__(
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
     ) -> None:
-        await self.stop()
+        if kind is GeneratorExit:
+            go_on(self._operations.stop)
+        else:
+            await self.stop()
 
     def __repr__(self) -> str:
         return "<Async{}".format(repr(self._blocking)[1:])

@@ -22,7 +22,8 @@ from .._types import (
 )
 from ._events import AsyncEventStream, AsyncEventSubscription, wrap
 from ._instance import AsyncMicroVMInstance
-from ._operations import Path, result
+from ._operations import Opening, Path, go_on, result
+from ._vm import AsyncVM
 
 
 class AsyncMicroVMIsolationManager:
@@ -98,6 +99,46 @@ class AsyncMicroVMIsolationManager:
             undo=self._operations.destroy_vm,
         )
         return made
+
+    def run_vm(
+        self,
+        isolation_type: Union[IsolationType, str] = IsolationType.SESSION,
+        resource_limits: Optional[VMResourceLimits] = None,
+        backend: Union[VMBackend, str, None] = None,
+        network_config: Optional[VMNetworkConfig] = None,
+        vm_id: Optional[str] = None,
+        kernel_path: Optional[Path] = None,
+        rootfs_path: Optional[Path] = None,
+        template: Optional[str] = None,
+        labels: Optional[Mapping[str, str]] = None,
+    ) -> Opening[AsyncVM]:
+        """Creates and starts a VM, which the end of its ``async with`` block destroys, or ``AsyncVM.destroy``.
+
+        Does not block the loop. Leaves nothing when the start fails or is cancelled. ``await`` returns the VM, too.
+        ``MicroVMIsolationManager.run_vm`` has the errors.
+
+        Args:
+            isolation_type: What the VM is for.
+            resource_limits: As of ``MicroVMIsolationManager.create_vm``, like every argument.
+            backend: The VMM.
+            network_config: The VM's network; none where left out.
+            vm_id: The id; a new one where left out.
+            kernel_path: A Linux kernel in place of the package's.
+            rootfs_path: An ext4 image as the root file system.
+            template: The name of a snapshot to clone.
+            labels: Strings by strings.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return Opening(self._run_vm(arguments))
+
+    async def _run_vm(self, arguments: Dict[str, Any]) -> AsyncVM:
+        vm = AsyncVM(self, self.get_vm(await self.create_vm(**arguments)))
+        try:
+            await vm.instance.start()
+        except BaseException as error:
+            await vm.__aexit__(type(error), error, None)
+            raise
+        return vm
 
     def get_vm(self, vm_id: str) -> AsyncMicroVMInstance:
         """Returns the VM of this id, the same object while it is in use.
@@ -377,7 +418,10 @@ class AsyncMicroVMIsolationManager:
     async def __aexit__(
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
     ) -> None:
-        await self.stop()
+        if kind is GeneratorExit:
+            go_on(self._operations.stop)
+        else:
+            await self.stop()
 
     def __repr__(self) -> str:
         return "<Async{}".format(repr(self._blocking)[1:])

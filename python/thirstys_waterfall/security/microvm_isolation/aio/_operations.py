@@ -1,6 +1,7 @@
 """The operations of the core that an event loop waits for: begun at once, and heard of through a queue of the loop's own."""
 
 import asyncio
+import contextlib
 import inspect
 import os
 import weakref
@@ -75,6 +76,13 @@ async def result(begin: Callable[..., int], *args: Any, undo: Optional[Callable[
         raise
     finally:
         queue.undo.pop(number, None)
+
+
+def go_on(begin: Callable[..., int], *args: Any) -> None:
+    """Begins an operation that goes on by itself: the loop was closed, and its coroutines are thrown away in the middle."""
+    # At the interpreter's exit every VM is destroyed anyway.
+    with contextlib.suppress(RuntimeError):
+        begin(_native.OperationQueue(), *args)
 
 
 async def given(value: Any) -> Any:
