@@ -1,5 +1,7 @@
 //! The handle of a VM of another process.
 
+use std::future::Future;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +16,7 @@ use super::transfer::{self, DownloadArguments, UploadArguments};
 use super::{convert, errors, logging};
 use crate::channel::{Operation, SessionError};
 use crate::error::Error;
+use crate::model::VmId;
 use crate::mutex::Mutex;
 use crate::store::{self, runtime};
 use crate::vm::attached::{self, Attached};
@@ -54,8 +57,57 @@ pub struct AttachedVM {
     attached: Owned<Mutex<Option<Arc<Attached>>>>,
 }
 
+/// The arguments of `attach`.
+pub struct AttachArguments {
+    vm_id: VmId,
+    socket: PathBuf,
+    timeout: Duration,
+}
+
+impl AttachArguments {
+    pub fn parse(
+        vm_id: &Bound<'_, PyAny>,
+        runtime_dir: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let vm_id = convert::vm_id(vm_id)?;
+        let folder = convert::optional_absolute("runtime_dir", runtime_dir)?.unwrap_or_else(store::default_runtime);
+        let timeout = timeout.map(|t| convert::seconds("timeout", t)).transpose()?.unwrap_or(Duration::from_secs(5));
+        let socket = runtime::socket_path(&folder, &vm_id);
+        Ok(Self { vm_id, socket, timeout })
+    }
+
+    pub fn attach(self, py: Python<'_>) -> PyResult<impl Future<Output = Result<Attached, Error>> + Send + 'static> {
+        logging::start(py)?;
+        Ok(async move { Attached::to(self.vm_id, &self.socket, self.timeout).await })
+    }
+}
+
+/// The arguments of `running_vms`.
+pub struct ListArguments {
+    pub folder: Option<PathBuf>,
+    pub timeout: Duration,
+}
+
+impl ListArguments {
+    pub fn parse(runtime_dir: Option<&Bound<'_, PyAny>>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let folder = convert::optional_absolute("runtime_dir", runtime_dir)?;
+        let timeout = timeout.map(|t| convert::seconds("timeout", t)).transpose()?.unwrap_or(Duration::from_secs(2));
+        Ok(Self { folder, timeout })
+    }
+}
+
 impl AttachedVM {
-    fn attached(&self, py: Python<'_>) -> PyResult<Arc<Attached>> {
+    pub fn wrap(attached: Attached) -> Self {
+        Self {
+            vm_id: attached.id().to_string(),
+            owner_pid: attached.owner_pid(),
+            attached: Owned::new("AttachedVM", Arc::new(Mutex::new(Some(Arc::new(attached))))),
+        }
+    }
+
+    /// The VM, in the process that attached, until it is closed.
+    pub fn attached(&self, py: Python<'_>) -> PyResult<Arc<Attached>> {
         let attached = self.attached.get(py)?.lock().clone();
         attached
             .ok_or_else(|| errors::raise(py, &Error::channel_closed(&self.vm_id, SessionError::HandleClosed, false)))
@@ -79,19 +131,9 @@ impl AttachedVM {
         runtime_dir: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let vm_id = convert::vm_id(vm_id)?;
-        let folder = convert::optional_absolute("runtime_dir", runtime_dir)?.unwrap_or_else(store::default_runtime);
-        let timeout = timeout.map(|t| convert::seconds("timeout", t)).transpose()?.unwrap_or(Duration::from_secs(5));
-        logging::start(py)?;
-        let (name, socket) = (vm_id.as_str().to_owned(), runtime::socket_path(&folder, &vm_id));
-        let attaching = async move { Attached::to(vm_id, &socket, timeout).await };
+        let attaching = AttachArguments::parse(vm_id, runtime_dir, timeout)?.attach(py)?;
         let attached = gate::wait(py, OnInterrupt::Abandon, attaching)?;
-        let attached = attached.map_err(|error| errors::raise(py, &error))?;
-        Ok(Self {
-            vm_id: name,
-            owner_pid: attached.owner_pid(),
-            attached: Owned::new("AttachedVM", Arc::new(Mutex::new(Some(Arc::new(attached))))),
-        })
+        Ok(Self::wrap(attached.map_err(|error| errors::raise(py, &error))?))
     }
 
     /// Sends a command to the agent in the guest and returns its answer.
@@ -369,13 +411,7 @@ impl AttachedVM {
     fn wait(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         let timeout = timeout.map(|timeout| convert::seconds("timeout", timeout)).transpose()?;
         let attached = self.attached(py)?;
-        gate::wait(py, OnInterrupt::Abandon, async move {
-            match timeout {
-                None => attached.closed().await,
-                Some(timeout) => return tokio::time::timeout(timeout, attached.closed()).await.is_ok(),
-            }
-            true
-        })
+        gate::wait(py, OnInterrupt::Abandon, async move { attached.closed_within(timeout).await })
     }
 
     /// Ends what this handle has under way in the VM; the VM goes on.
@@ -453,8 +489,7 @@ pub fn running_vms<'py>(
     runtime_dir: Option<&Bound<'_, PyAny>>,
     timeout: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let folder = convert::optional_absolute("runtime_dir", runtime_dir)?;
-    let timeout = timeout.map(|t| convert::seconds("timeout", t)).transpose()?.unwrap_or(Duration::from_secs(2));
+    let ListArguments { folder, timeout } = ListArguments::parse(runtime_dir, timeout)?;
     let found = py.detach(|| runtime::found_in(folder)).map_err(|error| errors::raise(py, &error))?;
     let listed = gate::wait(py, OnInterrupt::Abandon, attached::list(found, timeout))?;
     convert::from_json(py, &Value::Array(listed))

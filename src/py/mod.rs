@@ -73,6 +73,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<aio::ManagerOperations>()?;
     module.add_class::<aio::PrepareOperation>()?;
     module.add_class::<aio::StreamOperations>()?;
+    module.add_class::<aio::AttachedOperations>()?;
     module.add_class::<aio::EventOperations>()?;
     module.add_class::<aio::TakenEvent>()?;
     module.add_class::<aio::UploadOperations>()?;
@@ -81,6 +82,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(check_network_config, module)?)?;
     module.add_function(wrap_pyfunction!(check_vm_id, module)?)?;
     module.add_function(wrap_pyfunction!(attached::running_vms, module)?)?;
+    module.add_function(wrap_pyfunction!(aio::begin_attach, module)?)?;
+    module.add_function(wrap_pyfunction!(aio::begin_running_vms, module)?)?;
     module.add_function(wrap_pyfunction!(doctor::doctor, module)?)?;
     module.add_function(wrap_pyfunction!(logging::next_log_records, module)?)?;
     module.add_function(wrap_pyfunction!(logging::close_log, module)?)?;

@@ -67,6 +67,17 @@ impl Attached {
         self.agent.closed().await;
     }
 
+    /// As [`Attached::closed`], at most for `limit`; whether it is so.
+    pub async fn closed_within(&self, limit: Option<Duration>) -> bool {
+        match limit {
+            Some(limit) => tokio::time::timeout(limit, self.closed()).await.is_ok(),
+            None => {
+                self.closed().await;
+                true
+            }
+        }
+    }
+
     /// As [`MicroVm::command`].
     ///
     /// # Errors

@@ -11,13 +11,14 @@ import io
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import unittest
 import zlib
 from pathlib import Path
-from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple, Type
+from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple, Type
 
 from thirstys_waterfall.security import microvm_isolation as package
 from thirstys_waterfall.security.microvm_isolation import aio
@@ -27,8 +28,11 @@ from ..support import IMPORT, ROOT, eventually, limits, play, run_python, shell
 from .test_documentation import BLOCKS, described, parameters
 
 CONFIG = {"default_backend": "QEMU", "default_memory_mb": 128, "default_disk_size_mb": 64, "max_vcpus": 64}
-# What is of the blocking face alone so far.
-BLOCKING_ONLY = {"attach"}
+# Of the blocking face alone, and why.
+BLOCKING_ONLY = {
+    "CommunicationChannel": "a client of plain messages for other programs; attach() is what can do more, and has a twin",
+    "doctor": "it is asked once, before a program has VMs; asyncio.to_thread runs it beside a loop",
+}
 HEAD = """
 import asyncio, threading, time
 from {} import *
@@ -87,22 +91,41 @@ def with_manager(test: Callable[[AsyncMicroVMIsolationManager], Awaitable[Any]],
 
 def members() -> List[Tuple[str, Any]]:
     """The public methods and properties of the classes of ``aio``, by dotted name."""
-    return [("{}.{}".format(name, member), inspect.getattr_static(getattr(aio, name), member))
-            for name in aio.__all__ for member in dir(getattr(aio, name)) if not member.startswith("_")]
+    classes = [(name, value) for name, _, value in twins() if inspect.isclass(value)]
+    return [("{}.{}".format(name, member), inspect.getattr_static(value, member))
+            for name, value in classes for member in dir(value) if not member.startswith("_")]
+
+
+def twins() -> Iterator[Tuple[str, Any, Any]]:
+    """Each public name of ``aio``, what it is the twin of, and itself."""
+    for name in aio.__all__:
+        yield name, getattr(package, re.sub("^Async", "", name)), getattr(aio, name)
 
 
 class Surface(unittest.TestCase):
     def test_every_twin_has_the_names_and_arguments_of_the_blocking_class(self) -> None:
-        for name in aio.__all__:
-            blocking, twin = getattr(package, name[len("Async"):]), getattr(aio, name)
+        for name, blocking, twin in twins():
+            if not inspect.isclass(twin):
+                self.assertEqual(parameters(twin), parameters(blocking), name)
+                continue
             names = {member for member in dir(blocking) if not member.startswith("_")}
-            self.assertEqual(names - set(dir(twin)), names & BLOCKING_ONLY)
-            for member in names - BLOCKING_ONLY:
+            self.assertEqual(names - set(dir(twin)), set(), name)
+            for member in names:
                 with self.subTest(name=name, member=member):
                     if inspect.isroutine(getattr(blocking, member)):
                         self.assertEqual(parameters(getattr(twin, member)), parameters(getattr(blocking, member)))
                     else:
                         self.assertIsInstance(inspect.getattr_static(twin, member), property)
+
+    def test_every_class_that_waits_has_a_twin(self) -> None:
+        known = {value for _, value, _ in twins()}
+        for name in package.__all__:
+            value = getattr(package, name)
+            if BLOCKS.search(inspect.getdoc(value) or "") or any(
+                re.search("^Blocks", inspect.getdoc(member) or "", re.MULTILINE) for member in vars(value).values()
+            ):
+                with self.subTest(name):
+                    self.assertEqual(value in known, name not in BLOCKING_ONLY)
 
     def test_every_docstring_says_whether_the_call_blocks_and_what_its_arguments_are(self) -> None:
         calls = [(name, value) for name, value in members() if inspect.isroutine(value)]
@@ -698,6 +721,98 @@ print(manager.list_vms())
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "[]\n", ""))
 
 
+class Attached(unittest.TestCase):
+    OWNER = HEAD + """
+async def main():
+    async with AsyncMicroVMIsolationManager(config) as manager:
+        async with manager.run_vm(vm_id="aio-attached", labels={"team": "web"}) as vm:
+            print("ready", flush=True)
+            await asyncio.get_running_loop().run_in_executor(None, input)
+asyncio.run(main())
+"""
+
+    def test_vm_of_another_process_is_used_and_its_end_is_told_at_once(self) -> None:
+        owner = subprocess.Popen([sys.executable, "-c", self.OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(owner.communicate)
+        self.addCleanup(owner.kill)
+        assert owner.stdout is not None
+        self.assertEqual(owner.stdout.readline(), b"ready\n")
+
+        async def use() -> None:
+            self.assertIn(("aio-attached", owner.pid), [(vm["vm_id"], vm.get("owner_pid")) for vm in await aio.running_vms()])
+            async with aio.attach("aio-attached") as vm:
+                self.assertEqual((vm.vm_id, vm.owner_pid, await vm.get_state()), ("aio-attached", owner.pid, package.VMState.RUNNING))
+                self.assertEqual((await vm.run(["echo", "hello"])).stdout, "hello\n")
+                self.assertEqual((await vm.send_command("ping"))["result"], "pong")
+                self.assertEqual((await vm.get_info())["labels"], {"team": "web"})
+                self.assertEqual((await vm.get_health_metrics()).health_status, "healthy")
+                await vm.write_text("/tmp/note", "here")
+                self.assertEqual(await vm.read_text("/tmp/note"), "here")
+                await vm.pause()
+                with self.assertRaises(package.VmStateError):
+                    await vm.pause()
+                await vm.resume()
+                self.assertFalse(await vm.wait(timeout=0.1))
+                async with vm.popen("read line; stty size", shell=True, pty=True, rows=40, columns=100) as program:
+                    program.resize(50, 120)
+                    await program.write(b"\n")
+                    self.assertIn(b"50 120", b"".join([data async for _, data in program]))
+                task = asyncio.ensure_future(vm.run(["sleep", "4321"]))
+
+                async def runs() -> bool:
+                    return (await vm.run("grep -l 'sleep.[4]321' /proc/[0-9]*/cmdline", shell=True)).stdout != ""
+
+                async def is_gone() -> bool:
+                    return not await runs()
+
+                self.assertTrue(await comes(runs))
+                task.cancel()
+                with self.assertRaises(asyncio.CancelledError):
+                    await task
+                self.assertTrue(await comes(is_gone, 2.0))
+                again = await AsyncMicroVMIsolationManager(CONFIG).attach("aio-attached")
+                again.close()
+                with self.assertRaises(package.ChannelError):
+                    await again.run(["true"])
+                sleeping = [asyncio.ensure_future(vm.run(["sleep", "300"])) for _ in range(20)]
+                ending = asyncio.ensure_future(vm.wait())
+                await asyncio.sleep(0.5)
+                owner.kill()
+                begun = time.monotonic()
+                ended = await asyncio.gather(*sleeping, return_exceptions=True)
+                self.assertEqual({getattr(error, "code", None) for error in ended}, {"channel_closed"})
+                self.assertTrue(await ending)
+                self.assertLess(time.monotonic() - begun, 1.0)
+            with self.assertRaises(package.VmNotFoundError):
+                await aio.attach("aio-attached")
+
+        asyncio.run(use())
+
+    def test_cancelled_attach_leaves_no_connection(self) -> None:
+        async def attach(manager: AsyncMicroVMIsolationManager) -> None:
+            async with manager.run_vm(resource_limits=limits()) as vm:
+                await (await manager.attach(vm.vm_id)).run(["true"])
+                gc.collect()
+                before = len(os.listdir("/proc/self/fd"))
+                for turn in range(40):
+                    task = asyncio.ensure_future(manager.attach(vm.vm_id))
+                    for _ in range(turn % 8):
+                        await asyncio.sleep(0.001)
+                    task.cancel()
+                    try:
+                        (await task).close()
+                    except asyncio.CancelledError:
+                        pass
+
+                async def are_closed() -> bool:
+                    gc.collect()
+                    return len(os.listdir("/proc/self/fd")) <= before
+
+                self.assertTrue(await comes(are_closed), (before, os.listdir("/proc/self/fd")))
+
+        with_manager(attach)
+
+
 class Events(unittest.TestCase):
     def test_stream_tells_what_the_blocking_one_tells_and_ends_with_the_manager(self) -> None:
         async def listen(manager: AsyncMicroVMIsolationManager) -> None:
@@ -921,6 +1036,10 @@ class TransfersUnderUvloop(Uvloop, Transfers):
 
 
 class MachinesUnderUvloop(Uvloop, Machines):
+    pass
+
+
+class AttachedUnderUvloop(Uvloop, Attached):
     pass
 
 

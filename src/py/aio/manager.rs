@@ -23,7 +23,8 @@ pub struct ManagerOperations {
     handle: Py<MicroVMIsolationManager>,
 }
 
-async fn blocking<T: Send + 'static>(what: &'static str, call: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+/// Does what waits for a disk on a thread of its own.
+pub async fn blocking<T: Send + 'static>(what: &'static str, call: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     let called = tokio::task::spawn_blocking(call).await;
     called.map_err(|error| Error::host("read", what, std::io::Error::other(error)))
 }

@@ -7,6 +7,7 @@
 //! library that completes futures from workers (`pyo3-async-runtimes`) attaches each time, and a worker that attaches
 //! while the interpreter ends hangs or crashes it. The queue needs nothing of a loop but `add_reader`, which uvloop's has, too.
 
+mod attached;
 mod events;
 mod instance;
 mod manager;
@@ -14,6 +15,7 @@ mod queue;
 mod stream;
 mod transfer;
 
+pub use attached::{begin_attach, begin_running_vms, AttachedOperations};
 pub use events::{EventOperations, TakenEvent};
 pub use instance::VmOperations;
 pub use manager::{ManagerOperations, PrepareOperation};

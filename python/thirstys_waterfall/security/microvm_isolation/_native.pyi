@@ -39,6 +39,7 @@ from ._types import (
 )
 
 __all__ = [
+    "AttachedOperations",
     "AttachedVM",
     "CommunicationChannel",
     "DownloadOperations",
@@ -54,6 +55,8 @@ __all__ = [
     "TakenEvent",
     "UploadOperations",
     "VmOperations",
+    "begin_attach",
+    "begin_running_vms",
     "check_network_config",
     "check_resource_limits",
     "check_vm_id",
@@ -1628,6 +1631,36 @@ class StreamOperations:
     ) -> int: ...
 
 @final
+class AttachedOperations:
+    """The operations on a VM of another process: each begins at once and returns its number in the queue.
+
+    Used by `aio` alone. Does not block.
+    """
+
+    def __new__(cls, handle: AttachedVM) -> Self: ...
+    def send_command(
+        self,
+        queue: OperationQueue,
+        command: str,
+        params: Optional[Mapping[str, Any]] = None,
+        timeout: Optional[float] = None,
+    ) -> int: ...
+    def stream(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
+    def upload(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
+    def download(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
+    def get_health_metrics(self, queue: OperationQueue) -> int: ...
+    def get_info(self, queue: OperationQueue) -> int: ...
+    def get_state(self, queue: OperationQueue) -> int: ...
+    def pause(self, queue: OperationQueue) -> int: ...
+    def resume(self, queue: OperationQueue) -> int: ...
+    def snapshot(self, queue: OperationQueue, name: str) -> int: ...
+    def suspend(self, queue: OperationQueue) -> int: ...
+    def stop(self, queue: OperationQueue) -> int: ...
+    def kill(self, queue: OperationQueue) -> int: ...
+    def destroy(self, queue: OperationQueue) -> int: ...
+    def wait(self, queue: OperationQueue, timeout: Optional[float] = None) -> int: ...
+
+@final
 class TakenEvent:
     """An event that its task has not seen yet.
 
@@ -1757,6 +1790,16 @@ def check_network_config(
     ipv6: bool,
 ) -> None: ...
 def check_vm_id(text: str) -> None: ...
+def begin_attach(
+    queue: OperationQueue, vm_id: str, runtime_dir: Optional[_Path] = None, timeout: Optional[float] = None
+) -> int:
+    """Begins to reach a VM of another process; its number in the queue."""
+
+def begin_running_vms(
+    queue: OperationQueue, runtime_dir: Optional[_Path] = None, timeout: Optional[float] = None
+) -> int:
+    """Begins to ask the owners of this user's VMs; its number in the queue."""
+
 def running_vms(runtime_dir: Optional[_Path] = None, timeout: Optional[float] = 2.0) -> List[VMSummary]:
     """The VMs of every process of this user, as their owners describe them.
 

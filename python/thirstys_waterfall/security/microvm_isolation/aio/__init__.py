@@ -16,6 +16,7 @@ Example:
     'hello\\n'
 """
 
+from ._attach import AsyncAttachedVM, attach, running_vms
 from ._events import AsyncEventStream, AsyncEventSubscription
 from ._instance import AsyncMicroVMInstance
 from ._manager import AsyncMicroVMIsolationManager
@@ -23,10 +24,13 @@ from ._stream import AsyncProcessStream
 from ._vm import AsyncVM
 
 __all__ = [
+    "AsyncAttachedVM",
     "AsyncEventStream",
     "AsyncEventSubscription",
     "AsyncMicroVMInstance",
     "AsyncMicroVMIsolationManager",
     "AsyncProcessStream",
     "AsyncVM",
+    "attach",
+    "running_vms",
 ]

@@ -8,10 +8,9 @@ from .. import _native
 from .._enums import IsolationType, VMBackend, VMState
 from .._errors import MicroVMError
 from .._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
-from .._text import TextDecoder
 from .._types import CommandAnswer, Transferred, VMInfo
 from ._operations import Bytes, Opening, Path, go_on, result
-from ._stream import AsyncProcessStream
+from ._stream import AsyncProcessStream, open_stream
 from ._transfer import DownloadProgress, Reads, UploadProgress, Writes, download, upload
 
 
@@ -181,19 +180,8 @@ class AsyncMicroVMInstance:
             on_output: A function that ``AsyncProcessStream.wait`` calls on the loop's thread with `"stdout"` or
                 `"stderr"` and bytes.
         """
-        arguments = {name: value for name, value in locals().items() if name != "self"}
-        return Opening(self._stream(arguments, on_output))
-
-    async def _stream(
-        self, arguments: Dict[str, Any], on_output: Optional[Callable[[str, bytes], Any]]
-    ) -> AsyncProcessStream:
-        stream = AsyncProcessStream.__new__(AsyncProcessStream)
-        stream._blocking = await result(
-            self._operations.stream, arguments, undo=lambda queue, blocking: blocking.kill()
-        )
-        stream._operations = _native.StreamOperations(stream._blocking)
-        stream._on_output, stream._decoder = on_output, TextDecoder()
-        return stream
+        arguments: Dict[str, Any] = {name: value for name, value in locals().items() if name != "self"}
+        return Opening(open_stream(self._operations.stream, arguments))
 
     async def upload(
         self,

@@ -20,6 +20,7 @@ from .._types import (
     VMEvent,
     VMInfo,
 )
+from ._attach import AsyncAttachedVM, attach
 from ._events import AsyncEventStream, AsyncEventSubscription, wrap
 from ._instance import AsyncMicroVMInstance
 from ._operations import Opening, Path, go_on, result
@@ -139,6 +140,18 @@ class AsyncMicroVMIsolationManager:
             await vm.__aexit__(type(error), error, None)
             raise
         return vm
+
+    def attach(self, vm_id: str, timeout: float = 5.0) -> Opening[AsyncAttachedVM]:
+        """Reaches a VM of any process of this user, with the ``runtime_dir`` of this manager, by ``await`` or ``async with``.
+
+        Does not block the loop. Waits until the VM's owner answers, at most for ``timeout``. The owner keeps the VM; this
+        manager neither counts nor lists it.
+
+        Args:
+            vm_id: The id of a VM that runs, or is paused.
+            timeout: Seconds that the owner may take to answer, 0 to 86400.
+        """
+        return attach(vm_id, self.config.get("runtime_dir"), timeout)
 
     def get_vm(self, vm_id: str) -> AsyncMicroVMInstance:
         """Returns the VM of this id, the same object while it is in use.

@@ -2,7 +2,7 @@
 
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, AsyncIterator, Callable, Optional, Tuple, Type, Union, overload
+from typing import TYPE_CHECKING, Any, AsyncIterator, Callable, Dict, Optional, Tuple, Type, Union, overload
 
 from .. import _native
 from .._text import TextDecoder
@@ -172,3 +172,12 @@ class AsyncProcessStream:
 
     def __repr__(self) -> str:
         return "<Async{}".format(repr(self._blocking)[1:])
+
+
+async def open_stream(begin: Callable[..., int], arguments: Dict[str, Any]) -> AsyncProcessStream:
+    """Starts a program, by the operation of its VM."""
+    stream = AsyncProcessStream.__new__(AsyncProcessStream)
+    stream._blocking = await result(begin, arguments, undo=lambda queue, blocking: blocking.kill())
+    stream._operations = _native.StreamOperations(stream._blocking)
+    stream._on_output, stream._decoder = arguments["on_output"], TextDecoder()
+    return stream

@@ -13,13 +13,14 @@ from ._stream import AsyncProcessStream
 if TYPE_CHECKING:
     from typing_extensions import Literal
 
+    from ._attach import AsyncAttachedVM
     from ._manager import AsyncMicroVMIsolationManager
 
 
 class AsyncPrograms:
-    """Programs and files of a VM."""
+    """Programs and files of a VM, whichever process has it."""
 
-    instance: AsyncMicroVMInstance
+    instance: Union[AsyncMicroVMInstance, "AsyncAttachedVM"]
 
     @overload
     async def run(
