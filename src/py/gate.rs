@@ -59,6 +59,7 @@ fn check_not_exiting() -> PyResult<()> {
 }
 
 /// Whether the interpreter is exiting, and the VMs are being destroyed.
+#[pyfunction]
 pub fn is_exiting() -> bool {
     EXITING.load(Ordering::Acquire)
 }

@@ -88,6 +88,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(logging::next_log_records, module)?)?;
     module.add_function(wrap_pyfunction!(logging::close_log, module)?)?;
     module.add_function(wrap_pyfunction!(events::close_events, module)?)?;
+    module.add_function(wrap_pyfunction!(gate::is_exiting, module)?)?;
     module.add_function(wrap_pyfunction!(gate::shutdown, module)?)?;
     Ok(())
 }

@@ -45,6 +45,8 @@ async def running(manager):
 SLEEP = ("exec", {{"program": "sleep", "args": ["300"], "timeout": 400}})
 """.format(IMPORT, IMPORT, CONFIG)
 
+# Interpreters that exit at a random moment.
+EXITS = int(os.environ.get("MICROVM_EXITS", "4"))
 # uvloop's loops in place of asyncio's own.
 UVLOOP = """
 import asyncio, uvloop
@@ -1061,6 +1063,7 @@ class Page(unittest.TestCase):
 
 
 class Exits(unittest.TestCase):
+    HEAD = HEAD
     # A loop of the main thread that ends with operations under way, one of a daemon thread, and one that nobody ends.
     ENDS = {
         "run": """
@@ -1095,12 +1098,53 @@ async def main():
 asyncio.run(main())
 """
 
+    MANY = """
+import io, os, random
+seed = SEED
+chance = random.Random(seed)
+begun = threading.Event()
+async def attached(manager, vm_id):
+    async with manager.attach(vm_id) as vm:
+        await vm.run(["sleep", "300"])
+async def output(vm):
+    async for _ in await vm.popen(["yes"]):
+        pass
+async def main():
+    manager = AsyncMicroVMIsolationManager(config)
+    vm = await manager.run_vm()
+    manager.on_event(lambda event: None)
+    calls = [vm.run(["sleep", "300"]), output(vm), attached(manager, vm.vm_id), manager.run_vm(), manager.prepare(),
+             vm.instance.upload(io.BytesIO(bytes(1 << 24)), "/tmp/there"), vm.instance.download("/bin/busybox", os.devnull),
+             manager.events().get(), vm.instance.get_info(), running_vms()]
+    chance.shuffle(calls)
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    for task in tasks:
+        # One that ends with an error before its time would be told.
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    await asyncio.sleep(chance.random() * 0.3)
+    begun.set()
+    if DAEMON:
+        await asyncio.sleep(300)
+if DAEMON:
+    threading.Thread(target=asyncio.run, args=(main(),), daemon=True).start()
+    assert begun.wait(60)
+else:
+    asyncio.run(main())
+"""
+
     def test_interpreter_exits_in_the_middle_of_operations_without_a_word(self) -> None:
         for name, code in self.ENDS.items():
             with self.subTest(name):
-                done = run_python(HEAD + code, timeout=60.0)
+                done = run_python(self.HEAD + code, timeout=60.0)
+                self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+
+    def test_interpreter_exits_at_a_random_moment_of_all_kinds_of_operations_without_a_word(self) -> None:
+        for seed in range(EXITS):
+            with self.subTest(seed=seed):
+                code = self.MANY.replace("SEED", str(seed)).replace("DAEMON", str(seed % 2 == 0))
+                done = run_python(self.HEAD + code, timeout=60.0)
                 self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
 
 
 class ExitsUnderUvloop(Uvloop, Exits):
-    ENDS = {name: UVLOOP + code for name, code in Exits.ENDS.items()}
+    HEAD = HEAD + UVLOOP

@@ -63,6 +63,7 @@ __all__ = [
     "close_events",
     "close_log",
     "doctor",
+    "is_exiting",
     "next_log_records",
     "running_vms",
     "shutdown",
@@ -1852,5 +1853,7 @@ def close_events() -> None:
     """Ends every stream of events, so that the threads that wait for one can end: the interpreter exits."""
 def close_log() -> None:
     """Takes no more records and wakes whoever waits for them."""
+def is_exiting() -> bool:
+    """Whether the interpreter is exiting, and the VMs are being destroyed."""
 def shutdown() -> None:
     """Destroys every VM of this process and refuses new work; called when the interpreter exits."""

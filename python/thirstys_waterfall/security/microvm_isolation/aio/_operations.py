@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import threading
 import weakref
 from types import TracebackType
 from typing import Any, AsyncContextManager, Callable, Coroutine, Dict, Generator, Optional, Type, TypeVar, Union
@@ -61,7 +62,13 @@ async def result(begin: Callable[..., int], *args: Any, undo: Optional[Callable[
     loop = asyncio.get_running_loop()
     queue = queue_of(loop)
     future = loop.create_future()
-    number = begin(queue.operations, *args)
+    try:
+        number = begin(queue.operations, *args)
+    except RuntimeError:
+        if threading.current_thread() is threading.main_thread() or not _native.is_exiting():
+            raise
+        # A loop on a daemon thread ends with the process: an error would be the last that its task says.
+        return await future
     queue.waiting[number] = future
     if undo is not None:
         queue.undo[number] = undo
