@@ -28,7 +28,7 @@ PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsp
 QEMU_PACKAGES := make gcc xz-utils python3-venv ninja-build pkg-config libglib2.0-dev libpcre2-dev libfdt-dev libseccomp-dev zlib1g-dev
 
 .PHONY: help check advisories dev stub t against setup kernel agent busybox guest jail zygote janitor attackers wheel qemu-wheel installed demo test test-fast test-timing \
-    test-nested test-distributions bench fuzz traffic clones cycles stress network-many network-bench chaos chaos-kill watch-cost load soak clean
+    test-nested test-distributions bench fuzz traffic clones aio cycles stress network-many network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
@@ -45,6 +45,7 @@ help:
 	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
 	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
 	@echo 'make clones  the long forms of the template tests: CLONES=200 identities, KILLS=50 deaths'
+	@echo 'make aio     COUNT=500 cancelled tasks, EXITS=100 interpreters, one loop with VMS=100 beside threads'
 	@echo 'make cycles  COUNT=1000 lives of a VM one after the other, and how their latency drifts'
 	@echo 'make traffic the long forms of the channel tests: 10,000 messages, 1 GiB of output'
 	@echo 'make network-many  COUNT=100 connected VMs at once, and what they leave behind'
@@ -284,6 +285,12 @@ traffic: installed
 clones: installed
 	MICROVM_CLONES=$(or $(CLONES),200) MICROVM_KILLS=$(or $(KILLS),50) \
 	    $(BUILD)/venv-demo/bin/python tests/runner.py tests.vm.test_templates
+
+# What asyncio promises: COUNT cancellations and EXITS of interpreters at random moments, and one loop beside threads.
+aio: installed
+	MICROVM_CANCELLATIONS=$(or $(COUNT),500) MICROVM_EXITS=$(or $(EXITS),100) $(if $(SEED),MICROVM_CHAOS_SEED=$(SEED)) \
+	    $(BUILD)/venv-demo/bin/python tests/runner.py tests.chaos.test_cancellations tests.surface.test_aio
+	$(BUILD)/venv-demo/bin/python tests/load/aio.py --vms $(or $(VMS),100)
 
 # COUNT starts, commands and ends of a VM in a row.
 cycles: installed
