@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import sys
-from typing import Any, NoReturn, Optional, Sequence
+from typing import Any, Callable, NoReturn, Optional, Sequence
 
 from .. import MicroVMError, __version__
 from . import completion, cp, doctor, exec, run, stats, templates, vms
@@ -33,28 +33,31 @@ def make_parser(program: str = NAME, with_bench: bool = True) -> Parser:
     """The parser of all commands; that of ``bench`` is costly to make."""
     parser = Parser(prog=program, description="MicroVM isolation: a VM for each program")
     parser.add_argument("--version", action="version", version="{} {}".format(NAME, __version__))
+    parser.set_defaults(run=lambda options: _help(parser))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    run.configure(commands.add_parser("run", usage_code=run.FAILED, help="run one command in a VM of its own", **run.TEXTS))
-    exec.configure(commands.add_parser("exec", usage_code=exec.FAILED, help="run one command in a VM that runs", **exec.TEXTS))
-    exec.configure_shell(commands.add_parser("shell", usage_code=exec.FAILED, help="run a shell in a VM that runs"))
-    vms.configure_ps(commands.add_parser("ps", help="list the VMs of all processes of this user"))
-    vms.configure_inspect(commands.add_parser("inspect", help="tell everything about VMs, as JSON"))
-    cp.configure(commands.add_parser("cp", help="copy a file into a VM, or out of it"))
-    for command, help in vms.CHANGES.items():
-        configure = vms.configure_rm if command == "rm" else vms.configure_change
-        configure(commands.add_parser(command, help=help))
-    vms.configure_snapshot(commands.add_parser("snapshot", help="keep a VM's state, that VMs can be cloned from"))
-    stats.configure_stats(commands.add_parser("stats", help="print what VMs use, again and again"))
-    stats.configure_top(commands.add_parser("top", help="show what VMs use, with charts"))
-    doctor.configure(commands.add_parser("doctor", help="say what this host can run and what is missing"))
-    bench = commands.add_parser("bench", help="measure VMs beside the bare VMM")
-    templates.configure(commands.add_parser("templates", help="list the snapshots that VMs can be cloned from"))
-    completion.configure(commands.add_parser("completion", help="print the completion of a shell"))
-    commands.add_parser("version", help="print the version")
-    if with_bench:
-        from .. import _bench
 
-        _bench.configure(bench)
+    def add(name: str, run: Callable[[argparse.Namespace], int], configure: Optional[Callable[[Parser], None]], **texts: Any) -> None:
+        command = commands.add_parser(name, **texts)
+        command.set_defaults(run=run)
+        if configure:
+            configure(command)
+
+    add("run", run.run, run.configure, usage_code=run.FAILED, help="run one command in a VM of its own", **run.TEXTS)
+    add("exec", exec.run, exec.configure, usage_code=exec.FAILED, help="run one command in a VM that runs", **exec.TEXTS)
+    add("shell", exec.shell, exec.configure_shell, usage_code=exec.FAILED, help="run a shell in a VM that runs")
+    add("ps", vms.ps, vms.configure_ps, help="list the VMs of all processes of this user")
+    add("inspect", vms.inspect, vms.configure_inspect, help="tell everything about VMs, as JSON")
+    add("cp", cp.run, cp.configure, help="copy a file into a VM, or out of it")
+    for command, help in vms.CHANGES.items():
+        add(command, vms.change, vms.configure_rm if command == "rm" else vms.configure_change, help=help)
+    add("snapshot", vms.snapshot, vms.configure_snapshot, help="keep a VM's state, that VMs can be cloned from")
+    add("stats", stats.stats, stats.configure_stats, help="print what VMs use, again and again")
+    add("top", stats.top, stats.configure_top, help="show what VMs use, with charts")
+    add("doctor", doctor.run, doctor.configure, help="say what this host can run and what is missing")
+    add("bench", _run_bench, _configure_bench if with_bench else None, help="measure VMs beside the bare VMM")
+    add("templates", templates.run, templates.configure, help="list the snapshots that VMs can be cloned from")
+    add("completion", lambda options: completion.run(options, parser), completion.configure, help="print the completion of a shell")
+    add("version", _print_version, None, help="print the version")
     return parser
 
 
@@ -72,7 +75,7 @@ def main(arguments: Optional[Sequence[str]] = None, program: str = NAME) -> int:
         # The command's own parser knows its exit code.
         getattr(options, "usage", parser.error)("unrecognized arguments: {}".format(" ".join(unknown)))
     try:
-        code = _call(options, parser)
+        code: int = options.run(options)
         # It is None where this process was started with stdout closed.
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -89,39 +92,23 @@ def main(arguments: Optional[Sequence[str]] = None, program: str = NAME) -> int:
         return 130
 
 
-def _call(options: argparse.Namespace, parser: Parser) -> int:
-    if options.command == "run":
-        return run.run(options)
-    if options.command == "exec":
-        return exec.run(options)
-    if options.command == "shell":
-        return exec.shell(options)
-    if options.command == "ps":
-        return vms.ps(options)
-    if options.command == "inspect":
-        return vms.inspect(options)
-    if options.command == "cp":
-        return cp.run(options)
-    if options.command in vms.CHANGES:
-        return vms.change(options)
-    if options.command == "snapshot":
-        return vms.snapshot(options)
-    if options.command == "stats":
-        return stats.stats(options)
-    if options.command == "top":
-        return stats.top(options)
-    if options.command == "doctor":
-        return doctor.run(options)
-    if options.command == "bench":
-        from .. import _bench
+def _configure_bench(parser: Parser) -> None:
+    from .. import _bench
 
-        return _bench.run(options)
-    if options.command == "templates":
-        return templates.run(options)
-    if options.command == "completion":
-        return completion.run(options, parser)
-    if options.command == "version":
-        print(NAME, __version__)
-        return 0
+    _bench.configure(parser)
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    from .. import _bench
+
+    return _bench.run(options)
+
+
+def _print_version(_options: argparse.Namespace) -> int:
+    print(NAME, __version__)
+    return 0
+
+
+def _help(parser: Parser) -> int:
     parser.print_help()
     return USAGE
