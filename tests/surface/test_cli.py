@@ -21,7 +21,7 @@ from typing import Any, Iterator, List, Tuple
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, __version__, _cli
 
-from ..support import IMPORT, ROOT, children, eventually, limits
+from ..support import IMPORT, ROOT, alive, children, eventually, limits
 
 MICROVM = [sys.executable, "-m", IMPORT]
 SMALL = ["run", "-m", "128m", "--disk", "64m"]
@@ -81,6 +81,8 @@ class Usage(unittest.TestCase):
             (["run", "--label", "a", "ls"], 125, "'a' is not K=V"),
             (["run", "--mem", "128m", "ls"], 125, "--mem"),
             (["run", "--backend", "xen", "ls"], 125, "'xen'"),
+            (["run", "-d", "-it", "ls"], 125, "microvm exec"),
+            (["run", "-d", "--timeout", "1"], 125, "name one"),
             (["exec"], 125, "VM"),
             (["exec", "x"], 125, "name a program"),
             (["exec", "--foo", "x", "ls"], 125, "--foo"),
@@ -632,6 +634,84 @@ class Top(unittest.TestCase):
             process.terminate()
             self.assertEqual(process.wait(TIMEOUT_S), 128 + signal.SIGTERM)
         self.assertEqual(termios.tcgetattr(self.slave), self.before)
+
+
+class Detached(unittest.TestCase):
+    """VMs that stay when ``microvm`` has ended."""
+
+    def setUp(self) -> None:
+        self.id = "cli-detached-{}".format(os.getpid())
+        self.addCleanup(microvm, "rm", self.id)
+
+    def leave(self, *arguments: str) -> int:
+        """The process that has the VM."""
+        done = microvm(*SMALL, "-d", "--name", self.id, *arguments)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, self.id + "\n", ""))
+        return int(microvm("inspect", "--format", "{owner_pid}", self.id).stdout)
+
+    def ends(self, pid: int) -> bool:
+        return eventually(lambda: not alive(pid), 30.0)
+
+    def test_vm_stays_until_it_is_removed_and_its_owner_goes_with_it(self) -> None:
+        pid = self.leave()
+        # A session of its own, and nothing of this terminal.
+        self.assertEqual(os.getsid(pid), os.getpgid(pid))
+        self.assertNotEqual(os.getsid(pid), os.getsid(0))
+        self.assertEqual({os.readlink("/proc/{}/fd/{}".format(pid, number)) for number in range(3)}, {"/dev/null"})
+        self.assertEqual(microvm("exec", self.id, "echo", "hello").stdout, "hello\n")
+        again = microvm(*SMALL, "-d", "--name", self.id)
+        self.assertEqual((again.returncode, again.stdout), (125, ""))
+        self.assertRegex(again.stderr, r"\Amicrovm: [^\n]*{}[^\n]*taken[^\n]*\n\Z".format(self.id))
+        self.assertEqual(microvm("stop", self.id).returncode, 0)
+        self.assertTrue(self.ends(pid))
+
+    def test_vm_of_a_program_ends_with_it(self) -> None:
+        pid = self.leave("sh", "-c", "read x; while [ ! -e /tmp/end ]; do sleep 0.1; done")
+        self.assertEqual(microvm("exec", self.id, "touch", "/tmp/end").returncode, 0)
+        self.assertTrue(self.ends(pid))
+        self.assertNotIn(self.id, microvm("ps", "-q", "-a").stdout)
+
+    def test_program_that_cannot_run_leaves_nothing(self) -> None:
+        done = microvm(*SMALL, "-d", "--name", self.id, "no-such-program")
+        self.assertEqual((done.returncode, done.stdout), (125, ""))
+        self.assertRegex(done.stderr, r"\Amicrovm: [^\n]*no-such-program[^\n]*\n\Z")
+        self.assertTrue(eventually(lambda: self.id not in microvm("ps", "-q", "-a").stdout, 30.0))
+
+    def test_suspended_vm_comes_back_with_another_owner(self) -> None:
+        pid = self.leave()
+        self.assertEqual(microvm("exec", self.id, "sh", "-c", "echo kept > /tmp/it").returncode, 0)
+        self.assertEqual(microvm("suspend", self.id).returncode, 0)
+        self.assertTrue(self.ends(pid))
+        done = microvm("resume", self.id)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, self.id + "\n", ""))
+        self.assertEqual(microvm("exec", self.id, "cat", "/tmp/it").stdout, "kept\n")
+
+    def test_owner_that_is_terminated_destroys_its_vm(self) -> None:
+        pid = self.leave()
+        os.kill(pid, signal.SIGTERM)
+        self.assertTrue(self.ends(pid))
+        self.assertNotIn(self.id, microvm("ps", "-q", "-a").stdout)
+
+    def test_control_c_before_it_runs_leaves_nothing(self) -> None:
+        with started(*SMALL, "-d", "--name", self.id, stderr=subprocess.PIPE) as process:
+            self.assertTrue(eventually(lambda: self.id in microvm("ps", "-q", "-a").stdout, 60.0))
+            process.send_signal(signal.SIGINT)
+            # It may have come too late.
+            if process.wait(TIMEOUT_S) == 0:
+                return
+            self.assertEqual(process.returncode, 130)
+        self.assertTrue(eventually(lambda: self.id not in microvm("ps", "-q", "-a").stdout, 30.0))
+
+    def test_vm_is_cloned_from_a_snapshot(self) -> None:
+        self.leave("--label", "a=b")
+        name = self.id + "-snapshot"
+        self.addCleanup(lambda: MicroVMIsolationManager().delete_template(name))
+        self.assertEqual(microvm("exec", self.id, "sh", "-c", "echo kept > /tmp/it").returncode, 0)
+        self.assertEqual(microvm("snapshot", self.id, name).returncode, 0)
+        self.assertEqual(microvm("run", "--template", name, "cat", "/tmp/it").stdout, "kept\n")
+        other = microvm("run", "-m", "256m", "--template", name, "true")
+        self.assertEqual(other.returncode, 125)
+        self.assertIn("memory_mb", other.stderr)
 
 
 class Templates(unittest.TestCase):

@@ -2,16 +2,17 @@
 
 import argparse
 import re
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
-from .. import MicroVMIsolationManager, VMBackend, VMNetworkConfig, VMResourceLimits
-from . import session
+from .. import MicroVMIsolationManager, ProcessStream, VMBackend, VMNetworkConfig, VMResourceLimits
+from .._vm import VM
+from . import owner, session
 
 # Bad usage, and what keeps a VM from running the program.
 FAILED = session.FAILED
 UNITS = {"m": 1, "g": 1024}
 TEXTS: Dict[str, Any] = {
-    "usage": "microvm run [OPTION]... [--] PROGRAM [ARGUMENT]...",
+    "usage": "microvm run [OPTION]... [--] PROGRAM [ARGUMENT]...\n       microvm run -d [OPTION]... [--] [PROGRAM [ARGUMENT]...]",
     "description": "Runs one command in a VM of its own, which is gone with it. The exit code is the command's; 124 after --timeout, "
     "125 when no VM could run it, 126 when it cannot be executed, 127 when it is not there, 128 and more after a signal.",
 }
@@ -27,28 +28,62 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--egress", action="append", metavar="HOST[:PORT]", help="connect the VM to this place alone; may be given again")
     add("--backend", choices=[backend.value for backend in VMBackend], help="the VMM (default: the best one of this host)")
     add("--label", action="append", default=[], metavar="K=V", type=session.pair, help="label the VM; may be given again")
+    add("--name", metavar="VM", help="the id of the VM (default: a new one)")
+    add("--template", metavar="NAME", help="clone the VM from this snapshot, which microvm templates lists")
+    add("-d", "--detach", action="store_true", help="print the VM's id and leave it: to its program, or, without one, until microvm rm")
     add("--rm", action="store_true", help="accepted out of habit: the VM is always removed")
     add("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program and its arguments")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the program; returns its exit code, with which the process is to exit."""
+    if options.detach:
+        return _leave(options)
     command = session.command_of(options, "microvm run -it sh")
     return session.carry_out(options, command, "microvm run ls /bin", lambda one: _in_new_vm(options, one))
 
 
 def _in_new_vm(options: argparse.Namespace, one: session.Session) -> int:
-    given = {"vcpu_count": options.cpus, "memory_mb": options.memory, "disk_size_mb": options.disk}
-    limits = VMResourceLimits(**{name: value for name, value in given.items() if value is not None})
-    # The quota is for managers of many VMs; this one's only VM may have what was asked for.
-    config = {"raise_on_error": True, "max_vcpus": limits.vcpu_count, "max_memory_mb": limits.memory_mb}
-    network = VMNetworkConfig(isolated_network=False, egress=options.egress) if options.net or options.egress else None
-    with MicroVMIsolationManager(config) as manager:
-        with manager.run_vm(
-            resource_limits=limits, backend=options.backend, network_config=network, labels=dict(options.label)
-        ) as vm:
+    with MicroVMIsolationManager(owner.CONFIG) as manager:
+        with _start(options, manager) as vm:
             code = one.run(vm)
     return code
+
+
+def _leave(options: argparse.Namespace) -> int:
+    if options.interactive or options.tty:
+        options.usage("-d leaves the VM without a terminal: give -i and -t to microvm exec")
+    command = session.command_of(options, "") if options.program not in ([], ["--"]) else []
+    if options.timeout is not None and not command:
+        options.usage("--timeout is that of a program: name one")
+    env = {name: value for name, value in options.env if value is not None}
+
+    def begin(vm: VM) -> Optional[ProcessStream]:
+        if not command:
+            return None
+        program = vm.popen(command, env=env, cwd=options.workdir, user=options.user, timeout=options.timeout)
+        program.close_stdin()
+        return program
+
+    vm_id = owner.begin(lambda manager: _start(options, manager), begin)
+    if vm_id is None:
+        return FAILED
+    print(vm_id)
+    return 0
+
+
+def _start(options: argparse.Namespace, manager: MicroVMIsolationManager) -> VM:
+    given = {"vcpu_count": options.cpus, "memory_mb": options.memory, "disk_size_mb": options.disk}
+    given = {name: value for name, value in given.items() if value is not None}
+    return manager.run_vm(
+        # A clone has what its snapshot had.
+        resource_limits=None if options.template and not given else VMResourceLimits(**given),
+        backend=options.backend,
+        network_config=VMNetworkConfig(isolated_network=False, egress=options.egress) if options.net or options.egress else None,
+        vm_id=options.name,
+        template=options.template,
+        labels=dict(options.label),
+    )
 
 
 def _mib(text: str) -> int:

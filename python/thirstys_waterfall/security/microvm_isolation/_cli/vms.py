@@ -5,8 +5,9 @@ import json
 import os
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
-from .. import AttachedVM, MicroVMError, VMSummary, attach, running_vms
-from . import table
+from .. import AttachedVM, MicroVMError, MicroVMIsolationManager, VmNotFoundError, VMSummary, attach, running_vms
+from .._vm import VM
+from . import owner, table
 from .fail import complain
 
 HEAD = ["VM", "TYPE", "STATE", "GRADE", "CPUS", "MEMORY", "UP", "OWNER", "LABELS"]
@@ -17,8 +18,8 @@ CHANGES: Dict[str, str] = {
     "kill": "end VMs without asking the guest",
     "rm": "destroy VMs with their files",
     "pause": "stop the vCPUs of VMs",
-    "resume": "let paused VMs go on",
-    "suspend": "write VMs to the disk and end them, until their owners resume them",
+    "resume": "let paused VMs go on, and bring back suspended ones",
+    "suspend": "write VMs to the disk and end them, until they are resumed",
     "wait": "wait until VMs have ended",
 }
 
@@ -78,8 +79,10 @@ def ps(options: argparse.Namespace) -> int:
 def inspect(options: argparse.Namespace) -> int:
     told: List[Mapping[str, Any]] = []
 
-    def tell(vm: AttachedVM) -> None:
-        told.append(dict(vm.get_info(), owner_pid=vm.owner_pid))
+    def tell(vm_id: str) -> bool:
+        with attach(vm_id, options.runtime_dir) as vm:
+            told.append(dict(vm.get_info(), owner_pid=vm.owner_pid))
+        return True
 
     code = _each(options, tell)
     if options.format:
@@ -101,11 +104,31 @@ def change(options: argparse.Namespace) -> int:
         "wait": AttachedVM.wait,
     }
 
-    def one(vm: AttachedVM) -> None:
-        changes[options.command](vm)
-        print(vm.vm_id, flush=True)
+    def one(vm_id: str) -> bool:
+        try:
+            with attach(vm_id, options.runtime_dir) as vm:
+                changes[options.command](vm)
+        except VmNotFoundError:
+            manager = MicroVMIsolationManager(owner.CONFIG)
+            if vm_id not in [vm["vm_id"] for vm in manager.list_suspended()]:
+                raise
+            if options.command == "rm":
+                manager.destroy_vm(vm_id)
+            elif options.command != "resume":
+                raise
+            elif owner.begin(lambda its: _resumed(its, vm_id)) is None:
+                return False
+        print(vm_id, flush=True)
+        return True
 
     return _each(options, one)
+
+
+def _resumed(manager: MicroVMIsolationManager, vm_id: str) -> VM:
+    manager.resume_vm(vm_id)
+    instance = manager.get_vm(vm_id)
+    assert instance is not None, "it was resumed"
+    return VM(manager, instance)
 
 
 def snapshot(options: argparse.Namespace) -> int:
@@ -116,13 +139,12 @@ def snapshot(options: argparse.Namespace) -> int:
     return 0
 
 
-def _each(options: argparse.Namespace, use: Callable[[AttachedVM], None]) -> int:
+def _each(options: argparse.Namespace, use: Callable[[str], bool]) -> int:
     """Goes on after a VM where it fails; then the exit code is 1."""
     code = 0
     for vm_id in options.vm:
         try:
-            with attach(vm_id, options.runtime_dir) as vm:
-                use(vm)
+            code |= not use(vm_id)
         except MicroVMError as error:
             complain(error)
             code = 1
