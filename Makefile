@@ -28,7 +28,7 @@ PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsp
 QEMU_PACKAGES := make gcc xz-utils python3-venv ninja-build pkg-config libglib2.0-dev libpcre2-dev libfdt-dev libseccomp-dev zlib1g-dev
 
 .PHONY: help check advisories dev stub t against setup kernel agent busybox guest jail zygote janitor attackers wheel qemu-wheel installed demo test test-fast test-timing \
-    test-nested test-distributions bench fuzz traffic clones aio cycles stress network-many network-bench chaos chaos-kill watch-cost load soak clean
+    test-nested test-distributions test-kernels bench fuzz traffic clones aio cycles stress network-many network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
@@ -42,6 +42,7 @@ help:
 	@echo 'make against BEFORE=WHEEL: the starts of two wheels, in turns; N=60'
 	@echo 'make test-nested  the conformance suite on every backend, in a guest with KVM: TIMES=5 MICROVM_TEST_BIN=FOLDER'
 	@echo 'make test-distributions  the example and a life on Debian 11, 13 and sid, with their QEMU: SUITES="trixie sid"'
+	@echo 'make test-kernels  a life of a VM, doctor and the example on older kernels of Debian: SUITES=bullseye'
 	@echo 'make bench   measure; make stress: SECONDS=180 THREADS=8'
 	@echo 'make fuzz    fuzz what a guest or a client sends: SECONDS=600 each of TARGETS'
 	@echo 'make clones  the long forms of the template tests: CLONES=200 identities, KILLS=50 deaths'
@@ -243,6 +244,10 @@ test-nested: installed
 test-distributions: installed
 	$(PYTHON) tests/distributions.py --package \
 	    $$($(BUILD)/venv-demo/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') $(SUITES)
+
+# Not part of `make test`: it fetches a kernel, and runs for many minutes.
+test-kernels: installed attackers
+	$(BUILD)/venv-demo/bin/python tests/kernels.py $(SUITES)
 
 bench: installed
 	$(BUILD)/venv-demo/bin/python -m thirstys_waterfall.security.microvm_isolation bench \

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 from . import debian
 
@@ -23,13 +23,14 @@ MODULES = (
 ).split()
 
 
-def kernel(cache: Path) -> Path:
-    """The folder with Debian's kernel package."""
-    listed = subprocess.run(["apt-cache", "depends", PACKAGE], stdout=subprocess.PIPE, universal_newlines=True, check=True)
+def kernel(cache: Path, suite: Optional[str] = None) -> Path:
+    """The folder with Debian's kernel package: this release's, or that of another suite."""
+    options = debian.suite(cache, suite) if suite else []
+    listed = subprocess.run(["apt-cache", *options, "depends", PACKAGE], stdout=subprocess.PIPE, universal_newlines=True, check=True)
     found = re.search(r"Depends: (linux-image-\S+)", listed.stdout)
     if found is None:
         raise RuntimeError("apt knows no {}: run apt-get update".format(PACKAGE))
-    return debian.unpacked(cache, found.group(1), [found.group(1)])
+    return debian.unpacked(cache, found.group(1), [found.group(1)], options)
 
 
 def vmlinuz(folder: Path) -> Path:

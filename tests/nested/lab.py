@@ -1,6 +1,6 @@
 """Runs a command on a host with KVM: a guest under TCG whose CPU has (emulated) SVM, on this machine's own root.
 
-``python3 -m tests.nested.lab [--timeout S] [--keep FOLDER] -- COMMAND...``
+``python3 -m tests.nested.lab [--timeout S] [--keep FOLDER] [--kernel SUITE] [--no-kvm] -- COMMAND...``
 
 The guest sees this machine's files, read-only below a layer in its memory; what the command writes to ``/run/lab`` is
 found in FOLDER. It ends with the command's exit status, or with 124 when the time is over, or 125 when the guest ended
@@ -8,6 +8,7 @@ without one. Needs QEMU, busybox-static, cpio, and root (to share all files).
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ NO_STATUS = 125
 # `mitigations=off` and the clock spare emulated work; without `la57` page tables have a level less.
 CMDLINE = "console=ttyS0 quiet mitigations=off tsc=reliable nokaslr audit=0 panic=-1"
 CPU = "max,-la57"
+WITHOUT_KVM = CPU + ",-svm"
 
 
 def release(program: str) -> int:
@@ -65,14 +67,14 @@ def emulator() -> List[str]:
         return [QEMU]
 
 
-def qemu(folder: Path, kernel: Path, initramfs: Path, cpus: int, memory_mib: int) -> List[str]:
+def qemu(folder: Path, kernel: Path, initramfs: Path, cpus: int, memory_mib: int, cpu: str = CPU) -> List[str]:
     shares: List[str] = []
     for tag, path, options in (("root", "/", ",readonly=on,multidevs=remap"), ("lab", str(folder), "")):
         shares += ["-fsdev", "local,id={},path={},security_model=none{}".format(tag, path, options)]
         shares += ["-device", "virtio-9p-pci,fsdev={0},mount_tag={0}".format(tag)]
     return [
         *emulator(),
-        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU),
+        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", cpu),
         *("-smp", str(cpus), "-m", str(memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", CMDLINE),
         *("-serial", "file:{}".format(folder / "console.log")),
@@ -90,17 +92,25 @@ def write_command(folder: Path, command: Sequence[str]) -> None:
     shutil.copy(str(HERE / "main.sh"), str(folder / "main.sh"))
 
 
-def run(command: Sequence[str], timeout_s: float, folder: Path, cpus: int = 1, memory_mib: int = 6144) -> int:
-    """Boot, run, and say how it ended. Nothing is left running."""
+def run(
+    command: Sequence[str],
+    timeout_s: float,
+    folder: Path,
+    cpus: int = 1,
+    memory_mib: int = 6144,
+    suite: Optional[str] = None,
+    has_kvm: bool = True,
+) -> int:
+    """Boot the kernel of a suite of Debian's, run, and say how it ended. Nothing is left running."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    unpacked = guest.kernel(CACHE)
+    unpacked = guest.kernel(CACHE, suite)
     status = folder / "status"
     if status.exists():
         status.unlink()
     initramfs = folder / "initramfs.gz"
     guest.initramfs(unpacked, initramfs)
     write_command(folder, command)
-    call = qemu(folder, guest.vmlinuz(unpacked), initramfs, cpus, memory_mib)
+    call = qemu(folder, guest.vmlinuz(unpacked), initramfs, cpus, memory_mib, CPU if has_kvm else WITHOUT_KVM)
     process = subprocess.Popen(call, stdin=subprocess.DEVNULL)
     try:
         process.wait(timeout_s)
@@ -123,13 +133,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--keep", type=Path, help="where the results go; absent: nowhere")
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--memory", type=int, default=6144, help="MiB")
+    parser.add_argument("--kernel", metavar="SUITE", help="whose kernel is booted; absent: this release's")
+    parser.add_argument("--no-kvm", action="store_true", help="a CPU without SVM")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
-    if options.keep:
-        options.keep.mkdir(parents=True, exist_ok=True)
-        return run(options.command, options.timeout, options.keep.resolve(), options.cpus, options.memory)
-    with tempfile.TemporaryDirectory(prefix="microvm-lab-") as name:
-        return run(options.command, options.timeout, Path(name), options.cpus, options.memory)
+    with contextlib.ExitStack() as stack:
+        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microvm-lab-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        machine = (options.cpus, options.memory, options.kernel, not options.no_kvm)
+        return run(options.command, options.timeout, folder.resolve(), *machine)
 
 
 if __name__ == "__main__":
