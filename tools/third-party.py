@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List
 
-OURS = {"microvm-isolation", "microvm-jail", "microvm-zygote", "microvm-janitor", "microvm-agent", "microvm-tools"}
+OURS = {"microvm-isolation", "microvm-jail", "microvm-zygote", "microvm-janitor", "microvm-usernet", "microvm-agent", "microvm-tools"}
 TEXTS = ("licen[cs]e*", "LICEN[CS]E*", "COPYING*", "NOTICE*", "jemalloc/COPYING")
 
 

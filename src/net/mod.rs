@@ -9,6 +9,7 @@ mod firewall;
 mod fitness;
 mod links;
 mod rules;
+mod user;
 mod vm_network;
 
 pub use address::{choose, conflict, Addresses};
@@ -16,7 +17,8 @@ pub use dns::{Decision, Question, Relayed, Transport};
 pub use firewall::Firewall;
 pub use fitness::{problems, HostNetwork, Problem};
 pub use links::{abandoned_down, abandoned_end, ifb_removed, Interface, GENERATED_TAP, IFB_PREFIX};
-pub use rules::{Pinned, Rules, MAX_PINNED};
+pub use rules::{is_never, Pinned, Rules, MAX_PINNED};
+pub use user::{UserNetwork, UserReport, MAX_USER_NETWORK};
 pub use vm_network::{Before, Resolution, Upstream, VmNetwork};
 
 /// Compares with a file of `tests/golden`, so that a change shows as lines. `MICROVM_BLESS=1` writes it anew.

@@ -17,6 +17,7 @@ mod watch;
 pub use facts::{
     counters, forwards, index_of, interfaces, is_cut_off, networks, ruleset, set_setting, setting, uplinks, Counters,
 };
+pub use route::{Destination, Routes};
 pub use rtnetlink::{apply, apply_all, link, links, without_link_addresses, Change, Link, Rejected};
 pub use socket::{listen_on, Listening};
 pub use table::{Part, Table};

@@ -139,15 +139,24 @@ fn list(question: &Change) -> nix::Result<Vec<Vec<u8>>> {
 
 /// Sends one message and gives the payloads of the answers. The kernel has acted and answered by the time that send(2)
 /// comes back, and it goes on with a list at each recv(2), so nothing here waits.
-pub(super) fn exchange(mut message: Change, flags: u16) -> nix::Result<Vec<Vec<u8>>> {
+pub(super) fn exchange(message: Change, flags: u16) -> nix::Result<Vec<Vec<u8>>> {
+    exchange_on(&open()?, message, flags)
+}
+
+/// A socket for questions.
+pub(super) fn open() -> nix::Result<OwnedFd> {
+    socket(Family::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
+}
+
+/// As [`exchange`], on a socket that has no answers left from before.
+pub(super) fn exchange_on(socket: &OwnedFd, mut message: Change, flags: u16) -> nix::Result<Vec<Vec<u8>>> {
     message.header.flags |= NLM_F_REQUEST | flags;
     message.finalize();
     let mut bytes = vec![0; message.buffer_len()];
     message.serialize(&mut bytes);
-    let socket = socket(Family::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
     send(socket.as_raw_fd(), &bytes, MsgFlags::empty())?;
     let mut answers = Vec::new();
-    while !receive(&socket, &mut answers)? {}
+    while !receive(socket, &mut answers)? {}
     Ok(answers)
 }
 

@@ -254,7 +254,7 @@ async fn write_message(stream: &mut TcpStream, message: &[u8]) -> std::io::Resul
 impl Asking {
     /// What the VM hears, if anything.
     async fn answer(&self, message: &[u8], transport: Transport) -> Option<Vec<u8>> {
-        let question = match Decision::on(message, &self.vm_network) {
+        let question = match Decision::on(message, self.vm_network.egress.as_deref()) {
             Decision::Ask(question) => question,
             Decision::Answer(answer) => return Some(answer),
             Decision::Drop => return None,

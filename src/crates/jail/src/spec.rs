@@ -170,6 +170,9 @@ pub enum Seccomp {
     AllowList,
     /// Nothing but what the QEMU of our own package needs, which is static and has few devices: a shorter list.
     AllowListForOwnQemu,
+    /// Nothing but what the gateway of a user-mode network needs: sockets towards IP networks and questions to rtnetlink, no
+    /// file. Landlock lets it have TCP, too.
+    Gateway,
 }
 
 /// One resource limit; `u64::MAX` is "unlimited".

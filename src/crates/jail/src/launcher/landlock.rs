@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use crate::{Access, LaunchSpec, Layer, Stage, Visible};
+use crate::{Access, LaunchSpec, Layer, Seccomp, Stage, Visible};
 use landlock::{
     Access as _, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetStatus, Scope, ABI,
@@ -27,7 +27,11 @@ pub fn restrict(spec: &LaunchSpec) -> Result<Layer, Failure> {
     let failed = |error: landlock::RulesetError| Failure::new(Stage::Landlock, error);
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
-        .and_then(|rules| rules.handle_access(AccessNet::from_all(NEWEST)))
+        // A gateway's own rules say where it connects.
+        .and_then(|rules| match spec.seccomp {
+            Seccomp::Gateway => rules.handle_access(AccessNet::BindTcp),
+            _ => rules.handle_access(AccessNet::from_all(NEWEST)),
+        })
         .and_then(|rules| rules.scope(Scope::from_all(NEWEST)))
         .and_then(Ruleset::create)
         .map_err(failed)?;

@@ -407,6 +407,93 @@ pub fn allowed(calls: &[libc::c_long]) -> Compiled<Rules> {
     Ok(rules)
 }
 
+/// What the gateway of a user-mode network may do beside making sockets: every call of `microvm-usernet` (strace), and those
+/// that the C library and Rust's start and end with. It opens nothing: no call with a path is here but the one that executes
+/// it.
+const GATEWAY: &[libc::c_long] = &[
+    libc::SYS_arch_prctl,
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    // The launcher's own, before it executes.
+    libc::SYS_close_range,
+    libc::SYS_connect,
+    libc::SYS_dup,
+    libc::SYS_dup2,
+    libc::SYS_dup3,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_execve,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_futex,
+    libc::SYS_getpeername,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_set_robust_list,
+    libc::SYS_set_tid_address,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+/// The kind of a socket without its flags.
+const SOCKET_KIND: u64 = 0xF;
+/// linux/netlink.h: NETLINK_ROUTE.
+const NETLINK_ROUTE: u64 = 0;
+
+/// What a gateway may do. A socket is bound only by a port that the kernel chooses: `bind` cannot be told apart by its
+/// address, but nothing may listen.
+pub fn gateway() -> Compiled<Rules> {
+    let mut rules = any_arguments(GATEWAY);
+    rules.insert(libc::SYS_bind, Vec::new());
+    let is = |argument, mask, value: i32| {
+        let value = u64::try_from(value).unwrap_or(u64::MAX);
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(mask), value)
+    };
+    let whole = u64::from(u32::MAX);
+    let mut sockets = Vec::new();
+    for domain in [libc::AF_INET, libc::AF_INET6] {
+        for kind in [libc::SOCK_STREAM, libc::SOCK_DGRAM] {
+            sockets.push(SeccompRule::new(vec![is(0, whole, domain)?, is(1, SOCKET_KIND, kind)?])?);
+        }
+    }
+    let route = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, NETLINK_ROUTE)?;
+    sockets.push(SeccompRule::new(vec![is(0, whole, libc::AF_NETLINK)?, route])?);
+    rules.insert(libc::SYS_socket, sockets);
+    // FIONBIO.
+    rules.insert(libc::SYS_ioctl, vec![equals(1, 0x5421)?]);
+    Ok(rules)
+}
+
 /// What every VMM is told that the kernel does not have.
 pub fn absent() -> Rules {
     any_arguments(ABSENT)
@@ -481,6 +568,26 @@ mod tests {
     fn test_own_qemu_may_do_less_than_those_of_distributions() {
         assert!(OWN_QEMU.iter().all(|call| DISTRIBUTIONS.contains(call)));
         assert!(OWN_QEMU.len() < DISTRIBUTIONS.len());
+    }
+
+    #[test]
+    fn test_a_gateway_opens_no_file_and_starts_nothing() {
+        let gateway = gateway().unwrap();
+        for call in OPENS.into_iter().chain([
+            libc::SYS_clone,
+            libc::SYS_fork,
+            libc::SYS_listen,
+            libc::SYS_accept4,
+            libc::SYS_kill,
+            libc::SYS_ptrace,
+            libc::SYS_prctl,
+            libc::SYS_socketpair,
+            libc::SYS_unlink,
+        ]) {
+            assert!(!gateway.contains_key(&call), "{call}");
+        }
+        assert_eq!(gateway[&libc::SYS_socket].len(), 5);
+        assert!(gateway.keys().all(|call| !absent().contains_key(call)));
     }
 
     #[test]
