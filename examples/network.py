@@ -1,6 +1,6 @@
 """A VM that may go to one place: it fetches a page from there, and nothing from elsewhere.
 
-``python3 examples/network.py [URL]``; needs root (or CAP_NET_ADMIN), nftables and iproute2.
+``python3 examples/network.py [URL]``; with a tap as root (CAP_NET_ADMIN, nftables, iproute2), else in user mode.
 """
 
 import sys

@@ -16,7 +16,9 @@ use crate::host::privileges::{self, Privileges};
 use crate::host::remedy::{self, Place};
 use crate::image::GuestImage;
 use crate::manager::{self, CreateRequest, Manager};
-use crate::model::{Backend, Grade, IsolationType, ManagerConfig, NetworkConfig, ResourceLimits, SpecPatch};
+use crate::model::{
+    Backend, Grade, IsolationType, ManagerConfig, NetworkConfig, NetworkMode, ResourceLimits, SpecPatch,
+};
 use crate::net::Problem;
 use crate::store;
 use crate::vm::{self, network, Facts, Settings, Tried};
@@ -103,10 +105,19 @@ fn try_a_start(config: &ManagerConfig, settings: &Settings) -> Result<Tried> {
     vm::try_out(vm.id(), vm.spec(), settings)
 }
 
+/// By what a VM would be connected that leaves the choice to the library; `None`: by nothing.
+fn mode(look: &Look) -> Option<NetworkMode> {
+    let streams = look.tried.as_ref().is_ok_and(|tried| tried.vmm.capabilities().streams_frames);
+    match &look.network {
+        Ok(_) => Some(NetworkMode::Tap),
+        Err(_) => (streams && look.settings.image.usernet.is_file()).then_some(NetworkMode::User),
+    }
+}
+
 /// A VM of the backend that a VM gets without asking for one, then one of each other.
 async fn start_all(image: &GuestImage, look: &Look) -> Vec<Trial> {
     let mut trials = Vec::new();
-    if look.network.is_ok() {
+    if mode(look).is_some() {
         trials.push(start(image, &look.config, None, true).await);
     }
     if trials.iter().all(|trial| trial.outcome.is_err()) {
@@ -167,6 +178,10 @@ fn judge(image: &GuestImage, look: &Look, trials: &[Trial]) -> Value {
         problems.push(Finding::new(format!("the jail lacks {name}: {how}"), layer_remedy(name, privileges)));
     }
     match network {
+        Err(refusal) if mode(look).is_some() => {
+            let what = format!("VMs are connected in user mode, since there can be no tap: {}", refusal.cause);
+            hints.push(Finding::new(what, Some(refusal.remedy.clone())));
+        }
         Err(refusal) => {
             let what = format!("VMs cannot be connected: {}", refusal.cause);
             problems.push(Finding::new(what, Some(refusal.remedy.clone())));
@@ -187,7 +202,8 @@ fn judge(image: &GuestImage, look: &Look, trials: &[Trial]) -> Value {
             "cgroup": privileges.cgroup,
         },
         "network": {
-            "connected_vms": network.is_ok(),
+            "connected_vms": mode(look).is_some(),
+            "mode": mode(look).map(NetworkMode::as_str),
             "uplinks": net::uplinks(),
             "reason": network.as_ref().err().map(|refusal| refusal.cause.to_string()),
             "remedy": network.as_ref().err().map(|refusal| &refusal.remedy),
@@ -285,7 +301,7 @@ fn verdict(look: &Look, trials: &[Trial], jail: &Map<String, Value>) -> Value {
         }
         (None, Ok(tried)) if trials.is_empty() => {
             let (backend, grade) = (Some(tried.vmm.backend().as_str()), Some(tried.vmm.grade()));
-            let how = how(backend, tried.vmm.accelerator(), grade, jail, look.network.is_ok());
+            let how = how(backend, tried.vmm.accelerator(), grade, jail, mode(look).is_some());
             (backend, Some(tried.chosen.as_str()), format!("yes ({how}); no start was tried"))
         }
         _ => (None, None, "no".to_owned()),

@@ -19,6 +19,8 @@ pub struct GuestImage {
     pub janitor: PathBuf,
     /// The QEMU of the package beside this one, where that is installed.
     pub qemu: Option<PathBuf>,
+    /// The gateway of a user-mode network.
+    pub usernet: PathBuf,
 }
 
 impl GuestImage {
@@ -33,6 +35,7 @@ impl GuestImage {
             zygote: directory.join("libmicrovm_zygote.so"),
             janitor: directory.join("microvm-janitor"),
             qemu: None,
+            usernet: directory.join("microvm-usernet"),
         }
     }
 

@@ -56,6 +56,8 @@ pub enum Reason {
     MemoryLow,
     DiskLow,
     ClockOff,
+    /// The gateway of its user-mode network has ended.
+    NetworkLost,
     VmmDead,
 }
 
@@ -75,6 +77,7 @@ impl Reason {
             Reason::MemoryLow => "memory_low",
             Reason::DiskLow => "disk_low",
             Reason::ClockOff => "clock_off",
+            Reason::NetworkLost => "network_lost",
             Reason::VmmDead => "vmm_dead",
         }
     }
@@ -153,6 +156,8 @@ pub struct HealthSample {
     pub liveness: Liveness,
     /// The VMM's word for why its vCPUs do not run, when it was asked and they do not.
     pub vcpus_stopped: Option<String>,
+    /// How its network was lost that it had.
+    pub network_lost: Option<String>,
     /// The guest's clock minus the host's, seconds.
     pub clock_offset_s: Option<f64>,
     pub guest: Option<GuestUse>,
@@ -218,6 +223,9 @@ pub fn evaluate(sample: &HealthSample, before: HealthStatus) -> HealthReport {
         }
         Liveness::Alive(_) => {}
     }
+    if let Some(how) = &sample.network_lost {
+        return HealthReport::of(Unhealthy, Reason::NetworkLost, how.clone());
+    }
     if let Some(offset) = sample.clock_offset_s.filter(|offset| offset.abs() > CLOCK_TOLERANCE_S) {
         return HealthReport::of(Unhealthy, Reason::ClockOff, format!("its clock is {offset:+.1} s from the host's"));
     }
@@ -246,6 +254,7 @@ mod tests {
             is_vmm_stopped: false,
             liveness,
             vcpus_stopped: None,
+            network_lost: None,
             clock_offset_s: None,
             guest: None,
             missed: 0,
@@ -276,6 +285,13 @@ mod tests {
         let io =
             HealthSample { vcpus_stopped: Some("io-error".into()), ..sample(Liveness::Silent { starved_share: 0.0 }) };
         assert_eq!(report(&io), (HealthStatus::Unhealthy, Reason::VcpusStopped, 1));
+    }
+
+    #[test]
+    fn test_evaluate_a_vm_without_its_network_lives_and_is_unhealthy() {
+        let lost = HealthSample { network_lost: Some("it ended".into()), ..sample(Liveness::Alive(0.1)) };
+        assert_eq!(report(&lost), (HealthStatus::Unhealthy, Reason::NetworkLost, 0));
+        assert!(!Reason::NetworkLost.is_failure());
     }
 
     #[test]

@@ -28,8 +28,8 @@ pub use policy::{OnFailure, Policies, Policy};
 pub use pool::{PoolSpec, PoolTier};
 pub use quota::{QuotaLedger, QuotaUse, Reservation};
 pub use spec::{
-    BootImage, EgressRule, EgressTarget, GuestAddress, Labels, MacAddress, NamePattern, NetworkConfig, NetworkText,
-    ResourceLimits, SpecPatch, VmSpec, DEFAULT_PREFIX,
+    BootImage, EgressRule, EgressTarget, GuestAddress, Labels, MacAddress, NamePattern, NetworkConfig, NetworkMode,
+    NetworkText, ResourceLimits, SpecPatch, VmSpec, DEFAULT_PREFIX,
 };
 pub use state::VmState;
 pub use text::{printable, said, RECORD_BYTES};

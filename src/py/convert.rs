@@ -221,9 +221,9 @@ pub fn limits_from(
     Ok(limits)
 }
 
-/// A network configuration from the eight fields in their order.
-pub fn network_from(values: [&Bound<'_, PyAny>; 8]) -> PyResult<NetworkConfig> {
-    let [tap_device, ip_address, mac_address, gateway, dns_servers, isolated_network, egress, ipv6] = values;
+/// A network configuration from the nine fields in their order.
+pub fn network_from(values: [&Bound<'_, PyAny>; 9]) -> PyResult<NetworkConfig> {
+    let [tap_device, ip_address, mac_address, gateway, dns_servers, isolated_network, egress, ipv6, mode] = values;
     let network = NetworkText {
         tap_device: optional_text("tap_device", tap_device)?,
         ip_address: optional_text("ip_address", ip_address)?,
@@ -236,6 +236,7 @@ pub fn network_from(values: [&Bound<'_, PyAny>; 8]) -> PyResult<NetworkConfig> {
             false => Some(texts("egress", egress, "None or a list of addresses, networks and host names as strings")?),
         },
         ipv6: flag("ipv6", ipv6)?,
+        mode: text("mode", mode)?,
     };
     NetworkConfig::parse(network).map_err(|error| errors::raise(tap_device.py(), &error))
 }
@@ -289,6 +290,7 @@ pub fn network(value: &Bound<'_, PyAny>) -> PyResult<NetworkConfig> {
         field("isolated_network")?,
         field("egress")?,
         field("ipv6")?,
+        field("mode")?,
     ];
     network_from(values.each_ref())
 }

@@ -30,7 +30,7 @@ const REPR_BYTES: usize = 200;
 /// `None`; they are raised instead where the manager has `raise_on_error`. Errors under "Raises" are
 /// always raised, and so is `ForkedProcessError` in a forked child of the process that made the VM.
 ///
-/// No privilege is needed, except CAP_NET_ADMIN for a VM with a network (capabilities(7)), and read and
+/// No privilege is needed, except CAP_NET_ADMIN for a VM on a tap (capabilities(7)), and read and
 /// write access to `/dev/kvm` for hardware virtualization.
 ///
 /// Args:
@@ -162,7 +162,7 @@ impl MicroVMInstance {
     ///
     /// Blocks for 30 to 300 ms for a clone, for seconds where the template must be made first, and at most
     /// for `start_timeout_s`; returns at once when the VM runs. Ctrl-C undoes the start. A stopped or failed
-    /// VM that is started gets a new disk. A VM with a network needs CAP_NET_ADMIN (capabilities(7)).
+    /// VM that is started gets a new disk. A VM on a tap needs CAP_NET_ADMIN (capabilities(7)).
     ///
     /// Returns:
     ///     `True` when the VM runs. `False` after `VmStateError` or `QuotaExceededError`, and nothing has

@@ -34,7 +34,7 @@ const MOST_EVENTS: u64 = 1 << 20;
 /// `None`; with `config={"raise_on_error": True}` they are raised instead. Errors under "Raises" are
 /// always raised, and so is `ForkedProcessError` in a forked child of the process that made the manager.
 ///
-/// No privilege is needed, except CAP_NET_ADMIN for VMs with a network (capabilities(7)), and read and
+/// No privilege is needed, except CAP_NET_ADMIN for VMs on a tap (capabilities(7)), and read and
 /// write access to `/dev/kvm` for hardware virtualization. Root gets more layers of the jail:
 /// docs/security.md.
 ///

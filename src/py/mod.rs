@@ -48,8 +48,9 @@ fn check_network_config(
     isolated_network: &Bound<'_, PyAny>,
     egress: &Bound<'_, PyAny>,
     ipv6: &Bound<'_, PyAny>,
+    mode: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let values = [tap_device, ip_address, mac_address, gateway, dns_servers, isolated_network, egress, ipv6];
+    let values = [tap_device, ip_address, mac_address, gateway, dns_servers, isolated_network, egress, ipv6, mode];
     network_from(values).map(drop)
 }
 

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use serde_json::{json, Map, Value};
 
-use super::{network, Health, MicroVm};
+use super::network::{self, Connected};
+use super::{Health, MicroVm};
 use crate::model::{Backend, GuestUse, NetworkConfig, NetworkText};
-use crate::net::{Problem, VmNetwork};
+use crate::net::Problem;
 
 pub fn health_json(health: &Health) -> Value {
     json!({
@@ -48,7 +49,7 @@ fn health_info(vm: &MicroVm, health: &Health) -> Value {
 }
 
 /// What the VM got while it is connected, else what it asked for.
-fn network_info(network: &NetworkConfig, vm_network: Option<&VmNetwork>, problems: &[Problem]) -> Value {
+fn network_info(network: &NetworkConfig, connected: Option<&Connected>, problems: &[Problem]) -> Value {
     let network = NetworkText::from(network.clone());
     let mut info = json!({
         "isolated": network.isolated_network,
@@ -59,16 +60,19 @@ fn network_info(network: &NetworkConfig, vm_network: Option<&VmNetwork>, problem
         "dns_servers": network.dns_servers,
         "egress": network.egress,
         "ipv6": network.ipv6,
+        "mode": network.mode,
         "problems": problems.iter().map(|Problem { what, remedy, .. }| json!({"what": what, "remedy": remedy})).collect::<Vec<_>>(),
     });
-    if let Some(vm_network) = vm_network {
-        let addresses = &vm_network.addresses;
-        info["tap_device"] = json!(vm_network.tap.name);
+    if let Some(connected) = connected {
+        let addresses = &connected.addresses;
+        info["mode"] = json!(connected.mode.as_str());
+        info["mode_reason"] = json!(connected.reason);
+        info["tap_device"] = json!(connected.tap);
         info["ip_address"] = json!(addresses.address);
         info["prefix_length"] = json!(addresses.prefix);
-        info["mac_address"] = json!(vm_network.mac.to_string());
+        info["mac_address"] = json!(connected.mac.to_string());
         info["gateway"] = json!(addresses.gateway);
-        info["dns_servers"] = json!(vm_network.guest_servers());
+        info["dns_servers"] = json!(connected.guest_servers);
     }
     info
 }
@@ -83,11 +87,11 @@ fn start_json(origin: &str, stages: &[(&'static str, Duration)]) -> Value {
 pub async fn info(vm: Arc<MicroVm>) -> Value {
     let health = vm.health().await;
     let (spec, facts) = (vm.spec(), vm.facts());
-    let vm_network = facts.vm_network.as_deref();
-    let problems = match facts.vm_network.clone() {
+    let connected = facts.network.as_deref();
+    let problems = match facts.network.clone() {
         None => Vec::new(),
-        Some(vm_network) => {
-            let looked = tokio::task::spawn_blocking(move || network::problems_of(&vm_network)).await;
+        Some(connected) => {
+            let looked = tokio::task::spawn_blocking(move || network::problems_of(&connected)).await;
             looked.unwrap_or_else(|error| {
                 log::warn!("{}: its host's network was not looked at: {error}", vm.id());
                 Vec::new()
@@ -117,7 +121,7 @@ pub async fn info(vm: Arc<MicroVm>) -> Value {
         "resource_limits": spec.limits,
         "jail": facts.jail,
         "limits": facts.limits,
-        "network_config": network_info(&spec.network, vm_network, &problems),
+        "network_config": network_info(&spec.network, connected, &problems),
         "health_metrics": metrics,
         "health": health_info(&vm, &health),
         "last_error": vm.last_error().map(|error| json!({"code": error.code(), "message": error.to_string()})),

@@ -170,7 +170,7 @@ impl Running {
             limits: Some(self.confinement.limits_json()),
             origin: Some(self.origin),
             stages: self.stages.clone(),
-            vm_network: self.connection.lock().as_ref().map(|connection| connection.vm_network().clone()),
+            network: self.connection.lock().as_ref().map(|connection| connection.connected().clone()),
             ..Facts::default()
         }
     }
@@ -241,6 +241,11 @@ impl Running {
     /// What the VM's network device moved, from the host's side; `None` without one.
     pub fn network_counters(&self) -> Option<Counters> {
         self.connection.lock().as_ref().map(Connection::counters)
+    }
+
+    /// How the VM's network ended that it had.
+    pub fn network_lost(&self) -> Option<String> {
+        self.connection.lock().as_ref().and_then(|connection| connection.connected().lost())
     }
 
     /// The folders of the VM's control groups.

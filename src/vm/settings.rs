@@ -9,12 +9,12 @@ use serde_json::Value;
 use tokio::sync::Semaphore;
 
 use super::events::Events;
+use super::network::Connected;
 use crate::error::Error;
 use crate::host::zygote::Zygotes;
 use crate::image::template::{Digests, SnapshotStore, Store};
 use crate::image::GuestImage;
 use crate::model::{Backend, Grade, Ipv4Net, JailMode};
-use crate::net::VmNetwork;
 use crate::store::Folders;
 use crate::vmm::Binaries;
 
@@ -105,7 +105,7 @@ pub struct Facts {
     pub jail: Option<Value>,
     pub limits: Option<Value>,
     /// `None` while it is on no network.
-    pub vm_network: Option<Arc<VmNetwork>>,
+    pub network: Option<Arc<Connected>>,
 }
 
 #[cfg(test)]

@@ -62,16 +62,35 @@ pub struct Drive {
 #[derive(Debug, Clone)]
 pub struct Nic {
     pub mac: String,
-    /// The host's end of the wire, open: the VMM needs no right to open one. `None`: nothing is plugged in, as in a
-    /// template.
-    pub tap: Option<Arc<Tap>>,
+    pub plug: Plug,
+}
+
+/// What the network device is plugged into.
+#[derive(Debug, Clone)]
+pub enum Plug {
+    /// Nothing, as in a template.
+    Unplugged,
+    /// The host's end of the wire, open: the VMM needs no right to open one.
+    Tap(Arc<Tap>),
+    /// A stream of frames, each with its length before it, whose other end a gateway in user mode has.
+    Stream(Arc<OwnedFd>),
+}
+
+impl Plug {
+    #[must_use]
+    pub fn tap(&self) -> Option<&Arc<Tap>> {
+        match self {
+            Plug::Tap(tap) => Some(tap),
+            Plug::Unplugged | Plug::Stream(_) => None,
+        }
+    }
 }
 
 impl Nic {
     /// The device of all VMs that have one, without what is one VM's own.
     #[must_use]
     pub fn unplugged() -> Self {
-        Self { mac: "02:00:00:00:00:00".into(), tap: None }
+        Self { mac: "02:00:00:00:00:00".into(), plug: Plug::Unplugged }
     }
 }
 
@@ -228,6 +247,8 @@ pub struct Capabilities {
     /// A guest reads its identity from a drive; else by [`Launched::identity`].
     pub config_drive: bool,
     pub wire: Wire,
+    /// It takes a stream of frames in place of a tap: [`Plug::Stream`].
+    pub streams_frames: bool,
     pub max_vcpus: u64,
     /// It takes one vCPU or an even number.
     pub even_vcpus: bool,

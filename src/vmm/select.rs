@@ -134,6 +134,7 @@ mod tests {
         copies: false,
         config_drive: true,
         wire: Wire::Named,
+        streams_frames: false,
         max_vcpus: 32,
         even_vcpus: true,
     };

@@ -151,7 +151,7 @@ while sum(told.values()) < tries and time.monotonic() - begun < seconds:
     # Every other try uses the default folder, the others name it in the configuration.
     manager = MicroVMIsolationManager(config if sum(told.values()) % 2 else {{}})
     manager.start()
-    connected = VMNetworkConfig(isolated_network=False)
+    connected = VMNetworkConfig(isolated_network=False, mode="tap")
     vm = manager.get_vm(manager.create_vm("session", VMResourceLimits(1, 128, 32), network_config=connected))
     assert not vm.start()
     told[vm.last_error.code] += 1

@@ -38,8 +38,8 @@ class NetworkTestCase(VMTestCase):
         return self.running(network_config=connected(**(network or {})), **options)
 
     def refused(self, word: str, **fields: Any) -> str:
-        """A start that ends with ``network_unavailable``; its message, which holds ``word``."""
-        vm_id = self.create(network_config=connected(**fields))
+        """A start by a tap that ends with ``network_unavailable``; its message, which holds ``word``."""
+        vm_id = self.create(network_config=connected(**dict({"mode": "tap"}, **fields)))
         self.assertFalse(self.manager.start_vm(vm_id))
         error = self.manager.last_error
         self.assertEqual(error.code, "network_unavailable", error)

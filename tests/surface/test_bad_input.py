@@ -95,6 +95,8 @@ RAISED: List[Case] = [
     ("egress to an IPv6 network", network(egress=["2001:db8::/32"]), ValueError, ("egress", "IPv4")),
     ("egress without an end", network(egress=["a.test"] * 257), ValueError, ("egress", "257")),
     ("IPv6 as text", network(ipv6="yes"), TypeError, ("ipv6", "yes")),
+    ("mode of nobody", network(mode="slirp"), ValueError, ("mode", "slirp", "user")),
+    ("tap in user mode", network(tap_device="tap0", mode="user"), ValueError, ("tap_device", "tap0", "user")),
     ("isolated as text", lambda: VMNetworkConfig(isolated_network="no"), TypeError, ("isolated_network",)),
     ("unknown config key", configured({"max_cpus": 2}), ValueError, ("max_cpus", "max_vcpus")),
     ("heartbeat without a pause", configured({"health_interval_s": 0}), ValueError, ("health_interval_s", "0")),

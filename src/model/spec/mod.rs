@@ -19,7 +19,7 @@ pub use egress::{EgressRule, EgressTarget, NamePattern};
 pub use labels::Labels;
 pub use limits::ResourceLimits;
 pub use mac::MacAddress;
-pub use network::{GuestAddress, NetworkConfig, NetworkText, DEFAULT_PREFIX};
+pub use network::{GuestAddress, NetworkConfig, NetworkMode, NetworkText, DEFAULT_PREFIX};
 
 /// What one VM is to be. It does not change while the VM lives, and comes back with a suspended one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

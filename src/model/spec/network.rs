@@ -23,6 +23,36 @@ pub struct NetworkConfig {
     /// Where the VM may go; `None`: wherever the policy of all VMs lets it.
     pub egress: Option<Vec<EgressRule>>,
     pub ipv6: bool,
+    pub mode: NetworkMode,
+}
+
+/// By what a VM is connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NetworkMode {
+    /// By a tap where this process may and the host is fit, else in user mode.
+    #[default]
+    Auto,
+    /// By an interface of the host, with the kernel's rules and NAT: needs CAP_NET_ADMIN.
+    Tap,
+    /// By a gateway in a process of its own, whose far side are ordinary sockets: needs no privilege.
+    User,
+}
+
+impl NetworkMode {
+    const ALL: [Self; 3] = [Self::Auto, Self::Tap, Self::User];
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            NetworkMode::Auto => "auto",
+            NetworkMode::Tap => "tap",
+            NetworkMode::User => "user",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.as_str() == text)
+    }
 }
 
 /// The same as text: the form in which callers write it, and in which manifests keep it.
@@ -36,6 +66,13 @@ pub struct NetworkText {
     pub isolated_network: bool,
     pub egress: Option<Vec<String>>,
     pub ipv6: bool,
+    /// What is older than user mode knows none.
+    #[serde(default = "auto")]
+    pub mode: String,
+}
+
+fn auto() -> String {
+    NetworkMode::default().as_str().to_owned()
 }
 
 /// A VM's own address and the subnet that it lies in.
@@ -67,6 +104,7 @@ impl Default for NetworkConfig {
             isolated_network: true,
             egress: None,
             ipv6: false,
+            mode: NetworkMode::Auto,
         }
     }
 }
@@ -83,6 +121,11 @@ impl NetworkConfig {
         let mac_address = text.mac_address.as_deref().map(parse_mac).transpose()?;
         let ip_address = text.ip_address.as_deref().map(GuestAddress::parse).transpose()?;
         let gateway = text.gateway.as_deref().map(|gateway| parse_gateway(gateway, ip_address)).transpose()?;
+        let mode = NetworkMode::parse(&text.mode)
+            .ok_or_else(|| invalid("mode", &text.mode, "\"auto\", \"tap\" or \"user\""))?;
+        if let (NetworkMode::User, Some(tap)) = (mode, &text.tap_device) {
+            return Err(invalid("tap_device", tap, "None with mode=\"user\", which has no tap"));
+        }
         let server = |text: &String| text.parse().map_err(|_| invalid("dns_servers", text, "a list of IP addresses"));
         Ok(Self {
             tap_device: text.tap_device,
@@ -93,6 +136,7 @@ impl NetworkConfig {
             isolated_network: text.isolated_network,
             egress: text.egress.as_deref().map(parse_egress).transpose()?,
             ipv6: text.ipv6,
+            mode,
         })
     }
 
@@ -125,6 +169,7 @@ impl From<NetworkConfig> for NetworkText {
             isolated_network: network.isolated_network,
             egress: network.egress.as_deref().map(texts),
             ipv6: network.ipv6,
+            mode: network.mode.as_str().to_owned(),
         }
     }
 }
@@ -226,6 +271,7 @@ mod tests {
             isolated_network: false,
             egress: Some(vec!["example.com:443".into(), "*.example.com".into(), "10.0.0.0/8:53".into()]),
             ipv6: false,
+            mode: "auto".into(),
         }
     }
 
@@ -243,9 +289,16 @@ mod tests {
     }
 
     #[test]
+    fn test_parse_a_manifest_from_before_there_were_modes_means_auto() {
+        let mut value = serde_json::to_value(NetworkConfig::default()).unwrap();
+        assert_eq!(value.as_object_mut().unwrap().remove("mode"), Some("auto".into()));
+        assert_eq!(serde_json::from_value::<NetworkConfig>(value).unwrap(), NetworkConfig::default());
+    }
+
+    #[test]
     fn test_parse_malformed_fields_are_named() {
         type Change = fn(&mut NetworkText);
-        let cases: [(&str, Change); 18] = [
+        let cases: [(&str, Change); 20] = [
             ("tap_device", |c| c.tap_device = Some("a-name-that-is-too-long".into())),
             ("tap_device", |c| c.tap_device = Some("a/b".into())),
             ("tap_device", |c| c.tap_device = Some("a#b".into())),
@@ -264,6 +317,8 @@ mod tests {
             ("gateway", |c| c.gateway = Some("192.168.100.10".into())),
             ("dns_servers", |c| c.dns_servers = vec!["dns.example".into()]),
             ("egress", |c| c.egress = Some(vec!["a b".into()])),
+            ("mode", |c| c.mode = "slirp".into()),
+            ("tap_device", |c| c.mode = "user".into()),
         ];
         for (field, change) in cases {
             let mut text = connected();

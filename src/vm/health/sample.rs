@@ -76,6 +76,7 @@ pub async fn sample(running: &Running, state: VmState, deadline: Duration, allow
         is_vmm_stopped: probed.is_vmm_stopped,
         liveness,
         vcpus_stopped: probed.vcpus_stopped,
+        network_lost: running.network_lost(),
         clock_offset_s: probed.clock_offset_s,
         guest: probed.guest,
         missed,

@@ -6,9 +6,11 @@
 
 mod relay;
 mod sweep;
+mod user;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,11 +22,12 @@ use crate::error::{Cause, Error, Result};
 use crate::host::fork::PerProcess;
 use crate::host::net::{self as host, Counters, Refusal, Step, Table, Tap, Tool, Undo};
 use crate::host::{clock, kernel, privileges};
-use crate::model::{Ipv4Net, MacAddress, NetworkConfig, VmId};
+use crate::model::{Ipv4Net, MacAddress, NetworkConfig, NetworkMode, VmId};
 use crate::mutex::Mutex;
-use crate::net::{self, Before, HostNetwork, Interface, Problem, Resolution, Rules, VmNetwork};
-use crate::vmm::{Nic, Wire};
+use crate::net::{self, Addresses, Before, HostNetwork, Interface, Problem, Resolution, Rules, VmNetwork};
+use crate::vmm::{Capabilities, JailPlan, Nic, Plug, Wire};
 use relay::Relay;
+use user::{Gateway, GatewayState};
 
 pub use sweep::sweep;
 
@@ -45,25 +48,67 @@ pub enum Age {
 type FirewallSample = (Instant, Duration, Option<net::Firewall>);
 static SEEN: PerProcess<Mutex<Option<FirewallSample>>> = PerProcess::new();
 
+/// What a connected VM got.
+#[derive(Debug)]
+pub struct Connected {
+    /// Tap or user.
+    pub mode: NetworkMode,
+    /// Why it is that one.
+    pub reason: String,
+    pub tap: Option<String>,
+    pub mac: MacAddress,
+    pub addresses: Addresses,
+    /// The servers that the guest's `resolv.conf` names.
+    pub guest_servers: Vec<Ipv4Addr>,
+    is_relayed: bool,
+    gateway: Option<GatewayState>,
+}
+
+impl Connected {
+    /// How it ended.
+    #[must_use]
+    pub fn lost(&self) -> Option<String> {
+        self.gateway.as_ref().and_then(GatewayState::problem).map(|problem| problem.what)
+    }
+}
+
 /// A connected VM's network. Dropping it disconnects the VM and leaves no trace; it blocks for some milliseconds.
 #[derive(Debug)]
 pub struct Connection {
-    vm_network: Arc<VmNetwork>,
-    _relay: Option<Relay>,
-    _undo: Undo,
+    connected: Arc<Connected>,
+    _wire: HostEnd,
+}
+
+/// The host's end of a VM's wire.
+#[derive(Debug)]
+enum HostEnd {
+    Tap { _relay: Option<Relay>, _undo: Undo },
+    User { _gateway: Gateway },
 }
 
 impl Connection {
     #[must_use]
-    pub fn vm_network(&self) -> &Arc<VmNetwork> {
-        &self.vm_network
+    pub fn connected(&self) -> &Arc<Connected> {
+        &self.connected
     }
 
-    /// What the tap moved, as the host sees it.
+    /// What the wire moved, as the host sees it.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        host::counters(&self.vm_network.tap.name).unwrap_or_default()
+        let Connected { tap, gateway, .. } = &*self.connected;
+        let by_tap = tap.as_deref().and_then(host::counters);
+        by_tap.or(gateway.as_ref().map(GatewayState::counters)).unwrap_or_default()
     }
+}
+
+/// What a host has for the networks of its VMs, and the VM's backend for its end.
+pub struct Host<'a> {
+    pub range: Ipv4Net,
+    pub can: Capabilities,
+    /// The VMM's jail, of whose kind a gateway's is.
+    pub jail: &'a JailPlan,
+    /// The program.
+    pub gateway: &'a Path,
 }
 
 /// The table of this process.
@@ -109,26 +154,44 @@ impl From<Error> for Failed {
     }
 }
 
-/// Connects a VM: its tap, the host's end of its VM network, and what its guest is told. Blocking; call on the runtime.
+/// Connects a VM: the host's end of its wire, and what its guest is told. Blocking; call on the runtime.
 ///
 /// # Errors
 /// [`Error::NetworkUnavailable`] with the way out.
 pub fn connect(
     vm_id: &VmId,
     config: &NetworkConfig,
-    range: Ipv4Net,
     bandwidth_mbps: u64,
-    wire: Wire,
+    host: &Host<'_>,
 ) -> Result<(Connection, Nic, GuestNetwork)> {
     let refused =
         |Refusal { cause: source, remedy }| Error::NetworkUnavailable { vm_id: vm_id.clone(), source, remedy };
     if config.ipv6 {
         return Err(refused(Refusal::new("this release gives VMs no IPv6", "leave out ipv6=True")));
     }
+    if config.mode == NetworkMode::User {
+        let reason = "mode=\"user\" was asked for".to_owned();
+        return user::connect(vm_id, config, bandwidth_mbps, host, reason).map_err(refused);
+    }
     let relayed = config.egress.is_some() || config.dns_servers.is_empty();
-    let problems = ready(config.tap_device.as_deref(), relayed, Age::Recent).map_err(refused)?;
+    let reason = match (config.mode, &config.tap_device) {
+        (NetworkMode::Tap, _) => "mode=\"tap\" was asked for",
+        (_, Some(_)) => "tap_device names one",
+        (_, None) => "this process may make one, and the host is fit for it",
+    };
+    let problems = match ready(config.tap_device.as_deref(), relayed, Age::Recent) {
+        Ok(problems) => problems,
+        // Who names a tap wants that one.
+        Err(Refusal { cause, .. })
+            if config.mode == NetworkMode::Auto && config.tap_device.is_none() && host.can.streams_frames =>
+        {
+            let reason = format!("there can be no tap: {cause}");
+            return user::connect(vm_id, config, bandwidth_mbps, host, reason).map_err(refused);
+        }
+        Err(refusal) => return Err(refused(refusal)),
+    };
     for _ in 0..TRIES {
-        match try_connect(config, range, bandwidth_mbps, wire) {
+        match try_connect(config, host.range, bandwidth_mbps, host.can.wire, reason) {
             Ok(connected) => {
                 tell(vm_id, &problems);
                 return Ok(connected);
@@ -139,6 +202,7 @@ pub fn connect(
         }
     }
     let remedy = "set config[\"network_range\"] to a range that is not in use";
+    let range = host.range;
     Err(refused(Refusal::new(format!("every address tried in {range} was taken by someone else"), remedy)))
 }
 
@@ -165,10 +229,13 @@ pub fn ready(tap: Option<&str>, relayed: bool, age: Age) -> std::result::Result<
     }
 }
 
-/// What keeps a connected VM from reaching anything, by what the host is like now. Blocking: it runs `nft`.
+/// What keeps a connected VM from reaching anything, by what the host is like now. Blocking: for a tap it runs `nft`.
 #[must_use]
-pub fn problems_of(vm_network: &VmNetwork) -> Vec<Problem> {
-    look(Some(&vm_network.tap.name), matches!(vm_network.resolution, Resolution::Relayed(_)), Age::Recent)
+pub fn problems_of(connected: &Connected) -> Vec<Problem> {
+    match &connected.gateway {
+        None => look(connected.tap.as_deref(), connected.is_relayed, Age::Recent),
+        Some(gateway) => gateway.problem().into_iter().collect(),
+    }
 }
 
 /// Judges the host's network.
@@ -208,20 +275,42 @@ fn try_connect(
     range: Ipv4Net,
     bandwidth_mbps: u64,
     wire: Wire,
+    reason: &str,
 ) -> std::result::Result<(Connection, Nic, GuestNetwork), Failed> {
     let home = home()?;
     let tap = Tap::open(config.tap_device.as_deref().unwrap_or(net::GENERATED_TAP), wire == Wire::WithHeaders)?;
     let vm_network = Arc::new(plan(config, range, bandwidth_mbps, &tap, home)?);
     let (undo, relay) = raise(&vm_network, home)?;
     let VmNetwork { mac, addresses, .. } = &*vm_network;
-    let guest = GuestNetwork {
+    let connected = Connected {
+        mode: NetworkMode::Tap,
+        reason: reason.to_owned(),
+        tap: Some(vm_network.tap.name.clone()),
+        mac: *mac,
+        addresses: *addresses,
+        guest_servers: vm_network.guest_servers(),
+        is_relayed: matches!(vm_network.resolution, Resolution::Relayed(_)),
+        gateway: None,
+    };
+    let (nic, guest) = (Nic { mac: mac.to_string(), plug: Plug::Tap(Arc::new(tap)) }, guest_network(&connected));
+    let wire = HostEnd::Tap { _relay: relay, _undo: undo };
+    Ok((Connection { connected: Arc::new(connected), _wire: wire }, nic, guest))
+}
+
+/// What a guest is told.
+fn guest_network(Connected { mac, addresses, guest_servers, .. }: &Connected) -> GuestNetwork {
+    GuestNetwork {
         mac_address: mac.to_string(),
         address: format!("{}/{}", addresses.address, addresses.prefix),
         gateway: Some(addresses.gateway.to_string()),
-        dns_servers: vm_network.guest_servers().iter().map(ToString::to_string).collect(),
-    };
-    let nic = Nic { mac: mac.to_string(), tap: Some(Arc::new(tap)) };
-    Ok((Connection { vm_network, _relay: relay, _undo: undo }, nic, guest))
+        dns_servers: guest_servers.iter().map(ToString::to_string).collect(),
+    }
+}
+
+/// Why this host cannot have these addresses, or any, among those of its interfaces.
+fn no_address(range: Ipv4Net) -> Refusal {
+    let remedy = "destroy VMs that are done, or set config[\"network_range\"] to a larger range";
+    Refusal::new(format!("no address is left in {range}"), remedy)
 }
 
 /// Decides everything about the VM network behind `tap`.
@@ -238,10 +327,7 @@ fn plan(
     let taken: Vec<(String, Ipv4Net)> = others.map(|(name, _, net)| (name.clone(), *net)).collect();
     let nets: Vec<Ipv4Net> = taken.iter().map(|(_, net)| *net).collect();
     let seed = home.next_block.fetch_add(1, Ordering::Relaxed);
-    let addresses = net::choose(config, range, &nets, seed).ok_or_else(|| {
-        let remedy = "destroy VMs that are done, or set config[\"network_range\"] to a larger range";
-        Refusal::new(format!("no address is left in {range}"), remedy)
-    })?;
+    let addresses = net::choose(config, range, &nets, seed).ok_or_else(|| no_address(range))?;
     if let Some(reason) = net::conflict(&addresses, &taken) {
         return Err(Refusal::new(reason, "choose an ip_address and a gateway that this host has not").into());
     }

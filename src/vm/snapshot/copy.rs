@@ -140,6 +140,7 @@ mod tests {
             copies,
             config_drive: true,
             wire: Wire::Named,
+            streams_frames: false,
             max_vcpus: 32,
             even_vcpus: false,
         };

@@ -268,7 +268,7 @@ pub fn cgroup_layer((controller, outcome): &Outcome) -> (&'static str, Layer) {
 fn bandwidth(network: &NetworkConfig) -> &'static str {
     match network.isolated_network {
         true => "nothing to limit: the VM has no network",
-        false => "host: tbf on the tap (to the VM) and on its ifb (from the VM)",
+        false => "host: tbf on the tap (to the VM) and on its ifb (from the VM); in user mode the gateway, each way",
     }
 }
 

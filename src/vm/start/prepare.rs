@@ -227,8 +227,13 @@ fn prepare_blocking(
         true => (None, None),
         false => {
             let limit = spec.limits.network_bandwidth_mbps;
-            let (range, wire) = (settings.network_range, vmm.capabilities().wire);
-            let (connection, nic, guest) = network::connect(vm_id, &spec.network, range, limit, wire)?;
+            let host = network::Host {
+                range: settings.network_range,
+                can: vmm.capabilities(),
+                jail: &jail,
+                gateway: &settings.image.usernet,
+            };
+            let (connection, nic, guest) = network::connect(vm_id, &spec.network, limit, &host)?;
             (Some(Network { connection, guest }), Some(nic))
         }
     };

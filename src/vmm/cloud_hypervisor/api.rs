@@ -43,7 +43,7 @@ pub struct Api {
 impl Api {
     pub fn new(plan: &LaunchPlan, origin: &Origin, sockets: Arc<SocketDir>, folder: PathBuf) -> Self {
         let ram = if let Origin::Record { ram } = origin { Some(ram.as_path()) } else { None };
-        let nic = plan.nic.as_ref().and_then(|nic| Some((bodies::nic(nic), nic.tap.clone()?)));
+        let nic = plan.nic.as_ref().and_then(|nic| Some((bodies::nic(nic), nic.plug.tap()?.clone())));
         Self {
             rest: Rest::new(plan.vm_id.clone(), sockets, API, words),
             folder,

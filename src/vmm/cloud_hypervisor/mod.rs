@@ -101,6 +101,7 @@ impl Vmm for CloudHypervisor {
             copies: false,
             config_drive: true,
             wire: Wire::WithHeaders,
+            streams_frames: false,
             max_vcpus: 254,
             even_vcpus: false,
         }

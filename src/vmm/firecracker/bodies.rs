@@ -135,8 +135,8 @@ pub fn machine(plan: &LaunchPlan) -> Vec<Call> {
         let rate_limiter = if drive.read_only { None } else { rate_limiter(plan) };
         calls.push(Call::put(drive_path(drive), &body(drive, rate_limiter)));
     }
-    if let Some(Nic { mac, tap }) = &plan.nic {
-        let host_dev_name = tap.as_ref().map_or("", |tap| &tap.name);
+    if let Some(Nic { mac, plug }) = &plan.nic {
+        let host_dev_name = plug.tap().map_or("", |tap| &tap.name);
         let body = NetworkInterface { iface_id: "net", guest_mac: mac, host_dev_name };
         calls.push(Call::put("/network-interfaces/net", &body));
     }

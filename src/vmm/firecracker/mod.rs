@@ -95,6 +95,7 @@ impl Vmm for Firecracker {
             copies: false,
             config_drive: true,
             wire: Wire::Named,
+            streams_frames: false,
             max_vcpus: 32,
             even_vcpus: true,
         }
@@ -129,7 +130,7 @@ impl Vmm for Firecracker {
         let mut spec = jail.spec(argv, env, Seccomp::DenyListForRustVmms);
         spec.proc = is_clone;
         spec.fds = vec![1, 2];
-        if let Some(tap) = plan.nic.as_ref().and_then(|nic| nic.tap.as_ref()) {
+        if let Some(tap) = plan.nic.as_ref().and_then(|nic| nic.plug.tap()) {
             // It opens its tap by name, where that is: there itself, or by what the jail hands it.
             spec.tap = jail.hands_tap;
             spec.namespaces.net &= jail.hands_tap;

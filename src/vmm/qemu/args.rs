@@ -2,14 +2,14 @@
 
 use microvm_protocol::{IDENTITY_PORT_NAME, SERIAL_PORT_NAME};
 
-use crate::vmm::{LaunchPlan, Nic, Origin};
+use crate::vmm::{LaunchPlan, Nic, Origin, Plug};
 
-/// The descriptors that QEMU finds its sockets, a template's memory and its tap at.
+/// The descriptors that QEMU finds its sockets, a template's memory and its end of the network at.
 pub const AGENT_FD: i32 = 3;
 pub const QMP_FD: i32 = 4;
 pub const IDENTITY_FD: i32 = 5;
 pub const RAM_FD: i32 = 6;
-pub const TAP_FD: i32 = 7;
+pub const NETWORK_FD: i32 = 7;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
@@ -73,11 +73,12 @@ fn memory(plan: &LaunchPlan, origin: &Origin) -> Option<String> {
 }
 
 /// What a NIC is plugged into; a hub without another port is nothing.
-fn wire(has_tap: bool) -> String {
-    if has_tap {
-        format!("tap,id=net,fd={TAP_FD}")
-    } else {
-        "hubport,id=net,hubid=0".into()
+fn wire(plug: &Plug) -> String {
+    match plug {
+        Plug::Unplugged => "hubport,id=net,hubid=0".into(),
+        Plug::Tap(_) => format!("tap,id=net,fd={NETWORK_FD}"),
+        // `stream` frames alike, but came with 7.2 only.
+        Plug::Stream(_) => format!("socket,id=net,fd={NETWORK_FD}"),
     }
 }
 
@@ -176,9 +177,9 @@ pub fn arguments(plan: &LaunchPlan, origin: &Origin, host: Host) -> Vec<String> 
         args.push("-device".into());
         args.push(format!("virtio-blk-device,drive={serial},serial={serial}"));
     }
-    if let Some(Nic { mac, tap }) = &plan.nic {
+    if let Some(Nic { mac, plug }) = &plan.nic {
         let device = format!("virtio-net-device,netdev=net,mac={mac}");
-        args.extend(["-netdev".into(), wire(tap.is_some()), "-device".into(), device]);
+        args.extend(["-netdev".into(), wire(plug), "-device".into(), device]);
     }
     args
 }
@@ -239,6 +240,7 @@ mod tests {
                 Host { tsc_khz: None, firmware: None, sandbox: false, fsrm: false, ..HOST },
             ),
         );
-        assert_eq!(wire(true), "tap,id=net,fd=7");
+        let stream = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        assert_eq!(wire(&Plug::Stream(stream)), "socket,id=net,fd=7");
     }
 }

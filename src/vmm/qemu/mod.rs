@@ -16,10 +16,10 @@ use crate::host::tail::Tail;
 use crate::host::{kvm, tsc};
 use crate::model::{Backend, Grade};
 use crate::vmm::{
-    Binaries, Capabilities, Drive, LaunchPlan, Launched, LiveTails, Nic, Origin, Transport, Vmm, VmmNeeds, Wire,
+    Binaries, Capabilities, Drive, LaunchPlan, Launched, LiveTails, Nic, Origin, Plug, Transport, Vmm, VmmNeeds, Wire,
 };
 use api::Qmp;
-use args::{Accelerator, Host, AGENT_FD, IDENTITY_FD, QMP_FD, RAM_FD, TAP_FD};
+use args::{Accelerator, Host, AGENT_FD, IDENTITY_FD, NETWORK_FD, QMP_FD, RAM_FD};
 pub use program::QemuBinary;
 
 /// QEMU on this host.
@@ -122,6 +122,7 @@ impl Vmm for Qemu {
             copies: true,
             config_drive: false,
             wire: Wire::Plain,
+            streams_frames: true,
             max_vcpus: 288,
             even_vcpus: false,
         }
@@ -155,9 +156,16 @@ impl Vmm for Qemu {
             targets.push(RAM_FD);
             fds.push(ram.as_fd());
         }
-        if let Some(tap) = plan.nic.as_ref().and_then(|nic| nic.tap.as_ref()) {
-            targets.push(TAP_FD);
-            fds.push(tap.fd.as_fd());
+        match plan.nic.as_ref().map(|nic| &nic.plug) {
+            Some(Plug::Tap(tap)) => {
+                targets.push(NETWORK_FD);
+                fds.push(tap.fd.as_fd());
+            }
+            Some(Plug::Stream(stream)) => {
+                targets.push(NETWORK_FD);
+                fds.push(stream.as_fd());
+            }
+            Some(Plug::Unplugged) | None => {}
         }
         let zygotes = plan.zygotes.as_ref().filter(|_| self.program.can_preload());
         let zygote = zygotes.map(|zygotes| (zygotes, self.binary()));

@@ -62,7 +62,7 @@ class VMNetworkConfig:
 
     A field of a connected VM that is left out is chosen for it: a tap, addresses from
     ``config["network_range"]``, a MAC address, and the host's own name servers behind the gateway.
-    Starting a connected VM needs CAP_NET_ADMIN; docs/network.md has the rules.
+    A tap needs CAP_NET_ADMIN, a network in user mode no privilege; docs/network.md has the rules.
 
     Args:
         tap_device: Name of the TAP interface on the host, 1 to 15 characters (IFNAMSIZ, netdevice(7));
@@ -76,6 +76,9 @@ class VMNetworkConfig:
             or ``*.NAME``, each with ``:PORT`` (1 to 65535) or without. A name stands for public addresses;
             a private one must be listed itself. ``None`` for every place that the rules of all VMs allow.
         ipv6: ``True`` for IPv6, too; this release refuses it at start.
+        mode: ``tap`` for an interface of the host, ``user`` for a gateway in a process of its own (QEMU
+            alone), ``auto`` for a tap where this process may make one and the host is fit for it, else
+            ``user``. ``info["network_config"]`` says which it was, and why.
 
     Raises:
         InvalidTypeError: A value has the wrong type.
@@ -94,6 +97,7 @@ class VMNetworkConfig:
     isolated_network: bool = True
     egress: Optional[List[str]] = None
     ipv6: bool = False
+    mode: str = "auto"
 
     def __post_init__(self) -> None:
         _native.check_network_config(
@@ -105,6 +109,7 @@ class VMNetworkConfig:
             self.isolated_network,
             self.egress,
             self.ipv6,
+            self.mode,
         )
 
 

@@ -51,6 +51,7 @@ class _Network(TypedDict):
     dns_servers: List[str]
     egress: Optional[List[str]]
     ipv6: bool
+    mode: str
     problems: List[Finding]
 
 
@@ -59,17 +60,20 @@ class NetworkInfo(_Network, total=False):
 
     Keys:
         isolated: Whether the VM has no network device.
-        tap_device: Name of the TAP interface on the host.
+        tap_device: Name of the TAP interface on the host; ``None`` in user mode.
         ip_address: The VM's IPv4 address.
         mac_address: The VM's MAC address.
         gateway: The IPv4 address of the host's end.
         dns_servers: The name servers that the VM asks.
         egress: The only places that the VM may reach; ``None`` for no such list.
         ipv6: Whether IPv6 was asked for.
+        mode: ``tap`` or ``user`` while the VM is connected, else what was asked for.
         problems: What on the host keeps the VM from reaching anything.
+        mode_reason: Why it is that mode; while the VM is connected.
         prefix_length: Length of the subnet's prefix in bits, 1 to 30; while the VM is connected.
     """
 
+    mode_reason: str
     prefix_length: int
 
 
@@ -810,12 +814,14 @@ class HostNetwork(TypedDict):
 
     Keys:
         connected_vms: Whether they can.
+        mode: ``tap`` or ``user``, where the VM leaves the choice; ``None`` where they cannot.
         uplinks: Interfaces by which the host reaches other networks.
-        reason: Why they cannot.
-        remedy: What to do.
+        reason: Why there can be no tap.
+        remedy: What to do about that.
     """
 
     connected_vms: bool
+    mode: Optional[str]
     uplinks: List[str]
     reason: Optional[str]
     remedy: Optional[str]

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--memory", "-m", type=_mib, metavar="SIZE", help="memory of the VM, such as 256m or 1g (default: 512m)")
     add("--cpus", type=int, metavar="N", help="vCPUs of the VM (default: 1)")
     add("--disk", type=_mib, metavar="SIZE", help="size of the VM's disk at /data (default: 1g)")
-    add("--net", action="store_true", help="connect the VM; needs CAP_NET_ADMIN (default: no network)")
+    add("--net", action="store_true", help="connect the VM (default: no network)")
     add("--egress", action="append", metavar="HOST[:PORT]", help="connect the VM to this place alone; may be given again")
     add("--backend", choices=[backend.value for backend in VMBackend], help="the VMM (default: the best one of this host)")
     add("--label", action="append", default=[], metavar="K=V", type=session.pair, help="label the VM; may be given again")

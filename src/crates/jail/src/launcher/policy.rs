@@ -185,6 +185,8 @@ pub const OWN_QEMU: &[libc::c_long] = &[
     libc::SYS_getpeername,
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
+    // Its end of a network in user mode (net/socket.c).
+    libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     // The launcher's: it tells that it has started, and why not.
