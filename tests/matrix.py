@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from tests import skips  # noqa: E402
 
 MODULE = "thirstys_waterfall.security.microvm_isolation"
-CRATES = ("microvm-protocol", "microvm-jail", "microvm-agent", "microvm-tools")
+CRATES = ("microvm-protocol", "microvm-jail", "microvm-agent", "microvm-tools", "microvm-usernet")
 WANTED = ("3.8", "3.13")
 # What depends on the interpreter: names, errors, processes and threads, the examples, the package.
 SURFACE = ("tests.surface",)

@@ -49,6 +49,9 @@ class Driver:
         """A method of the VM's handle, for what it does."""
         return repr(getattr(self.manager.get_vm(vm_id), name)(*arguments))
 
+    def delete_template(self, name: str) -> None:
+        self.manager.delete_template(name)
+
     def destroy(self, vm_id: str) -> None:
         self.manager.destroy_vm(vm_id)
 

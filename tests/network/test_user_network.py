@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional
 
 from ..support import IMPORT, alive, eventually, shell
 from . import lab
-from .case import sent_by
+from .case import NetworkTestCase, sent_by
 from .internet import DNS, OTHER_WEB, PRIVATE, SINK_PORT, WEB
 from .lab import HOST_ADDRESS, HOST_OTHER_ADDRESS, UPLINK, Lab, state
 
@@ -77,6 +77,18 @@ class Listener:
             connection.close()
 
 
+def found_gateways() -> List[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            is_one = entry.name.isdigit() and (entry / "cmdline").read_bytes() == b"/vmm/usernet\0"
+        except OSError:
+            continue
+        if is_one:
+            found.append(int(entry.name))
+    return found
+
+
 class UserNetwork(unittest.TestCase):
     lab: Lab
     user: User
@@ -137,15 +149,7 @@ class UserNetwork(unittest.TestCase):
         return str(answer["error"].get("reason") or answer["error"])
 
     def gateways(self) -> List[int]:
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                is_one = entry.name.isdigit() and (entry / "cmdline").read_bytes() == b"/vmm/usernet\0"
-            except OSError:
-                continue
-            if is_one:
-                found.append(int(entry.name))
-        return found
+        return found_gateways()
 
     def test_vm_has_names_pages_and_nothing_changes_on_the_host(self) -> None:
         before = state()
@@ -313,7 +317,9 @@ class UserNetwork(unittest.TestCase):
             self.assertTrue(eventually(lambda: not alive(pid)))
 
     def test_rate_holds_in_both_directions(self) -> None:
+        before = set(self.gateways())
         vm = self.start(limits={"network_bandwidth_mbps": 8})
+        (pid,) = set(self.gateways()) - before
         script = "set -- $(cat /proc/uptime); a=$1; {}; set -- $(cat /proc/uptime); echo $a $1"
         down = "wget -q -O - http://{}/zeros | head -c 3000000 >/dev/null".format(WEB)
         up = "head -c 3000000 /dev/zero | nc {} {}".format(WEB, SINK_PORT)
@@ -322,6 +328,9 @@ class UserNetwork(unittest.TestCase):
             # 3 MB at 1 MB/s, but for what fits the buffers.
             self.assertGreater(ended - begun, 2.2, what)
             self.assertLess(ended - begun, 6.0, what)
+        # Who waits for the rate sleeps meanwhile.
+        fields = Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
+        self.assertLess((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), 0.6)
 
     def test_tap_is_refused_to_this_user_and_doctor_knows_the_mode(self) -> None:
         answer = self.user.answer("start", {"mode": "tap"}, {})
@@ -330,6 +339,58 @@ class UserNetwork(unittest.TestCase):
         self.assertEqual((report["network"]["connected_vms"], report["network"]["mode"]), (True, "user"))
         self.assertTrue([hint for hint in report["hints"] if "connected in user mode" in hint["what"]], report["hints"])
         self.assertIn("isolated and connected", report["verdict"]["text"])
+
+    def test_vms_of_a_snapshot_have_networks_of_their_own(self) -> None:
+        vm = self.start()
+        self.sh(vm, "echo kept >/tmp/file")
+        self.user("call", vm, "snapshot", "kept")
+        self.addCleanup(self.user, "delete_template", "kept")
+        copies = [str(self.user("start", {}, {}, template="kept")) for _ in range(2)]
+        for copy in copies:
+            self.addCleanup(self.user, "destroy", copy)
+            self.assertEqual(self.sh(copy, "cat /tmp/file"), "kept\n")
+            self.assertEqual(self.get(copy, "http://web.test/")["status"], 200)
+        addresses = {self.network(each)["mac_address"] for each in [vm, *copies]}
+        self.assertEqual(len(addresses), 3)
+        self.assertEqual(self.get(vm, "http://web.test/")["status"], 200)
+
+    def test_connections_come_and_go_without_a_trace(self) -> None:
+        before = set(self.gateways())
+        vm = self.start()
+        (pid,) = set(self.gateways()) - before
+        files = len(os.listdir("/proc/%d/fd" % pid))
+        script = "for n in $(seq 100); do nc -w 5 {} 80 </dev/null & done; wait".format(WEB)
+        for _ in range(5):
+            self.sh(vm, script, timeout=60)
+        self.assertTrue(eventually(lambda: len(os.listdir("/proc/%d/fd" % pid)) == files))
+        resident = next(line for line in Path("/proc/%d/status" % pid).read_text().splitlines() if line.startswith("VmRSS"))
+        self.assertLess(int(resident.split()[1]), 64 << 10)
+        self.assertEqual(self.get(vm, "http://web.test/")["status"], 200)
+
+
+class AsRoot(NetworkTestCase):
+    """Root may choose user mode, too: the gateway has the VM's own uid then."""
+
+    def test_gateway_of_root_is_the_vms_own_user(self) -> None:
+        before = state()
+        vm = self.connected({"mode": "user"})
+        network = vm.get_info()["network_config"]
+        self.assertEqual((network["mode"], network["mode_reason"]), ("user", 'mode="user" was asked for'))
+        self.assertEqual(self.get(vm, "http://web.test/")["status"], 200)
+        self.assertEqual(state(), before)
+        (pid,) = [each for each in found_gateways() if alive(each)]
+        uids = {os.stat("/proc/%d" % each).st_uid for each in (pid, vm.get_info()["pid"])}
+        self.assertEqual(len(uids), 1)
+        self.assertNotIn(0, uids)
+
+    def test_host_that_is_not_fit_for_a_tap_is_no_hindrance(self) -> None:
+        self.lab.forwarding(False)
+        self.addCleanup(self.lab.forwarding, True)
+        vm = self.connected()
+        network = vm.get_info()["network_config"]
+        self.assertEqual(network["mode"], "user")
+        self.assertIn("up0 does not forward", network["mode_reason"])
+        self.assertEqual(self.get(vm, "http://web.test/")["status"], 200)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class Package(unittest.TestCase):
                 content = files.read(name)
                 if content.startswith(b"\x7fELF"):
                     checked[Path(name).name] = max(glibc_versions(content), default=(0,))
-        self.assertTrue({"_native.abi3.so", "libmicrovm_zygote.so", "microvm-jail"} <= set(checked), checked)
+        self.assertTrue({"_native.abi3.so", "libmicrovm_zygote.so", "microvm-jail", "microvm-usernet"} <= set(checked), checked)
         self.assertGreater(checked["_native.abi3.so"], (2,))
         self.assertEqual({name: needs for name, needs in checked.items() if needs > allowed}, {})
 
@@ -123,7 +123,7 @@ class Package(unittest.TestCase):
         data = Path(package.__file__).parent / "_data"
         listed, *texts = (data / "THIRD-PARTY.txt").read_text().split("=" * 100)
         crates = {line.split(" ")[1] for line in listed.splitlines() if line.startswith("- ")}
-        self.assertTrue({"tokio", "snow", "landlock", "tikv-jemalloc-sys"} <= crates, crates)
+        self.assertTrue({"tokio", "snow", "landlock", "smoltcp", "tikv-jemalloc-sys"} <= crates, crates)
         self.assertFalse({crate for crate in crates if crate.startswith("microvm-")})
         self.assertTrue(any("jemalloc" in text and "Redistributions in binary form" in text for text in texts))
         self.assertIn("THIRD-PARTY.txt", (data / "NOTICE-GPL.md").read_text())

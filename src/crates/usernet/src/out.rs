@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use smoltcp::wire::{EthernetProtocol, ETHERNET_HEADER_LEN};
 
-use crate::frame::Wire;
+use crate::frame::{Wire, MTU};
 
 /// Bytes that may wait for the VM: 20 ms at 100 Mbit/s. More stays where it is, in the sockets of the host.
 const MOST: usize = 256 << 10;
@@ -12,6 +12,8 @@ const MOST: usize = 256 << 10;
 const WORN: usize = 64 << 10;
 /// Each frame has its length before it (QEMU's stream of frames).
 pub const LENGTH_BYTES: usize = 4;
+/// An Ethernet frame of the longest packet.
+const WHOLE_FRAME: usize = ETHERNET_HEADER_LEN + MTU;
 /// Refusals that the VM is told by the second, as in `net/rules.rs` of the core.
 const REFUSALS_PER_S: u32 = 20;
 
@@ -98,7 +100,7 @@ impl Meter {
         Self { bytes_per_s, most, bytes: most, since: now }
     }
 
-    /// Bytes that may go now.
+    /// Bytes that may go now; none before there is room for a whole frame, or each byte would go by itself.
     pub fn room(&mut self, now: Instant) -> usize {
         let passed = now.saturating_duration_since(self.since).as_nanos();
         let fresh = passed.saturating_mul(u128::from(self.bytes_per_s)) / 1_000_000_000;
@@ -108,7 +110,7 @@ impl Meter {
             let used = fresh.saturating_mul(1_000_000_000) / u128::from(self.bytes_per_s);
             self.since += Duration::from_nanos(u64::try_from(used).unwrap_or(u64::MAX));
         }
-        usize::try_from(self.bytes).unwrap_or(0)
+        usize::try_from(self.bytes).ok().filter(|bytes| *bytes >= WHOLE_FRAME).unwrap_or(0)
     }
 
     pub fn take(&mut self, bytes: usize) {
@@ -118,7 +120,7 @@ impl Meter {
     /// When there will be room for a frame.
     #[must_use]
     pub fn refilled(&self) -> Instant {
-        let missing = u64::try_from(1514i64.saturating_sub(self.bytes)).unwrap_or(0);
+        let missing = u64::try_from((WHOLE_FRAME as i64).saturating_sub(self.bytes)).unwrap_or(0);
         self.since + Duration::from_nanos(missing.saturating_mul(1_000_000_000) / self.bytes_per_s + 1)
     }
 }
@@ -134,6 +136,8 @@ mod tests {
         assert_eq!(meter.room(begun), 100_000);
         meter.take(101_514);
         assert_eq!(meter.room(begun), 0);
+        // 1,500 bytes: not a frame's length yet.
+        assert_eq!(meter.room(begun + Duration::from_nanos(301_401)), 0);
         assert_eq!(meter.refilled(), begun + Duration::from_nanos(302_801));
         assert_eq!(meter.room(begun + Duration::from_millis(1)), 8_486);
         assert_eq!(meter.room(begun + Duration::from_secs(9)), 100_000);
