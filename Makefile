@@ -27,19 +27,21 @@ PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsp
     xz-utils bzip2 nftables iproute2 openssl util-linux python3-venv make gcc
 QEMU_PACKAGES := make gcc xz-utils python3-venv ninja-build pkg-config libglib2.0-dev libpcre2-dev libfdt-dev libseccomp-dev zlib1g-dev
 
-.PHONY: help check advisories dev stub t against setup kernel agent busybox guest jail zygote janitor attackers wheel qemu-wheel installed demo test test-fast test-timing \
+.PHONY: help check advisories dev stub t against against-qemu setup kernel agent busybox guest jail zygote janitor attackers wheel qemu-wheel installed demo test test-fast test-timing test-qemu \
     test-nested test-distributions test-kernels bench fuzz traffic clones aio cycles stress network-many network-bench chaos chaos-kill watch-cost load soak clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
 	@echo 'make test    build all and run every test; make test-fast: a slice of each area, with a debug build'
 	@echo 'make test-timing  what measures time or shares, one after the other'
+	@echo 'make test-qemu  every Python test on our own QEMU'
 	@echo 'make wheel   build the wheel into dist/'
 	@echo 'make qemu-wheel  our own QEMU as a second wheel, into build/qemu-wheel/ (once, some minutes)'
 	@echo 'make check   format, lints, types, licences, layers, unit and golden tests: no VM; make advisories: RustSec'
 	@echo 'make dev     a debug build in the tree; make t T=tests.vm.test_channel.Streams: one test with it'
 	@echo 'make stub    after a change of a doc comment in src/py: the docstrings of the type stub'
 	@echo 'make against BEFORE=WHEEL: the starts of two wheels, in turns; N=60'
+	@echo 'make against-qemu  the starts on our own QEMU beside those on the one in PATH, in turns; N=60'
 	@echo 'make test-nested  the conformance suite on every backend, in a guest with KVM: TIMES=5 MICROVM_TEST_BIN=FOLDER'
 	@echo 'make test-distributions  the example and a life on Debian 11, 13 and sid, with their QEMU: SUITES="trixie sid"'
 	@echo 'make test-kernels  a life of a VM, doctor and the example on older kernels of Debian: SUITES=bullseye'
@@ -227,6 +229,11 @@ test: wheel attackers
 	$(VENV)/bin/python tests/matrix.py --build $(BUILD) --cargo $(CARGO) --stubtest $(VENV)/bin/python dist/*.whl
 	@echo "test: all green $(took)"
 
+# The Python suite once more, on our own QEMU: where its wheel is installed, VMs use it.
+test-qemu: wheel attackers qemu-wheel
+	$(VENV)/bin/python tests/matrix.py --build $(BUILD) --with-qemu $(BUILD)/qemu-wheel/*.whl dist/*.whl
+	@echo "test-qemu: all green $(took)"
+
 # Something of each area, for the time between two edits.
 test-fast: dev
 	$(CARGO) test -q --locked --no-default-features --lib
@@ -288,6 +295,12 @@ against: installed
 	@rm -rf $(BUILD)/venv-before && $(PYTHON) -m venv $(BUILD)/venv-before
 	@$(BUILD)/venv-before/bin/pip install -q --no-index $(BEFORE)
 	$(PYTHON) tests/load/against.py $(BUILD)/venv-before/bin/python $(BUILD)/venv-demo/bin/python --n $(or $(N),60) --json $(BUILD)/against.json
+
+# The starts on our own QEMU beside those on the one in PATH, in turns: the same wheel, once with the other beside it.
+against-qemu: installed qemu-wheel
+	@rm -rf $(BUILD)/venv-qemu && $(PYTHON) -m venv $(BUILD)/venv-qemu
+	@$(BUILD)/venv-qemu/bin/pip install -q --no-index dist/*.whl $(BUILD)/qemu-wheel/*.whl
+	$(PYTHON) tests/load/against.py $(BUILD)/venv-demo/bin/python $(BUILD)/venv-qemu/bin/python --n $(or $(N),60) --json $(BUILD)/against-qemu.json
 
 # The tests of the channel in the lengths that its issue names.
 traffic: installed

@@ -1,8 +1,9 @@
-"""The package on other distributions, with their own QEMU, Python and libc (``make test-distributions``).
+"""The package on other distributions, with their own Python and libc, on their QEMU and on ours (``make test-distributions``).
 
 Each is a folder that ``mmdebstrap`` fills from the archive that apt is set up with here, and in which examples/basic.py and a
 VM's life run as root, in namespaces of their own. ``--package`` names the folder that holds ``thirstys_waterfall``, as the wheel
-installs it.
+installs it. Where the wheel of our QEMU is there (tests/own_qemu.py), both run once more with it beside the package, and
+with ``jail="strict"``.
 """
 
 import argparse
@@ -13,20 +14,26 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    # This folder is no place to import from: it would hide packages.
+    sys.path[0] = str(ROOT)
+
+from tests import own_qemu  # noqa: E402
+
 PACKAGES = "qemu-system-x86,python3"
 DEFAULT = ["bullseye", "trixie", "sid"]
 # mmdebstrap takes a minute or two, a VM's life under TCG some seconds.
 MAKE_S, RUN_S = 1200, 300
 
 LIFE = """
-import platform, subprocess, sys
+import platform, sys
 from thirstys_waterfall.security.microvm_isolation import IsolationType, MicroVMIsolationManager, VMResourceLimits
 
-print(platform.python_version(), subprocess.check_output(["qemu-system-x86_64", "--version"]).decode().splitlines()[0])
-config = {"default_backend": "QEMU", "raise_on_error": True, "start_timeout_s": 90}
+OWN = False
+config = {"default_backend": "QEMU", "raise_on_error": True, "start_timeout_s": 90, "jail": "strict" if OWN else "default"}
 limits = VMResourceLimits(vcpu_count=1, memory_mb=128, disk_size_mb=64)
 
 
@@ -40,7 +47,10 @@ with MicroVMIsolationManager(config) as manager:
     manager.prepare(limits)
     first = manager.get_vm(manager.create_vm(IsolationType.SESSION, limits))
     first.start()
-    assert first.get_info()["start"]["origin"] == "clone", first.get_info()["start"]
+    info = first.get_info()
+    print("{}; {}; jail: {}".format(platform.python_version(), info["vmm"], info["jail"]["mode"]))
+    assert info["vmm"]["packaged"] == OWN, info["vmm"]
+    assert info["start"]["origin"] == "clone", info["start"]
     print("clone")
     assert first.pause() and first.resume()
     say(first, "echo kept >/data/f; echo ram >/run/f; sync")
@@ -116,19 +126,28 @@ def main() -> int:
     missing = [tool for tool in ("mmdebstrap", "unshare", "pivot_root") if shutil.which(tool) is None]
     if os.geteuid() != 0:
         missing.append("root")
+    example, wheel = (ROOT / "examples" / "basic.py").read_text(), own_qemu.wheel()
+    codes: List[Tuple[str, Optional[Path], str]] = [("basic.py", None, example), ("life", None, LIFE)]
+    own = [("basic.py on our QEMU", wheel, example), ("life on our QEMU", wheel, LIFE.replace("OWN = False", "OWN = True"))]
+    if wheel:
+        codes += own
+    else:
+        print("our QEMU: skipped: {}".format(own_qemu.MISSING))
     passed, failed, skipped = 0, [], 0  # type: int, List[str], int
     for suite in options.suites:
         why = "needs " + ", ".join(missing) if missing else make(suite, options.roots / suite)
         if why:
             print("{}: skipped: {}".format(suite, why), flush=True)
-            skipped += 2
+            skipped += len(codes)
             continue
-        for name, code in (("basic.py", (ROOT / "examples" / "basic.py").read_text()), ("life", LIFE)):
+        for name, own, code in codes:
             print("{}: {}".format(suite, name), flush=True)
-            # Only the package is mounted, not this machine's other Python packages.
+            # Only the packages are mounted, not this machine's other Python packages.
             with tempfile.TemporaryDirectory() as shown:
                 ignore = shutil.ignore_patterns("__pycache__")
                 shutil.copytree(str(options.package / "thirstys_waterfall"), shown + "/thirstys_waterfall", ignore=ignore)
+                if own:
+                    own_qemu.unpack(own, Path(shown))
                 if run(options.roots / suite / "root", Path(shown), code):
                     passed += 1
                 else:

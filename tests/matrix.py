@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Iterator, List, Sequence
+from typing import Iterator, List, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -81,17 +81,17 @@ def skipped_in(output: str) -> Iterator[skips.Skip]:
             yield test, reason.group(1)
 
 
-def environment(build: Path, python: str, wheel: Path) -> str:
-    """The interpreter of an environment that holds the wheel, and what tests try it with where that is to be had."""
+def environment(build: Path, python: str, wheel: Path, qemu: Optional[Path] = None) -> str:
+    """The interpreter of an environment that holds the wheel, with our QEMU's where that is given, and what tests try it with where that is to be had."""
     version = subprocess.check_output(
         [python, "-c", "import sys; print('%d.%d.%d' % sys.version_info[:3])"], universal_newlines=True
     ).strip()
-    folder = build / ("venv-test-" + version)
+    folder = build / ("venv-test-" + version + ("-qemu" if qemu else ""))
     inner = folder / "bin" / "python"
     if not inner.exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
     install = [str(inner), "-m", "pip", "install", "-q", "--no-index", "--force-reinstall", str(wheel)]
-    subprocess.run(install, check=True)
+    subprocess.run(install + ([str(qemu)] if qemu else []), check=True)
     # Without a package index the tests that need it are skipped, and say so.
     subprocess.run([str(inner), "-m", "pip", "install", "-q", "-r", str(ROOT / ".ci" / "tests.txt")])
     return str(inner)
@@ -152,15 +152,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build")
     parser.add_argument("--cargo", default="cargo")
     parser.add_argument("--stubtest", metavar="PYTHON", help="an interpreter that has mypy")
+    parser.add_argument("--with-qemu", type=Path, metavar="WHEEL", help="run the suite alone, with one Python, on this QEMU of ours")
     parser.add_argument("wheel", type=Path)
     options = parser.parse_args(arguments)
     build, wheel = options.build.resolve(), options.wheel.resolve()
     totals = Totals()
-    cargo(options.cargo, totals)
-    if options.stubtest:
-        stubtest(options.stubtest, build, wheel, totals)
-    for index, python in enumerate(pythons()):
-        suite(environment(build, python, wheel), build, wheel, totals, SURFACE if index else ())
+    if options.with_qemu:
+        qemu = options.with_qemu.resolve()
+        os.environ["MICROVM_TEST_QEMU_WHEEL"] = str(qemu)
+        suite(environment(build, pythons()[0], wheel, qemu), build, wheel, totals)
+    else:
+        cargo(options.cargo, totals)
+        if options.stubtest:
+            stubtest(options.stubtest, build, wheel, totals)
+        for index, python in enumerate(pythons()):
+            suite(environment(build, python, wheel), build, wheel, totals, SURFACE if index else ())
     print("\n" + "\n".join(totals.notes))
     skips.show(totals.skipped)
     print("{} passed, {} failed, {} skipped".format(totals.passed, totals.failed, len(totals.skipped)))
