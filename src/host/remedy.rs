@@ -139,6 +139,15 @@ pub fn namespaces(sysctls: &UserNamespaces, place: &Place) -> String {
     }
 }
 
+/// What gives each VM of root's a uid of its own.
+#[must_use]
+pub fn own_uid(place: &Place) -> String {
+    match place.is_in_container {
+        true => "start the container by root of its host, with --privileged".into(),
+        false => "start this process as root of the host, with all its capabilities".into(),
+    }
+}
+
 /// What lets this process make control groups, by what the host has: `v1`, `v2`, `hybrid` or `none`.
 #[must_use]
 pub fn cgroups(version: &str, place: &Place) -> String {

@@ -266,7 +266,7 @@ fn probe(launcher: &Path, uid: u32, seccomp: Seccomp) -> Result<HostJail> {
             no_proc,
             identity: match (root, identity) {
                 (true, true) => Layer::Given("a uid of its own".into()),
-                (true, false) => Layer::Missing(why(0)),
+                (true, false) => Layer::Missing(format!("{}; {}", why(0), remedy::own_uid(&Place::look()))),
                 (false, _) => Layer::Given("the user of the manager (only root can give each VM its own)".into()),
             },
             confined,

@@ -151,10 +151,11 @@ class Docker(ContainerTestCase):
         self.assertIn("/tmp/tw-microvm-uids", self.ours(told))
 
     def test_control_groups_that_are_read_only_are_all_that_is_missing(self) -> None:
-        told = self.runs(Container(privileged=True, script=READ_ONLY_GROUPS))
+        told = self.runs(Container(privileged=True, script=READ_ONLY_GROUPS, environment=PODMAN))
         self.assertEqual(set(told["missing"]) - VARYING, GROUPS)
         for name in GROUPS:
             self.assertIn("Read-only file system", told["missing"][name])
+            self.assertIn("-v /sys/fs/cgroup:/sys/fs/cgroup:rw", told["missing"][name])
 
     def test_doctors_remedies_are_options_of_the_container(self) -> None:
         marked = (("PATH", PATH), ("container", "podman"))
@@ -174,6 +175,7 @@ class Podman(ContainerTestCase):
         told = self.runs(Container(rootless=True, seccomp=False, environment=PODMAN))
         # The limits of namespaces are in /proc/sys, which is read-only.
         self.assertEqual(set(told["missing"]) - VARYING, {"uid", "namespace_limits"} | GROUPS)
+        self.assertIn("start the container by root of its host, with --privileged", told["missing"]["uid"])
 
     def test_without_root_and_with_a_filter_that_denies_namespaces(self) -> None:
         told = self.runs(Container(rootless=True, environment=PODMAN))

@@ -26,6 +26,7 @@ use nix::unistd::{unlinkat, Pid, UnlinkatFlags};
 
 use super::fork::{self, ForkGuard};
 use super::pidfd;
+use super::remedy::{self, Place};
 use crate::error::{Cause, Error, Result};
 use hierarchy::Hierarchies;
 pub use usage::{recorded, usage, GroupUse};
@@ -198,6 +199,16 @@ impl Drop for Groups {
                 log::warn!("{}: the group was not removed: {error}", folder.display());
             }
         }
+    }
+}
+
+/// What makes groups possible: in a container its options, elsewhere `otherwise`.
+fn remedy_here(version: &str, otherwise: &str) -> String {
+    let place = Place::look();
+    if place.is_in_container {
+        remedy::cgroups(version, &place)
+    } else {
+        otherwise.to_owned()
     }
 }
 

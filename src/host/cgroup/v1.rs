@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{make, set, Controller, Device, Limits};
+use super::{make, remedy_here, set, Controller, Device, Limits};
 use crate::error::Cause;
 
 pub struct Made {
@@ -17,6 +17,7 @@ pub fn create(own: &Path, name: &str, controller: Controller, limits: &Limits) -
     if let Err(error) = make(&folder) {
         if error.kind() != std::io::ErrorKind::AlreadyExists {
             let remedy = "an administrator can delegate a group: mkdir, chown, and start this process in it";
+            let remedy = remedy_here("v1", remedy);
             let text = format!("mkdir {}: {error}; {remedy}", folder.display());
             return Made { folder: None, outcome: Err(Cause::explained(error, text)) };
         }

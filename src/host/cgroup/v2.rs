@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::hierarchy::Unified;
-use super::{make, set, Controller, Device, Limits, Outcome};
+use super::{make, remedy_here, set, Controller, Device, Limits, Outcome};
 use crate::error::Cause;
 
 pub struct Made {
@@ -41,6 +41,7 @@ pub fn create(v2: &Unified, parent: Option<&Path>, name: &str, wanted: &[Control
     let remedy =
         "delegate a group to this user (systemd: Delegate=yes, or systemd-run --user --scope -p Delegate=yes) \
                   and name it in config[\"cgroup_parent\"]";
+    let remedy = if made.is_some() { String::new() } else { remedy_here("v2", remedy) };
     let outcome = |controller: &Controller| match &made {
         Some(folder) => limit(folder, *controller, limits),
         None => Err(Cause::explained(reason.clone(), format!("{reason}; {remedy}"))),
