@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 use super::destination::{is_unread, open_source, read_some, Destination};
 use super::fork::PerProcess;
 
-/// Files that are read or written at the same time, which is a thread each.
+/// Files that are read or written at the same time. Threads may be some more: one that has just ended is not idle yet for the next.
 const AT_ONCE: usize = 4;
 /// How long a task waits before it looks again for the reader of a FIFO: open(2) tells of none by an error alone.
 const SLICE: Duration = Duration::from_millis(20);
