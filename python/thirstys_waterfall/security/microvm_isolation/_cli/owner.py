@@ -26,6 +26,8 @@ def begin(
     Ctrl-C until then ends the start.
     """
     ours, its = os.pipe()
+    # Until it is known whom Ctrl-C is to end.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child == 0:
         os.close(ours)
@@ -33,12 +35,15 @@ def begin(
         os.setsid()
         if os.fork():
             os._exit(0)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os._exit(_own(start, open_program, its))
     os.close(its)
     os.waitpid(child, 0)
     with os.fdopen(ours, "rb") as pipe:
         pid = int(pipe.readline() or 0)
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return pipe.readline().decode().strip() or None
         except KeyboardInterrupt:
             # The pipe is open at its end, so the process is there.
@@ -60,7 +65,6 @@ def _own(
     pipe: int,
 ) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminate)
     os.write(pipe, b"%d\n" % os.getpid())
     os.chdir("/")
