@@ -1,6 +1,7 @@
 """VMMs that are forked out of a zygote: like executed ones in all that the host can see, and never needed."""
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from typing import Any, Dict, List, Optional, Set
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager
 
+from .. import own_qemu
 from ..support import DATA, ROOT, VMTestCase, alive, children, eventually, limits, run_python
 
 
@@ -73,6 +75,11 @@ def canary(pid: int) -> int:
 
 
 class Zygotes(VMTestCase):
+    def setUp(self) -> None:
+        if importlib.util.find_spec(own_qemu.MODULE):
+            self.skipTest("our own QEMU is static: no zygote can be loaded into it")
+        super().setUp()
+
     def forked(self) -> Any:
         """A VM whose VMM was forked."""
         for _ in range(100):
