@@ -263,7 +263,9 @@ fn starts(tried: &Result<Tried>, trials: &[Trial]) -> bool {
 /// What did not start, with the error.
 fn failures<'a>(tried: &'a Result<Tried>, trials: &'a [Trial]) -> Vec<(String, &'a Error)> {
     let is_dead = !starts(tried, trials);
-    let of_trials = trials.iter().filter_map(|trial| {
+    // Where no VM starts at all, no connected one does.
+    let (connected, others): (Vec<_>, Vec<_>) = trials.iter().partition(|trial| trial.is_connected);
+    let of_trials = others.into_iter().chain(connected).filter_map(|trial| {
         let error = trial.outcome.as_ref().err()?;
         let what = match (trial.backend, trial.is_connected) {
             (Some(backend), _) => format!("no VM of {backend} starts"),

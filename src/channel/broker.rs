@@ -290,31 +290,36 @@ fn failed(error: &Error) -> Value {
     answer
 }
 
+/// Why a message is no command. Clients of before know these words: tests/golden/broker.framing.
+#[derive(Debug, thiserror::Error)]
+pub enum BadMessage {
+    #[error("type must be \"ping\" or \"command\", not {0:?}")]
+    Kind(String),
+    #[error("a command needs \"command\" (or \"action\"): its name")]
+    Nameless,
+    #[error("the command's name must be a string, not {0}")]
+    Name(Value),
+    #[error("\"params\" (or \"data\") must be an object, not {0}")]
+    Params(Value),
+}
+
 /// A client's message as the agent's action and parameters.
 ///
 /// # Errors
-/// [`Error::InvalidType`].
-pub fn parse(message: &Map<String, Value>) -> Result<(String, Value)> {
-    let refused = |field: &str, allowed: &str, value: String| {
-        Err(Error::InvalidType { field: field.into(), value, allowed: allowed.into() })
-    };
+/// What the message lacks.
+pub fn parse(message: &Map<String, Value>) -> std::result::Result<(String, Value), BadMessage> {
     let kind = message.get("type").and_then(Value::as_str).unwrap_or("nothing");
     if kind == "ping" {
         return Ok(("ping".into(), Value::Null));
     }
     if kind != "command" {
-        return refused("type", "\"ping\" or \"command\"", format!("{kind:?}"));
+        return Err(BadMessage::Kind(kind.to_owned()));
     }
-    let name = match message.get("command").or_else(|| message.get("action")) {
-        Some(Value::String(name)) => name,
-        other => {
-            let value = other.map_or_else(|| "missing".to_owned(), Value::to_string);
-            return refused("\"command\" (or \"action\")", "a string, the command's name", value);
-        }
-    };
+    let name = message.get("command").or_else(|| message.get("action")).ok_or(BadMessage::Nameless)?;
+    let name = name.as_str().ok_or_else(|| BadMessage::Name(name.clone()))?;
     let params = message.get("params").or_else(|| message.get("data")).cloned().unwrap_or(Value::Null);
     if !params.is_object() && !params.is_null() {
-        return refused("\"params\" (or \"data\")", "an object", params.to_string());
+        return Err(BadMessage::Params(params));
     }
     Ok((name.to_owned(), params))
 }
@@ -347,7 +352,7 @@ async fn ask(agent: &Agent, action: &str, params: Value, deadline: Duration) -> 
 mod tests {
     use super::*;
 
-    fn parsed(message: Value) -> Result<(String, Value)> {
+    fn parsed(message: Value) -> std::result::Result<(String, Value), BadMessage> {
         parse(message.as_object().unwrap())
     }
 
@@ -379,7 +384,7 @@ mod tests {
         for (message, expected) in [
             (json!({}), "type must be"),
             (json!({"type": "shout"}), "\"shout\""),
-            (json!({"type": "command"}), "\"command\" (or \"action\") must be a string"),
+            (json!({"type": "command"}), "its name"),
             (json!({"type": "command", "command": 3}), "not 3"),
             (json!({"type": "command", "command": "x", "params": [1]}), "must be an object"),
         ] {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use pyo3::exceptions::{PyModuleNotFoundError, PyTypeError};
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 use serde_json::{json, Map, Number, Value};
 
@@ -359,12 +360,17 @@ pub fn guest_image(py: Python<'_>) -> PyResult<GuestImage> {
 }
 
 /// The QEMU of the package `thirstys-waterfall-microvm-qemu`; `None` where that is not installed.
-fn packaged_qemu(py: Python<'_>) -> PyResult<Option<PathBuf>> {
-    match py.import("thirstys_waterfall_microvm_qemu") {
+///
+/// Looked for when this module is imported, and again only where that failed: imports take locks, which a child that was forked
+/// in the midst of one would wait for.
+pub fn packaged_qemu(py: Python<'_>) -> PyResult<Option<PathBuf>> {
+    static FOUND: PyOnceLock<Option<PathBuf>> = PyOnceLock::new();
+    let look = || match py.import("thirstys_waterfall_microvm_qemu") {
         Ok(package) => package.call_method0("path")?.extract().map(Some),
         Err(error) if error.is_instance_of::<PyModuleNotFoundError>(py) => Ok(None),
         Err(error) => Err(error),
-    }
+    };
+    FOUND.get_or_try_init(py, look).cloned()
 }
 
 /// A JSON object from a Python mapping.

@@ -63,6 +63,8 @@ fn check_vm_id(text: &Bound<'_, PyAny>) -> PyResult<()> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     crate::host::fork::install();
     logging::install();
+    // What is wrong with it is said when it is to be used.
+    drop(convert::packaged_qemu(module.py()));
     module.add_class::<manager::MicroVMIsolationManager>()?;
     module.add_class::<instance::MicroVMInstance>()?;
     module.add_class::<channel::CommunicationChannel>()?;
