@@ -786,7 +786,8 @@ asyncio.run(main())
                 self.assertEqual({getattr(error, "code", None) for error in ended}, {"channel_closed"})
                 self.assertTrue(await ending)
                 self.assertLess(time.monotonic() - begun, 1.0)
-            with self.assertRaises(package.VmNotFoundError):
+            # The kernel may not have closed the dead owner's socket yet.
+            with self.assertRaises((package.VmNotFoundError, package.ChannelError)):
                 await aio.attach("aio-attached")
 
         asyncio.run(use())
