@@ -54,6 +54,7 @@ fn run() -> Result<(), String> {
     let guest = Arc::new(UnprovisionedGuest::open()?);
     children::start().map_err(|error| format!("the reaper: {error}"))?;
     signals::start().map_err(|error| format!("the thread for signals: {error}"))?;
+    actions::watch_kernel_log();
     let mut port = port::open(outcome != Outcome::Ready)?;
     serve::keep_freed_memory();
     let (is_ready, mut outcome) = (outcome == Outcome::Ready, encode(&outcome)?);

@@ -23,15 +23,10 @@ struct Log {
 }
 
 /// From here on the log is counted; what the kernel said while it booted is not read.
-pub fn open() {
-    let mut log = LOG.lock().unwrap_or_else(PoisonError::into_inner);
-    if log.is_none() {
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg");
-        *log = file.ok().and_then(|mut file| {
-            file.seek(SeekFrom::End(0)).ok()?;
-            Some(Log { file, disk_write_errors: 0 })
-        });
-    }
+pub fn watch() {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg");
+    let log = file.and_then(|mut file| file.seek(SeekFrom::End(0)).map(|_| Log { file, disk_write_errors: 0 }));
+    *LOG.lock().unwrap_or_else(PoisonError::into_inner) = log.ok();
 }
 
 /// How many were logged so far; 0 where there is no log.

@@ -19,6 +19,8 @@ use serde_json::{json, Value};
 use crate::identity::GuestIdentity;
 use crate::job::Job;
 
+pub use kernel_log::watch as watch_kernel_log;
+
 pub type Outcome = Result<Value, Failure>;
 
 /// What a request is answered with.
@@ -51,7 +53,6 @@ pub struct Guest {
 
 impl Guest {
     pub fn new(guest: GuestIdentity) -> Self {
-        kernel_log::open();
         Self { guest }
     }
 
