@@ -16,14 +16,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     # This folder is no place to import from: it would hide packages.
     sys.path[0] = str(ROOT)
 
-from tests import skips  # noqa: E402
+from tests import runner, skips  # noqa: E402
 
 MODULE = "thirstys_waterfall.security.microvm_isolation"
 CRATES = ("microvm-protocol", "microvm-jail", "microvm-agent", "microvm-tools", "microvm-usernet")
@@ -36,17 +36,18 @@ class Totals:
     """What passed, failed and was skipped so far."""
 
     def __init__(self) -> None:
-        self.passed = self.failed = 0
+        self.passed = 0
+        self.failed: List[str] = []
         self.skipped: List[skips.Skip] = []
         self.notes: List[str] = []
         self.begun = time.monotonic()
 
-    def add(self, name: str, passed: int, failed: int, skipped: Sequence[skips.Skip] = ()) -> None:
+    def add(self, name: str, passed: int, failed: Sequence[str], skipped: Sequence[skips.Skip] = ()) -> None:
         self.passed += passed
         self.failed += failed
         self.skipped += skipped
         seconds, self.begun = time.monotonic() - self.begun, time.monotonic()
-        counts = (seconds, passed, failed, len(skipped), name)
+        counts = (seconds, passed, len(failed), len(skipped), name)
         self.notes.append("{:8.0f} s  {:5} passed, {} failed, {} skipped: {}".format(*counts))
 
 
@@ -61,24 +62,34 @@ def cargo(command: str, totals: Totals) -> None:
         print("+ " + " ".join(call), flush=True)
         done = subprocess.run(call, cwd=str(ROOT), stdout=subprocess.PIPE, universal_newlines=True)
         print(done.stdout, flush=True)
-        counts = re.findall(r"test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", done.stdout)
-        passed, failed, ignored = (sum(int(row[i]) for row in counts) for i in range(3))
-        # Without a failed test a bad exit code means that the crate did not compile.
-        failed = max(failed, 1) if done.returncode else failed
+        counts = re.findall(r"test result: \w+\. (\d+) passed; \d+ failed; (\d+) ignored", done.stdout)
+        passed, ignored = (sum(int(row[i]) for row in counts) for i in range(2))
         name = "cargo test " + " ".join(options)
+        failed = list(failed_in(done.stdout))
+        if done.returncode and not failed:
+            failed = ["{} ended with {} and names no test: it did not compile, or ended early".format(name, done.returncode)]
         skipped = [(test, reason) for test, reason in skipped_in(done.stdout)] + [(name, "ignored")] * ignored
         unlisted = skips.unknown(skipped)
-        for text in unlisted:
-            print("failed: " + text)
-        totals.add(name, passed - len(skipped) + ignored, failed + len(unlisted), skipped)
+        totals.add(name, passed - len(skipped) + ignored, failed + unlisted, skipped)
+
+
+def failed_in(output: str) -> Iterator[str]:
+    """The Rust tests that failed, each with the end of what it said."""
+    said = dict(said_in(output))
+    for test in re.findall(r"^test (\S+)(?: - should panic)? \.\.\. FAILED$", output, re.M):
+        yield runner.described_failure(test, said.get(test, ""))
 
 
 def skipped_in(output: str) -> Iterator[skips.Skip]:
     """The Rust tests that said that they were skipped, once each."""
-    for test, said in re.findall(r"^---- (\S+) stdout ----\n(.*?)(?=^----|^successes:|^failures:|\Z)", output, re.M | re.S):
+    for test, said in said_in(output):
         reason = re.search(r"^skipped: (.*)", said, re.M)
         if reason:
             yield test, reason.group(1)
+
+
+def said_in(output: str) -> List[Tuple[str, str]]:
+    return re.findall(r"^---- (\S+) stdout ----\n(.*?)(?=^----|^successes:|^failures:|\Z)", output, re.M | re.S)
 
 
 def environment(build: Path, python: str, wheel: Path, qemu: Optional[Path] = None) -> str:
@@ -130,7 +141,8 @@ def stubtest(python: str, build: Path, wheel: Path, totals: Totals) -> None:
     call = [python, "-m", "mypy.stubtest", MODULE, "--mypy-config-file", str(settings)]
     print("+ " + " ".join(call), flush=True)
     done = subprocess.run(call, cwd=str(target), env=variables)
-    totals.add("mypy.stubtest", int(done.returncode == 0), int(done.returncode != 0))
+    failed = ["mypy.stubtest found a difference between the stubs and the module"] if done.returncode else []
+    totals.add("mypy.stubtest", 1 - len(failed), failed)
 
 
 def suite(python: str, build: Path, wheel: Path, totals: Totals, names: Sequence[str] = ()) -> None:
@@ -141,10 +153,11 @@ def suite(python: str, build: Path, wheel: Path, totals: Totals, names: Sequence
     call = [python, str(ROOT / "tests" / "runner.py"), "--report", str(report)] + list(names)
     print("+ " + " ".join(call), flush=True)
     subprocess.run(call, cwd=str(ROOT), env=dict(os.environ, MICROVM_WHEEL=str(wheel)))
-    told = json.loads(report.read_text()) if report.exists() else {"passed": 0, "failed": [call], "skipped": []}
+    told = json.loads(report.read_text()) if report.exists() else {"passed": 0, "failed": ["has no result: " + " ".join(call)], "skipped": []}
     part = "surface" if names else "suite"
     name = "Python {} under {}".format(part, Path(python).parents[1].name)
-    totals.add(name, told["passed"], len(told["failed"]), [(test, reason) for test, reason in told["skipped"]])
+    failed = ["{}: {}".format(name, text) for text in told["failed"]]
+    totals.add(name, told["passed"], failed, [(test, reason) for test, reason in told["skipped"]])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -169,7 +182,10 @@ def main(arguments: Sequence[str]) -> int:
             suite(environment(build, python, wheel), build, wheel, totals, SURFACE if index else ())
     print("\n" + "\n".join(totals.notes))
     skips.show(totals.skipped)
-    print("{} passed, {} failed, {} skipped".format(totals.passed, totals.failed, len(totals.skipped)))
+    # Last, where whoever sees only the end of a log finds them.
+    for text in totals.failed:
+        print("failed: " + text)
+    print("{} passed, {} failed, {} skipped".format(totals.passed, len(totals.failed), len(totals.skipped)))
     return 1 if totals.failed else 0
 
 

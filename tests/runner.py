@@ -44,6 +44,8 @@ APART = "tests.timing"
 # No module takes half of this on two slow cores; one that hangs must not hang all.
 MODULE_S = 1500.0
 SLOWEST = 12
+# How much of a failure is told again at the end of a run.
+LINES, WIDTH = 14, 300
 # $1 is the lane's cache. The folder of VMs is in /run where that is in memory, else in /dev/shm.
 LANE = """
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
@@ -112,13 +114,20 @@ def users_folders(*folders: Path) -> Iterator[None]:
 def run_here(names: Sequence[str], report: Path) -> int:
     """Run tests in this process; the numbers go to a file."""
     suite = unittest.TestSuite(unittest.defaultTestLoader.loadTestsFromName(name) for name in names)
+    # What a test that passes prints would only hide what a failed one did.
     with users_folders(USERS_RUNTIME):
-        result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Recording).run(suite)
+        result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, buffer=True, resultclass=Recording).run(suite)
     assert isinstance(result, Recording)
-    failed = [str(test) for test, _ in result.failures + result.errors] + [str(test) for test in result.unexpectedSuccesses]
+    failed = [described_failure(str(test), text) for test, text in result.failures + result.errors]
+    failed += [described_failure(str(test), "it passed, which was not expected") for test in result.unexpectedSuccesses]
     skipped = [(str(test), reason) for test, reason in result.skipped]
     report.write_text(json.dumps({"passed": result.passed, "failed": failed, "skipped": skipped}))
     return 1 if failed else 0
+
+
+def described_failure(test: str, text: str) -> str:
+    """A failed test, and the end of what is known of it: what tells the kind of an error stands there."""
+    return "\n    ".join([test] + [line[:WIDTH] for line in text.rstrip().splitlines()[-LINES:]])
 
 
 def holder(name: str) -> str:
@@ -220,7 +229,7 @@ def run_all(chosen: Sequence[Module], lanes: int, tries: int) -> List[Outcome]:
             outcome = run_apart(each, lane, output)
             if not outcome.failed:
                 return outcome
-            print("{} is tried again: {}".format(each.name, ", ".join(outcome.failed)), flush=True)
+            print("{} is tried again: {}".format(each.name, ", ".join(text.splitlines()[0] for text in outcome.failed)), flush=True)
         return run_apart(each, lane, output)
 
     def work(lane: Path) -> None:

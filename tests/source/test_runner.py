@@ -33,3 +33,12 @@ class Folders(unittest.TestCase):
                     (path / "template").write_text("")
             self.assertTrue((before / "template").exists())
             self.assertFalse(made.exists())
+
+
+class Failures(unittest.TestCase):
+    def test_end_of_a_failure_is_kept_with_the_tests_name(self) -> None:
+        told = runner.described_failure("test_a (tests.a.A)", "Traceback\n" + "  frame\n" * 50 + "ValueError: " + "x" * 1000 + "\n")
+        lines = told.splitlines()
+        self.assertEqual((lines[0], len(lines)), ("test_a (tests.a.A)", runner.LINES + 1))
+        self.assertTrue(lines[-1].startswith("    ValueError: xx"))
+        self.assertLess(len(lines[-1]), 400)
