@@ -183,7 +183,7 @@ attackers: setup
 	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build --locked -p microvm-intruder --profile static --target $(HOST)
 	@install -m 755 $(TARGET_DIR)/$(HOST)/static/microvm-intruder $(BUILD)/microvm-intruder
 	@built=$$(RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) test --locked --no-default-features --lib --no-run --profile janitor --target $(HOST) \
-	    --message-format=json | $(PYTHON) -c 'import json, sys; \
+	    --config 'profile.janitor.package.microvm-isolation.opt-level=0' --message-format=json | $(PYTHON) -c 'import json, sys; \
 	    print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])'); \
 	install -m 755 "$$built" $(BUILD)/lab-tests
 

@@ -255,7 +255,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
     # In a file of names: a line may be a comment.
     parser.convert_arg_line_to_args = lambda line: line.partition("#")[0].split()  # type: ignore[method-assign]
-    parser.add_argument("--lanes", type=int, default=3 if (os.cpu_count() or 1) > 1 else 1, help="modules at a time")
+    parser.add_argument("--lanes", type=int, default=4 if (os.cpu_count() or 1) > 1 else 1, help="modules at a time")
     parser.add_argument("--tries", type=int, default=1, help="run a module that failed again, up to so many times in all")
     parser.add_argument("--report", type=Path, help="write the results to this file, too, as JSON")
     parser.add_argument("--here", action="store_true", help="run in this process, without a table")

@@ -18,6 +18,7 @@ use std::ffi::OsStr;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{renameat2, FlockArg, RenameFlags};
@@ -40,6 +41,8 @@ const NEW: &str = ".new-";
 const GONE: &str = ".gone-";
 /// How often a name is tried that other processes take and leave at the same time.
 const TRIES: u32 = 100;
+/// How long the lock of a name is waited for: a VM that leaves, or a sweep that looks at its folder, is done sooner.
+const LEAVING: Duration = Duration::from_millis(500);
 
 /// The broker's socket of a VM.
 #[must_use]
@@ -200,8 +203,16 @@ fn made(runtime: &Root, vm_id: &VmId) -> Result<(Dir, Lock)> {
 /// Gives the folder `from` a VM's name, which the remains of a process that died may have.
 fn settle(runtime: &Root, from: &OsStr, vm_id: &VmId) -> Result<()> {
     let path = runtime.at(vm_id.as_str());
+    let end = Instant::now() + LEAVING;
     for _ in 0..TRIES {
-        free(runtime, vm_id)?;
+        match free(runtime, vm_id) {
+            // Its lock may be that of a VM that is just leaving, or of a sweep that only looks.
+            Err(Error::VmIdTaken { .. }) if Instant::now() < end => {
+                std::thread::sleep(LEAVING / 20);
+                continue;
+            }
+            freed => freed?,
+        }
         match rename_to_free(runtime, from, vm_id.as_str().as_ref()) {
             Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::DirectoryNotEmpty) => {}
             renamed => return renamed.map_err(|error| Error::host("rename to", path.display(), error)),
@@ -426,6 +437,20 @@ mod tests {
         assert_eq!(names(folders.runtime.path()), ["a"]);
         drop(first);
         assert!(names(folders.runtime.path()).is_empty());
+    }
+
+    #[test]
+    fn test_name_of_a_vm_that_is_just_leaving_is_waited_for() {
+        let scratch = Scratch::new();
+        let folders = folders(&scratch);
+        let first = made(&folders, "a");
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(LEAVING / 10);
+                drop(first);
+            });
+            assert!(VmDir::create(&folders, &id("a")).is_ok());
+        });
     }
 
     #[test]
