@@ -14,7 +14,7 @@ import sys
 import tempfile
 from typing import Any, Dict, List
 
-PARTS = ("cold", "clone", "pool", "exec", "many")
+PARTS = ("cold", "clone", "pool", "exec", "pool-exec", "many")
 WORKER = r"""
 import json, sys, threading, time
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, VMResourceLimits
@@ -28,6 +28,8 @@ managers = {name: MicroVMIsolationManager(dict(base, **more)) for name, more in 
 for name in ("cold", "clone", "pool"):
     managers[name].start()
 
+PROGRAM = ("exec", {"program": "/bin/true"})
+
 def one(manager, command=("ping", {})):
     vm = manager.get_vm(manager.create_vm("plugin", limits))
     begun = time.perf_counter()
@@ -37,11 +39,11 @@ def one(manager, command=("ping", {})):
     manager.destroy_vm(vm.vm_id)
     return took
 
-def pool():
+def pool(*command):
     while managers["pool"].get_resource_usage()["pool"][0]["ready"] == 0:
         time.sleep(0.01)
     time.sleep(0.05)
-    return one(managers["pool"])
+    return one(managers["pool"], *command)
 
 def many():
     left, failures, manager = list(range(at_once)), [], managers["clone"]
@@ -66,7 +68,7 @@ def many():
     return took
 
 work = {"cold": lambda: one(managers["cold"]), "clone": lambda: one(managers["clone"]), "pool": pool, "many": many,
-        "exec": lambda: one(managers["clone"], ("exec", {"program": "/bin/true"}))}
+        "exec": lambda: one(managers["clone"], PROGRAM), "pool-exec": lambda: pool(PROGRAM)}
 for line in sys.stdin:
     print(json.dumps(work[line.strip()]()), flush=True)
 for manager in managers.values():
@@ -129,7 +131,7 @@ def main() -> int:
         for name in ("before", "after"):
             line += [percentile(rows[name], share) for share in (0.5, 0.95, 0.99)]
         quotient = statistics.median(rows["after"]) / statistics.median(rows["before"])
-        row = "{:6} before p50 {:8.1f} p95 {:8.1f} p99 {:8.1f} | after p50 {:8.1f} p95 {:8.1f} p99 {:8.1f} ms | n {} | p50 after / before {:.3f}"
+        row = "{:9} before p50 {:8.1f} p95 {:8.1f} p99 {:8.1f} | after p50 {:8.1f} p95 {:8.1f} p99 {:8.1f} ms | n {} | p50 after / before {:.3f}"
         print(row.format(*line, len(rows["after"]), quotient), flush=True)
     if options.json:
         with open(options.json, "w") as file:

@@ -21,6 +21,8 @@ use crate::vm::settings::Settings;
 /// How long a resumed guest may take to answer.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
 
+const PROGRAM_DEADLINE: Duration = Duration::from_secs(30);
+
 /// So long that the guest's timers have run out when it wakes.
 const WARM_UP_PAUSE: Duration = Duration::from_millis(100);
 
@@ -54,10 +56,13 @@ impl WarmVm {
             return Ok(WarmVm::Restored(launching));
         }
         let running = launching.bring_up().await?;
-        // Warms up what happens only the first time, the way out of a pause included.
+        // Warms up what happens only the first time: the way out of a pause, and a program's life.
+        let program = json!({"program": "sh", "args": ["-c", "/bin/true"]});
         for is_last in [false, true] {
             running.adopt(vm_id).await?;
             running.agent().request("ping", Value::Null, ADOPT_DEADLINE).await?;
+            // A guest without a shell answers with an error, and is as warm as it can be.
+            running.agent().request("exec", program.clone(), PROGRAM_DEADLINE).await?;
             running.control().pause().await?;
             if !is_last {
                 tokio::time::sleep(WARM_UP_PAUSE).await;

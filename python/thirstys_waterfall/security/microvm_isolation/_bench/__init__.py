@@ -1,7 +1,8 @@
 """``bench``: what a VM costs, always beside the bare VMM doing the same in the same run, in turns.
 
 With the jail and the encryption that a user gets by default. ``start`` means that ``start()`` returned; ``answered``
-that the first command was answered, counted from before ``start()``.
+that the first command was answered, and ``first program ended`` that one was run after it, both counted from before ``start()``;
+``second program`` is what the next one takes.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from .. import MicroVMError, MicroVMInstance, MicroVMIsolationManager, VMInfo, VMResourceLimits
 from .bare import Machine, Running, memory_mib
@@ -25,6 +26,7 @@ THREADS = 8
 # How long a ready VM of the pool rests before a start takes it.
 REST_S = 0.05
 DISK_MB = 64
+PROGRAM = {"program": "/bin/true"}
 DATA = Path(__file__).resolve().parent.parent / "_data"
 
 
@@ -99,6 +101,18 @@ def pid_of(info: VMInfo) -> int:
     return info["pid"]
 
 
+class Life(NamedTuple):
+    """Milliseconds from the start's begin to its end, to the first answer and to the end of the first program; what the second
+    program took, and ``destroy_vm``.
+    """
+
+    started: float
+    answered: float
+    ran: float
+    again: float
+    destroyed: float
+
+
 class Bench:
     """One run: managers with a cache of their own, and the folder of the bare VMMs."""
 
@@ -141,17 +155,23 @@ class Bench:
         copy_sparse(self.template / "disk", folder / "disk")
         return {"disk": folder / "disk"}
 
-    def times(self, manager: MicroVMIsolationManager) -> Tuple[float, float, float]:
-        """Milliseconds of start(), of start() and the first answer, and of destroy_vm()."""
+    def life(self, manager: MicroVMIsolationManager) -> Life:
         vm = self.vm(manager)
-        begun = time.perf_counter()
-        vm.start()
-        started = time.perf_counter()
-        vm.send_command("ping")
-        answered = time.perf_counter()
-        manager.destroy_vm(vm.vm_id)
-        ended = time.perf_counter()
-        return 1e3 * (started - begun), 1e3 * (answered - begun), 1e3 * (ended - answered)
+        program = lambda: vm.send_command("exec", PROGRAM)
+        steps = (vm.start, lambda: vm.send_command("ping"), program, program, lambda: manager.destroy_vm(vm.vm_id))
+        marks = [time.perf_counter()]
+        for step in steps:
+            step()
+            marks.append(time.perf_counter())
+        begun, started, answered, ran, again, ended = (1e3 * mark for mark in marks)
+        return Life(started - begun, answered - begun, ran - begun, again - ran, ended - again)
+
+    def add_life(self, name: str, lives: List[Life], base: str) -> None:
+        """The rows of a way to start: up to the first answer there is a bare one to compare it with."""
+        self.report.add(name + ": start", "ms", [life.started for life in lives], base)
+        self.report.add(name + ": answered", "ms", [life.answered for life in lives], base)
+        self.report.add(name + ": first program ended", "ms", [life.ran for life in lives])
+        self.report.add(name + ": second program", "ms", [life.again for life in lives])
 
     def cold(self) -> None:
         with self.manager(templates=False) as manager:
@@ -169,10 +189,9 @@ class Bench:
                 finally:
                     running.end()
 
-            bares, ours = self.in_turns(bare, lambda: self.times(manager))
+            bares, ours = self.in_turns(bare, lambda: self.life(manager))
         self.report.add("bare boot: first byte", "ms", bares)
-        self.report.add("boot: start", "ms", [start for start, _, _ in ours], "bare boot: first byte")
-        self.report.add("boot: answered", "ms", [answered for _, answered, _ in ours], "bare boot: first byte")
+        self.add_life("boot", ours, "bare boot: first byte")
 
     def bare_clone(self, name: str, drives: Optional[Dict[str, Path]] = None) -> Tuple[Running, float]:
         running = self.cloned.launch(drives or self.drives(name), self.template / "ram", {})
@@ -187,11 +206,10 @@ class Bench:
             return answered
 
         with self.manager() as manager:
-            bares, ours = self.in_turns(bare, lambda: self.times(manager))
+            bares, ours = self.in_turns(bare, lambda: self.life(manager))
         self.report.add("bare clone: answered", "ms", bares)
-        self.report.add("clone: start", "ms", [start for start, _, _ in ours], "bare clone: answered")
-        self.report.add("clone: answered", "ms", [answered for _, answered, _ in ours], "bare clone: answered")
-        self.report.add("clone: destroy_vm", "ms", [ended for _, _, ended in ours])
+        self.add_life("clone", ours, "bare clone: answered")
+        self.report.add("clone: destroy_vm", "ms", [life.destroyed for life in ours])
 
     def pool(self) -> None:
         """Of a ready clone: beside a bare one that was restored, has answered once, and was stopped since."""
@@ -204,17 +222,16 @@ class Bench:
                 time.sleep(REST_S)
                 return 1e3 * (running.resume() + running.echo())
 
-            def ours() -> Tuple[float, float, float]:
+            def ours() -> Life:
                 while manager.get_resource_usage()["pool"][0]["ready"] == 0:
                     time.sleep(0.01)
                 time.sleep(REST_S)
-                return self.times(manager)
+                return self.life(manager)
 
             bares, mine = self.in_turns(bare, ours)
         running.end()
         self.report.add("bare wake-up: answered", "ms", bares)
-        self.report.add("pool: start", "ms", [start for start, _, _ in mine], "bare wake-up: answered")
-        self.report.add("pool: answered", "ms", [answered for _, answered, _ in mine], "bare wake-up: answered")
+        self.add_life("pool", mine, "bare wake-up: answered")
 
     def command(self) -> None:
         running, _ = self.bare_clone("echo")
@@ -253,7 +270,7 @@ class Bench:
                 running.end()
             with self.manager() as manager:
                 # The first start reads and checks the template for all later ones.
-                self.times(manager)
+                self.life(manager)
 
                 def ours(_: int) -> None:
                     vm = self.vm(manager)
