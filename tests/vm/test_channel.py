@@ -105,6 +105,18 @@ class Streams(VMTestCase):
         stream.write(b"\x03")
         self.assertEqual(stream.wait(10), -signal.SIGINT)
 
+    def test_programs_have_no_descriptor_of_anothers_terminal(self) -> None:
+        vm = self.running()
+        descriptors = "for fd in /proc/self/fd/*; do readlink $fd; done"
+        with vm.stream(SH, ["-c", "echo up; sleep 1000"], pty=True) as terminal:
+            next(terminal)
+            beside = self.result(vm, "exec", dict(shell(descriptors), uid=1000))["stdout"]
+            within = said(vm.stream(SH, ["-c", descriptors], pty=True))[0].decode()
+        self.assertIn("pipe:", beside)
+        self.assertIn("/dev/pts/", within)
+        self.assertNotIn("pt", beside)
+        self.assertNotIn("ptmx", within)
+
     def test_stream_left_is_killed_with_all_its_descendants(self) -> None:
         vm = self.running()
         with vm.stream(SH, ["-c", "setsid sleep 98765 & sleep 98765 & echo up; sleep 98765"]) as stream:

@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::process::{self, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,6 +16,7 @@ use nix::unistd::Pid;
 
 use crate::fork_gate::ForkGate;
 use crate::notifier::Notifier;
+use crate::vfork::{self, Command, Steps};
 
 /// How a child ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,8 +86,8 @@ fn next_ended() -> Result<i32, Errno> {
     Ok(unsafe { info.si_pid() })
 }
 
-/// Takes the status of `pid`, with the table held: a child whose exec failed is waited for by `Command::spawn` itself,
-/// which must find it.
+/// Takes the status of `pid`, with the table held: a child whose exec failed is waited for by [`vfork::spawn`], which must
+/// find it.
 fn reap(pid: i32) {
     let mut guard = table();
     let mut status = 0;
@@ -149,16 +149,15 @@ pub struct Spawned {
 }
 
 /// Spawns `command`, which must make the child join `group`, and notifies `notifier` when the child has ended.
-pub fn spawn(command: &mut Command, group: Group, notifier: &Arc<Notifier>) -> io::Result<(process::Child, Spawned)> {
+pub fn spawn(command: &Command<'_>, steps: Steps<'_>, group: Group, notifier: &Arc<Notifier>) -> io::Result<Spawned> {
     let mut table = table();
-    let child = command.spawn()?;
-    let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
+    let pid = vfork::spawn(command, steps)?;
     table.children.insert(pid, Child { ended: None, notifier: notifier.clone() });
     table.spawned += 1;
     table.is_alone = false;
     drop(table);
     SPAWNED.notify_all();
-    Ok((child, Spawned { pid, group }))
+    Ok(Spawned { pid, group })
 }
 
 /// Asks every process to end, and waits, at most `grace`, until none is left.

@@ -3,10 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +13,7 @@ use microvm_protocol::message::{Code, Failure};
 use microvm_protocol::mux::{STDERR, STDOUT};
 use nix::fcntl::{fcntl, open, FcntlArg, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::pty::{openpty, Winsize};
+use nix::pty::{posix_openpt, unlockpt, Winsize};
 use nix::sys::resource::{setrlimit, Resource, RLIM_INFINITY};
 use nix::sys::stat::Mode;
 use nix::unistd::{fchown, Gid, Uid};
@@ -26,6 +24,7 @@ use crate::children::{self, Ended, Group, Spawned, FORK_GATE};
 use crate::job::{cancelled, Job};
 use crate::signals;
 use crate::users::{self, User};
+use crate::vfork::{Command, Steps};
 
 pub const ROOT: u32 = 0;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -45,6 +44,7 @@ const READ_BYTES: usize = 64 * 1024;
 const END_OF_TRANSMISSION: u8 = 4;
 
 nix::ioctl_write_int_bad!(make_controlling, libc::TIOCSCTTY);
+nix::ioctl_write_int_bad!(open_peer, libc::TIOCGPTPEER);
 nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, Winsize);
 
 /// A program to run, whoever asked for it.
@@ -189,28 +189,35 @@ impl Program<'_> {
         if !Path::new(self.cwd).is_dir() {
             return fail(Code::BadParams, format!("cwd: {:?} is not a directory", self.cwd));
         }
-        let mut command = Command::new(self.path);
-        command.args(self.args).env_clear().env("PATH", PATH).env("LANG", LANG).current_dir(self.cwd);
         let user = self.user();
+        let mut env = BTreeMap::from([("PATH", PATH), ("LANG", LANG)]);
         if self.tool.is_none() {
-            for (name, value) in
-                [("HOME", &user.home), ("USER", &user.name), ("LOGNAME", &user.name), ("SHELL", &user.shell)]
-            {
-                command.env(name, value);
-            }
+            env.extend([
+                ("HOME", &*user.home),
+                ("USER", &*user.name),
+                ("LOGNAME", &*user.name),
+                ("SHELL", &*user.shell),
+            ]);
         }
         if self.terminal.is_some() {
-            command.env("TERM", TERM);
+            env.insert("TERM", TERM);
         }
-        command.envs(self.env);
-        if self.uid != ROOT {
-            command.uid(self.uid).gid(user.gid);
-        }
-        let terminal = self.terminal.map(|size| self.open_terminal(size, &mut command)).transpose()?;
-        if terminal.is_none() {
-            let stdin = if with_stdin { Stdio::piped() } else { Stdio::null() };
-            command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
-        }
+        env.extend(self.env.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        let (stdio, stdin, outputs) = match self.terminal {
+            Some(size) => self.open_terminal(size)?,
+            None => {
+                open_pipes(with_stdin).map_err(|e| Failure { code: Code::IoError, message: format!("pipe: {e}") })?
+            }
+        };
+        let [theirs_in, theirs_out, theirs_err] = &stdio;
+        let command = Command {
+            program: self.path,
+            args: self.args,
+            env: &env,
+            cwd: self.cwd,
+            user: (self.uid != ROOT).then_some((self.uid, user.gid)),
+            stdio: [theirs_in.as_fd(), theirs_out.as_fd(), theirs_err.as_fd()],
+        };
         let failed =
             |e: io::Error| Failure { code: Code::IoError, message: format!("the program's control group: {e}") };
         let parent = match self.tool {
@@ -224,45 +231,43 @@ impl Program<'_> {
             None => (identity.max_file_handles, identity.max_processes),
             Some(_) => (TOOL_FILES, RLIM_INFINITY),
         };
-        let tool = self.tool.map(|tool| (tool.memory_bytes, tool.cpu_seconds));
-        let is_terminal = terminal.is_some();
-        // SAFETY: between fork and exec only system calls are made; nothing is allocated and no lock is taken.
-        unsafe {
-            command.pre_exec(move || {
-                signals::unblock()?;
-                nix::unistd::setsid()?;
-                if is_terminal {
-                    // SAFETY: descriptor 0 is the terminal by now.
-                    make_controlling(0, 0)?;
-                }
-                // Opened by root: the right to write was checked then.
-                if libc::write(procs.as_raw_fd(), b"0".as_ptr().cast(), 1) != 1 {
-                    return Err(io::Error::last_os_error());
-                }
-                setrlimit(Resource::RLIMIT_NPROC, processes, processes)?;
-                if let Some((memory_bytes, cpu_seconds)) = tool {
-                    setrlimit(Resource::RLIMIT_AS, memory_bytes, memory_bytes)?;
-                    setrlimit(Resource::RLIMIT_STACK, TOOL_STACK, TOOL_STACK)?;
-                    setrlimit(Resource::RLIMIT_CPU, cpu_seconds, cpu_seconds + 1)?;
-                    // When memory runs out, the kernel ends it before the user's programs. To raise it needs no right, but
-                    // the files of a process that changed its uid are root's until it says otherwise (proc(5)).
-                    nix::sys::prctl::set_dumpable(true)?;
-                    let score = open("/proc/self/oom_score_adj", OFlag::O_WRONLY, Mode::empty())?;
-                    nix::unistd::write(&score, b"1000")?;
-                }
-                // Last: the agent's own descriptors are open until the exec, and nothing more could be opened beside them.
-                setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
-                Ok(())
-            });
-        }
+        let (tool, is_terminal) = (self.tool, self.terminal.is_some());
+        let first = || {
+            if tool.is_some() {
+                // When memory runs out, the kernel ends it before the user's programs. To raise it needs no right, but the
+                // files of a process that changed its uid are root's (proc(5)).
+                let score = open("/proc/self/oom_score_adj", OFlag::O_WRONLY, Mode::empty())?;
+                nix::unistd::write(&score, b"1000")?;
+            }
+            Ok(())
+        };
+        let last = || {
+            signals::unblock()?;
+            nix::unistd::setsid()?;
+            if is_terminal {
+                // SAFETY: descriptor 0 is the terminal by now.
+                unsafe { make_controlling(0, 0) }?;
+            }
+            // Opened by root: the right to write was checked then.
+            nix::unistd::write(&procs, b"0")?;
+            setrlimit(Resource::RLIMIT_NPROC, processes, processes)?;
+            if let Some(Tool { memory_bytes, cpu_seconds, .. }) = tool {
+                setrlimit(Resource::RLIMIT_AS, memory_bytes, memory_bytes)?;
+                setrlimit(Resource::RLIMIT_STACK, TOOL_STACK, TOOL_STACK)?;
+                setrlimit(Resource::RLIMIT_CPU, cpu_seconds, cpu_seconds + 1)?;
+            }
+            // Last: the agent's own descriptors are open until the exec, and nothing more could be opened beside them.
+            setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
+            Ok(())
+        };
         let permit = FORK_GATE.enter();
         // While this thread waited at the gate the guest may have become another VM.
         if job.is_cancelled() {
             return Err(cancelled(self.shown()));
         }
-        let spawning = children::spawn(&mut command, group, job.notifier());
+        let spawning = children::spawn(&command, Steps { first: &first, last: &last }, group, job.notifier());
         drop(permit);
-        let (mut child, spawned) = spawning.map_err(|error| {
+        let spawned = spawning.map_err(|error| {
             let code = match error.kind() {
                 ErrorKind::NotFound => Code::ProgramNotFound,
                 ErrorKind::PermissionDenied => Code::PermissionDenied,
@@ -273,20 +278,8 @@ impl Program<'_> {
         })?;
         let spawned = Arc::new(spawned);
         job.runs(&spawned);
-        let (stdin, outputs) = match terminal {
-            Some(terminal) => {
-                let output = terminal.try_clone().map_err(failed)?;
-                (Some(terminal), vec![Output::new(STDOUT, output)])
-            }
-            None => {
-                let stdout = child.stdout.take().map(|pipe| Output::new(STDOUT, pipe));
-                let stderr = child.stderr.take().map(|pipe| Output::new(STDERR, pipe));
-                let stdin = child.stdin.take().map(|pipe| File::from(OwnedFd::from(pipe)));
-                (stdin, stdout.into_iter().chain(stderr).collect::<Vec<_>>())
-            }
-        };
-        // The command holds the terminal's other end: while it is open, the end of the program would not show.
-        drop(command);
+        // While the program's ends are open, its end would not show.
+        drop(stdio);
         for file in stdin.iter().chain(outputs.iter().map(|output| &output.file)) {
             fcntl(file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(e.into()))?;
         }
@@ -311,21 +304,44 @@ impl Program<'_> {
         self.tool.map_or(self.path, |tool| tool.name)
     }
 
-    /// A terminal as the command's stdin, stdout and stderr; returns our end.
-    fn open_terminal(&self, (rows, columns): (u16, u16), command: &mut Command) -> Result<File, Failure> {
+    /// A terminal, as the program's ends and ours.
+    fn open_terminal(&self, (rows, columns): (u16, u16)) -> Result<Ends, Failure> {
         let failed = |what: &str, e: io::Error| Failure { code: Code::IoError, message: format!("{what}: {e}") };
-        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-        let pair = openpty(&size, None).map_err(|e| failed("openpty", e.into()))?;
+        // Not openpty(3): its descriptors are open in every program that begins beside this one.
+        let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+        let open_pair = || -> nix::Result<_> {
+            let ours = posix_openpt(flags)?;
+            unlockpt(&ours)?;
+            // SAFETY: the request takes flags and makes a descriptor, which nobody else has.
+            let theirs = unsafe { OwnedFd::from_raw_fd(open_peer(ours.as_raw_fd(), flags.bits())?) };
+            let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+            // SAFETY: the descriptor is open, and the structure is the one that the request reads.
+            unsafe { set_window_size(ours.as_raw_fd(), &size) }?;
+            Ok((OwnedFd::from(ours), theirs))
+        };
+        let (ours, theirs) = open_pair().map_err(|e| failed("a terminal", e.into()))?;
         if self.uid != ROOT {
             let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.uid));
-            fchown(&pair.slave, Some(uid), Some(gid)).map_err(|e| failed("fchown", e.into()))?;
+            fchown(&theirs, Some(uid), Some(gid)).map_err(|e| failed("fchown", e.into()))?;
         }
-        for give in [Command::stdin, Command::stdout, Command::stderr] {
-            let end = pair.slave.try_clone().map_err(|e| failed("dup", e))?;
-            give(command, Stdio::from(end));
-        }
-        Ok(File::from(pair.master))
+        let again = |fd: &OwnedFd| fd.try_clone().map_err(|e| failed("dup", e));
+        let (stdout, stderr) = (again(&theirs)?, again(&theirs)?);
+        let output = Output::new(STDOUT, again(&ours)?);
+        Ok(([theirs, stdout, stderr], Some(File::from(ours)), vec![output]))
     }
+}
+
+/// Where a program reads and writes; where we write what it reads, and read what it writes.
+type Ends = ([OwnedFd; 3], Option<File>, Vec<Output>);
+
+fn open_pipes(with_stdin: bool) -> io::Result<Ends> {
+    let (theirs, ours): (OwnedFd, _) = match with_stdin {
+        true => io::pipe().map(|(reader, writer)| (reader.into(), Some(File::from(OwnedFd::from(writer)))))?,
+        false => (File::open("/dev/null")?.into(), None),
+    };
+    let ((heard, stdout), (heard_too, stderr)) = (io::pipe()?, io::pipe()?);
+    let outputs = vec![Output::new(STDOUT, heard), Output::new(STDERR, heard_too)];
+    Ok(([theirs, stdout.into(), stderr.into()], ours, outputs))
 }
 
 impl Running<'_> {
