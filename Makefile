@@ -55,7 +55,7 @@ help:
 	@echo 'make network-bench N=30: what a network costs a VM, and what it carries'
 	@echo 'make chaos   SECONDS=1800 VMS=50 SEED=: random faults; make chaos-kill: TIMES=100'
 	@echo 'make load    VMS=100 MINUTES=30; make soak: VMS=20 MINUTES=60; make watch-cost: VMS=100'
-	@echo 'make setup | guest | jail | zygote | janitor | usernet | attackers | clean: the parts'
+	@echo 'make setup | guest | jail | zygote | janitor | attackers | clean: the parts'
 
 setup: $(VENV)/ready
 	@missing=$$(for package in $(PACKAGES); do \
@@ -163,18 +163,12 @@ zygote: setup
 	$(WITH_ZIG) $(CARGO) zigbuild --locked -p microvm-zygote --profile zygote --target $(HOST).$(GLIBC)
 	@install -m 644 $(TARGET_DIR)/$(HOST)/zygote/libmicrovm_zygote.so $(DATA)/libmicrovm_zygote.so
 
-# Who cleans up after a process that was killed: the core's own sweep, as a program.
+# Who cleans up after a process that was killed, the core's own sweep as a program; and the gateway of a VM's network in user
+# mode. By one command: each alone gives the core's dependencies other features, and the core is built anew.
 janitor: setup
 	@mkdir -p $(DATA)
-	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build --locked -p microvm-janitor --profile janitor --target $(HOST)
-	@install -m 755 $(TARGET_DIR)/$(HOST)/janitor/microvm-janitor $(DATA)/microvm-janitor
-
-# The gateway of a VM's network in user mode. It shares the core's build with the janitor.
-.PHONY: usernet
-usernet: setup
-	@mkdir -p $(DATA)
-	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build --locked -p microvm-usernet --profile janitor --target $(HOST)
-	@install -m 755 $(TARGET_DIR)/$(HOST)/janitor/microvm-usernet $(DATA)/microvm-usernet
+	RUSTFLAGS='$(STATIC_FLAGS)' $(CARGO) build --locked -p microvm-janitor -p microvm-usernet --profile janitor --target $(HOST)
+	@install -m 755 $(addprefix $(TARGET_DIR)/$(HOST)/janitor/,microvm-janitor microvm-usernet) $(DATA)
 
 # What the tests need and the wheel does not have: the intruder that takes QEMU's place, and the core's own tests as one
 # program, for guests whose kernel has cgroup v2: quick to build, and small enough to be sent there.
@@ -189,7 +183,7 @@ attackers: setup
 
 # zig links an unwinder of its own. glibc unwinds a thread that ends at the interpreter's exit with libgcc's, which takes the
 # other's functions for its own: a crash.
-wheel: guest jail zygote janitor usernet
+wheel: guest jail zygote janitor
 	@rm -rf dist
 	@$(CARGO) metadata --locked --format-version 1 --filter-platform $(HOST) | $(PYTHON) tools/third-party.py >$(DATA)/THIRD-PARTY.txt
 	$(WITH_ZIG) $(VENV)/bin/maturin build --release --locked --zig --compatibility manylinux_$(subst .,_,$(GLIBC)) --target $(HOST) -o dist \
