@@ -229,7 +229,7 @@ pub fn wake(
     let outcome = joined.map_or_else(|message| failed("network", &message), |()| Outcome::Ready);
     let link = half.accept(&encode(&outcome)?)?;
     drop(standstill);
-    let server = Server::new(link.sender(), Guest::new(guest.become_one(identity, time, true)), Arc::default());
+    let server = Server::new(link.sender(), Guest::new(guest.become_one(identity, time, true)));
     Ok((link, server))
 }
 

@@ -61,8 +61,7 @@ fn run() -> Result<(), String> {
     let (is_ready, mut outcome) = (outcome == Outcome::Ready, encode(&outcome)?);
     // Up to here every guest is like every other. HELLO is the host's readiness event; what follows is one VM's own.
     port.say_hello()?;
-    let pool = Arc::default();
-    let (offer, arrived) = port.wait_for_offer(|| warm_up::warm_up(&guest, &pool))?;
+    let (offer, arrived) = port.wait_for_offer(|| warm_up::warm_up(&guest))?;
     let identity = guest.read_identity()?;
     if let Some(network) = identity.network.as_ref().filter(|_| is_ready) {
         let joined = device.as_ref().map_or(Err("there is no network device".into()), |device| device.join(network));
@@ -71,7 +70,7 @@ fn run() -> Result<(), String> {
     let half = port.take_offer(&offer, &identity)?;
     let time = HostTime { unix_time_ns: half.unix_time_ns(), arrived };
     let mut link = half.accept(&outcome)?;
-    let mut server = Server::new(link.sender(), actions::Guest::new(guest.become_one(identity, time, false)), pool);
+    let mut server = Server::new(link.sender(), actions::Guest::new(guest.become_one(identity, time, false)));
     while let End::Frozen(standstill) = serve::serve(&mut link, &server)? {
         (link, server) = freeze::wake(standstill, link, server, &guest, device.as_ref())?;
     }

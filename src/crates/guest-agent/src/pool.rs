@@ -30,15 +30,6 @@ impl Pool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has a thread ready for the first request.
-    pub fn warm_up(self: &Arc<Self>) {
-        if self.run(|| {}).is_ok() {
-            while self.state().idle == 0 {
-                std::thread::yield_now();
-            }
-        }
-    }
-
     /// Runs `work` on an idle thread, else on a new one.
     pub fn run(self: &Arc<Self>, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
         let work: Work = Box::new(work);

@@ -88,8 +88,8 @@ pub fn keep_freed_memory() {
 }
 
 impl Server {
-    pub fn new(sender: Sender, guest: Guest, pool: Arc<Pool>) -> Arc<Self> {
-        Arc::new(Self { guest, jobs: Mutex::default(), pool, sender })
+    pub fn new(sender: Sender, guest: Guest) -> Arc<Self> {
+        Arc::new(Self { guest, jobs: Mutex::default(), pool: Arc::default(), sender })
     }
 
     /// Nobody waits for what is under way.

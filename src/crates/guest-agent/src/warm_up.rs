@@ -3,11 +3,7 @@
 //! Everything that happens only the first time (lazy set-up, page faults, allocator arenas) is done once here, with
 //! names and keys that are discarded.
 
-use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
-use std::io;
-use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,25 +13,15 @@ use microvm_protocol::identity::{Credentials, Identity, Key};
 use microvm_protocol::record::Decoder;
 use microvm_protocol::ProtocolError;
 
-use crate::boot;
-use crate::children::{self, Group};
 use crate::identity::{HostTime, UnprovisionedGuest};
-use crate::notifier::Notifier;
-use crate::pool::Pool;
-use crate::vfork::{Command, Steps};
 
 const CLOCK_SOURCE: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
 /// How long the kernel may take to trust its clock: about a second after it has booted on QEMU's TCG.
 const CLOCK_DEADLINE: Duration = Duration::from_secs(3);
-/// In an image without it the steps up to the exec are warm.
-const PROGRAM: &str = "/bin/true";
-const PROGRAM_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Failures are ignored: a clone meets them, too, and reports them.
-pub fn warm_up(guest: &UnprovisionedGuest, pool: &Arc<Pool>) {
+pub fn warm_up(guest: &UnprovisionedGuest) {
     settle_clock();
-    pool.warm_up();
-    drop(program());
     drop(guest.read_identity());
     let credentials = Credentials { key: Key([0; 32]), public: [0; 32], peer: [0; 32], shared: Key([0; 32]) };
     drop(handshake(&credentials));
@@ -63,25 +49,6 @@ fn settle_clock() {
     while counts_ticks() && Instant::now() < end {
         thread::sleep(Duration::from_millis(20));
     }
-}
-
-/// The whole life of a program, without one that runs: the kernel's first for each step.
-fn program() -> io::Result<()> {
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-    let group = Group::create(boot::TOOLS_CGROUP)?;
-    let procs = group.procs()?;
-    let join = || Ok(nix::unistd::write(&procs, b"0").map(drop)?);
-    let env = BTreeMap::new();
-    let stdio = [null.as_fd(), null.as_fd(), null.as_fd()];
-    let command = Command { program: PROGRAM, args: &[], env: &env, cwd: "/", user: None, stdio };
-    let notifier = Notifier::new().map_err(|failure| io::Error::other(failure.message))?;
-    let spawned = children::spawn(&command, Steps { first: &|| Ok(()), last: &join }, group, &notifier)?;
-    let end = Instant::now() + PROGRAM_DEADLINE;
-    while spawned.ended().is_none() && Instant::now() < end {
-        thread::sleep(Duration::from_millis(5));
-    }
-    spawned.kill();
-    Ok(())
 }
 
 /// A whole handshake with itself, and one call after it.
