@@ -56,6 +56,13 @@ fn run() -> Result<(), String> {
     children::start().map_err(|error| format!("the reaper: {error}"))?;
     signals::start().map_err(|error| format!("the thread for signals: {error}"))?;
     actions::watch_kernel_log();
+    // Beside the boot: nobody waits for it.
+    drop(
+        std::thread::Builder::new()
+            .name("cgroups".into())
+            .stack_size(64 << 10)
+            .spawn(boot::favor_moves_between_cgroups),
+    );
     let mut port = port::open(outcome != Outcome::Ready)?;
     serve::keep_freed_memory();
     let (is_ready, mut outcome) = (outcome == Outcome::Ready, encode(&outcome)?);
