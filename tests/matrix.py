@@ -76,7 +76,7 @@ def cargo(command: str, totals: Totals) -> None:
 def failed_in(output: str) -> Iterator[str]:
     """The Rust tests that failed, each with the end of what it said."""
     said = dict(said_in(output))
-    for test in re.findall(r"^test (\S+)(?: - should panic)? \.\.\. FAILED$", output, re.M):
+    for test in re.findall(r"^test (.+?)(?: - should panic)? \.\.\. FAILED$", output, re.M):
         yield runner.described_failure(test, said.get(test, ""))
 
 

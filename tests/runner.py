@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,8 +127,9 @@ def run_here(names: Sequence[str], report: Path) -> int:
 
 
 def described_failure(test: str, text: str) -> str:
-    """A failed test, and the end of what is known of it: what tells the kind of an error stands there."""
-    return "\n    ".join([test] + [line[:WIDTH] for line in text.rstrip().splitlines()[-LINES:]])
+    """A failed test, and the end of its traceback: what tells the kind of an error stands there, before what the test printed."""
+    traceback = re.split(r"\n(?:Stdout|Stderr):\n", text, maxsplit=1)[0]
+    return "\n    ".join([test] + [line[:WIDTH] for line in traceback.rstrip().splitlines()[-LINES:]])
 
 
 def holder(name: str) -> str:

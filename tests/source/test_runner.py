@@ -1,6 +1,8 @@
 """The runner: what it removes, and that no module is lost."""
 
+import io
 import os
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -42,3 +44,17 @@ class Failures(unittest.TestCase):
         self.assertEqual((lines[0], len(lines)), ("test_a (tests.a.A)", runner.LINES + 1))
         self.assertTrue(lines[-1].startswith("    ValueError: xx"))
         self.assertLess(len(lines[-1]), 400)
+
+    def test_what_a_failed_test_printed_does_not_hide_its_error(self) -> None:
+        class Fails(unittest.TestCase):
+            def runTest(self) -> None:
+                print("noise\n" * 100)
+                print("noise\n" * 100, file=sys.stderr)
+                raise ValueError("the reason")
+
+        result = unittest.TextTestRunner(stream=io.StringIO(), buffer=True).run(Fails())
+        ((test, text),) = result.errors
+        self.assertIn("noise", text)
+        told = runner.described_failure(str(test), text)
+        self.assertTrue(told.endswith("ValueError: the reason"), told)
+        self.assertNotIn("noise\n", told)
