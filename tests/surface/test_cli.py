@@ -703,6 +703,13 @@ class Detached(unittest.TestCase):
             self.assertEqual(process.returncode, 130)
         self.assertTrue(eventually(lambda: self.id not in microvm("ps", "-q", "-a").stdout, 30.0))
 
+    def test_control_c_once_it_runs_comes_too_late(self) -> None:
+        with started(*SMALL, "-d", "--name", self.id, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            self.assertEqual(process.stdout.readline(), self.id.encode() + b"\n")
+            process.send_signal(signal.SIGINT)
+            self.assertEqual((process.wait(TIMEOUT_S), process.stderr.read()), (0, b""))
+        self.assertEqual(microvm("exec", self.id, "echo", "hello").stdout, "hello\n")
+
     def test_vm_is_cloned_from_a_snapshot(self) -> None:
         self.leave("--label", "a=b")
         name = self.id + "-snapshot"

@@ -23,7 +23,7 @@ def begin(
     """Has a new process start a VM and keep it while its program runs, or, without one, while it runs itself.
 
     Returns the VM's id once it and its program run, ``None`` when they do not: the new process has said why on stderr.
-    Ctrl-C until then ends the start.
+    Ctrl-C until then ends the start. It comes too late once an id is returned, and is blocked: the caller has but to print it.
     """
     ours, its = os.pipe()
     # Until it is known whom Ctrl-C is to end.
@@ -44,7 +44,9 @@ def begin(
         pid = int(pipe.readline() or 0)
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            return pipe.readline().decode().strip() or None
+            vm_id = pipe.readline().decode().strip() or None
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            return vm_id
         except KeyboardInterrupt:
             # The pipe is open at its end, so the process is there.
             os.kill(pid, signal.SIGTERM)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from .. import AttachedVM, MicroVMError, MicroVMIsolationManager, VmNotFoundError, VMSummary, attach, running_vms
@@ -119,6 +120,8 @@ def change(options: argparse.Namespace) -> int:
             elif owner.begin(lambda its: _resumed(its, vm_id)) is None:
                 return False
         print(vm_id, flush=True)
+        # The next one's start may be interrupted again.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return True
 
     return _each(options, one)
