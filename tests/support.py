@@ -33,7 +33,7 @@ def limits(**changes: int) -> VMResourceLimits:
     return VMResourceLimits(**{**{"vcpu_count": 1, "memory_mb": 128, "disk_size_mb": 64}, **changes})
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
     """The first true answer of ``condition`` within the time, else its last answer."""
     end = time.monotonic() + seconds
     answer = condition()

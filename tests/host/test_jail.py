@@ -192,7 +192,7 @@ class Traces(VMTestCase):
         self.assertEqual(done.returncode, -signal.SIGKILL)
         left = lambda: [group for group in our_groups() if done.stdout.strip() in group]
         # The janitor outlives the killed manager and cleans up; tests/chaos/kill.py kills at random moments.
-        self.assertTrue(eventually(lambda: not left(), 1.0), left())
+        self.assertTrue(eventually(lambda: not left(), 20.0), left())
 
     def test_failed_start_leaves_nothing(self) -> None:
         manager = MicroVMIsolationManager({"qemu_binary": "/bin/false"})

@@ -164,7 +164,7 @@ class Zygotes(VMTestCase):
         done = run_python(code, cwd=str(ROOT))
         pids = [int(word) for word in done.stdout.split()]
         self.assertEqual((done.returncode, len(pids)), (-9, 2), done.stderr)
-        self.assertTrue(eventually(lambda: not any(map(alive, pids)), 1.0))
+        self.assertTrue(eventually(lambda: not any(map(alive, pids)), 20.0))
 
     def test_descriptor_that_others_left_open_is_not_kept(self) -> None:
         code = (

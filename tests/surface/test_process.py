@@ -106,17 +106,17 @@ print(_logging._thread.is_alive())
     def test_killed_process_leaves_no_vmm_and_the_next_manager_sweeps(self) -> None:
         done = run_python(RUNNING + "print(vm.get_info()['socket_path'], pid, flush=True); os.kill(os.getpid(), 9)")
         self.assertEqual(done.returncode, -signal.SIGKILL)
-        self.assertTrue(eventually(lambda: not left_of(done.stdout), 1.0))
+        self.assertTrue(eventually(lambda: not left_of(done.stdout), 20.0))
         folder = Path(done.stdout.split()[0]).parent
         # The dead process's janitor or this manager's start removes the folder.
         self.manager.stop()
         self.manager.start()
-        self.assertTrue(eventually(lambda: not folder.exists(), 1.0))
+        self.assertTrue(eventually(lambda: not folder.exists(), 20.0))
 
     def test_forked_child_keeps_no_vm_alive(self) -> None:
         code = RUNNING + (
             "child = os.fork()\n"
-            "if child == 0:\n    time.sleep(20)\n    os._exit(0)\n"
+            "if child == 0:\n    time.sleep(60)\n    os._exit(0)\n"
             "print(child, pid, flush=True); os.kill(os.getpid(), 9)"
         )
         process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, universal_newlines=True)
@@ -126,7 +126,7 @@ print(_logging._thread.is_alive())
         child, pid = map(int, line.split())
         self.addCleanup(process.stdout.close)
         self.addCleanup(os.kill, child, signal.SIGKILL)
-        self.assertTrue(eventually(lambda: not alive(pid), 1.0))
+        self.assertTrue(eventually(lambda: not alive(pid), 10.0))
 
     def test_forked_child_gets_a_typed_error_and_harms_nothing(self) -> None:
         code = RUNNING + (
@@ -332,7 +332,7 @@ class Janitors(VMTestCase):
         done = run_python(code)
         count, janitor = map(int, done.stdout.split())
         self.assertEqual(count, 1)
-        self.assertTrue(eventually(lambda: not alive(janitor), 3.0))
+        self.assertTrue(eventually(lambda: not alive(janitor), 20.0))
 
     def janitors(self) -> List[int]:
         found = (pid for pid in children() if b"microvm-janitor" in Path("/proc/{}/cmdline".format(pid)).read_bytes())
@@ -401,4 +401,4 @@ class Threads(VMTestCase):
         for thread in threads:
             thread.join()
         self.assertEqual(wrong, [])
-        self.assertTrue(eventually(lambda: open_files() <= before, 2.0), (before, open_files()))
+        self.assertTrue(eventually(lambda: open_files() <= before, 20.0), (before, open_files()))

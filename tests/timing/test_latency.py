@@ -5,8 +5,8 @@ import sys
 import time
 import unittest
 
-from ..support import IMPORT
-from ..surface.test_process import SLEEP, interrupt
+from ..support import IMPORT, eventually
+from ..surface.test_process import RUNNING, SLEEP, interrupt, left_of, run_python
 
 
 class Interrupts(unittest.TestCase):
@@ -16,6 +16,16 @@ class Interrupts(unittest.TestCase):
                 delay, _ = interrupt(action)
                 print("    Ctrl-C in {}: raised after {:.0f} ms".format(action, delay * 1e3))
                 self.assertLess(delay, 0.1)
+
+
+class Ends(unittest.TestCase):
+    def test_vm_of_a_killed_process_is_gone_within_a_second(self) -> None:
+        done = run_python(RUNNING + "print(pid, flush=True); os.kill(os.getpid(), 9)")
+        begun = time.monotonic()
+        self.assertTrue(eventually(lambda: not left_of(done.stdout)))
+        took = time.monotonic() - begun
+        print("    killed process: its VM is gone {:.0f} ms later".format(took * 1e3))
+        self.assertLess(took, 1.0)
 
 
 class CommandLine(unittest.TestCase):

@@ -197,9 +197,9 @@ class Limits(PolicyTestCase):
     def test_idle_vm_is_destroyed_and_one_in_use_is_not(self) -> None:
         idle, busy = self.running(isolation_type="plugin"), self.running(isolation_type="plugin")
         stream = busy.stream("/bin/sleep", ["6"])
-        self.assertTrue(eventually(lambda: self.manager.get_vm(idle.vm_id) is None, 5.0))
+        self.assertTrue(eventually(lambda: self.manager.get_vm(idle.vm_id) is None, 20.0))
         self.assertEqual(self.actions(), ["idle_limit"])
         # The stream lasts longer than the limit: a stream counts as use, a heartbeat does not.
         self.assertEqual(stream.wait(timeout=30), 0)
         self.assertEqual(busy.get_state().value, "running")
-        self.assertTrue(eventually(lambda: self.manager.get_vm(busy.vm_id) is None, 5.0))
+        self.assertTrue(eventually(lambda: self.manager.get_vm(busy.vm_id) is None, 20.0))
