@@ -642,6 +642,13 @@ class Machines(unittest.TestCase):
                 with contextlib.redirect_stdout(printed):
                     await vm.run(["echo", "passed on"], capture_output=False)
                 self.assertEqual(printed.getvalue(), "passed on\n")
+                # It ends only when somebody has heard it.
+                heard = asyncio.Event()
+                script = "printf 'caf\\303\\251'; while [ ! -e /tmp/heard ]; do sleep 0.1; done"
+                running = asyncio.ensure_future(vm.run(script, shell=True, on_output=lambda channel, text: heard.set()))
+                await asyncio.wait_for(heard.wait(), 30.0)
+                await vm.write_text("/tmp/heard", "")
+                self.assertEqual((await running).stdout, "caf\u00e9")
             self.assertEqual(manager.list_vms(), [])
             await vm.destroy()
             machine = await manager.run_vm(resource_limits=limits())

@@ -24,7 +24,7 @@ from thirstys_waterfall.security.microvm_isolation import (
     VmStateError,
 )
 
-from ..support import VMTestCase, limits
+from ..support import VMTestCase, eventually, limits
 
 MIB = 1 << 20
 
@@ -104,6 +104,33 @@ class Programs(Case):
 
     def test_without_input_it_reads_nothing(self) -> None:
         self.assertEqual(self.vm.run(["cat"], timeout=20).stdout, "")
+
+    def test_output_is_handed_on_while_the_program_runs(self) -> None:
+        heard = []
+
+        def hear(channel: str, text: str) -> None:
+            heard.append((channel, text))
+            self.vm.write_text("/tmp/heard", "")
+
+        # It ends only when somebody has heard it.
+        script = "printf 'caf\\303'; sleep 0.2; printf '\\251\\n'; while [ ! -e /tmp/heard ]; do sleep 0.1; done; echo end >&2; printf '\\303'"
+        done = self.vm.run(script, shell=True, timeout=60, on_output=hear)
+        self.assertEqual((done.stdout, done.stderr), ("caf\u00e9\n\ufffd", "end\n"))
+        for channel in ("stdout", "stderr"):
+            self.assertEqual("".join(text for name, text in heard if name == channel), getattr(done, channel))
+        pieces = []
+        self.vm.run(["printf", "a\\377b"], text=False, on_output=lambda channel, data: pieces.append(data))
+        self.assertEqual(b"".join(pieces), b"a\xffb")
+
+    def test_function_that_fails_on_output_ends_the_program(self) -> None:
+        def fail(channel: str, text: str) -> None:
+            raise KeyError(text)
+
+        with self.assertRaises(KeyError):
+            self.vm.run("echo begun; sleep 61", shell=True, on_output=fail)
+        self.assertTrue(eventually(lambda: "sleep 61" not in self.vm.run(["ps", "-o", "args"]).stdout))
+        with self.assertRaisesRegex(InvalidTypeError, "on_output"):
+            self.vm.run(["true"], on_output=3)  # type: ignore[call-overload]
 
     def test_check_raises_what_subprocess_raises(self) -> None:
         with self.assertRaises(ProgramFailedError) as caught:

@@ -7,7 +7,23 @@ import sys
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, AnyStr, Dict, Generic, List, Mapping, Optional, Sequence, Tuple, Type, Union, overload
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    AnyStr,
+    Callable,
+    Dict,
+    Generic,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    Union,
+    overload,
+)
 
 from . import _native
 from ._errors import (
@@ -80,6 +96,7 @@ class Programs:
         cwd: Optional[str] = ...,
         env: Optional[Mapping[str, str]] = ...,
         user: Optional[int] = ...,
+        on_output: Optional[Callable[[str, str], Any]] = ...,
     ) -> CompletedProgram[str]: ...
 
     @overload
@@ -96,6 +113,7 @@ class Programs:
         cwd: Optional[str] = ...,
         env: Optional[Mapping[str, str]] = ...,
         user: Optional[int] = ...,
+        on_output: Optional[Callable[[str, bytes], Any]] = ...,
     ) -> CompletedProgram[bytes]: ...
 
     def run(
@@ -111,6 +129,7 @@ class Programs:
         cwd: Optional[str] = None,
         env: Optional[Mapping[str, str]] = None,
         user: Optional[int] = None,
+        on_output: Optional[Callable[[str, Any], Any]] = None,
     ) -> Union[CompletedProgram[str], CompletedProgram[bytes]]:
         """Runs a program in the guest to its end, as ``subprocess.run`` does on the host.
 
@@ -129,6 +148,8 @@ class Programs:
             cwd: Its working directory; `/` where left out.
             env: Environment variables, beside the usual ones and in their place (docs/guest.md).
             user: The uid that it runs as, 0 to 4294967294; 0, which is root, where left out.
+            on_output: A function that is called, here, with `"stdout"` or `"stderr"` and each piece of the output as it
+                comes, beside what ``capture_output`` says; what it raises kills the program and is raised.
 
         Raises:
             InvalidTypeError: An argument has the wrong type.
@@ -144,8 +165,12 @@ class Programs:
             'HELLO'
             >>> vm.run("exit 3", shell=True).returncode
             3
+            >>> vm.run(["echo", "hello"], on_output=print).returncode
+            stdout hello
+            <BLANKLINE>
+            0
         """
-        call = Run(args, shell, check, timeout, input, text, capture_output, cwd, env, user)
+        call = Run(args, shell, check, timeout, input, text, capture_output, cwd, env, user, on_output)
         with self.instance.stream(**call.arguments) as stream:
             try:
                 returncode = stream.wait(call.left())
@@ -378,6 +403,25 @@ class _PassedOn(_Captured):
         stream.flush()
 
 
+class _HandedOn:
+    """Output that a function has as it comes, beside where it goes."""
+
+    def __init__(self, output: _Captured, on_output: Callable[[str, Any], Any], text: bool) -> None:
+        self._output, self._on_output = output, on_output
+        self._decoder = TextDecoder() if text else None
+
+    def take(self, channel: str, data: bytes) -> None:
+        self._output.take(channel, data)
+        piece: Union[str, bytes] = data if self._decoder is None else self._decoder.decode(channel, data)
+        if piece:
+            self._on_output(channel, piece)
+
+    def end(self) -> Tuple[bytes, bytes]:
+        for channel, rest in () if self._decoder is None else self._decoder.end():
+            self._on_output(channel, rest)
+        return self._output.end()
+
+
 class Run:
     """One call of ``run``: what it asks of the guest, and what it makes of the program's end."""
 
@@ -393,11 +437,15 @@ class Run:
         cwd: Optional[str],
         env: Optional[Mapping[str, str]],
         user: Optional[int],
+        on_output: Optional[Callable[[str, Any], Any]],
     ) -> None:
         program, rest = command(args, shell)
         given = input.encode() if isinstance(input, str) else input
         self._args, self._check, self._timeout, self._text = args, check, timeout, text
-        self._output = _Captured() if capture_output else _PassedOn()
+        output = _Captured() if capture_output else _PassedOn()
+        if on_output is not None and not callable(on_output):
+            raise InvalidTypeError("on_output: it must be callable, not {}".format(type(on_output).__name__), "invalid_type")
+        self._output: Union[_Captured, _HandedOn] = output if on_output is None else _HandedOn(output, on_output, text)
         self._begun = time.monotonic()
         self.arguments: Dict[str, Any] = {
             "program": program,

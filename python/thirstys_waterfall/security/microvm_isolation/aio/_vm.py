@@ -2,7 +2,7 @@
 
 import io
 from types import TracebackType
-from typing import TYPE_CHECKING, Mapping, Optional, Type, Union, overload
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Type, Union, overload
 
 from .._errors import ChannelError, CommandError, VmNotFoundError
 from .._vm import Args, CompletedProgram, Input, Run, Word, command, content_of, encoded
@@ -36,6 +36,7 @@ class AsyncPrograms:
         cwd: Optional[str] = ...,
         env: Optional[Mapping[str, str]] = ...,
         user: Optional[int] = ...,
+        on_output: Optional[Callable[[str, str], Any]] = ...,
     ) -> CompletedProgram[str]: ...
 
     @overload
@@ -52,6 +53,7 @@ class AsyncPrograms:
         cwd: Optional[str] = ...,
         env: Optional[Mapping[str, str]] = ...,
         user: Optional[int] = ...,
+        on_output: Optional[Callable[[str, bytes], Any]] = ...,
     ) -> CompletedProgram[bytes]: ...
 
     async def run(
@@ -67,6 +69,7 @@ class AsyncPrograms:
         cwd: Optional[str] = None,
         env: Optional[Mapping[str, str]] = None,
         user: Optional[int] = None,
+        on_output: Optional[Callable[[str, Any], Any]] = None,
     ) -> Union[CompletedProgram[str], CompletedProgram[bytes]]:
         """Runs a program in the guest to its end, as ``subprocess.run`` does on the host.
 
@@ -84,8 +87,10 @@ class AsyncPrograms:
             cwd: Its working directory; `/` where left out.
             env: Environment variables, beside the usual ones and in their place (docs/guest.md).
             user: The uid that it runs as, 0 to 4294967294; 0, which is root, where left out.
+            on_output: A function that is called on the loop's thread with `"stdout"` or `"stderr"` and each piece of the output
+                as it comes, beside what ``capture_output`` says; what it raises kills the program and is raised.
         """
-        call = Run(args, shell, check, timeout, input, text, capture_output, cwd, env, user)
+        call = Run(args, shell, check, timeout, input, text, capture_output, cwd, env, user, on_output)
         async with self.instance.stream(**call.arguments) as stream:
             try:
                 returncode = await stream.wait(call.left())
