@@ -19,7 +19,7 @@ import unittest
 from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
-from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, __version__, _cli
+from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, __version__, _cli, doctor
 
 from ..support import IMPORT, ROOT, alive, children, eventually, limits
 
@@ -98,6 +98,11 @@ class Usage(unittest.TestCase):
             (["top"], 2, "microvm stats"),
             (["snapshot", "no-such-vm", "name"], 1, "microvm ps"),
             (["snapshot", "no-such-vm"], 2, "NAME"),
+            (["clone", "no-such-vm"], 1, "microvm ps"),
+            (["logs"], 2, "VM"),
+            (["logs", "no-such-vm"], 1, "microvm ps"),
+            (["logs", "-n", "-1", "x"], 2, "-n"),
+            (["logs", "-n", "many", "x"], 2, "'many' is no number of lines"),
             (["no-such-command"], 2, "no-such-command"),
             (["doctor", "--foo"], 2, "--foo"),
             ([], 2, ""),
@@ -121,7 +126,7 @@ class Usage(unittest.TestCase):
         commands, _ = _cli.completion._commands(_cli.make_parser())
         for command in commands:
             self.assertRegex(page, r"\n\| `{}\b".format(command))
-        for action in [action for command in ("run", "exec", "shell", "ps", "inspect", "cp", "rm", "stats", "top") for action in commands[command]._actions]:
+        for action in [action for command in ("run", "exec", "shell", "ps", "inspect", "logs", "cp", "rm", "stats", "top", "df", "prune") for action in commands[command]._actions]:
             for option in set(action.option_strings) - {"-h", "--help", "--env", "--workdir", "--user"}:
                 self.assertRegex(page, r"\n\|.*`{}\b".format(option))
 
@@ -674,6 +679,90 @@ class Detached(unittest.TestCase):
         self.assertTrue(self.ends(pid))
         self.assertNotIn(self.id, microvm("ps", "-q", "-a").stdout)
 
+    def test_output_is_kept_for_logs_each_stream_for_itself(self) -> None:
+        self.leave("sh", "-c", "echo one; echo two >&2; printf 'three\\377'; touch /tmp/said; sleep 60")
+        self.assertTrue(eventually(lambda: microvm("exec", self.id, "ls", "/tmp/said").returncode == 0, 30.0))
+        said = lambda *options: microvm("logs", *options, self.id, universal_newlines=False)
+        # The output comes by another way than the answer of ls.
+        self.assertTrue(eventually(lambda: said().stdout == b"one\nthree\xff", 10.0))
+        self.assertEqual((said().returncode, said().stderr), (0, b"two\n"))
+        self.assertEqual((said("--tail", "9").stdout, said("-n", "9").stderr), (b"one\nthree\xff", b"two\n"))
+        self.assertEqual((said("-n", "0").stdout, said("-n", "0").stderr), (b"", b""))
+        folder = Path(microvm("inspect", "--format", "{socket_path}", self.id).stdout.strip()).parent
+        self.assertEqual([path.stat().st_mode & 0o777 for path in folder.glob("output*")], [0o600])
+
+    def test_last_lines_are_those_that_began_last(self) -> None:
+        out, err = (_cli.output.CHANNELS[name] for name in ("stdout", "stderr"))
+        pieces = [(out, b"one\ntw"), (err, b"wrong\n"), (out, b"o\nthree"), (err, b"again")]
+        for count, wanted in [
+            (0, []),
+            (1, [(err, b"again")]),
+            (2, [(out, b"three"), (err, b"again")]),
+            (3, [(err, b"wrong\n"), (out, b"o\nthree"), (err, b"again")]),
+            (4, [(out, b"tw"), (err, b"wrong\n"), (out, b"o\nthree"), (err, b"again")]),
+            (5, pieces),
+            (6, pieces),
+        ]:
+            self.assertEqual(_cli.output.last_lines(pieces, count), wanted, count)
+
+    def test_output_that_nobody_follows_is_kept_to_a_bound_and_ends_where_the_program_is(self) -> None:
+        self.leave("sh", "-c", "i=0; while [ $i -lt 400 ]; do i=$((i + 1)); printf '%09999d\\n' $i; done; touch /tmp/said; sleep 60")
+        self.assertTrue(eventually(lambda: microvm("exec", self.id, "ls", "/tmp/said").returncode == 0, 60.0))
+        folder = Path(microvm("inspect", "--format", "{socket_path}", self.id).stdout.strip()).parent
+        self.assertTrue(eventually(lambda: microvm("logs", self.id).stdout.endswith("0400\n"), 30.0))
+        sizes = [path.stat().st_size for path in folder.glob("output*")]
+        self.assertEqual((len(sizes), max(sizes) <= MIB), (2, True), sizes)
+        # Nothing in between is missing.
+        numbers = [int(line[-6:]) for line in microvm("logs", self.id).stdout.splitlines()[1:]]
+        self.assertEqual(numbers, list(range(numbers[0], 401)))
+        self.assertGreater(len(numbers), 100)
+
+    def test_logs_follow_to_the_end_of_the_vm(self) -> None:
+        self.leave("sh", "-c", "echo first; while [ ! -e /tmp/end ]; do sleep 0.1; done; seq 1 1000; echo last")
+        with started("logs", "-f", self.id, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as following:
+            assert following.stdout is not None and following.stderr is not None
+            self.assertEqual(following.stdout.readline(), b"first\n")
+            self.assertEqual(microvm("exec", self.id, "touch", "/tmp/end").returncode, 0)
+            numbers = "".join("{}\n".format(number) for number in range(1, 1001)).encode()
+            self.assertTrue(following.stdout.read() == numbers + b"last\n")
+            self.assertEqual((following.wait(TIMEOUT_S), following.stderr.read()), (0, b""))
+
+    def test_logs_of_an_owner_that_stands_still_or_is_killed(self) -> None:
+        pid = self.leave("sh", "-c", "echo words; sleep 60")
+        self.assertTrue(eventually(lambda: microvm("logs", self.id).stdout == "words\n", 10.0))
+        os.kill(pid, signal.SIGSTOP)
+        self.addCleanup(lambda: alive(pid) and os.kill(pid, signal.SIGKILL))
+        self.assertEqual(microvm("logs", self.id).stdout, "words\n")
+        with started("logs", "-f", self.id, stdout=subprocess.PIPE) as following:
+            assert following.stdout is not None
+            self.assertEqual(following.stdout.readline(), b"words\n")
+            os.kill(pid, signal.SIGKILL)
+            self.assertEqual(following.wait(TIMEOUT_S), 0)
+        self.assertTrue(self.ends(pid))
+        self.assertEqual(microvm("logs", self.id).returncode, 1)
+
+    def test_logs_of_a_vm_without_a_program_say_how_there_are_some(self) -> None:
+        self.leave()
+        done = microvm("logs", self.id)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"\Amicrovm: [^\n]*{}[^\n]*microvm run -d PROGRAM[^\n]*\n\Z".format(self.id))
+
+    def test_clone_is_another_vm_with_the_programs_and_files_of_the_first(self) -> None:
+        self.leave()
+        other = self.id + "-clone"
+        self.addCleanup(microvm, "rm", other)
+        self.assertEqual(microvm("exec", self.id, "sh", "-c", "echo kept > /tmp/it").returncode, 0)
+        before = json.loads(microvm("templates", "--json").stdout)
+        done = microvm("clone", self.id, other)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, other + "\n", ""))
+        self.assertEqual(microvm("exec", self.id, "rm", "/tmp/it").returncode, 0)
+        self.assertEqual(microvm("exec", other, "cat", "/tmp/it").stdout, "kept\n")
+        self.assertEqual(json.loads(microvm("templates", "--json").stdout), before)
+        taken = microvm("clone", self.id, other)
+        self.assertEqual((taken.returncode, taken.stdout), (1, ""))
+        self.assertIn("taken", taken.stderr)
+        self.assertEqual(json.loads(microvm("templates", "--json").stdout), before)
+
     def test_program_that_cannot_run_leaves_nothing(self) -> None:
         done = microvm(*SMALL, "-d", "--name", self.id, "no-such-program")
         self.assertEqual((done.returncode, done.stdout), (125, ""))
@@ -734,6 +823,71 @@ class Templates(unittest.TestCase):
             self.assertRegex(said, r"\ANAME +STATE +BACKEND +SIZE +CREATED\n")
             self.assertRegex(said, r"\n{} +usable +qemu +[\d.]+ MiB +\d{{4}}-\d\d-\d\d \d\d:\d\d\n".format(name))
             self.assertIn('"name": "{}"'.format(name), microvm("templates", "--json").stdout)
+
+
+class Space(unittest.TestCase):
+    def setUp(self) -> None:
+        self.name = "cli-space-{}".format(os.getpid())
+        with MicroVMIsolationManager({"raise_on_error": True}) as manager, manager.run_vm(resource_limits=limits()) as vm:
+            vm.instance.snapshot(self.name)
+        self.addCleanup(lambda: MicroVMIsolationManager().delete_template(self.name))
+
+    def names(self) -> List[str]:
+        return [one["name"] for one in MicroVMIsolationManager().list_templates()]
+
+    def test_df_has_a_row_for_each_folder_of_the_cache(self) -> None:
+        self.assertRegex(microvm("df").stdout, r"\ATYPE +COUNT +SIZE\n(?s:.*)\nsnapshots +[1-9]\d* +\d+\.\d MiB\n")
+        rows = {row["type"]: row for row in json.loads(microvm("df", "--json").stdout)}
+        taken = sum(one["disk_bytes"] for one in MicroVMIsolationManager().list_templates())
+        self.assertEqual((rows["snapshots"]["count"], rows["snapshots"]["bytes"]), (len(self.names()), taken))
+        self.assertTrue({"disks", "templates"} <= set(rows), rows)
+
+    def test_prune_leaves_what_is_of_use_unless_all_is_asked_for(self) -> None:
+        done = microvm("prune", stdin=subprocess.DEVNULL)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        done = microvm("prune", "--all", stdin=subprocess.DEVNULL)
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertIn("give -f", done.stderr)
+        self.assertIn(self.name, self.names())
+        self.assertIn(self.name, microvm("prune", "--all", "-f").stdout.splitlines())
+        self.assertNotIn(self.name, self.names())
+
+    def test_prune_takes_a_snapshot_that_is_damaged_and_no_stranger_file(self) -> None:
+        cache = Path(doctor()["cache_dir"])
+        (cache / "snapshots" / self.name / "manifest").write_bytes(b"no manifest")
+        stranger = cache / "snapshots" / "a-file-of-somebody"
+        stranger.write_text("")
+        self.addCleanup(stranger.unlink)
+        self.assertEqual(microvm("prune", "-f").stdout, self.name + "\n")
+        self.assertTrue(stranger.exists())
+
+    def test_prune_asks_on_a_terminal(self) -> None:
+        for answer, is_gone in ((b"n\n", False), (b"\x04", False), (b"y\n", True)):
+            master, slave = pty.openpty()
+            self.addCleanup(os.close, master)
+            with started("prune", "-a", stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                os.write(master, answer)
+                said = process.stdout.read().decode()
+                self.assertEqual(process.wait(TIMEOUT_S), 0 if is_gone else 1)
+            os.close(slave)
+            self.assertRegex(said, r"\A\d+\.\d MiB in snapshots: (.*, )?{}(,.*)?\nDelete them\? \[y/N\] ".format(self.name))
+            self.assertEqual(self.name not in self.names(), is_gone)
+
+    def test_prune_removes_what_a_killed_process_left(self) -> None:
+        script = "import time; from {} import *; m = MicroVMIsolationManager(); m.start(); v = m.run_vm(); print(v.vm_id, flush=True); time.sleep(60)"
+        with subprocess.Popen([sys.executable, "-c", script.format(IMPORT)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            vm_id = process.stdout.readline().decode().strip()
+            for pid in descendants(process.pid):
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                    # Who would remove it at once.
+                    if Path("/proc/{}/comm".format(pid)).read_text().startswith("microvm-janitor"):
+                        os.kill(pid, signal.SIGKILL)
+            process.kill()
+        self.assertIn(vm_id, microvm("ps", "-aq").stdout)
+        self.assertEqual(microvm("prune", "-f").returncode, 0)
+        self.assertNotIn(vm_id, microvm("ps", "-aq").stdout)
 
 
 class Pages(unittest.TestCase):

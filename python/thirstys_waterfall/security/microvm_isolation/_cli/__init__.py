@@ -8,7 +8,7 @@ import sys
 from typing import Any, Callable, NoReturn, Optional, Sequence
 
 from .. import MicroVMError, __version__
-from . import completion, cp, doctor, exec, run, stats, templates, vms
+from . import completion, cp, doctor, exec, logs, run, space, stats, templates, vms
 from .fail import Complaints, complain
 
 NAME = "microvm"
@@ -47,15 +47,19 @@ def make_parser(program: str = NAME, with_bench: bool = True) -> Parser:
     add("shell", exec.shell, exec.configure_shell, usage_code=exec.FAILED, help="run a shell in a VM that runs")
     add("ps", vms.ps, vms.configure_ps, help="list the VMs of all processes of this user")
     add("inspect", vms.inspect, vms.configure_inspect, help="tell everything about VMs, as JSON")
+    add("logs", logs.run, logs.configure, help="print what the program of a detached VM printed")
     add("cp", cp.run, cp.configure, help="copy a file into a VM, or out of it")
     for command, help in vms.CHANGES.items():
         add(command, vms.change, vms.configure_rm if command == "rm" else vms.configure_change, help=help)
     add("snapshot", vms.snapshot, vms.configure_snapshot, help="keep a VM's state, that VMs can be cloned from")
+    add("clone", vms.clone, vms.configure_clone, help="start another VM from a VM's state")
     add("stats", stats.stats, stats.configure_stats, help="print what VMs use, again and again")
     add("top", stats.top, stats.configure_top, help="show what VMs use, with charts")
     add("doctor", doctor.run, doctor.configure, help="say what this host can run and what is missing")
     add("bench", _run_bench, _configure_bench if with_bench else None, help="measure VMs beside the bare VMM")
     add("templates", templates.run, templates.configure, help="list the snapshots that VMs can be cloned from")
+    add("df", space.df, space.configure_df, help="say how much room the cache takes")
+    add("prune", space.prune, space.configure_prune, help="remove what ended processes left, and snapshots that are of no use")
     add("completion", lambda options: completion.run(options, parser), completion.configure, help="print the completion of a shell")
     add("version", _print_version, None, help="print the version")
     return parser

@@ -5,8 +5,9 @@ import os
 import signal
 from typing import Any, Callable, Dict, NoReturn, Optional
 
-from .. import MicroVMError, MicroVMIsolationManager, ProcessStream, VMState
+from .. import CommunicationChannel, MicroVMError, MicroVMIsolationManager, ProcessStream, VMState
 from .._vm import VM
+from . import output
 from .fail import complain
 
 # The quota is for managers of many VMs; the only VM of one may have what was asked for.
@@ -75,14 +76,15 @@ def _own(
             with MicroVMIsolationManager(CONFIG) as manager, manager.events() as events:
                 vm = start(manager)
                 program = open_program(vm)
+                keeper = None if program is None else output.Keeper(_folder_of(vm))
                 _leave_the_terminal()
                 os.write(pipe, vm.vm_id.encode() + b"\n")
                 os.close(pipe)
-                if program is not None:
+                if program is not None and keeper is not None:
                     # It ends early when the VM does, or is suspended.
                     with contextlib.suppress(MicroVMError), program:
-                        for _ in program:
-                            pass
+                        for channel, data in program:
+                            keeper.take(channel, data)
                     return 0
                 while vm.instance.get_state() not in ENDED and not vm.instance.get_info()["suspended"]:
                     events.get(LOOK_AGAIN_S)
@@ -90,6 +92,11 @@ def _own(
             complain(error)
             return 1
     return 0
+
+
+def _folder_of(vm: VM) -> str:
+    """The VM's folder, which its lock makes ours; it goes with the VM, and so does all that is in it."""
+    return os.path.dirname(CommunicationChannel(vm.vm_id).socket_path)
 
 
 def _leave_the_terminal() -> None:

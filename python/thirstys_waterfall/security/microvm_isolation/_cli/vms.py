@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import secrets
 import signal
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
@@ -62,6 +63,11 @@ def configure_snapshot(parser: argparse.ArgumentParser) -> None:
     configure_attach(parser)
     parser.add_argument("vm", metavar="VM", help="the VM's id, which microvm ps lists")
     parser.add_argument("name", metavar="NAME", help="the name of the snapshot, which no other has")
+
+
+def configure_clone(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("vm", metavar="VM", help="the VM's id, which microvm ps lists")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="the id of the clone (default: a new one)")
 
 
 def ps(options: argparse.Namespace) -> int:
@@ -139,6 +145,21 @@ def snapshot(options: argparse.Namespace) -> int:
     with attach(options.vm, options.runtime_dir) as vm:
         vm.snapshot(options.name)
     print(options.name)
+    return 0
+
+
+def clone(options: argparse.Namespace) -> int:
+    """Prints the id of the clone, which has a process of its own."""
+    name = "clone-{}".format(secrets.token_hex(8))
+    with attach(options.vm) as vm:
+        vm.snapshot(name)
+    try:
+        vm_id = owner.begin(lambda manager: manager.run_vm(vm_id=options.name, template=name))
+    finally:
+        MicroVMIsolationManager({"raise_on_error": True}).delete_template(name)
+    if vm_id is None:
+        return 1
+    print(vm_id)
     return 0
 
 
