@@ -77,6 +77,8 @@ SEEDS = {
     "clients": {
         "stream": frame(1, 1, 1, b'{"action":"stream","params":{"program":"ls"},"stream":true}') + frame(5, 0, 1, b"\0input") + frame(5, 1, 1, b"\0")
         + frame(6, 0, 1, b"\1\0\0\1\0") + frame(7, 0, 1, b'{"control":"resize","rows":1,"columns":2}') + frame(3, 0, 1, b""),
+        "connect": frame(1, 1, 1, b'{"action":"connect","params":{"port":80},"stream":true}') + frame(5, 0, 1, b"\0GET /") + frame(5, 1, 1, b"\0")
+        + frame(1, 1, 2, b'{"operation":"ports"}') + frame(6, 0, 1, b"\1\0\0\1\0"),
         "operations": frame(1, 1, 1, b'{"operation":"info"}') + frame(1, 1, 2, b'{"operation":"snapshot","name":"a"}') + frame(9, 0, 7, b""),
         "pieces": frame(1, 0, 1, b'{"operation":') + frame(1, 1, 1, b'"stop"}') + frame(1, 0, 2, b"x") + frame(3, 0, 2, b""),
     },
@@ -88,6 +90,7 @@ SEEDS = {
         "not-json": struct.pack(">I", 3) + b"{x}" + document({}),
         "too-long": b"\xff\xff\xff\xff{",
         "answer": b'{"status":"error","error":{"code":"busy","message":"m"}}',
+        "connection": b'{"started":"connection","address":"[::1]:80"}',
         "outcome": b'{"guest":"failed","stage":"s","message":"m"}',
     },
     "layers": {

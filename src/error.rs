@@ -5,6 +5,7 @@
 
 mod cause;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde_json::{json, Value};
@@ -81,6 +82,8 @@ pub enum Error {
     LimitTooLow { vm_id: VmId, limit: String, value: u64, needed: u64 },
     #[error("{vm_id}: a connected network cannot be set up: {source}; {remedy}")]
     NetworkUnavailable { vm_id: VmId, source: Cause, remedy: String },
+    #[error("{address} of this host cannot be listened at: {source}; {remedy}")]
+    PortUnavailable { address: SocketAddr, source: Cause, remedy: &'static str },
     #[error("{field} {path:?} cannot be read: {source}", path = path.display())]
     ImageUnreadable { field: &'static str, path: PathBuf, source: Cause },
     #[error("{field} {path:?} is not usable: {reason}", path = path.display())]
@@ -154,6 +157,7 @@ impl Error {
             Error::IsolationUnavailable { .. } => "isolation_unavailable",
             Error::LimitTooLow { .. } => "limit_too_low",
             Error::NetworkUnavailable { .. } => "network_unavailable",
+            Error::PortUnavailable { .. } => "port_unavailable",
             Error::ImageUnreadable { .. } => "image_unreadable",
             Error::ImageInvalid { .. } => "image_invalid",
             Error::StartFailed { .. } => "start_failed",
@@ -207,6 +211,10 @@ impl Error {
             }
             Error::StateMismatch { differences, .. } => json!({"differences": differences}),
             Error::NetworkUnavailable { source, remedy, .. } => json!({"reason": source.to_string(), "remedy": remedy}),
+            Error::PortUnavailable { address, source, remedy } => {
+                let (host, reason) = (address.ip().to_string(), source.to_string());
+                json!({"address": host, "host_port": address.port(), "reason": reason, "remedy": remedy})
+            }
             Error::FolderRefused { field, path, source, remedy } => {
                 let (path, reason) = (path.display().to_string(), source.to_string());
                 json!({"field": field, "path": path, "reason": reason, "remedy": remedy})

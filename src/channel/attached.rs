@@ -287,7 +287,7 @@ impl Client {
             Some(Incoming::Data { id, channel, bytes, last }) => {
                 let Some(relay) = relay(&state, id).filter(|_| channel == STDIN) else { return Ok(()) };
                 drop(state);
-                relay.mailbox.push(channel, bytes);
+                relay.mailbox.push(channel, bytes, false);
                 if last {
                     relay.mailbox.respond(Vec::new());
                 }
@@ -505,6 +505,11 @@ async fn take_output(client: &Client, relay: &Relay, id: u32, stream: &Stream) -
                 return std::future::pending().await;
             };
             rest = &rest[sent..];
+            client.queued.notify_one();
+        }
+        if piece.last {
+            // Gone: it was cancelled.
+            client.state.lock().connection.calls.finish(id, piece.channel).ok();
             client.queued.notify_one();
         }
     }

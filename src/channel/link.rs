@@ -368,10 +368,10 @@ impl Link {
                 }
             }
             // Data of a call that is no stream is dropped, and gets no more credit.
-            Incoming::Data { id, channel, bytes, .. } => {
+            Incoming::Data { id, channel, bytes, last } => {
                 if let Some(mailbox) = mailbox(&state, id) {
                     drop(state);
-                    mailbox.push(channel, bytes);
+                    mailbox.push(channel, bytes, last);
                 }
             }
             Incoming::Started { id, body } => {

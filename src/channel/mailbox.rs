@@ -16,7 +16,10 @@ const MAX_PIECES: usize = 256;
 #[derive(Debug, PartialEq, Eq)]
 pub struct Piece {
     pub channel: u8,
+    /// Empty only where `last` is all that there is to say.
     pub bytes: Vec<u8>,
+    /// Nothing more comes on the channel.
+    pub last: bool,
 }
 
 #[derive(Default)]
@@ -44,8 +47,8 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    pub fn push(&self, channel: u8, bytes: Vec<u8>) {
-        if bytes.is_empty() {
+    pub fn push(&self, channel: u8, bytes: Vec<u8>, last: bool) {
+        if bytes.is_empty() && !last {
             return;
         }
         let mut mail = self.mail.lock();
@@ -53,8 +56,11 @@ impl Mailbox {
         let joined = mail.pieces.iter_mut().rev().take(if many { MAX_PIECES } else { 1 });
         let joined = joined.into_iter().find(|piece| piece.channel == channel);
         match joined.filter(|piece| many || piece.bytes.len() + bytes.len() <= PIECE) {
-            Some(piece) => piece.bytes.extend_from_slice(&bytes),
-            None => mail.pieces.push_back(Piece { channel, bytes }),
+            Some(piece) => {
+                piece.bytes.extend_from_slice(&bytes);
+                piece.last |= last;
+            }
+            None => mail.pieces.push_back(Piece { channel, bytes, last }),
         }
         drop(mail);
         self.changed.notify_waiters();
@@ -152,7 +158,7 @@ mod tests {
     fn test_push_byte_by_byte_on_two_channels_stays_small() {
         let mailbox = Mailbox::default();
         for byte in 0..100_000u32 {
-            mailbox.push(1 + (byte % 2) as u8, vec![byte as u8]);
+            mailbox.push(1 + (byte % 2) as u8, vec![byte as u8], false);
         }
         let mail = mailbox.mail.lock();
         assert!(mail.pieces.len() <= MAX_PIECES);
@@ -163,7 +169,7 @@ mod tests {
     async fn test_take_keeps_order_joins_small_pieces_and_ends_with_the_response() {
         let mailbox = Mailbox::default();
         for (channel, bytes) in [(1, "a"), (1, "b"), (2, "c"), (1, "d")] {
-            mailbox.push(channel, bytes.into());
+            mailbox.push(channel, bytes.into(), false);
         }
         mailbox.respond(b"end".to_vec());
         let mut heard = Vec::new();
@@ -172,5 +178,19 @@ mod tests {
         }
         assert_eq!(heard, [(1, "ab".into()), (2, "c".into()), (1, "d".into())]);
         assert!(matches!(mailbox.take().await, Taken::Response(body) if body == b"end"));
+    }
+
+    #[tokio::test]
+    async fn test_take_tells_the_end_of_a_channel_with_its_last_bytes_or_alone() {
+        let mailbox = Mailbox::default();
+        for (channel, bytes, last) in [(1, "a", false), (1, "", true), (2, "b", false), (0, "", true)] {
+            mailbox.push(channel, bytes.into(), last);
+        }
+        mailbox.respond(Vec::new());
+        let mut heard = Vec::new();
+        while let Taken::Piece(piece) = mailbox.take().await {
+            heard.push((piece.channel, String::from_utf8(piece.bytes).unwrap(), piece.last));
+        }
+        assert_eq!(heard, [(1, "a".into(), true), (2, "b".into(), false), (0, String::new(), true)]);
     }
 }

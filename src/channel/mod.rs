@@ -4,8 +4,8 @@
 //! CommunicationChannel --- Unix socket ---> broker --+
 //!        client.rs          framing.rs     broker.rs |--> agent.rs --> link.rs --- sealed records ---> the guest
 //!                           send_command ------------+        |
-//!                           stream, upload, download ---------+
-//!                           process.rs, transfer.rs   stream.rs, mailbox.rs
+//!                           stream, upload, download, connect +
+//!                           process.rs, transfer.rs, port.rs  stream.rs, mailbox.rs
 //! ```
 //! An attached client has an [`Agent`], too; its link ends at the broker, which hands the calls on:
 //!
@@ -26,6 +26,7 @@ pub mod framing;
 mod link;
 mod mailbox;
 mod operation;
+mod port;
 mod process;
 mod rehandshake;
 mod stream;
@@ -39,6 +40,7 @@ pub use client::Client;
 pub use error::SessionError;
 pub use mailbox::Piece;
 pub use operation::{Operation, Owner};
+pub use port::PortConnection;
 pub use process::{Exit, Process};
 pub use stream::{Next, Stream};
 pub use transfer::{Download, Fetched, Upload};

@@ -19,6 +19,8 @@ pub enum Operation {
     Summary,
     Info,
     Health,
+    /// The ports that the owner has published.
+    Ports,
     Pause,
     Resume,
     Snapshot {
@@ -40,6 +42,7 @@ impl Operation {
             Operation::Summary => "summary",
             Operation::Info => "info",
             Operation::Health => "health",
+            Operation::Ports => "ports",
             Operation::Pause => "pause",
             Operation::Resume => "resume",
             Operation::Snapshot { .. } => "snapshot",

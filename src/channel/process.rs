@@ -37,7 +37,7 @@ impl Process {
     pub async fn start(stream: Stream, deadline: Duration) -> Result<Self> {
         let pid = match stream.started(deadline).await? {
             Started::Program { pid } => pid,
-            Started::File { .. } => 0,
+            Started::File { .. } | Started::Connection { .. } => 0,
         };
         let vm_id = stream.vm_id();
         let (stream, ended) = (Mutex::new(Some(stream.into())), watch::Sender::new(None));

@@ -121,6 +121,21 @@ impl Stream {
     /// # Errors
     /// [`Error::Guest`] when it ended in failure, [`Error::ChannelClosed`].
     pub async fn next<T: DeserializeOwned>(&self) -> Result<Next<T>> {
+        loop {
+            match self.take().await? {
+                // The end of a channel, which the response tells, too.
+                Next::Piece(piece) if piece.bytes.is_empty() => {}
+                Next::Piece(piece) => return Ok(Next::Piece(piece)),
+                Next::End(body) => return self.ended(&body).map(Next::End),
+            }
+        }
+    }
+
+    /// As [`Stream::next`], with the ends of the channels.
+    ///
+    /// # Errors
+    /// As for [`Stream::next`].
+    pub(super) async fn next_or_last<T: DeserializeOwned>(&self) -> Result<Next<T>> {
         match self.take().await? {
             Next::Piece(piece) => Ok(Next::Piece(piece)),
             Next::End(body) => self.ended(&body).map(Next::End),
@@ -138,7 +153,7 @@ impl Stream {
         }
     }
 
-    /// As [`Stream::next`], with the guest's own answer at the end, for one who hands it on.
+    /// As [`Stream::next`], with the ends of the channels and the guest's own answer at the end, for one who hands it on.
     ///
     /// # Errors
     /// [`Error::ChannelClosed`].

@@ -96,7 +96,7 @@ impl Download {
     pub async fn begin(stream: Stream, path: String, stall: Duration) -> Result<Self> {
         let (size, mode) = match stream.started(stall).await? {
             Started::File { size, mode } => (size, mode),
-            Started::Program { .. } => (0, None),
+            Started::Program { .. } | Started::Connection { .. } => (0, None),
         };
         Ok(Self { stream, path, size, mode, received: 0, stall, checksum: Hasher::new() })
     }

@@ -31,6 +31,7 @@ pub mod remedy;
 pub mod rights;
 pub mod rlimit;
 pub mod socket_dir;
+pub mod stream_socket;
 pub mod tail;
 pub mod tsc;
 pub mod zygote;

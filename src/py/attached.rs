@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::gate::{self, OnInterrupt, Owned};
 use super::instance::{answer_json, command_from};
+use super::ports::{self, ConnectArguments, PublishedPort};
 use super::stream::{ProcessStream, StreamArguments};
 use super::transfer::{self, DownloadArguments, UploadArguments};
 use super::{convert, errors, logging};
@@ -20,7 +21,7 @@ use crate::model::VmId;
 use crate::mutex::Mutex;
 use crate::store::{self, runtime};
 use crate::vm::attached::{self, Attached};
-use crate::vm::Machine;
+use crate::vm::{connections, Machine};
 
 /// A VM that another process of this user has, reached through that process.
 ///
@@ -211,6 +212,79 @@ impl AttachedVM {
         let (params, options) = arguments.parse()?;
         let started = gate::wait(py, OnInterrupt::Abandon, async move { attached.stream(params).await })?;
         options.stream(py, started.map_err(|error| errors::raise(py, &error))?)
+    }
+
+    /// Connects to a TCP port of the guest and returns a socket.
+    ///
+    /// Blocks until the guest has connected. The connection ends with this handle. The arguments are those of
+    /// `MicroVMInstance.connect`.
+    ///
+    /// Args:
+    ///     port: The port, 1 to 65535.
+    ///     address: Where in the guest it is, as an IPv4 or IPv6 address; where left out, 127.0.0.1, and `::1` where that
+    ///         refuses.
+    ///     timeout: Seconds that it may take, 0 to 86400; the owner's `command_timeout_s` where left out.
+    ///
+    /// Raises:
+    ///     MicroVMError: Every error of `MicroVMInstance.connect`.
+    #[pyo3(signature = (port, address=None, timeout=None))]
+    fn connect<'py>(
+        &self,
+        py: Python<'py>,
+        port: &Bound<'_, PyAny>,
+        address: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let attached = self.attached(py)?;
+        let ConnectArguments { port, address, timeout } = ConnectArguments::parse(port, address, timeout)?;
+        let connecting = async move { connections::connect(&*attached, port, address, timeout).await };
+        let connected = gate::wait(py, OnInterrupt::Abandon, connecting)?;
+        ports::socket(py, connected.map_err(|error| errors::raise(py, &error))?)
+    }
+
+    /// Has this process listen at a port, and carries the connections that come to a TCP port of the guest.
+    ///
+    /// Does not block. The port ends with this handle, and the owner's `ports` do not tell it. The arguments are those of
+    /// `MicroVMInstance.publish`.
+    ///
+    /// Args:
+    ///     port: The port of the guest, 1 to 65535.
+    ///     host_port: The port of the host, 0 to 65535; one that is free where it is 0 or left out.
+    ///     address: The address of the host to listen at: 127.0.0.1 where left out.
+    ///     protocol: `tcp`.
+    ///     guest_address: Where in the guest the port is, as for `connect`.
+    ///
+    /// Raises:
+    ///     MicroVMError: Every error of `MicroVMInstance.publish`.
+    #[pyo3(signature = (port, host_port=None, address=None, protocol=None, guest_address=None), text_signature = "($self, port, host_port=0, address='127.0.0.1', protocol='tcp', guest_address=None)")]
+    fn publish(
+        &self,
+        py: Python<'_>,
+        port: &Bound<'_, PyAny>,
+        host_port: Option<&Bound<'_, PyAny>>,
+        address: Option<&Bound<'_, PyAny>>,
+        protocol: Option<&Bound<'_, PyAny>>,
+        guest_address: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<PublishedPort> {
+        let mapping = ports::mapping(port, host_port, address, protocol, guest_address)?;
+        let attached = self.attached(py)?;
+        let publishing = attached.clone();
+        let published =
+            gate::wait(py, OnInterrupt::Abandon, async move { connections::publish(&publishing, mapping) })?;
+        Ok(PublishedPort::wrap(&*attached, &published.map_err(|error| errors::raise(py, &error))?))
+    }
+
+    /// Returns what the owner has published of the VM.
+    ///
+    /// Blocks until the owner answers.
+    ///
+    /// Returns:
+    ///     `PortInfo` of each port, in the order of the host's addresses.
+    ///
+    /// Raises:
+    ///     ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+    fn ports<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        convert::from_json(py, &self.operate(py, Operation::Ports)?)
     }
 
     /// Writes a file of the guest from a path or an object with `read`.

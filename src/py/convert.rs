@@ -1,5 +1,6 @@
 //! Between Python's values and the core's.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use pyo3::exceptions::{PyModuleNotFoundError, PyTypeError};
@@ -168,6 +169,20 @@ pub fn whole_in(field: &str, value: &Bound<'_, PyAny>, low: u64, high: u64) -> P
     }
     let number = value.extract().ok().filter(|number| (low..=high).contains(number));
     number.ok_or_else(|| invalid(value.py(), field, shown(value), &allowed))
+}
+
+/// An address of IPv4 or IPv6.
+pub fn ip_address(field: &str, value: &Bound<'_, PyAny>) -> PyResult<IpAddr> {
+    let text = text(field, value)?;
+    let allowed = "an IPv4 or IPv6 address, such as 127.0.0.1 or ::1, and no name";
+    text.parse().map_err(|_| invalid(value.py(), field, shown(value), allowed))
+}
+
+/// One of these words.
+pub fn one_of(field: &str, value: &Bound<'_, PyAny>, words: &[&'static str]) -> PyResult<&'static str> {
+    let text = text(field, value)?;
+    let found = words.iter().find(|word| **word == text);
+    found.copied().ok_or_else(|| invalid(value.py(), field, shown(value), &format!("one of {}", words.join(", "))))
 }
 
 /// The bytes of a `bytes`, `bytearray` or contiguous `memoryview`.

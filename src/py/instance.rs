@@ -9,13 +9,14 @@ use serde_json::Value;
 
 use super::convert::SpecArguments;
 use super::gate::{self, OnInterrupt, Owned};
+use super::ports::{self, ConnectArguments, PublishedPort};
 use super::stream::{ProcessStream, StreamArguments};
 use super::transfer::{self, DownloadArguments, UploadArguments};
 use super::{convert, errors, logging};
 use crate::channel::Answer;
 use crate::manager;
 use crate::model::{printable, Backend, ManagerConfig, VmSpec};
-use crate::vm::{info, Machine, MicroVm};
+use crate::vm::{connections, info, Machine, MicroVm};
 
 /// Of a failure's words in a `repr`; `last_error` has them all.
 const REPR_BYTES: usize = 200;
@@ -385,6 +386,105 @@ impl MicroVMInstance {
         let (params, options) = arguments.parse()?;
         let started = gate::wait(py, OnInterrupt::Abandon, async move { vm.stream(params).await })?;
         options.stream(py, self.raise(py, started)?)
+    }
+
+    /// Connects to a TCP port of the guest and returns a socket.
+    ///
+    /// Blocks until the guest has connected. The bytes go by the channel, so a VM without a network has this, too. The socket is
+    /// one of this process alone (AF_UNIX): `http.client`, `ssl`, `select` and asyncio take it like any other. It has no timeout
+    /// (`settimeout` gives it one). At most 48 connections of a VM are open at once.
+    ///
+    /// Args:
+    ///     port: The port, 1 to 65535.
+    ///     address: Where in the guest it is, as an IPv4 or IPv6 address; where left out, 127.0.0.1, and `::1` where that
+    ///         refuses.
+    ///     timeout: Seconds that it may take, 0 to 86400; `command_timeout_s` where left out.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: An argument has the wrong type.
+    ///     InvalidValueError: An argument is out of range or malformed.
+    ///     VmStateError: The VM does not run (`invalid_state`).
+    ///     PortRefusedError: No program of the guest listens there (`connection_refused`); it is a
+    ///         `ConnectionRefusedError`, too.
+    ///     CommandError: The guest cannot connect for another reason, with its own code, or its agent, that of an old
+    ///         snapshot, knows no ports (`unknown_action`).
+    ///     ChannelError: It took too long, also because too many connections are open (`channel_timeout`), or the channel
+    ///         failed (`channel_closed`).
+    ///
+    /// Example:
+    ///     >>> vm.send_command("exec", {"program": "httpd", "args": ["-p", "8001", "-h", "/etc"]})["status"]
+    ///     'ok'
+    ///     >>> with vm.connect(8001) as connection:
+    ///     ...     connection.sendall(b"GET /hostname HTTP/1.0\r\n\r\n"), connection.recv(15)
+    ///     (None, b'HTTP/1.1 200 OK')
+    #[pyo3(signature = (port, address=None, timeout=None))]
+    fn connect<'py>(
+        &self,
+        py: Python<'py>,
+        port: &Bound<'_, PyAny>,
+        address: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let vm = self.vm.get(py)?.clone();
+        let ConnectArguments { port, address, timeout } = ConnectArguments::parse(port, address, timeout)?;
+        let connecting = async move { connections::connect(&*vm, port, address, timeout).await };
+        let connected = gate::wait(py, OnInterrupt::Abandon, connecting)?;
+        ports::socket(py, self.raise(py, connected)?)
+    }
+
+    /// Has this host listen at a port, and carries the connections that come to a TCP port of the guest.
+    ///
+    /// Does not block. The bytes go by the channel, so a VM without a network has this, too, and no privilege is needed. The port
+    /// stays until its handle is closed or the VM is destroyed; while the VM does not run, and where no program of the
+    /// guest listens, connections are reset. At most 48 connections of a VM are open at once; more wait.
+    ///
+    /// Args:
+    ///     port: The port of the guest, 1 to 65535.
+    ///     host_port: The port of the host, 0 to 65535; one that is free where it is 0 or left out. Below 1024
+    ///         CAP_NET_BIND_SERVICE is needed (capabilities(7)).
+    ///     address: The address of the host to listen at. Every program of the host may connect to 127.0.0.1, which is taken
+    ///         where it is left out; `0.0.0.0` or `::` lets other machines connect, too.
+    ///     protocol: `tcp`.
+    ///     guest_address: Where in the guest the port is, as for `connect`.
+    ///
+    /// Raises:
+    ///     InvalidTypeError: An argument has the wrong type.
+    ///     InvalidValueError: An argument is out of range or malformed.
+    ///     HostError: The host cannot listen there: the port is taken, or needs a privilege (`port_unavailable`).
+    ///     VmNotFoundError: The VM is destroyed (`vm_not_found`).
+    ///
+    /// Example:
+    ///     >>> published = vm.publish(8000)
+    ///     >>> vm.ports() == [
+    ///     ...     {"address": "127.0.0.1", "host_port": published.host_port, "guest_port": 8000, "protocol": "tcp", "connections": 0}
+    ///     ... ]
+    ///     True
+    ///     >>> published.close()
+    #[pyo3(signature = (port, host_port=None, address=None, protocol=None, guest_address=None), text_signature = "($self, port, host_port=0, address='127.0.0.1', protocol='tcp', guest_address=None)")]
+    fn publish(
+        &self,
+        py: Python<'_>,
+        port: &Bound<'_, PyAny>,
+        host_port: Option<&Bound<'_, PyAny>>,
+        address: Option<&Bound<'_, PyAny>>,
+        protocol: Option<&Bound<'_, PyAny>>,
+        guest_address: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<PublishedPort> {
+        let mapping = ports::mapping(port, host_port, address, protocol, guest_address)?;
+        let (vm, publishing) = (self.vm.get(py)?, self.vm.get(py)?.clone());
+        let published =
+            gate::wait(py, OnInterrupt::Abandon, async move { connections::publish(&publishing, mapping) })?;
+        Ok(PublishedPort::wrap(&**vm, &self.raise(py, published)?))
+    }
+
+    /// Returns what is published of the VM.
+    ///
+    /// Does not block.
+    ///
+    /// Returns:
+    ///     `PortInfo` of each port, in the order of the host's addresses.
+    fn ports<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        convert::from_json(py, &self.vm.get(py)?.ports().list())
     }
 
     /// Writes a file of the guest from a path or an object with `read`.

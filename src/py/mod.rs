@@ -14,6 +14,7 @@ mod gate;
 mod instance;
 mod logging;
 mod manager;
+mod ports;
 mod stream;
 mod transfer;
 
@@ -70,6 +71,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<channel::CommunicationChannel>()?;
     module.add_class::<attached::AttachedVM>()?;
     module.add_class::<stream::ProcessStream>()?;
+    module.add_class::<ports::PublishedPort>()?;
     module.add_class::<events::EventStream>()?;
     module.add_class::<aio::OperationQueue>()?;
     module.add_class::<aio::VmOperations>()?;

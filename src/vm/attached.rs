@@ -3,12 +3,13 @@
 use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use serde_json::{json, Value};
 use tokio::task::JoinSet;
 
+use super::ports::Ports;
 use super::running::Running;
 use super::{info, Machine, MicroVm};
 use crate::channel::{attach, patience, Agent, Answer, Operation, Owner, Stream};
@@ -28,6 +29,7 @@ pub struct Attached {
     owner_pid: Option<i32>,
     command_timeout: Duration,
     file_limit: u64,
+    ports: Arc<Ports>,
 }
 
 impl Attached {
@@ -48,6 +50,7 @@ impl Attached {
             owner_pid,
             command_timeout: Duration::from_secs_f64(seconds.unwrap_or(30.0)),
             file_limit: described["file_limit_bytes"].as_u64().unwrap_or(0),
+            ports: Arc::default(),
         })
     }
 
@@ -59,6 +62,7 @@ impl Attached {
 
     /// Ends what this process has under way in the VM.
     pub fn close(&self) {
+        self.ports.end();
         self.agent.close();
     }
 
@@ -97,6 +101,10 @@ impl Attached {
 }
 
 impl Machine for Attached {
+    fn ports(&self) -> &Arc<Ports> {
+        &self.ports
+    }
+
     fn id(&self) -> &VmId {
         &self.vm_id
     }
@@ -132,6 +140,7 @@ impl Owner for OwnerOf {
                 Operation::Summary => Ok(info::summary(&vm)),
                 Operation::Info => Ok(info::info(vm).await),
                 Operation::Health => Ok(info::health_json(&vm.health().await)),
+                Operation::Ports => Ok(vm.ports.list()),
                 Operation::Pause => vm.pause().await.map(done),
                 Operation::Resume => vm.resume().await.map(done),
                 Operation::Snapshot { name } => {

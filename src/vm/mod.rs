@@ -7,12 +7,14 @@
 
 pub mod attached;
 mod boot;
+pub mod connections;
 mod events;
 mod health;
 mod ids;
 pub mod info;
 pub mod janitor;
 pub mod network;
+pub mod ports;
 mod running;
 mod settings;
 mod snapshot;
@@ -105,6 +107,7 @@ pub struct MicroVm {
     operation: tokio::sync::Mutex<()>,
     cell: Mutex<Cell>,
     destroying: watch::Sender<bool>,
+    ports: Arc<ports::Ports>,
 }
 
 impl MicroVm {
@@ -133,6 +136,7 @@ impl MicroVm {
             operation: tokio::sync::Mutex::new(()),
             cell: Mutex::new(cell),
             destroying: watch::Sender::new(false),
+            ports: Arc::default(),
         })
     }
 
@@ -457,6 +461,7 @@ impl MicroVm {
             }
             is_first
         };
+        self.ports.end();
         self.tear_down(false).await;
         // What was reserved is free when nothing of it is left.
         self.cell.lock().reservation = None;

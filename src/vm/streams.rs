@@ -7,6 +7,7 @@ use std::time::Duration;
 use microvm_protocol::message::{DOWNLOAD, STREAM, UPLOAD};
 use serde_json::{json, Value};
 
+use super::ports::Ports;
 use super::running::Running;
 use super::{explain, MicroVm};
 use crate::channel::{Download, Fetched, Piece, Process, Stream, Upload};
@@ -22,6 +23,9 @@ pub trait Machine: Send + Sync {
 
     /// The most bytes that a file of the guest can hold without holes: its disk, its memory and its image together.
     fn file_limit(&self) -> u64;
+
+    /// Its ports that this process has to do with.
+    fn ports(&self) -> &Arc<Ports>;
 
     /// Begins a call of the guest whose channels stay open.
     ///
@@ -99,6 +103,10 @@ pub trait Machine: Send + Sync {
 }
 
 impl Machine for MicroVm {
+    fn ports(&self) -> &Arc<Ports> {
+        &self.ports
+    }
+
     fn id(&self) -> &VmId {
         MicroVm::id(self)
     }

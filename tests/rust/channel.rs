@@ -5,7 +5,9 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use microvm_isolation::channel::{Answer, Next, Process};
+use microvm_isolation::channel::{Agent, Answer, Next, PortConnection, Process};
+use microvm_isolation::error::Result;
+use microvm_isolation::host::stream_socket::StreamSocket;
 use microvm_protocol::frame::{Frame, Kind, MAX_DATA, MAX_PAYLOAD};
 use microvm_protocol::mux::{MAX_CALLS, STDOUT, WINDOW};
 use microvm_protocol::record;
@@ -13,6 +15,7 @@ use serde_json::{json, Value};
 use support::{connect, logged, no_key, resident_bytes, Guest, KEY, OTHER_KEY};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
 
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
@@ -320,4 +323,115 @@ async fn test_dropped_agent_closes_the_transport_and_wakes_who_waits() {
     assert_eq!(stream.next::<Value>().await.err().expect("closed").code(), "channel_closed");
     let mut rest = Vec::new();
     guest.stream.read_to_end(&mut rest).await.unwrap();
+}
+
+/// A connection to a port, as its three parties see it: the local program, the task that carries, the guest.
+async fn port(name: &str) -> (UnixStream, JoinHandle<Result<()>>, Guest, Agent) {
+    let (agent, guest) = connect(name, KEY).await;
+    let (agent, mut guest) = (agent.unwrap(), guest.unwrap());
+    let stream = agent.open("connect", json!({"port": 80}), LONG).await.unwrap();
+    let (ours, theirs) = StreamSocket::pair().unwrap();
+    let theirs = std::os::unix::net::UnixStream::from(theirs);
+    theirs.set_nonblocking(true).unwrap();
+    assert_eq!(guest.hear().await.kind, Kind::Request);
+    let carried = tokio::spawn(PortConnection::new(stream).carry(ours));
+    (UnixStream::from_std(theirs).unwrap(), carried, guest, agent)
+}
+
+#[tokio::test]
+async fn test_port_connection_ends_each_direction_by_itself() {
+    let _turn = support::turn().await;
+    for last_alone in [false, true] {
+        let (mut local, carried, mut guest, _agent) = port("port").await;
+        guest.say(Kind::Started, false, 1, br#"{"started":"connection","address":"127.0.0.1:80"}"#).await;
+        guest.say(Kind::Data, !last_alone, 1, b"\x01all").await;
+        if last_alone {
+            guest.say(Kind::Data, true, 1, b"\x01").await;
+        }
+        let mut said = String::new();
+        local.read_to_string(&mut said).await.unwrap();
+        assert_eq!(said, "all");
+        local.write_all(b"more").await.unwrap();
+        local.shutdown().await.unwrap();
+        let mut heard = Vec::new();
+        loop {
+            let frame = guest.hear().await;
+            assert_eq!((frame.kind, frame.payload[0]), (Kind::Data, 0));
+            heard.extend_from_slice(&frame.payload[1..]);
+            if frame.last {
+                break;
+            }
+        }
+        assert_eq!(heard, b"more");
+        assert!(!carried.is_finished());
+        guest.say(Kind::Response, true, 1, br#"{"status":"ok","result":{}}"#).await;
+        carried.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn test_port_connection_that_breaks_on_one_side_breaks_on_the_other() {
+    let _turn = support::turn().await;
+    let (mut local, carried, mut guest, _agent) = port("port-guest").await;
+    guest.say(Kind::Data, false, 1, b"\x01part").await;
+    guest
+        .say(Kind::Response, true, 1, br#"{"status":"error","error":{"code":"connection_reset","message":"m"}}"#)
+        .await;
+    let mut said = String::new();
+    local.read_to_string(&mut said).await.unwrap();
+    assert_eq!((said.as_str(), carried.await.unwrap().unwrap_err().code()), ("part", "connection_reset"));
+
+    // A program that is gone is noticed when the guest has something to say to it.
+    let (local, carried, mut guest, _agent) = port("port-local").await;
+    drop(local);
+    assert!(guest.hear().await.last);
+    guest.say(Kind::Data, false, 1, b"\x01part").await;
+    assert_eq!(guest.hear().await.kind, Kind::Cancel);
+    assert_eq!(carried.await.unwrap().unwrap_err().code(), "host_error");
+}
+
+#[tokio::test]
+async fn test_port_connection_holds_a_window_for_a_program_that_does_not_read() {
+    let _turn = support::turn().await;
+    let (local, carried, mut guest, _agent) = port("port-slow").await;
+    const LENGTH: usize = WINDOW / 8;
+    let piece = [&[STDOUT][..], &[7; LENGTH]].concat();
+    let (mut credit, mut sent) = (WINDOW, 0);
+    loop {
+        while credit >= LENGTH {
+            guest.say(Kind::Data, false, 1, &piece).await;
+            (credit, sent) = (credit - LENGTH, sent + LENGTH);
+        }
+        // Credit comes for what the socket's buffer took, and for no more.
+        assert!(sent < 4 * WINDOW, "{sent}");
+        let Ok(frame) = tokio::time::timeout(SHORT, guest.hear()).await else { break };
+        assert_eq!((frame.kind, frame.payload[0]), (Kind::Credit, STDOUT));
+        credit += u32::from_be_bytes(frame.payload[1..].try_into().unwrap()) as usize;
+    }
+    assert!(!carried.is_finished());
+    drop(local);
+    assert_eq!(carried.await.unwrap().unwrap_err().code(), "host_error");
+}
+
+#[tokio::test]
+async fn test_port_connection_that_is_refused_has_the_guests_code() {
+    let _turn = support::turn().await;
+    let (agent, guest) = connect("port-refused", KEY).await;
+    let (agent, mut guest) = (agent.unwrap(), guest.unwrap());
+    for (answer, code) in [
+        (&br#"{"status":"error","error":{"code":"connection_refused","message":"m"}}"#[..], "connection_refused"),
+        (&br#"{"status":"ok","result":{}}"#[..], "channel_closed"),
+    ] {
+        let connection = PortConnection::new(agent.open("connect", json!({"port": 80}), LONG).await.unwrap());
+        let (made, ()) = tokio::join!(connection.made(LONG), guest.answer(answer));
+        assert_eq!(made.unwrap_err().code(), code);
+    }
+    let connection = PortConnection::new(agent.open("connect", json!({"port": 80}), LONG).await.unwrap());
+    let begins = async {
+        let id = guest.hear().await.id;
+        guest.say(Kind::Started, false, id, br#"{"started":"program","pid":1}"#).await;
+    };
+    let (made, ()) = tokio::join!(connection.made(LONG), begins);
+    assert_eq!(made.unwrap_err().code(), "channel_closed");
+    assert_eq!(connection.made(SHORT).await.unwrap_err().code(), "channel_timeout");
 }

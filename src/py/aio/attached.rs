@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::super::attached::{AttachArguments, AttachedVM, ListArguments};
 use super::super::gate::OnInterrupt;
 use super::super::instance::{answer_json, command_from};
+use super::super::ports::{self, ConnectArguments, PublishedPort};
 use super::super::stream::StreamArguments;
 use super::super::transfer::{DownloadArguments, UploadArguments};
 use super::super::{convert, errors};
@@ -19,7 +20,7 @@ use crate::channel::Operation;
 use crate::error::Result;
 use crate::store::runtime;
 use crate::vm::attached::{self, Attached};
-use crate::vm::Machine;
+use crate::vm::{connections, Machine};
 
 fn raised<T>(py: Python<'_>, result: Result<T>) -> PyResult<T> {
     result.map_err(|error| errors::raise(py, &error))
@@ -88,6 +89,43 @@ impl AttachedOperations {
         queue
             .get()
             .begin(OnInterrupt::Abandon, starting, |py, process| Py::new(py, options.stream(py, raised(py, process)?)?))
+    }
+
+    #[pyo3(signature = (queue, port, address=None, timeout=None))]
+    fn connect(
+        &self,
+        queue: &Bound<'_, OperationQueue>,
+        port: &Bound<'_, PyAny>,
+        address: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<u64> {
+        let ConnectArguments { port, address, timeout } = ConnectArguments::parse(port, address, timeout)?;
+        let attached = self.attached(queue.py())?;
+        let connecting = async move { connections::connect(&*attached, port, address, timeout).await };
+        queue.get().begin(OnInterrupt::Abandon, connecting, |py, end| Ok(ports::socket(py, raised(py, end)?)?.unbind()))
+    }
+
+    #[pyo3(signature = (queue, port, host_port=None, address=None, protocol=None, guest_address=None))]
+    fn publish(
+        &self,
+        queue: &Bound<'_, OperationQueue>,
+        port: &Bound<'_, PyAny>,
+        host_port: Option<&Bound<'_, PyAny>>,
+        address: Option<&Bound<'_, PyAny>>,
+        protocol: Option<&Bound<'_, PyAny>>,
+        guest_address: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<u64> {
+        let mapping = ports::mapping(port, host_port, address, protocol, guest_address)?;
+        let (attached, publishing) = (self.attached(queue.py())?, self.attached(queue.py())?);
+        queue.get().begin(
+            OnInterrupt::Abandon,
+            async move { connections::publish(&publishing, mapping) },
+            move |py, port| Py::new(py, PublishedPort::wrap(&*attached, &raised(py, port)?)),
+        )
+    }
+
+    fn ports(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        self.operate(queue, Operation::Ports, |py, listed| Ok(convert::from_json(py, &listed)?.unbind()))
     }
 
     fn upload<'py>(&self, queue: &Bound<'py, OperationQueue>, arguments: UploadArguments<'py>) -> PyResult<u64> {

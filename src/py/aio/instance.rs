@@ -7,13 +7,14 @@ use pyo3::prelude::*;
 
 use super::super::gate::OnInterrupt;
 use super::super::instance::{self, MicroVMInstance};
+use super::super::ports::{self, ConnectArguments, PublishedPort};
 use super::super::stream::StreamArguments;
 use super::super::transfer::{DownloadArguments, UploadArguments};
 use super::super::{convert, errors};
 use super::queue::OperationQueue;
 use super::transfer::{DownloadOperations, UploadOperations};
 use crate::error::Result;
-use crate::vm::{info, Machine, MicroVm};
+use crate::vm::{connections, info, Machine, MicroVm};
 
 /// The operations on one VM: each begins at once and returns its number in the queue.
 ///
@@ -114,6 +115,42 @@ impl VmOperations {
         let (params, options) = arguments.parse()?;
         let start = |vm: Arc<MicroVm>| async move { vm.stream(params).await };
         self.on_vm(queue, OnInterrupt::Abandon, start, |py, process| Py::new(py, options.stream(py, process)?))
+    }
+
+    #[pyo3(signature = (queue, port, address=None, timeout=None))]
+    fn connect(
+        &self,
+        queue: &Bound<'_, OperationQueue>,
+        port: &Bound<'_, PyAny>,
+        address: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<u64> {
+        let ConnectArguments { port, address, timeout } = ConnectArguments::parse(port, address, timeout)?;
+        let connect = |vm: Arc<MicroVm>| async move { connections::connect(&*vm, port, address, timeout).await };
+        self.on_vm(queue, OnInterrupt::Abandon, connect, |py, end| Ok(ports::socket(py, end)?.unbind()))
+    }
+
+    #[pyo3(signature = (queue, port, host_port=None, address=None, protocol=None, guest_address=None))]
+    fn publish(
+        &self,
+        queue: &Bound<'_, OperationQueue>,
+        port: &Bound<'_, PyAny>,
+        host_port: Option<&Bound<'_, PyAny>>,
+        address: Option<&Bound<'_, PyAny>>,
+        protocol: Option<&Bound<'_, PyAny>>,
+        guest_address: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<u64> {
+        let mapping = ports::mapping(port, host_port, address, protocol, guest_address)?;
+        let published = self.vm(queue.py())?;
+        let publish = |vm: Arc<MicroVm>| async move { connections::publish(&vm, mapping) };
+        self.on_vm(queue, OnInterrupt::Abandon, publish, move |py, port| {
+            Py::new(py, PublishedPort::wrap(&*published, &port))
+        })
+    }
+
+    fn ports(&self, queue: &Bound<'_, OperationQueue>) -> PyResult<u64> {
+        let list = |vm: Arc<MicroVm>| async move { Ok(vm.ports().list()) };
+        self.on_vm(queue, OnInterrupt::Abandon, list, |py, listed| Ok(convert::from_json(py, &listed)?.unbind()))
     }
 
     fn upload<'py>(&self, queue: &Bound<'py, OperationQueue>, arguments: UploadArguments<'py>) -> PyResult<u64> {

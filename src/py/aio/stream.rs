@@ -51,7 +51,7 @@ impl StreamOperations {
     /// Gives back a piece that `next` gave to a task that was cancelled before it took it.
     fn put_back(&self, queue: &Bound<'_, OperationQueue>, piece: Option<(String, Vec<u8>)>) -> PyResult<()> {
         if let Some((channel, bytes)) = piece {
-            let piece = Piece { channel: if channel == "stderr" { STDERR } else { STDOUT }, bytes };
+            let piece = Piece { channel: if channel == "stderr" { STDERR } else { STDOUT }, bytes, last: false };
             self.handle.get().program(queue.py())?.put_back(piece);
         }
         Ok(())

@@ -87,6 +87,7 @@ impl MicroVm {
         let fit = fit_of(running, self.spec_of(running), &self.settings, "suspend()").await?;
         let copy = Copy::begin(running, &self.spec.limits, pending.path()).await?;
         // What waits in a VM that stands still would wait for ever.
+        self.ports.break_connections();
         let open = if state == VmState::Running { running.agent().idle(IDLE_DEADLINE).await } else { 0 };
         if open > 0 {
             let limit = IDLE_DEADLINE.as_secs();

@@ -104,6 +104,8 @@ pub type Attack = Option<(Kind, bool, u32, Vec<u8>)>;
 pub struct ReceivedFrame {
     pub kind: Kind,
     pub id: u32,
+    pub last: bool,
+    pub payload: Vec<u8>,
 }
 
 pub struct Guest {
@@ -236,7 +238,7 @@ impl Guest {
     pub async fn hear(&mut self) -> ReceivedFrame {
         let plain = self.next_plain().await.expect("the host says something");
         let frame = Frame::decode(&plain).unwrap();
-        ReceivedFrame { kind: frame.kind, id: frame.id }
+        ReceivedFrame { kind: frame.kind, id: frame.id, last: frame.last, payload: frame.payload.to_vec() }
     }
 
     pub async fn hear_for_ever(&mut self) {

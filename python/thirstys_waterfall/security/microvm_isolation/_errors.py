@@ -1,5 +1,6 @@
 """The exceptions of the package. Branch on the class or on ``code``; the message is for people and may change."""
 
+import errno
 import subprocess
 from typing import Any, Dict, Optional, Tuple, Type
 
@@ -116,6 +117,22 @@ class CommandError(MicroVMError):
     """The guest refused or failed a command; ``code`` is the guest's own, such as ``unknown_action``."""
 
 
+class PortRefusedError(CommandError, ConnectionRefusedError):
+    """No program of the guest listens at the port (``connection_refused``).
+
+    ``except ConnectionRefusedError`` catches it, too, so that what waits for a server of this host waits for one in a VM.
+
+    Args:
+        message: What failed, on what, and what to do: for people.
+        code: The stable name.
+        details: The facts; copied.
+    """
+
+    def __init__(self, message: str, code: str = "connection_refused", details: Optional[Dict[str, Any]] = None) -> None:
+        super().__init__(message, code, details)
+        self.errno = errno.ECONNREFUSED
+
+
 class ProgramFailedError(MicroVMError, subprocess.CalledProcessError):
     """A program of ``VM.run(..., check=True)`` did not end with exit code 0 (``program_failed``).
 
@@ -159,10 +176,13 @@ class ProgramTimeoutError(MicroVMError, subprocess.TimeoutExpired):
 
 
 class HostError(MicroVMError):
-    """A system call or the VMM failed on the host (``host_error``, ``vmm_error``, ``folder_refused``, ``limit_too_low``).
+    """A system call or the VMM failed on the host (``host_error``, ``vmm_error``, ``folder_refused``, ``limit_too_low``,
+    ``port_unavailable``).
 
     ``folder_refused`` is a ``runtime_dir`` or ``cache_dir`` that cannot be trusted: ``details`` has ``field``, ``path``,
     ``reason`` and ``remedy``.
+    ``port_unavailable`` is a port of the host that cannot be listened at: ``details`` has ``address``, ``host_port``, ``reason``
+    and ``remedy``.
     ``limit_too_low`` is a limit of this process (getrlimit(2)), named in ``details``, that leaves a VMM too little.
     """
 
@@ -211,11 +231,17 @@ _CLASSES: Dict[str, Type[MicroVMError]] = {
     "host_error": HostError,
     "folder_refused": HostError,
     "limit_too_low": HostError,
+    "port_unavailable": HostError,
     "forked_process": ForkedProcessError,
     "cancelled": OperationCancelledError,
 }
 
 
+# Of the guest's codes, those that have a class of their own.
+_OF_GUEST: Dict[str, Type[MicroVMError]] = {"connection_refused": PortRefusedError}
+
+
 def make_error(code: str, message: str, details: Optional[Dict[str, Any]] = None) -> MicroVMError:
     """Build the exception for a code of the core; a code that is not the core's is the guest's."""
-    return _CLASSES.get(code, CommandError)(message, code, details)
+    known = _CLASSES.get(code) or _OF_GUEST.get(code, CommandError)
+    return known(message, code, details)

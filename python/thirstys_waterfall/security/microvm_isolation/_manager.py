@@ -1,7 +1,7 @@
 """The manager of the core, and what Python adds to it."""
 
 import os
-from typing import Mapping, Optional, Union
+from typing import List, Mapping, Optional, Tuple, Union
 
 from . import _native
 from ._attach import AttachedVM
@@ -9,6 +9,21 @@ from ._enums import IsolationType, VMBackend
 from ._errors import make_error
 from ._models import VMNetworkConfig, VMResourceLimits
 from ._vm import VM, reason
+
+HostPort = Union[int, Tuple[str, int]]
+
+
+def published(ports: Optional[Mapping[int, HostPort]]) -> List[Tuple[int, Tuple[int, str]]]:
+    """The ports of guests, and for each the host's port and address, as ``publish`` takes them."""
+    if ports is None:
+        return []
+    if not isinstance(ports, Mapping):
+        raise make_error("invalid_type", "ports must be a mapping such as {{8000: 0}}, not {!r}".format(ports))
+    found = []
+    for port, place in ports.items():
+        address, host_port = place if isinstance(place, tuple) and len(place) == 2 else ("127.0.0.1", place)
+        found.append((port, (host_port, address)))
+    return found
 
 
 class MicroVMIsolationManager(_native.MicroVMIsolationManager):
@@ -25,6 +40,7 @@ class MicroVMIsolationManager(_native.MicroVMIsolationManager):
         rootfs_path: Union[str, "os.PathLike[str]", None] = None,
         template: Optional[str] = None,
         labels: Optional[Mapping[str, str]] = None,
+        ports: Optional[Mapping[int, HostPort]] = None,
     ) -> VM:
         """Creates and starts a VM, which is destroyed at the end of its ``with`` block, or by ``VM.destroy``.
 
@@ -40,6 +56,8 @@ class MicroVMIsolationManager(_native.MicroVMIsolationManager):
             rootfs_path: An ext4 image as the root file system.
             template: The name of a snapshot to clone.
             labels: Strings by strings.
+            ports: What is published as soon as the VM runs: the host's port, or its address and port, by the guest's port. As of
+                ``VM.publish``, 0 is a port that is free, and 127.0.0.1 the address where none is given.
 
         Raises:
             MicroVMError: Every error of ``create_vm`` and ``MicroVMInstance.start``, whatever ``raise_on_error``
@@ -50,6 +68,7 @@ class MicroVMIsolationManager(_native.MicroVMIsolationManager):
             ...     machine.run(["id", "-un"]).stdout
             'root\\n'
         """
+        mappings = published(ports)
         made = self.create_vm(
             isolation_type,
             resource_limits=resource_limits,
@@ -70,6 +89,8 @@ class MicroVMIsolationManager(_native.MicroVMIsolationManager):
         try:
             if not instance.start():
                 raise reason(instance)
+            for port, place in mappings:
+                vm.publish(port, *place)
         except BaseException:
             vm.destroy()
             raise

@@ -1,5 +1,6 @@
 import logging
 import os
+import socket
 from types import TracebackType
 from typing import (
     Any,
@@ -29,6 +30,7 @@ from ._types import (
     DoctorReport,
     ExportedDisk,
     HealthReport,
+    PortInfo,
     ResourceUsage,
     SuspendedVM,
     TemplateInfo,
@@ -51,6 +53,7 @@ __all__ = [
     "OperationQueue",
     "PrepareOperation",
     "ProcessStream",
+    "PublishedPort",
     "StreamOperations",
     "TakenEvent",
     "UploadOperations",
@@ -856,6 +859,84 @@ class MicroVMInstance:
             ...     list(program), program.exit_code
             ([('stdout', b'hello\\n')], 0)
         """
+    def connect(
+        self, port: int, address: Optional[str] = None, timeout: Optional[float] = None
+    ) -> socket.socket:
+        """Connects to a TCP port of the guest and returns a socket.
+
+        Blocks until the guest has connected. The bytes go by the channel, so a VM without a network has this, too. The socket is
+        one of this process alone (AF_UNIX): `http.client`, `ssl`, `select` and asyncio take it like any other. It has no timeout
+        (`settimeout` gives it one). At most 48 connections of a VM are open at once.
+
+        Args:
+            port: The port, 1 to 65535.
+            address: Where in the guest it is, as an IPv4 or IPv6 address; where left out, 127.0.0.1, and `::1` where that
+                refuses.
+            timeout: Seconds that it may take, 0 to 86400; `command_timeout_s` where left out.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range or malformed.
+            VmStateError: The VM does not run (`invalid_state`).
+            PortRefusedError: No program of the guest listens there (`connection_refused`); it is a
+                `ConnectionRefusedError`, too.
+            CommandError: The guest cannot connect for another reason, with its own code, or its agent, that of an old
+                snapshot, knows no ports (`unknown_action`).
+            ChannelError: It took too long, also because too many connections are open (`channel_timeout`), or the channel
+                failed (`channel_closed`).
+
+        Example:
+            >>> vm.send_command("exec", {"program": "httpd", "args": ["-p", "8001", "-h", "/etc"]})["status"]
+            'ok'
+            >>> with vm.connect(8001) as connection:
+            ...     connection.sendall(b"GET /hostname HTTP/1.0\\r\\n\\r\\n"), connection.recv(15)
+            (None, b'HTTP/1.1 200 OK')
+        """
+    def publish(
+        self,
+        port: int,
+        host_port: int = 0,
+        address: str = "127.0.0.1",
+        protocol: Literal["tcp"] = "tcp",
+        guest_address: Optional[str] = None,
+    ) -> PublishedPort:
+        """Has this host listen at a port, and carries the connections that come to a TCP port of the guest.
+
+        Does not block. The bytes go by the channel, so a VM without a network has this, too, and no privilege is needed. The port
+        stays until its handle is closed or the VM is destroyed; while the VM does not run, and where no program of the
+        guest listens, connections are reset. At most 48 connections of a VM are open at once; more wait.
+
+        Args:
+            port: The port of the guest, 1 to 65535.
+            host_port: The port of the host, 0 to 65535; one that is free where it is 0 or left out. Below 1024
+                CAP_NET_BIND_SERVICE is needed (capabilities(7)).
+            address: The address of the host to listen at. Every program of the host may connect to 127.0.0.1, which is taken
+                where it is left out; `0.0.0.0` or `::` lets other machines connect, too.
+            protocol: `tcp`.
+            guest_address: Where in the guest the port is, as for `connect`.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range or malformed.
+            HostError: The host cannot listen there: the port is taken, or needs a privilege (`port_unavailable`).
+            VmNotFoundError: The VM is destroyed (`vm_not_found`).
+
+        Example:
+            >>> published = vm.publish(8000)
+            >>> vm.ports() == [
+            ...     {"address": "127.0.0.1", "host_port": published.host_port, "guest_port": 8000, "protocol": "tcp", "connections": 0}
+            ... ]
+            True
+            >>> published.close()
+        """
+    def ports(self) -> List[PortInfo]:
+        """Returns what is published of the VM.
+
+        Does not block.
+
+        Returns:
+            `PortInfo` of each port, in the order of the host's addresses.
+        """
     def upload(
         self,
         source: Union[_Path, _Reads],
@@ -1066,6 +1147,57 @@ class AttachedVM:
         Raises:
             MicroVMError: Every error of `MicroVMInstance.stream`.
         """
+    def connect(
+        self, port: int, address: Optional[str] = None, timeout: Optional[float] = None
+    ) -> socket.socket:
+        """Connects to a TCP port of the guest and returns a socket.
+
+        Blocks until the guest has connected. The connection ends with this handle. The arguments are those of
+        `MicroVMInstance.connect`.
+
+        Args:
+            port: The port, 1 to 65535.
+            address: Where in the guest it is, as an IPv4 or IPv6 address; where left out, 127.0.0.1, and `::1` where that
+                refuses.
+            timeout: Seconds that it may take, 0 to 86400; the owner's `command_timeout_s` where left out.
+
+        Raises:
+            MicroVMError: Every error of `MicroVMInstance.connect`.
+        """
+    def publish(
+        self,
+        port: int,
+        host_port: int = 0,
+        address: str = "127.0.0.1",
+        protocol: Literal["tcp"] = "tcp",
+        guest_address: Optional[str] = None,
+    ) -> PublishedPort:
+        """Has this process listen at a port, and carries the connections that come to a TCP port of the guest.
+
+        Does not block. The port ends with this handle, and the owner's `ports` do not tell it. The arguments are those of
+        `MicroVMInstance.publish`.
+
+        Args:
+            port: The port of the guest, 1 to 65535.
+            host_port: The port of the host, 0 to 65535; one that is free where it is 0 or left out.
+            address: The address of the host to listen at: 127.0.0.1 where left out.
+            protocol: `tcp`.
+            guest_address: Where in the guest the port is, as for `connect`.
+
+        Raises:
+            MicroVMError: Every error of `MicroVMInstance.publish`.
+        """
+    def ports(self) -> List[PortInfo]:
+        """Returns what the owner has published of the VM.
+
+        Blocks until the owner answers.
+
+        Returns:
+            `PortInfo` of each port, in the order of the host's addresses.
+
+        Raises:
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
     def upload(
         self,
         source: Union[_Path, _Reads],
@@ -1232,6 +1364,47 @@ class AttachedVM:
         """Ends what this handle has under way in the VM; the VM goes on.
 
         Does not block. May be called twice. Does nothing in a forked child of the process that attached.
+        """
+
+@final
+class PublishedPort:
+    """A port of this host that leads to one of a guest, as `publish` makes it.
+
+    Leaving the `with` block closes it; dropping the object does not: the port stays for as long as its VM. It stays while the VM
+    is paused, suspended or stopped, and refuses connections meanwhile. Properties do not block.
+
+    Example:
+        >>> with vm.publish(8000) as published:
+        ...     published.address, published.guest_port, published.protocol
+        ('127.0.0.1', 8000, 'tcp')
+    """
+
+    @property
+    def host_port(self) -> int:
+        """The port of the host."""
+    @property
+    def address(self) -> str:
+        """The address of the host that it listens at."""
+    @property
+    def guest_port(self) -> int:
+        """The port of the guest."""
+    @property
+    def protocol(self) -> str:
+        """`tcp`."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc_value: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> bool: ...
+    def close(self) -> None:
+        """Has the host listen no more, and breaks the connections that came by this port.
+
+        Does not block. May be called twice.
+
+        Raises:
+            ForkedProcessError: The calling process is a forked child.
         """
 
 @final
@@ -1596,6 +1769,19 @@ class VmOperations:
     def resume(self, queue: OperationQueue) -> int: ...
     def suspend(self, queue: OperationQueue) -> int: ...
     def stream(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
+    def connect(
+        self, queue: OperationQueue, port: int, address: Optional[str] = None, timeout: Optional[float] = None
+    ) -> int: ...
+    def publish(
+        self,
+        queue: OperationQueue,
+        port: int,
+        host_port: Optional[int] = None,
+        address: Optional[str] = None,
+        protocol: Optional[str] = None,
+        guest_address: Optional[str] = None,
+    ) -> int: ...
+    def ports(self, queue: OperationQueue) -> int: ...
     def upload(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
     def download(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
     def get_health_metrics(self, queue: OperationQueue) -> int: ...
@@ -1647,6 +1833,19 @@ class AttachedOperations:
         timeout: Optional[float] = None,
     ) -> int: ...
     def stream(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
+    def connect(
+        self, queue: OperationQueue, port: int, address: Optional[str] = None, timeout: Optional[float] = None
+    ) -> int: ...
+    def publish(
+        self,
+        queue: OperationQueue,
+        port: int,
+        host_port: Optional[int] = None,
+        address: Optional[str] = None,
+        protocol: Optional[str] = None,
+        guest_address: Optional[str] = None,
+    ) -> int: ...
+    def ports(self, queue: OperationQueue) -> int: ...
     def upload(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
     def download(self, queue: OperationQueue, arguments: Dict[str, Any]) -> int: ...
     def get_health_metrics(self, queue: OperationQueue) -> int: ...

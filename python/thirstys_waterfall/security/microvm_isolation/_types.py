@@ -579,6 +579,24 @@ class Transferred(TypedDict):
     crc32: int
 
 
+class PortInfo(TypedDict):
+    """A port of this host that leads to one of a guest, as ``MicroVMInstance.ports`` returns it.
+
+    Keys:
+        address: The address of the host that it listens at.
+        host_port: The port of the host.
+        guest_port: The port of the guest.
+        protocol: ``tcp``.
+        connections: How many connections are open.
+    """
+
+    address: str
+    host_port: int
+    guest_port: int
+    protocol: str
+    connections: int
+
+
 class _Answer(TypedDict):
     status: str
 

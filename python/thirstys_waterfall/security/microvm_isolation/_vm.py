@@ -3,6 +3,7 @@
 import io
 import os
 import shlex
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from ._errors import (
     VmNotFoundError,
 )
 from ._text import TextDecoder
+from ._types import PortInfo
 
 if TYPE_CHECKING:
     from typing_extensions import Literal
@@ -78,7 +80,7 @@ class CompletedProgram(Generic[AnyStr]):
 
 
 class Programs:
-    """Programs and files of a VM, whichever process has it; every failure is raised."""
+    """Programs, files and ports of a VM, whichever process has it; every failure is raised."""
 
     instance: Union[_native.MicroVMInstance, _native.AttachedVM]
 
@@ -238,6 +240,73 @@ class Programs:
             [('stdout', b'hello\\n')]
         """
         return self.popen(args)
+
+    def connect(self, port: int, address: Optional[str] = None, timeout: Optional[float] = None) -> socket.socket:
+        """Connects to a TCP port of the guest and returns a socket, as ``socket.create_connection`` does.
+
+        Blocks until the guest has connected. Needs no network of the VM. ``MicroVMInstance.connect`` has the details.
+
+        Args:
+            port: The port, 1 to 65535.
+            address: Where in the guest it is, as an IPv4 or IPv6 address; where left out, 127.0.0.1, and ``::1`` where that
+                refuses.
+            timeout: Seconds that it may take, 0 to 86400; ``command_timeout_s`` where left out. The socket itself has none.
+
+        Raises:
+            PortRefusedError: No program of the guest listens there (`connection_refused`).
+            MicroVMError: Every other error of ``MicroVMInstance.connect``.
+
+        Example:
+            >>> import http.client
+            >>> server = vm.run(["httpd", "-p", "8002", "-h", "/etc"], check=True)
+            >>> client = http.client.HTTPConnection("vm")
+            >>> client.sock = vm.connect(8002)
+            >>> client.request("GET", "/hostname")
+            >>> client.getresponse().status
+            200
+        """
+        return self.instance.connect(port, address, timeout)
+
+    def publish(
+        self,
+        port: int,
+        host_port: int = 0,
+        address: str = "127.0.0.1",
+        protocol: "Literal['tcp']" = "tcp",
+        guest_address: Optional[str] = None,
+    ) -> _native.PublishedPort:
+        """Has this host listen at a port, and carries the connections that come to a TCP port of the guest.
+
+        Does not block. Needs no network of the VM, and no privilege. ``MicroVMInstance.publish`` has the details.
+
+        Args:
+            port: The port of the guest, 1 to 65535.
+            host_port: The port of the host, 0 to 65535; one that is free where it is 0.
+            address: The address of the host to listen at. Every program of the host may connect to 127.0.0.1; ``0.0.0.0`` or
+                ``::`` lets other machines connect, too.
+            protocol: ``tcp``.
+            guest_address: Where in the guest the port is, as for ``connect``.
+
+        Raises:
+            HostError: The host cannot listen there: the port is taken, or needs a privilege (`port_unavailable`).
+            MicroVMError: Every other error of ``MicroVMInstance.publish``.
+
+        Example:
+            >>> with vm.publish(8000) as published:
+            ...     published.address, published.guest_port, published.host_port > 0
+            ('127.0.0.1', 8000, True)
+        """
+        return self.instance.publish(port, host_port, address, protocol, guest_address)
+
+    def ports(self) -> List[PortInfo]:
+        """Returns what is published of the VM, in the order of the host's addresses.
+
+        Does not block, but for a VM of another process, whose owner is asked.
+
+        Raises:
+            ChannelError: The owner has ended or let go of the VM (`channel_closed`).
+        """
+        return self.instance.ports()
 
     def write_bytes(self, path: str, data: Union[bytes, bytearray, memoryview], *, mode: Optional[int] = None) -> None:
         """Replaces a file of the guest.

@@ -14,7 +14,7 @@ pub struct Request {
     pub action: String,
     #[serde(default)]
     pub params: Value,
-    /// The host holds the call's channels: [`STREAM`], [`UPLOAD`] and [`DOWNLOAD`] need that.
+    /// The host holds the call's channels: [`STREAM`], [`UPLOAD`], [`DOWNLOAD`] and [`CONNECT`] need that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stream: bool,
 }
@@ -26,6 +26,9 @@ pub const UPLOAD: &str = "upload";
 /// The action that sends a file on channel 1.
 pub const DOWNLOAD: &str = "download";
 
+/// The action that connects to a TCP port of the guest: what comes on channel 0 goes there, what it says comes on channel 1,
+/// and LAST ends a direction, as FIN does.
+pub const CONNECT: &str = "connect";
 /// The request that ends a session for a while: the guest's programs stand still, and it waits for another OFFER.
 pub const FREEZE: &str = "freeze";
 /// The parameter of [`FREEZE`], true or false: what the guest caches is written to its disk. An earlier guest ignores it.
@@ -58,6 +61,11 @@ pub enum Started {
         /// The permission bits of a regular file that is read; an agent of before does not tell them.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         mode: Option<u32>,
+    },
+    /// The guest's server has accepted.
+    Connection {
+        /// Which one, as `127.0.0.1:80` or `[::1]:80`.
+        address: String,
     },
 }
 
@@ -132,6 +140,10 @@ pub enum Code {
     NoSpace,
     NetworkIsolated,
     NetworkError(Reason),
+    /// No program of the guest listens at the port.
+    ConnectionRefused,
+    /// A connection that stood was ended by the other side, and not by its end.
+    ConnectionReset,
     ActionFailed,
     Cancelled,
     Busy,
@@ -173,6 +185,8 @@ impl Code {
             Code::NoSpace => "no_space",
             Code::NetworkIsolated => "network_isolated",
             Code::NetworkError(_) => "network_error",
+            Code::ConnectionRefused => "connection_refused",
+            Code::ConnectionReset => "connection_reset",
             Code::ActionFailed => "action_failed",
             Code::Cancelled => "cancelled",
             Code::Busy => "busy",
@@ -235,6 +249,8 @@ mod tests {
             Code::NotAFile,
             Code::ProgramNotFound,
             Code::NoSpace,
+            Code::ConnectionRefused,
+            Code::ConnectionReset,
             Code::Busy,
             Code::IoError,
         ] {

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Un
 from .. import _native
 from .._enums import IsolationType, VMBackend, VMState
 from .._errors import MicroVMError, make_error
-from .._manager import MicroVMIsolationManager
+from .._manager import HostPort, MicroVMIsolationManager, published
 from .._models import VMNetworkConfig, VMResourceLimits
 from .._types import (
     CommandAnswer,
@@ -112,6 +112,7 @@ class AsyncMicroVMIsolationManager:
         rootfs_path: Optional[Path] = None,
         template: Optional[str] = None,
         labels: Optional[Mapping[str, str]] = None,
+        ports: Optional[Mapping[int, HostPort]] = None,
     ) -> Opening[AsyncVM]:
         """Creates and starts a VM, which the end of its ``async with`` block destroys, or ``AsyncVM.destroy``.
 
@@ -128,14 +129,19 @@ class AsyncMicroVMIsolationManager:
             rootfs_path: An ext4 image as the root file system.
             template: The name of a snapshot to clone.
             labels: Strings by strings.
+            ports: What is published as soon as the VM runs: the host's port, or its address and port, by the guest's port. As of
+                ``AsyncVM.publish``, 0 is a port that is free, and 127.0.0.1 the address where none is given.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
         return Opening(self._run_vm(arguments))
 
     async def _run_vm(self, arguments: Dict[str, Any]) -> AsyncVM:
+        mappings = published(arguments.pop("ports"))
         vm = AsyncVM(self, self.get_vm(await self.create_vm(**arguments)))
         try:
             await vm.instance.start()
+            for port, place in mappings:
+                await vm.publish(port, *place)
         except BaseException as error:
             await vm.__aexit__(type(error), error, None)
             raise

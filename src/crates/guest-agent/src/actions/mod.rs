@@ -1,5 +1,6 @@
 //! What the host may ask for.
 
+mod connect;
 mod custom;
 mod execute;
 mod files;
@@ -12,7 +13,7 @@ mod tool;
 mod transfer;
 
 use microvm_protocol::message::{
-    fail, read_params, refuse_internal, Code, Failure, Request, Response, ADOPT, DOWNLOAD, STREAM, UPLOAD,
+    fail, read_params, refuse_internal, Code, Failure, Request, Response, ADOPT, CONNECT, DOWNLOAD, STREAM, UPLOAD,
 };
 use serde_json::{json, Value};
 
@@ -73,12 +74,13 @@ impl Guest {
             self.settle()?;
         }
         match action.as_str() {
-            STREAM | UPLOAD | DOWNLOAD if !stream => {
+            STREAM | UPLOAD | DOWNLOAD | CONNECT if !stream => {
                 fail(Code::BadParams, format!("{action} needs a stream of the host: use the method of that name"))
             }
             STREAM => stream::stream(params, &self.guest.identity, job).map(Answer::Result),
             UPLOAD => transfer::upload(params, job).map(Answer::Result),
             DOWNLOAD => transfer::download(params, job).map(Answer::Result),
+            CONNECT => connect::connect(params, job).map(Answer::Result),
             action => self.act(action, params, job),
         }
     }
