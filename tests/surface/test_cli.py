@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import termios
 import threading
 import time
 import unittest
+import urllib.request
 from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
@@ -83,6 +85,12 @@ class Usage(unittest.TestCase):
             (["run", "--backend", "xen", "ls"], 125, "'xen'"),
             (["run", "-d", "-it", "ls"], 125, "microvm exec"),
             (["run", "-d", "--timeout", "1"], 125, "name one"),
+            (["run", "-p", "80:x", "ls"], 125, "'80:x' is no port; write 8080:80"),
+            (["run", "-p", "80:65536", "ls"], 125, "at most 65535"),
+            (["run", "-p", "0", "ls"], 125, "at least 1"),
+            (["run", "-p", "53:53/udp", "ls"], 125, "only tcp"),
+            (["port"], 2, "VM"),
+            (["port", "no-such-vm"], 1, "microvm ps"),
             (["exec"], 125, "VM"),
             (["exec", "x"], 125, "name a program"),
             (["exec", "--foo", "x", "ls"], 125, "--foo"),
@@ -126,7 +134,7 @@ class Usage(unittest.TestCase):
         commands, _ = _cli.completion._commands(_cli.make_parser())
         for command in commands:
             self.assertRegex(page, r"\n\| `{}\b".format(command))
-        for action in [action for command in ("run", "exec", "shell", "ps", "inspect", "logs", "cp", "rm", "stats", "top", "df", "prune") for action in commands[command]._actions]:
+        for action in [action for command in ("run", "exec", "shell", "ps", "inspect", "logs", "cp", "port", "rm", "stats", "top", "df", "prune") for action in commands[command]._actions]:
             for option in set(action.option_strings) - {"-h", "--help", "--env", "--workdir", "--user"}:
                 self.assertRegex(page, r"\n\|.*`{}\b".format(option))
 
@@ -424,6 +432,17 @@ class Attached(unittest.TestCase):
         self.assertEqual(done.returncode, 127)
         self.assertIn("microvm exec {} ls /bin".format(self.id), done.stderr)
 
+    def test_port_lists_what_is_published(self) -> None:
+        with self.vm.publish(8000) as first, self.vm.publish(8001, address="::1") as second:
+            said = microvm("port", self.id).stdout
+            places = "127.0.0.1:{}".format(first.host_port), "[::1]:{}".format(second.host_port)
+            self.assertEqual(said, "8000/tcp -> {}\n8001/tcp -> {}\n".format(*places))
+            self.assertEqual(microvm("port", self.id, "8001").stdout, places[1] + "\n")
+            self.assertEqual(json.loads(microvm("port", "--json", self.id).stdout), self.vm.ports())
+        done = microvm("port", self.id, "8000")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("port 8000 of {} is not published".format(self.id), done.stderr)
+
     def test_exec_passes_twenty_megabytes_both_ways(self) -> None:
         data = os.urandom(20 * MIB)
         done = microvm("exec", "-i", self.id, "cat", input=data, universal_newlines=False)
@@ -644,6 +663,15 @@ class Top(unittest.TestCase):
         self.assertEqual(termios.tcgetattr(self.slave), self.before)
 
 
+def _read(url: str) -> bytes:
+    """What is there; nothing while there is no server."""
+    try:
+        with urllib.request.urlopen(url, timeout=10.0) as answer:
+            return bytes(answer.read())
+    except OSError:
+        return b""
+
+
 class Detached(unittest.TestCase):
     """VMs that stay when ``microvm`` has ended."""
 
@@ -762,6 +790,25 @@ class Detached(unittest.TestCase):
         self.assertEqual((taken.returncode, taken.stdout), (1, ""))
         self.assertIn("taken", taken.stderr)
         self.assertEqual(json.loads(microvm("templates", "--json").stdout), before)
+
+    def test_ports_of_a_program_lead_to_it(self) -> None:
+        done = microvm(*SMALL, "-d", "--name", self.id, "-p", "8000", "-p", "127.0.0.2::8000", "httpd", "-f", "-p", "8000", "-h", "/etc")
+        self.assertEqual((done.returncode, done.stdout), (0, self.id + "\n"))
+        places = re.findall(r"microvm: (\S+):(\d+) leads to port 8000 of the VM\n", done.stderr)
+        self.assertEqual([address for address, _ in places], ["127.0.0.1", "127.0.0.2"])
+        self.assertEqual(microvm("port", self.id, "8000").stdout.split(), [":".join(place) for place in places])
+        for place in places:
+            url = "http://{}:{}/hostname".format(*place)
+            self.assertTrue(eventually(lambda: _read(url) == (self.id + "\n").encode(), 30.0))
+
+    def test_a_port_that_is_taken_keeps_the_program_from_running(self) -> None:
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen(1)
+            taken = other.getsockname()[1]
+            done = microvm(*SMALL, "-p", "{}:80".format(taken), "echo", "ran")
+        self.assertEqual((done.returncode, done.stdout), (125, ""))
+        self.assertRegex(done.stderr, r"\Amicrovm: 127\.0\.0\.1:{} [^\n]*another program listens there[^\n]*\n\Z".format(taken))
 
     def test_program_that_cannot_run_leaves_nothing(self) -> None:
         done = microvm(*SMALL, "-d", "--name", self.id, "no-such-program")

@@ -51,6 +51,7 @@ def make_parser(program: str = NAME, with_bench: bool = True) -> Parser:
     add("cp", cp.run, cp.configure, help="copy a file into a VM, or out of it")
     for command, help in vms.CHANGES.items():
         add(command, vms.change, vms.configure_rm if command == "rm" else vms.configure_change, help=help)
+    add("port", vms.port, vms.configure_port, help="list the ports of a VM that are published on this host")
     add("snapshot", vms.snapshot, vms.configure_snapshot, help="keep a VM's state, that VMs can be cloned from")
     add("clone", vms.clone, vms.configure_clone, help="start another VM from a VM's state")
     add("stats", stats.stats, stats.configure_stats, help="print what VMs use, again and again")

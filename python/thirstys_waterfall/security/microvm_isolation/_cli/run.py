@@ -2,15 +2,18 @@
 
 import argparse
 import re
-from typing import Any, Dict, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 from .. import MicroVMIsolationManager, ProcessStream, VMBackend, VMNetworkConfig, VMResourceLimits
 from .._vm import VM
 from . import owner, session
+from .fail import complain
 
 # Bad usage, and what keeps a VM from running the program.
 FAILED = session.FAILED
 UNITS = {"m": 1, "g": 1024}
+LOOPBACK = "127.0.0.1"
+MAX_PORT = 65_535
 TEXTS: Dict[str, Any] = {
     "usage": "microvm run [OPTION]... [--] PROGRAM [ARGUMENT]...\n       microvm run -d [OPTION]... [--] [PROGRAM [ARGUMENT]...]",
     "description": "Runs one command in a VM of its own, which is gone with it. The exit code is the command's; 124 after --timeout, "
@@ -26,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--disk", type=_mib, metavar="SIZE", help="size of the VM's disk at /data (default: 1g)")
     add("--net", action="store_true", help="connect the VM (default: no network)")
     add("--egress", action="append", metavar="HOST[:PORT]", help="connect the VM to this place alone; may be given again")
+    add("-p", "--publish", action="append", default=[], metavar="[ADDRESS:]HOST:GUEST", type=_mapping, help="lead a port of this host to one of the VM (default ADDRESS: 127.0.0.1); may be given again")
     add("--backend", choices=[backend.value for backend in VMBackend], help="the VMM (default: the best one of this host)")
     add("--label", action="append", default=[], metavar="K=V", type=session.pair, help="label the VM; may be given again")
     add("--name", metavar="VM", help="the id of the VM (default: a new one)")
@@ -75,7 +79,7 @@ def _leave(options: argparse.Namespace) -> int:
 def _start(options: argparse.Namespace, manager: MicroVMIsolationManager) -> VM:
     given = {"vcpu_count": options.cpus, "memory_mb": options.memory, "disk_size_mb": options.disk}
     given = {name: value for name, value in given.items() if value is not None}
-    return manager.run_vm(
+    vm = manager.run_vm(
         # A clone has what its snapshot had.
         resource_limits=None if options.template and not given else VMResourceLimits(**given),
         backend=options.backend,
@@ -84,6 +88,41 @@ def _start(options: argparse.Namespace, manager: MicroVMIsolationManager) -> VM:
         template=options.template,
         labels=dict(options.label),
     )
+    try:
+        for mapping in options.publish:
+            published = vm.publish(mapping.guest_port, mapping.host_port, mapping.address)
+            if mapping.host_port == 0:
+                complain("{} leads to port {} of the VM".format(shown(published.address, published.host_port), published.guest_port))
+    except BaseException:
+        vm.destroy()
+        raise
+    return vm
+
+
+class Mapping(NamedTuple):
+    """What one ``-p`` asks for; a host's port of 0 is one that is free."""
+
+    address: str
+    host_port: int
+    guest_port: int
+
+
+def shown(address: str, port: int) -> str:
+    """A socket's address, as URLs write it."""
+    return ("[{}]:{}" if ":" in address else "{}:{}").format(address, port)
+
+
+def _mapping(text: str) -> Mapping:
+    match = re.match(r"(?:(?:(\[[^]]+\]|[^][:]+):)?(\d*):)?(\d+)(?:/(\w+))?\Z", text)
+    if not match:
+        raise argparse.ArgumentTypeError("{!r} is no port; write 8080:80, or 0.0.0.0:8080:80, or 80 for a free port of this host".format(text))
+    address, host_port, guest_port, protocol = match.groups()
+    if protocol not in (None, "tcp"):
+        raise argparse.ArgumentTypeError("{!r}: only tcp is carried".format(text))
+    mapping = Mapping((address or LOOPBACK).strip("[]"), int(host_port or 0), int(guest_port))
+    if not (mapping.host_port <= MAX_PORT and 0 < mapping.guest_port <= MAX_PORT):
+        raise argparse.ArgumentTypeError("{!r}: a port is at most {}, and the VM's at least 1".format(text, MAX_PORT))
+    return mapping
 
 
 def _mib(text: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from .. import AttachedVM, MicroVMError, MicroVMIsolationManager, VmNotFoundError, VMSummary, attach, running_vms
 from .._vm import VM
-from . import owner, table
+from . import owner, run, table
 from .fail import complain
 
 HEAD = ["VM", "TYPE", "STATE", "GRADE", "CPUS", "MEMORY", "UP", "OWNER", "LABELS"]
@@ -68,6 +68,13 @@ def configure_snapshot(parser: argparse.ArgumentParser) -> None:
 def configure_clone(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("vm", metavar="VM", help="the VM's id, which microvm ps lists")
     parser.add_argument("name", metavar="NAME", nargs="?", help="the id of the clone (default: a new one)")
+
+
+def configure_port(parser: argparse.ArgumentParser) -> None:
+    configure_attach(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("vm", metavar="VM", help="the VM's id, which microvm ps lists")
+    parser.add_argument("port", metavar="PORT", nargs="?", type=int, help="print where this port of the VM is published, alone")
 
 
 def ps(options: argparse.Namespace) -> int:
@@ -138,6 +145,22 @@ def _resumed(manager: MicroVMIsolationManager, vm_id: str) -> VM:
     instance = manager.get_vm(vm_id)
     assert instance is not None, "it was resumed"
     return VM(manager, instance)
+
+
+def port(options: argparse.Namespace) -> int:
+    """Prints where the VM's ports are published."""
+    with attach(options.vm, options.runtime_dir) as vm:
+        found = [one for one in vm.ports() if options.port in (None, one["guest_port"])]
+    if options.json:
+        print(json.dumps(found, indent=2, sort_keys=True))
+        return 0
+    for one in found:
+        where = run.shown(one["address"], one["host_port"])
+        print(where if options.port is not None else "{}/{} -> {}".format(one["guest_port"], one["protocol"], where))
+    if options.port is not None and not found:
+        complain("port {} of {} is not published; microvm run -p and publish() do that".format(options.port, options.vm))
+        return 1
+    return 0
 
 
 def snapshot(options: argparse.Namespace) -> int:
