@@ -28,7 +28,7 @@ PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsp
 QEMU_PACKAGES := make gcc xz-utils python3-venv ninja-build pkg-config libglib2.0-dev libpcre2-dev libfdt-dev libseccomp-dev zlib1g-dev
 
 .PHONY: help check advisories dev stub t against against-qemu setup kernel agent busybox guest jail zygote janitor attackers wheel qemu-wheel installed demo test test-fast test-timing test-qemu \
-    test-nested test-distributions test-kernels bench fuzz traffic clones aio cycles stress network-many network-bench chaos chaos-kill watch-cost load soak clean
+    test-nested test-distributions test-kernels bench fuzz traffic clones aio cycles stress network-many network-bench ports chaos chaos-kill watch-cost load soak clean
 
 help:
 	@echo 'make demo    build all and run the example on real VMs'
@@ -53,6 +53,7 @@ help:
 	@echo 'make traffic the long forms of the channel tests: 10,000 messages, 1 GiB of output'
 	@echo 'make network-many  COUNT=100 connected VMs at once, and what they leave behind'
 	@echo 'make network-bench N=30: what a network costs a VM, and what it carries'
+	@echo 'make ports   COUNT=10000 requests by a published port, and what it carries beside download: MIB=64 RUNS=5'
 	@echo 'make chaos   SECONDS=1800 VMS=50 SEED=: random faults; make chaos-kill: TIMES=100'
 	@echo 'make load    VMS=100 MINUTES=30; make soak: VMS=20 MINUTES=60; make watch-cost: VMS=100'
 	@echo 'make setup | guest | jail | zygote | janitor | attackers | clean: the parts'
@@ -324,6 +325,10 @@ stress: installed
 # COUNT connected VMs at once in network namespaces of their own, and what they leave behind; needs 70 MiB for each.
 network-many: installed
 	unshare --net --mount $(BUILD)/venv-demo/bin/python -m tests.network.many $(or $(COUNT),100)
+
+# COUNT requests by a published port, and what it carries beside download and upload.
+ports: installed
+	$(BUILD)/venv-demo/bin/python tests/load/ports.py --count $(or $(COUNT),10000) --mib $(or $(MIB),64) --runs $(or $(RUNS),5)
 
 # What a network costs a VM, N times, and what it carries.
 network-bench: installed
