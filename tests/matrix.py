@@ -137,6 +137,9 @@ def stubtest(python: str, build: Path, wheel: Path, totals: Totals) -> None:
     )
     settings = target / "mypy.ini"
     settings.write_text("[mypy]\nnamespace_packages = True\nexplicit_package_bases = True\nmypy_path = {}\n".format(target))
+    with settings.open("a") as more:
+        # What the extra brings is not here.
+        more.write("[mypy-IPython.*]\nignore_missing_imports = True\n")
     variables = dict(os.environ, PYTHONPATH=str(target), MYPYPATH=str(target))
     call = [python, "-m", "mypy.stubtest", MODULE, "--mypy-config-file", str(settings)]
     print("+ " + " ".join(call), flush=True)

@@ -23,20 +23,32 @@ TEXTS: Dict[str, Any] = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     session.configure(parser)
+    configure_vm(parser)
+    configure_one(parser)
+    add = parser.add_argument
+    add("-d", "--detach", action="store_true", help="print the VM's id and leave it: to its program, or, without one, until microvm rm")
+    add("--rm", action="store_true", help="accepted out of habit: the VM is always removed")
+    add("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program and its arguments")
+
+
+def configure_vm(parser: "argparse._ActionsContainer") -> None:
+    """What a new VM has, for :func:`start`."""
     add = parser.add_argument
     add("--memory", "-m", type=_mib, metavar="SIZE", help="memory of the VM, such as 256m or 1g (default: 512m)")
     add("--cpus", type=int, metavar="N", help="vCPUs of the VM (default: 1)")
     add("--disk", type=_mib, metavar="SIZE", help="size of the VM's disk at /data (default: 1g)")
     add("--net", action="store_true", help="connect the VM (default: no network)")
     add("--egress", action="append", metavar="HOST[:PORT]", help="connect the VM to this place alone; may be given again")
-    add("-p", "--publish", action="append", default=[], metavar="[ADDRESS:]HOST:GUEST", type=_mapping, help="lead a port of this host to one of the VM (default ADDRESS: 127.0.0.1); may be given again")
     add("--backend", choices=[backend.value for backend in VMBackend], help="the VMM (default: the best one of this host)")
+    add("--template", metavar="NAME", help="clone the VM from this snapshot, which microvm templates lists")
+
+
+def configure_one(parser: "argparse._ActionsContainer") -> None:
+    """What no two VMs can have alike."""
+    add = parser.add_argument
+    add("-p", "--publish", action="append", default=[], metavar="[ADDRESS:]HOST:GUEST", type=_mapping, help="lead a port of this host to one of the VM (default ADDRESS: 127.0.0.1); may be given again")
     add("--label", action="append", default=[], metavar="K=V", type=session.pair, help="label the VM; may be given again")
     add("--name", metavar="VM", help="the id of the VM (default: a new one)")
-    add("--template", metavar="NAME", help="clone the VM from this snapshot, which microvm templates lists")
-    add("-d", "--detach", action="store_true", help="print the VM's id and leave it: to its program, or, without one, until microvm rm")
-    add("--rm", action="store_true", help="accepted out of habit: the VM is always removed")
-    add("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program and its arguments")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _in_new_vm(options: argparse.Namespace, one: session.Session) -> int:
     with MicroVMIsolationManager(owner.CONFIG) as manager:
-        with _start(options, manager) as vm:
+        with start(options, manager) as vm:
             code = one.run(vm)
     return code
 
@@ -69,19 +81,24 @@ def _leave(options: argparse.Namespace) -> int:
         program.close_stdin()
         return program
 
-    vm_id = owner.begin(lambda manager: _start(options, manager), begin)
+    vm_id = owner.begin(lambda manager: start(options, manager), begin)
     if vm_id is None:
         return FAILED
     print(vm_id)
     return 0
 
 
-def _start(options: argparse.Namespace, manager: MicroVMIsolationManager) -> VM:
+def limits(options: argparse.Namespace) -> Optional[VMResourceLimits]:
+    """What the options of :func:`configure_vm` say; a clone has what its snapshot had."""
     given = {"vcpu_count": options.cpus, "memory_mb": options.memory, "disk_size_mb": options.disk}
     given = {name: value for name, value in given.items() if value is not None}
+    return None if options.template and not given else VMResourceLimits(**given)
+
+
+def start(options: argparse.Namespace, manager: MicroVMIsolationManager) -> VM:
+    """Starts a VM with the options of :func:`configure_vm`."""
     vm = manager.run_vm(
-        # A clone has what its snapshot had.
-        resource_limits=None if options.template and not given else VMResourceLimits(**given),
+        resource_limits=limits(options),
         backend=options.backend,
         network_config=VMNetworkConfig(isolated_network=False, egress=options.egress) if options.net or options.egress else None,
         vm_id=options.name,

@@ -29,14 +29,19 @@ READ_BYTES = 64 * 1024
 JOIN_S = 2.0
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", "--interactive", action="store_true", help="pass stdin on to the program")
+    parser.add_argument("-t", "--tty", action="store_true", help="give the program a terminal")
+    configure_program(parser)
+    parser.set_defaults(usage=parser.error)
+
+
+def configure_program(parser: "argparse._ActionsContainer") -> None:
+    """What a program has wherever its output goes."""
     add = parser.add_argument
-    add("-i", "--interactive", action="store_true", help="pass stdin on to the program")
-    add("-t", "--tty", action="store_true", help="give the program a terminal")
     add("-e", "--env", action="append", default=[], metavar="K=V", type=_variable, help="set a variable; K alone takes this shell's")
     add("-w", "--workdir", metavar="DIR", help="the program's working directory (default: /)")
     add("-u", "--user", type=_user, metavar="UID", help="the uid that it runs as (default: 0)")
-    add("--timeout", type=_seconds, metavar="S", help="end the program after this many seconds, with exit code 124")
-    parser.set_defaults(usage=parser.error)
+    add("--timeout", type=seconds, metavar="S", help="end the program after this many seconds, with exit code 124")
 
 
 def command_of(options: argparse.Namespace, example: str) -> List[str]:
@@ -250,14 +255,14 @@ def _open_closed_descriptors() -> None:
                 os.close(opened)
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     try:
-        seconds = float(text)
+        value = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= MAX_TIMEOUT_S:
+        value = 0.0
+    if not 0 < value <= MAX_TIMEOUT_S:
         raise argparse.ArgumentTypeError("{!r} is not above 0 and at most {} seconds".format(text, MAX_TIMEOUT_S))
-    return seconds
+    return value
 
 
 def _user(text: str) -> int:
