@@ -138,6 +138,13 @@ class Usage(unittest.TestCase):
             for option in set(action.option_strings) - {"-h", "--help", "--env", "--workdir", "--user"}:
                 self.assertRegex(page, r"\n\|.*`{}\b".format(option))
 
+    def test_every_option_of_mcp_has_its_row_in_the_docs(self) -> None:
+        page = (ROOT / "docs" / "agents.md").read_text()
+        commands, _ = _cli.completion._commands(_cli.make_parser())
+        options = {option for action in commands["mcp"]._actions for option in action.option_strings}
+        for option in options - {"-h", "--help", "--memory"}:
+            self.assertRegex(page, r"\n\|.*`{}\b".format(option))
+
     def test_completion_of_bash_completes_commands_and_options(self) -> None:
         script = microvm("completion", "bash").stdout
         for words, wanted in [(["te"], ["templates"]), (["in"], ["inspect"]), (["exec", "--wo"], ["--workdir"]), (["run", "--ti"], ["--timeout"]), (["completion", "z"], ["zsh"]), (["foo", ""], [])]:

@@ -8,7 +8,7 @@ import sys
 from typing import Any, Callable, NoReturn, Optional, Sequence
 
 from .. import MicroVMError, __version__
-from . import completion, cp, doctor, exec, logs, run, space, stats, templates, vms
+from . import completion, cp, doctor, exec, logs, mcp, run, space, stats, templates, vms
 from .fail import Complaints, complain
 
 NAME = "microvm"
@@ -61,6 +61,7 @@ def make_parser(program: str = NAME, with_bench: bool = True) -> Parser:
     add("templates", templates.run, templates.configure, help="list the snapshots that VMs can be cloned from")
     add("df", space.df, space.configure_df, help="say how much room the cache takes")
     add("prune", space.prune, space.configure_prune, help="remove what ended processes left, and snapshots that are of no use")
+    add("mcp", mcp.run, mcp.configure, help="serve VMs to a model by the Model Context Protocol, on stdin and stdout")
     add("completion", lambda options: completion.run(options, parser), completion.configure, help="print the completion of a shell")
     add("version", _print_version, None, help="print the version")
     return parser

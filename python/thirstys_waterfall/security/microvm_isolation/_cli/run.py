@@ -44,7 +44,7 @@ def configure_vm(parser: "argparse._ActionsContainer") -> None:
 
 
 def configure_one(parser: "argparse._ActionsContainer") -> None:
-    """What no two VMs can have alike."""
+    """What is one VM's own: where an option is for all that are made, it has none of these."""
     add = parser.add_argument
     add("-p", "--publish", action="append", default=[], metavar="[ADDRESS:]HOST:GUEST", type=_mapping, help="lead a port of this host to one of the VM (default ADDRESS: 127.0.0.1); may be given again")
     add("--label", action="append", default=[], metavar="K=V", type=session.pair, help="label the VM; may be given again")
