@@ -27,7 +27,7 @@ PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsp
     xz-utils bzip2 nftables iproute2 openssl util-linux python3-venv make gcc
 QEMU_PACKAGES := make gcc xz-utils python3-venv ninja-build pkg-config libglib2.0-dev libpcre2-dev libfdt-dev libseccomp-dev zlib1g-dev
 
-.PHONY: help check advisories dev stub t against against-qemu setup kernel agent busybox guest jail zygote janitor attackers wheel qemu-wheel installed demo test test-fast test-timing test-qemu \
+.PHONY: help check advisories dev stub man t against against-qemu setup kernel agent busybox guest jail zygote janitor attackers wheel qemu-wheel installed demo test test-fast test-timing test-qemu \
     test-nested test-distributions test-kernels bench fuzz traffic clones aio cycles stress network-many network-bench ports chaos chaos-kill watch-cost load soak clean
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo 'make check   format, lints, types, licences, layers, unit and golden tests: no VM; make advisories: RustSec'
 	@echo 'make dev     a debug build in the tree; make t T=tests.vm.test_channel.Streams: one test with it'
 	@echo 'make stub    after a change of a doc comment in src/py: the docstrings of the type stub'
+	@echo 'make man     after a change of an option of microvm: its man page'
 	@echo 'make against BEFORE=WHEEL: the starts of two wheels, in turns; N=60'
 	@echo 'make against-qemu  the starts on our own QEMU beside those on the one in PATH, in turns; N=60'
 	@echo 'make test-nested  the conformance suite on every backend, in a guest with KVM: TIMES=5 MICROVM_TEST_BIN=FOLDER'
@@ -110,6 +111,10 @@ dev: setup
 # The docstrings of the core, which are doc comments in src/py, into its type stub.
 stub: dev
 	PYTHONPATH=$(CURDIR)/python $(PYTHON) tools/stub-docs.py
+
+# The man page of the command line, from its parser.
+man: dev
+	PYTHONPATH=$(CURDIR)/python $(PYTHON) tools/man.py
 
 t: dev
 	PYTHONPATH=$(CURDIR)/python $(PYTHON) -m unittest -v $(T)
@@ -231,7 +236,11 @@ test-qemu: wheel attackers qemu-wheel
 	@echo "test-qemu: all green $(took)"
 
 # Something of each area, for the time between two edits.
-test-fast: dev
+test-fas# The man page of the command line, from its parser.
+man: dev
+	PYTHONPATH=$(CURDIR)/python $(PYTHON) tools/man.py
+
+t: dev
 	$(CARGO) test -q --locked --no-default-features --lib
 	PYTHONPATH=$(CURDIR)/python $(PYTHON) tests/runner.py @tests/fast.txt
 	@echo "test-fast: all green $(took)"

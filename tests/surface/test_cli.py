@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
 from thirstys_waterfall.security.microvm_isolation import MicroVMIsolationManager, __version__, _cli, doctor
+from thirstys_waterfall.security.microvm_isolation._cli import man
 
 from ..support import IMPORT, ROOT, alive, children, eventually, limits
 
@@ -131,7 +133,7 @@ class Usage(unittest.TestCase):
 
     def test_every_command_and_option_of_run_has_its_row_in_the_docs(self) -> None:
         page = (ROOT / "docs" / "cli.md").read_text()
-        commands, _ = _cli.completion._commands(_cli.make_parser())
+        commands, _ = _cli.completion.commands_of(_cli.make_parser())
         for command in commands:
             self.assertRegex(page, r"\n\| `{}\b".format(command))
         for action in [action for command in ("run", "exec", "shell", "ps", "inspect", "logs", "cp", "port", "rm", "stats", "top", "df", "prune") for action in commands[command]._actions]:
@@ -140,10 +142,26 @@ class Usage(unittest.TestCase):
 
     def test_every_option_of_mcp_has_its_row_in_the_docs(self) -> None:
         page = (ROOT / "docs" / "agents.md").read_text()
-        commands, _ = _cli.completion._commands(_cli.make_parser())
+        commands, _ = _cli.completion.commands_of(_cli.make_parser())
         options = {option for action in commands["mcp"]._actions for option in action.option_strings}
         for option in options - {"-h", "--help", "--memory"}:
             self.assertRegex(page, r"\n\|.*`{}\b".format(option))
+
+    def test_man_page_is_what_make_man_writes_and_man_reads_it(self) -> None:
+        page = ROOT / "wheel" / "data" / "share" / "man" / "man1" / "microvm.1"
+        self.assertEqual(page.read_text(), man.page(_cli.make_parser()))
+        if shutil.which("man") is None:
+            self.skipTest("needs man (man-db)")
+        done = subprocess.run(
+            ["man", "--warnings", "-l", str(page)],
+            env=dict(os.environ, MANWIDTH="80", LC_ALL="C.UTF-8"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for words in ("run [--] PROGRAM [ARGUMENT]...", "-m SIZE" , "--runtime-dir DIR", "EXIT STATUS"):
+            self.assertIn(words, re.sub(".\b", "", done.stdout))
 
     def test_completion_of_bash_completes_commands_and_options(self) -> None:
         script = microvm("completion", "bash").stdout

@@ -97,8 +97,11 @@ class Package(unittest.TestCase):
             self.skipTest("not installed from a wheel")
         folder = "thirstys_waterfall/security/microvm_isolation/"
         outside = [f for f in files if not str(f).startswith(folder) and ".dist-info/" not in str(f)]
-        self.assertEqual([f.name for f in outside], ["microvm"])
-        self.assertEqual(outside[0].locate().resolve().parent, Path(sys.executable).parent.resolve())
+        self.assertEqual(sorted(f.name for f in outside), ["microvm", "microvm.1"])
+        places = {f.name: f.locate().resolve().parent for f in outside}
+        self.assertEqual(places["microvm"], Path(sys.executable).parent.resolve())
+        # Where man(1) looks beside a bin of PATH (manpath(5)).
+        self.assertEqual(places["microvm.1"], Path(sys.prefix).resolve() / "share" / "man" / "man1")
         self.assertTrue({folder + "py.typed", folder + "_native.pyi"} <= {str(f) for f in files})
 
     def test_every_elf_file_needs_no_newer_glibc_than_the_wheels_tag_says(self) -> None:

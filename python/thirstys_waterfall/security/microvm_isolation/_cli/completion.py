@@ -41,14 +41,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    print({"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell](*_commands(parser)))
+    print({"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell](*commands_of(parser)))
     return 0
 
 
 Commands = Dict[str, argparse.ArgumentParser]
 
 
-def _commands(parser: argparse.ArgumentParser) -> Tuple[Commands, Dict[str, str]]:
+def commands_of(parser: argparse.ArgumentParser) -> Tuple[Commands, Dict[str, str]]:
     """The parser and the help of each command; argparse has no public way to ask for them."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
