@@ -236,11 +236,7 @@ test-qemu: wheel attackers qemu-wheel
 	@echo "test-qemu: all green $(took)"
 
 # Something of each area, for the time between two edits.
-test-fas# The man page of the command line, from its parser.
-man: dev
-	PYTHONPATH=$(CURDIR)/python $(PYTHON) tools/man.py
-
-t: dev
+test-fast: dev
 	$(CARGO) test -q --locked --no-default-features --lib
 	PYTHONPATH=$(CURDIR)/python $(PYTHON) tests/runner.py @tests/fast.txt
 	@echo "test-fast: all green $(took)"

@@ -55,6 +55,8 @@ struct Look {
     tried: Result<Tried>,
     layers: Vec<(&'static str, Layer)>,
     network: std::result::Result<Vec<Problem>, Refusal>,
+    /// The suspended VMs that cannot be resumed any more, and why.
+    lost: Vec<(String, String)>,
 }
 
 /// A VM that was started, answered, and is gone again.
@@ -94,7 +96,20 @@ fn look(image: GuestImage) -> Look {
         Err(_) => layers_of_the_host(&settings.image, &config),
     };
     let network = network::ready(None, true, network::Age::Now);
-    Look { config, settings, kvm, privileges, backends, tried, layers, network }
+    let lost = lost(&settings);
+    Look { config, settings, kvm, privileges, backends, tried, layers, network, lost }
+}
+
+fn lost(settings: &Settings) -> Vec<(String, String)> {
+    let store = &settings.suspended;
+    let why = |(name, _): (String, u64)| {
+        let why = match store.manifest(&name).transpose()? {
+            Ok(written) => vm::differences_here(&written, settings).join("; "),
+            Err(error) => error.to_string(),
+        };
+        (!why.is_empty()).then_some((name, why))
+    };
+    store.list().into_iter().filter_map(why).collect()
 }
 
 /// Creates the default VM and does what its start would, up to the VMM.
@@ -191,6 +206,10 @@ fn judge(image: &GuestImage, look: &Look, trials: &[Trial]) -> Value {
             Finding::new(what, Some(one.remedy.clone()))
         })),
     }
+    problems.extend(look.lost.iter().map(|(name, why)| {
+        let remedy = "export_disk() gets its files out, destroy_vm() ends it; or bring back what it ran on";
+        Finding::new(format!("the suspended VM {name} cannot be resumed: {why}"), Some(remedy.into()))
+    }));
     let listed: Vec<Value> = backends.iter().map(|found| backend_json(found, settings)).collect();
     json!({
         "verdict": verdict(look, trials, &jail),

@@ -28,6 +28,7 @@ use crate::model::VmId;
 const DISKS: &str = "disks";
 /// Random digits before each name.
 const DIGITS: usize = 16;
+const MIB: u64 = 1 << 20;
 /// New names that are tried while a sweep holds those made before.
 const TRIES: usize = 8;
 
@@ -157,7 +158,9 @@ fn stale(dir: &Dir, name: &str) -> io::Result<Option<Lock>> {
     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     let file = File::from(openat(dir, name, flags, Mode::empty())?);
     let (meta, uid) = (file.metadata()?, nix::unistd::geteuid());
-    if !meta.is_file() || meta.nlink() != 1 || !(uid.is_root() || meta.uid() == uid.as_raw()) {
+    // Disks are for one user alone and have whole mebibytes: what else has such a name is no disk.
+    let is_disk = meta.is_file() && meta.nlink() == 1 && meta.mode() & 0o7777 == 0o600 && meta.len() % MIB == 0;
+    if !is_disk || !(uid.is_root() || meta.uid() == uid.as_raw()) {
         return Ok(None);
     }
     locked(dir, name, file)
@@ -182,6 +185,12 @@ mod tests {
 
     fn made(cache: &Root, vm_id: &str) -> Disk {
         Disk::create(cache, &VmId::parse(vm_id).unwrap()).unwrap()
+    }
+
+    /// As a dead manager leaves it.
+    fn left(path: &Path) {
+        let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).unwrap();
+        file.set_len(MIB).unwrap();
     }
 
     fn names(folder: &Path) -> Vec<String> {
@@ -236,13 +245,18 @@ mod tests {
         let (held, dead) = (made(&cache, "held"), made(&cache, "dead"));
         let stale = dead.path().to_owned();
         drop(dead);
-        fs::write(&stale, b"x").unwrap();
+        left(&stale);
         let digits = "0123456789abcdef";
         fs::create_dir(folder.join(format!("{digits}-folder"))).unwrap();
         fs::write(folder.join("elsewhere"), b"x").unwrap();
         symlink(folder.join("elsewhere"), folder.join(format!("{digits}-link"))).unwrap();
         fs::hard_link(folder.join("elsewhere"), folder.join(format!("{digits}-hardlink"))).unwrap();
         nix::unistd::mkfifo(&folder.join(format!("{digits}-fifo")), Mode::S_IRWXU).unwrap();
+        // What has a disk's name, but another size or mode.
+        left(&folder.join(format!("{digits}-open")));
+        fs::set_permissions(folder.join(format!("{digits}-open")), fs::Permissions::from_mode(0o644)).unwrap();
+        left(&folder.join(format!("{digits}-notes")));
+        fs::write(folder.join(format!("{digits}-notes")), b"x").unwrap();
         for name in ["notes", "5f369f35-vm", "0123456789ABCDEF-vm", "0123456789abcdef-", "0123456789abcdef-a/b"] {
             drop(fs::write(folder.join(name), b"x"));
         }
@@ -259,7 +273,7 @@ mod tests {
         let (_scratch, cache, folder) = cache();
         let stale = folder.join("0123456789abcdef-vm");
         fs::create_dir(&folder).unwrap();
-        fs::write(&stale, b"x").unwrap();
+        left(&stale);
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o770)).unwrap();
         sweep(&cache);
         assert!(stale.exists());
@@ -292,7 +306,7 @@ mod tests {
     fn test_lock_is_the_managers_and_not_the_vmms() {
         let (_scratch, cache, folder) = cache();
         let disk = made(&cache, "vm");
-        disk.file().set_len(4096).unwrap();
+        disk.file().set_len(MIB).unwrap();
         let vmm =
             fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(disk.path()).unwrap();
         let whole = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: 0, l_start: 100, l_len: 1, l_pid: 0 };

@@ -125,13 +125,14 @@ mod tests {
         let scratch = Scratch::new();
         let folder = Base::new(Kind::Leases, scratch.path().join("uids")).root().unwrap();
         let held = Lease::take_in(&folder, 7, 7).unwrap();
-        for name in ["8", "readme"] {
+        drop(folder.make_lock("8").unwrap());
+        for name in ["11", "readme"] {
             folder.create(name).unwrap();
         }
         folder.make_dir("9").unwrap();
         std::os::unix::fs::symlink("readme", folder.at("10")).unwrap();
         sweep_in(&folder);
-        assert_eq!(names(&folder), [".tw-microvm", "10", "7", "9", "readme"]);
+        assert_eq!(names(&folder), [".tw-microvm", "10", "11", "7", "9", "readme"]);
         drop(held);
     }
 }

@@ -1,9 +1,10 @@
-//! Locks: held by an open descriptor, so a process that dies lets go.
+//! Locks: held by an open descriptor, so a process that dies lets go. What a lock file says proves that we made it: without
+//! that, nothing that it guards is swept.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -12,6 +13,9 @@ use nix::sys::stat::{fstat, Mode};
 
 use super::dir::{Dir, Id};
 use crate::host::fork::{self, ForkGuard};
+
+/// The content of each lock file.
+pub(super) const MARK: &[u8] = b"tw-microvm lock\n";
 
 /// A lock on a file; no fork takes it along.
 #[derive(Debug)]
@@ -50,19 +54,32 @@ impl Dir {
     /// Takes the lock file `name`, which must be there; `None` when another process, or this one, holds it.
     ///
     /// # Errors
-    /// `NotFound`, also when it was removed in between; as [`Dir::open`]'s.
+    /// `NotFound`, also when it was removed in between; `InvalidData` when [`Dir::make_lock`] did not make it; as
+    /// [`Dir::open`]'s.
     pub fn lock(&self, name: impl AsRef<OsStr>) -> io::Result<Option<Lock>> {
         let file = self.open_writable(name.as_ref())?;
-        self.held(name.as_ref(), file)
+        let Some(lock) = self.held(name.as_ref(), file)? else { return Ok(None) };
+        match content(lock.file())? == MARK {
+            true => Ok(Some(lock)),
+            false => Err(foreign()),
+        }
     }
 
     /// As [`Dir::lock`], for one that is made when it is missing.
     ///
     /// # Errors
-    /// `NotFound` when it was removed in between; the caller may try again. As [`Dir::open`]'s.
+    /// `NotFound` when it was removed in between; the caller may try again. `InvalidData` when a file of that name has other
+    /// content. As [`Dir::open`]'s.
     pub fn make_lock(&self, name: impl AsRef<OsStr>) -> io::Result<Option<Lock>> {
         let file = self.create_or_open(name.as_ref())?;
-        self.held(name.as_ref(), file)
+        let Some(lock) = self.held(name.as_ref(), file)? else { return Ok(None) };
+        match content(lock.file())? {
+            found if found == MARK => {}
+            // New, or of a process that died before it wrote.
+            found if MARK.starts_with(&found) => lock.file().write_all_at(MARK, 0)?,
+            _ => return Err(foreign()),
+        }
+        Ok(Some(lock))
     }
 
     pub(super) fn held(&self, name: &OsStr, file: File) -> io::Result<Option<Lock>> {
@@ -90,6 +107,21 @@ impl Dir {
             }
         }
     }
+}
+
+fn content(file: &File) -> io::Result<Vec<u8>> {
+    let mut bytes = [0; MARK.len() + 1];
+    let mut length = 0;
+    loop {
+        match file.read_at(&mut bytes[length..], length as u64)? {
+            0 => return Ok(bytes[..length].to_vec()),
+            read => length += read,
+        }
+    }
+}
+
+fn foreign() -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, "it is no lock of ours")
 }
 
 /// Whether this very process holds the lock file at `path`; `false` where the kernel does not tell (proc_locks(5)).
@@ -135,6 +167,22 @@ mod tests {
         assert!(dir.lock("lock").unwrap().is_none() && dir.make_lock("lock").unwrap().is_none());
         drop(held);
         assert!(dir.lock("lock").unwrap().is_some());
+    }
+
+    #[test]
+    fn test_lock_is_taken_only_of_a_file_that_was_made_as_one() {
+        let scratch = Scratch::new();
+        let dir = scratch.dir();
+        for (content, is_ours) in [("", false), ("tw-micro", false), ("tw-microvm lock\n", true), ("1234\n", false)] {
+            std::fs::write(scratch.path().join("lock"), content).unwrap();
+            assert_eq!(dir.lock("lock").is_ok_and(|lock| lock.is_some()), is_ours, "{content:?}");
+            // One that says nothing else may be that of a process that died.
+            assert_eq!(dir.make_lock("lock").is_ok_and(|lock| lock.is_some()), content != "1234\n", "{content:?}");
+            std::fs::remove_file(scratch.path().join("lock")).unwrap();
+        }
+        std::fs::write(scratch.path().join("lock"), "1234\n").unwrap();
+        assert_eq!(dir.make_lock("lock").unwrap_err().kind(), ErrorKind::InvalidData);
+        assert_eq!(std::fs::read(scratch.path().join("lock")).unwrap(), b"1234\n");
     }
 
     #[test]

@@ -352,7 +352,12 @@ pub fn sweep(runtime: &Root) -> Vec<String> {
         match done {
             Ok(true) => swept.push(name.to_owned()),
             Ok(false) => {}
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::InvalidData
+                ) =>
+            {
                 log::debug!("{}: not looked at: {error}", runtime.at(name).display());
             }
             Err(error) => log::warn!("{}: stale, but could not be removed: {error}", runtime.at(name).display()),
@@ -374,9 +379,18 @@ fn sweep_new(runtime: &Root, name: &str) -> io::Result<()> {
     match dir.lock(LOCK) {
         Ok(None) => Ok(()),
         Ok(Some(_held)) => runtime.remove_all(name),
-        Err(error) if error.kind() == ErrorKind::NotFound && dir.entries()?.is_empty() => runtime.remove_all(name),
+        // Its maker died before the lock was one.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidData) && is_begun(&dir)? => {
+            runtime.remove_all(name)
+        }
         Err(error) => Err(error),
     }
+}
+
+/// Whether a folder has nothing but a lock file with nothing in it.
+fn is_begun(dir: &Dir) -> io::Result<bool> {
+    let mut entries = dir.entries()?.into_iter();
+    Ok(entries.all(|entry| entry.name == LOCK && dir.read(LOCK, 1).is_ok_and(|content| content.is_empty())))
 }
 
 fn sweep_vm(runtime: &Root, name: &str) -> io::Result<bool> {
@@ -394,8 +408,8 @@ fn sweep_vm(runtime: &Root, name: &str) -> io::Result<bool> {
 mod tests {
     use super::super::dir::tests::Scratch;
     use super::*;
-    use std::fs;
-    use std::os::unix::fs::{symlink, PermissionsExt};
+    use std::fs::{self, DirBuilder};
+    use std::os::unix::fs::{symlink, DirBuilderExt, PermissionsExt};
 
     fn folders(scratch: &Scratch) -> Folders {
         Folders::new(Some(scratch.path().join("run")), Some(scratch.path().join("cache")))
@@ -505,8 +519,10 @@ mod tests {
             fs::create_dir(base.join(folder)).unwrap();
             fs::set_permissions(base.join(folder), fs::Permissions::from_mode(0o700)).unwrap();
         }
-        for file in ["full/thesis", "lock", ".gone-0123456789abcdef"] {
-            fs::write(base.join(file), b"").unwrap();
+        for file in ["full/thesis", "lock", ".gone-0123456789abcdef", "git/lock", "git/HEAD", "empty-lock/lock"] {
+            let folder = base.join(file).parent().unwrap().to_owned();
+            DirBuilder::new().recursive(true).mode(0o700).create(folder).unwrap();
+            fs::write(base.join(file), if file == "git/lock" { "1234\n" } else { "" }).unwrap();
         }
         symlink(outside.path(), base.join("linked")).unwrap();
         fs::create_dir(base.join("lock-is-a-link")).unwrap();
@@ -515,7 +531,7 @@ mod tests {
         let before = names(base);
         assert!(swept(&folders).is_empty());
         assert_eq!((names(base), names(outside.path())), (before, vec!["lock".to_owned()]));
-        for taken in ["empty", "full", "linked", "lock-is-a-link"] {
+        for taken in ["empty", "full", "linked", "lock-is-a-link", "git", "empty-lock"] {
             let message = VmDir::create(&folders, &id(taken)).unwrap_err().to_string();
             assert!(message.contains(taken), "{message}");
         }

@@ -12,7 +12,7 @@ from typing import Any, Dict
 
 from thirstys_waterfall.security.microvm_isolation import DoctorReport, doctor
 
-from ..support import DATA, IMPORT, VMTestCase, find_tool, misfits
+from ..support import DATA, IMPORT, VMTestCase, find_tool, make_rootfs, misfits
 
 CODE = """
 import json
@@ -217,6 +217,21 @@ class Agreement(VMTestCase):
         before = content()
         doctor(start=True)
         self.assertEqual(content(), before)
+
+    def test_suspended_vm_that_cannot_come_back_is_told_with_the_way_out(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            image = make_rootfs(Path(folder) / "root.ext4")
+            vm = self.running(rootfs_path=str(image))
+            self.addCleanup(self.manager.destroy_vm, vm.vm_id)
+            self.assertTrue(vm.suspend(), vm.last_error)
+            told = lambda: [one for one in doctor()["problems"] if vm.vm_id in one["what"]]
+            self.assertEqual(told(), [])
+            with image.open("r+b") as file:
+                file.seek(3 << 20)
+                file.write(b"replaced")
+            (problem,) = told()
+            self.assertIn("rootfs", problem["what"])
+            self.assertIn("export_disk()", problem["remedy"] or "")
 
     def microvm(self, *options: str, **kwargs: Any) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", IMPORT, "doctor", *options]

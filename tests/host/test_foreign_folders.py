@@ -37,7 +37,9 @@ manager.start()
 vm = manager.get_vm(manager.create_vm("session", VMResourceLimits(1, 128, 64), vm_id="guest"))
 if not vm.start():
     print("refused", type(vm.last_error).__name__, vm.last_error)
-    manager.list_templates(); manager.list_suspended(); manager.get_resource_usage(); manager.destroy_all_vms()
+    manager.list_templates(); manager.list_suspended(); manager.get_resource_usage()
+    manager.delete_template("project"); manager.destroy_vm("git"); manager.resume_vm("project"); manager.prepare()
+    manager.destroy_all_vms()
     manager.stop()
     sys.exit()
 vm.snapshot("mine")
@@ -47,6 +49,23 @@ assert vm.suspend(), vm.last_error
 manager.list_templates(); manager.list_suspended(); manager.get_resource_usage()
 assert vm.resume(), vm.last_error
 assert manager.delete_template("mine"), manager.last_error
+# What has the name of something foreign: it may fail, or it is of ours and goes.
+for name in ("git", "project", "smith", "app-templates"):
+    for operation in (
+        lambda: name in ("project", "smith") and vm.snapshot(name),
+        lambda: manager.delete_template(name),
+        lambda: manager.resume_vm(name),
+        lambda: manager.export_disk(name, "exported"),
+        lambda: manager.create_vm("session", VMResourceLimits(1, 128, 64), vm_id=name),
+        lambda: manager.get_vm(name) and name == "git" and manager.get_vm(name).start(),
+        lambda: manager.destroy_vm(name),
+    ):
+        try:
+            operation()
+        except MicroVMError:
+            pass
+manager.prepare(VMResourceLimits(1, 128, 64))
+running_vms(config.get("runtime_dir")); doctor()
 other = MicroVMIsolationManager(dict({{"default_backend": "QEMU"}}, **config))
 other.start(); other.stop()
 print("ran", flush=True)
@@ -96,6 +115,12 @@ class Foreign:
             (path / "file").write_text("read only")
             path.chmod(0o500)
 
+        def like_a_vm(path: Path) -> None:
+            path.mkdir()
+            path.chmod(0o700)
+            (path / "lock").write_text("")
+            (path / "HEAD").write_text("ref: main")
+
         def a_socket(path: Path) -> None:
             with socket.socket(socket.AF_UNIX) as server:
                 here = os.getcwd()
@@ -140,6 +165,9 @@ class Foreign:
             "tw-microvm-evil": with_files(cgroup_procs="{}\n".format(self.bystander.pid)),
             "0123456789abcdef0123456789abcdef": with_files(ram="x", disk="x"),
             "0123456789abcdef-guest": lambda path: path.mkdir(),
+            "0123456789abcdef-notes": lambda path: path.write_text("text"),
+            "git": like_a_vm,
+            "project": tree,
             "work.new": tree,
             ".new-project": tree,
             ".gone-fishing": tree,

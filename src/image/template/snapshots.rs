@@ -195,7 +195,10 @@ impl SnapshotStore {
         debug_assert_eq!(lock.name, name);
         let file = format!("{NEW}{name}");
         let failed = |error: io::Error| Error::host("make", lock.dir.at(&file).display(), error);
-        lock.dir.remove_all(&file).map_err(failed)?;
+        if lock.dir.has(&file).map_err(failed)? {
+            check(&lock.dir, &file, is_half_made)?;
+            lock.dir.remove_all(&file).map_err(failed)?;
+        }
         let new = lock.dir.make_dir(&file).map_err(failed)?;
         Ok(PendingSnapshot { new, lock })
     }
@@ -281,10 +284,13 @@ impl SnapshotStore {
     /// Blocking.
     ///
     /// # Errors
-    /// [`Error::Host`].
+    /// [`Error::Host`], also when what has the name is no snapshot: it stays.
     pub fn remove(&self, lock: &NameLock, name: &str) -> Result<Option<Trash>> {
         debug_assert_eq!(lock.name, name);
         let Some(dir) = self.folder.existing()? else { return Ok(None) };
+        if dir.has(name).unwrap_or(false) {
+            check(&dir, name, is_snapshot)?;
+        }
         let gone = format!("{GONE}{}", clock::hex(&clock::random::<8>()?));
         self.slots.lock().remove(name);
         match dir.rename(name, &dir, &gone) {
@@ -314,7 +320,7 @@ impl SnapshotStore {
     pub fn list(&self) -> Vec<(String, u64)> {
         let Some(dir) = self.folder.trusted() else { return Vec::new() };
         let look = |entry| {
-            let name = folder::own_folder(&entry).filter(|name| !name.starts_with('.'))?;
+            let name = folder::own_folder(&entry).filter(|name| !name.starts_with('.') && is_snapshot(&dir, name))?;
             Some((name.to_owned(), folder::disk_bytes(&dir.dir(name).ok()?).ok()?))
         };
         dir.entries().unwrap_or_default().into_iter().filter_map(look).collect()
@@ -333,10 +339,11 @@ impl SnapshotStore {
                     Ok(Some(_held)) => dir.remove_all(name),
                     _ => Ok(()),
                 }
-            } else if let Some(of) = name.strip_prefix(LOCK).filter(|_| is_empty_file(&dir, name)) {
-                // Dropping the lock removes its file, too.
-                drop(self.lock(of));
-                Ok(())
+            } else if name.starts_with(LOCK) {
+                match dir.lock(name) {
+                    Ok(Some(_held)) => dir.remove_file(name),
+                    _ => Ok(()),
+                }
             } else {
                 Ok(())
             };
@@ -353,13 +360,26 @@ fn is_half_made(dir: &Dir, name: &str) -> bool {
     dir.dir(name).and_then(|folder| folder.entries()).is_ok_and(|entries| entries.into_iter().all(ours))
 }
 
+/// Whether a folder holds a snapshot, or what damage has left of one.
+fn is_snapshot(dir: &Dir, name: &str) -> bool {
+    is_half_made(dir, name)
+        && dir.dir(name).and_then(|folder| folder.entries()).is_ok_and(|entries| !entries.is_empty())
+}
+
+/// Whatever is to be removed is ours.
+fn check(dir: &Dir, name: &str, is_ours: impl Fn(&Dir, &str) -> bool) -> Result<()> {
+    match is_ours(dir, name) {
+        true => Ok(()),
+        false => {
+            let reason = "it is not what this library puts there, so it stays; move it away or choose another name";
+            Err(Error::host("remove", dir.at(name).display(), reason))
+        }
+    }
+}
+
 /// Whether digits are those of a name that [`SnapshotStore::remove`] gives.
 fn is_random(digits: &str) -> bool {
     digits.len() == 16 && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-fn is_empty_file(dir: &Dir, name: &str) -> bool {
-    dir.open(name).and_then(|file| file.metadata()).is_ok_and(|meta| meta.len() == 0)
 }
 
 /// As [`SnapshotStore::clean_up`], for the folder of one. Blocking.
@@ -626,6 +646,31 @@ mod tests {
         clean_up_folder(&folder);
         assert_eq!(fs::read_dir(&folder).unwrap().count(), before);
         assert!(folder.join("2024-01-01/file").exists());
+    }
+
+    #[test]
+    fn test_what_others_put_there_is_neither_listed_nor_removed_under_its_very_name() {
+        let (cache, store) = store();
+        keep(&store, "own");
+        let folder = cache.path().join("snapshots");
+        for name in ["thesis", "empty", ".new-project"] {
+            DirBuilder::new().mode(0o700).create(folder.join(name)).unwrap();
+        }
+        for file in ["thesis/ram", "thesis/chapter", ".new-project/chapter", ".lock-smith"] {
+            fs::write(folder.join(file), b"ten years of work").unwrap();
+        }
+        assert_eq!(store.list().into_iter().map(|(name, _)| name).collect::<Vec<_>>(), ["own"]);
+        for name in ["thesis", "empty"] {
+            let error = store.remove(&store.lock(name).unwrap().unwrap(), name).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("move it away"), "{error}");
+        }
+        assert!(store.make(store.lock("project").unwrap().unwrap(), "project").is_err());
+        assert!(store.lock("smith").is_err());
+        store.clean_up();
+        for file in ["thesis/chapter", ".new-project/chapter", ".lock-smith"] {
+            assert_eq!(fs::read(folder.join(file)).unwrap(), b"ten years of work");
+        }
+        assert!(folder.join("empty").exists());
     }
 
     #[test]

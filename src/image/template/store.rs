@@ -545,7 +545,7 @@ mod tests {
         let dead = folder.join(format!("{}.new", digits('0')));
         fs::create_dir(&dead).unwrap();
         fs::set_permissions(&dead, fs::Permissions::from_mode(0o700)).unwrap();
-        fs::write(folder.join(format!("{}.lock", digits('0'))), "").unwrap();
+        fs::write(folder.join(format!("{}.lock", digits('0'))), "tw-microvm lock\n").unwrap();
         let template = folder.join(fit().key());
         let list = || {
             fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect::<std::collections::BTreeSet<_>>()

@@ -102,7 +102,7 @@ pub fn enter(flag: CloneFlags, stage: Stage, name: &str) -> Result<(), Failure> 
                 " (this host denies user namespaces to this user: see kernel.unprivileged_userns_clone and \
                  kernel.apparmor_restrict_unprivileged_userns, or a container's seccomp profile)"
             }
-            Errno::EPERM => " (needs CAP_SYS_ADMIN: switch namespaces.user on, or start as root)",
+            Errno::EPERM => " (needs root or a user namespace: microvm doctor says what this host lacks)",
             Errno::ENOSPC | Errno::EUSERS => " (no more of them allowed: see the sysctls user.max_*_namespaces)",
             Errno::EINVAL => " (this kernel was built without them)",
             _ => "",
