@@ -24,7 +24,7 @@ STATIC_FLAGS := -C target-feature=+crt-static -C relocation-model=static
 AGENT_CIPHERS := --cfg chacha20_force_soft --cfg poly1305_force_soft --cfg curve25519_dalek_backend="serial"
 
 PACKAGES := qemu-system-x86 flex bison libelf-dev linux-source-6.1 bc cpio e2fsprogs busybox-static libssl-dev \
-    xz-utils bzip2 nftables iproute2 openssl util-linux python3-venv make gcc
+    xz-utils bzip2 nftables iproute2 openssl erofs-utils util-linux python3-venv make gcc
 QEMU_PACKAGES := make gcc xz-utils python3-venv ninja-build pkg-config libglib2.0-dev libpcre2-dev libfdt-dev libseccomp-dev zlib1g-dev
 
 .PHONY: help check advisories dev stub man t against against-qemu setup kernel agent busybox guest jail zygote janitor attackers wheel qemu-wheel installed demo test test-fast test-timing test-qemu \

@@ -128,11 +128,13 @@ def find_tool(name: str) -> Optional[str]:
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
-def make_rootfs(path: Path) -> Path:
-    """An ext4 image with a static busybox and a file that says whose it is."""
-    busybox, mke2fs = find_tool("busybox"), find_tool("mke2fs")
+def make_rootfs(path: Path, kind: str = "ext4", fill: Callable[[Path], Any] = lambda tree: None) -> Path:
+    """An ext4 or EROFS image with a static busybox, a file that says whose it is, and what ``fill`` adds."""
+    busybox, mke2fs, mkfs_erofs = find_tool("busybox"), find_tool("mke2fs"), find_tool("mkfs.erofs")
     if busybox is None or mke2fs is None:
         raise unittest.SkipTest("needs busybox (busybox-static) and mke2fs (e2fsprogs) to make a root file system")
+    if kind == "erofs" and mkfs_erofs is None:
+        raise unittest.SkipTest("needs mkfs.erofs (erofs-utils) to make a root file system")
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name)
         for folder in ("bin", "etc", "proc", "sys", "dev", "tmp", "run", "mnt"):
@@ -141,7 +143,10 @@ def make_rootfs(path: Path) -> Path:
         for applet in ("sh", "cat", "ls", "echo", "touch"):
             (tree / "bin" / applet).symlink_to("busybox")
         (tree / "etc" / "made-by").write_text("tests\n")
+        fill(tree)
         command = [mke2fs, "-q", "-F", "-t", "ext4", "-d", name, str(path), "16M"]
+        if kind == "erofs":
+            command = [str(mkfs_erofs), str(path), name]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return path
 

@@ -11,6 +11,9 @@ use crate::host::elf::Elf;
 /// The note that holds the PVH entry point, and its owner (xen/include/public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 const XEN: &[u8] = b"Xen";
+/// fs/erofs/erofs_fs.h; the features are files in chunks, without which there are no holes.
+const EROFS_MAGIC: u32 = 0xE0F5_E1E2;
+const EROFS_FEATURES: u32 = 4;
 
 fn unreadable(field: &'static str, path: &Path, cause: impl Into<Cause>) -> Error {
     Error::ImageUnreadable { field, path: path.to_owned(), source: cause.into() }
@@ -57,7 +60,7 @@ pub fn check_kernel(path: &Path) -> Result<()> {
     }
 }
 
-/// Accepts an ext4 image that is whole, by its superblock.
+/// Accepts an ext4 or EROFS image that is whole, by its superblock.
 ///
 /// # Errors
 /// [`Error::ImageUnreadable`], or [`Error::ImageInvalid`] saying what is wrong with it.
@@ -66,23 +69,43 @@ pub fn check_rootfs(path: &Path) -> Result<()> {
     let (file, size) = open("rootfs_path", path)?;
     let mut superblock = [0; 1024];
     if file.read_exact_at(&mut superblock, 1024).is_err() {
-        return Err(invalid(format!("it has {size} bytes, too few for an ext4 image")));
+        return Err(invalid(format!("it has {size} bytes, too few for an ext4 or EROFS image")));
     }
-    if superblock.get(56..58) != Some(&0xEF53_u16.to_le_bytes()) {
-        return Err(invalid(
-            "it is not an ext4 image; make one with mkfs.ext4 on a plain file, without partitions".into(),
-        ));
-    }
-    let block_log = le32(&superblock, 24);
-    let blocks = u64::from(le32(&superblock, 4));
-    if block_log > 6 || blocks == 0 || le32(&superblock, 40) == 0 {
-        return Err(invalid("its ext4 superblock is damaged; run fsck.ext4 on it".into()));
-    }
-    let needed = blocks << (10 + block_log);
+    let needed = match le32(&superblock, 0) == EROFS_MAGIC {
+        true => erofs_bytes(&superblock),
+        false => ext4_bytes(&superblock),
+    };
+    let needed = needed.map_err(|reason| invalid(reason.into()))?;
     if needed > size {
         return Err(invalid(format!("it is cut off: the file system has {needed} bytes, the file {size}")));
     }
     Ok(())
+}
+
+fn ext4_bytes(superblock: &[u8]) -> std::result::Result<u64, &'static str> {
+    if superblock.get(56..58) != Some(&0xEF53_u16.to_le_bytes()) {
+        return Err(
+            "it is neither an ext4 nor an EROFS image; make one with mkfs.ext4 or mkfs.erofs on a plain file, without \
+                    partitions, or give a container image by image=",
+        );
+    }
+    let block_log = le32(superblock, 24);
+    let blocks = u64::from(le32(superblock, 4));
+    if block_log > 6 || blocks == 0 || le32(superblock, 40) == 0 {
+        return Err("its ext4 superblock is damaged; run fsck.ext4 on it");
+    }
+    Ok(blocks << (10 + block_log))
+}
+
+/// As the guest's kernel mounts it: blocks of 4 KiB, and nothing that needs a feature beyond those of [`EROFS_FEATURES`].
+fn erofs_bytes(superblock: &[u8]) -> std::result::Result<u64, &'static str> {
+    if superblock[12] != 12 {
+        return Err("its blocks are not of 4096 bytes; make it with mkfs.erofs -b 4096");
+    }
+    if le32(superblock, 80) & !EROFS_FEATURES != 0 {
+        return Err("it is compressed, which the guest's kernel does not read; make it with mkfs.erofs without -z");
+    }
+    Ok(u64::from(le32(superblock, 36)) << 12)
 }
 
 #[cfg(test)]
@@ -132,5 +155,19 @@ mod tests {
         image[1024 + 4] = 200;
         image[1024 + 40] = 16;
         assert!(reason(check_rootfs(file(&image).path())).contains("cut off"));
+    }
+
+    #[test]
+    fn test_check_rootfs_takes_erofs_that_the_guest_can_mount() {
+        let mut image = vec![0; 8192];
+        image[1024..1028].copy_from_slice(&EROFS_MAGIC.to_le_bytes());
+        image[1024 + 12] = 12;
+        image[1024 + 36] = 2;
+        check_rootfs(file(&image).path()).unwrap();
+        for (at, value, expected) in [(36, 3, "cut off"), (12, 9, "4096"), (80, 1, "compressed")] {
+            let mut image = image.clone();
+            image[1024 + at] = value;
+            assert!(reason(check_rootfs(file(&image).path())).contains(expected), "{expected}");
+        }
     }
 }

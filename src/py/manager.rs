@@ -237,8 +237,8 @@ impl MicroVMIsolationManager {
     ///     vm_id: 1 to 64 of the letters, digits, `.`, `_` and `-`, beginning with a letter or digit.
     ///     kernel_path: A Linux kernel for the VM: an uncompressed ELF image with a PVH entry point
     ///         (CONFIG_PVH). The kernel of this package where left out.
-    ///     rootfs_path: An ext4 image as the root file system; it is never written to. The guest of this
-    ///         package where left out.
+    ///     rootfs_path: An ext4 or EROFS image as the root file system; it is never written to. The guest of
+    ///         this package where left out.
     ///     template: A name that was given to `MicroVMInstance.snapshot`: the VM starts as a clone of that
     ///         VM, with its programs running and its disk. Arguments that are left out are the template's.
     ///         vCPUs, memory, disk size, backend, kernel, image and whether there is a network cannot

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +70,32 @@ class Users(GuestTestCase):
             said = b"".join(data for _, data in stream).decode().split()
         self.assertEqual(said, ["xterm", "/dev/pts/0"])
         self.assertEqual(self.said(vm, "echo ${TERM:-none}"), "none")
+
+    def test_erofs_image_is_the_root_entry_by_entry_and_stays_as_it_is(self) -> None:
+        stat = "cd {}; busybox find . | busybox sort | while read -r f; do busybox stat -c '%n %f %h %u %g %Y' \"$f\"; "
+        stat += "busybox readlink \"$f\" || ! test -f \"$f\" || busybox md5sum \"$f\"; done"
+        listed = []
+
+        def fill(tree: Path) -> None:
+            (tree / "srv" / ("n" * 200)).mkdir(parents=True)
+            (tree / "srv" / "\u00e9 b").write_text("odd")
+            for size in (0, 1, 4095, 4096, 4097, 300001):
+                (tree / "srv" / str(size)).write_bytes(bytes(range(251)) * (size // 251) + b"x" * (size % 251))
+            (tree / "srv" / "1").chmod(0o4751)
+            (tree / "srv" / "link").symlink_to("/" + "t" * 4000)
+            os.link(str(tree / "srv" / "4097"), str(tree / "srv" / "hard"))
+            if os.geteuid() == 0:
+                os.chown(str(tree / "srv" / "0"), 4000000000, 70000)
+            os.utime(str(tree / "srv"), (1, 1000000000))
+            listed.append(subprocess.check_output(["sh", "-c", stat.format("srv")], cwd=str(tree)).decode())
+
+        with tempfile.TemporaryDirectory() as folder:
+            image = make_rootfs(Path(folder) / "image", "erofs", fill)
+            before = image.read_bytes()
+            vm = self.running(rootfs_path=str(image))
+            self.assertEqual(self.result(vm, "exec", shell(stat.format("/srv")))["stdout"], listed[0])
+            self.assertEqual(self.said(vm, "echo new >/etc/made-by; cat /etc/made-by"), "new")
+            self.assertTrue(image.read_bytes() == before)
 
     def test_image_keeps_its_own_users(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

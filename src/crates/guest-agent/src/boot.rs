@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use microvm_protocol::cmdline::Machine;
@@ -156,10 +157,19 @@ fn mount_disk(device: &str) -> Result<(), String> {
     resized.map(drop).map_err(|e| format!("growing the file system to {blocks} blocks of {block} bytes: {e}"))
 }
 
+/// Whether the superblock is that of EROFS (linux/fs/erofs/erofs_fs.h).
+fn is_erofs(device: &str) -> Result<bool, String> {
+    let mut magic = [0; 4];
+    let read = File::open(device).and_then(|file| file.read_exact_at(&mut magic, 1024));
+    read.map_err(|e| format!("{device}: {e}"))?;
+    Ok(u32::from_le_bytes(magic) == 0xE0F5_E1E2)
+}
+
 /// Lays a writable layer over the read-only image and makes it the root.
 fn enter_rootfs(device: &str, has_disk: bool) -> Result<(), String> {
     // `noload`: a journal cannot be replayed on a read-only device; `errors=continue` reports instead of panicking.
-    mount_at(device, LOWER, "ext4", MsFlags::MS_RDONLY | MsFlags::MS_NODEV, "noload")?;
+    let (kind, options) = if is_erofs(device)? { ("erofs", "") } else { ("ext4", "noload") };
+    mount_at(device, LOWER, kind, MsFlags::MS_RDONLY | MsFlags::MS_NODEV, options)?;
     let layer = if has_disk { format!("{DATA}/.overlay") } else { "/run/overlay".to_owned() };
     for part in ["upper", "work"] {
         let path = format!("{layer}/{part}");

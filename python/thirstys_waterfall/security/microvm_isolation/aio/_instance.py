@@ -33,7 +33,7 @@ class AsyncMicroVMInstance:
         resource_limits: What the VM may have.
         network_config: The VM's network; none where left out.
         kernel_path: A Linux kernel in place of the package's.
-        rootfs_path: An ext4 image as the root file system.
+        rootfs_path: An ext4 or EROFS image as the root file system.
         template: The name of a snapshot to clone.
         labels: Strings by strings.
     """

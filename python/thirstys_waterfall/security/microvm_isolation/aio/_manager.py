@@ -79,7 +79,7 @@ class AsyncMicroVMIsolationManager:
             network_config: The VM's network; none where left out.
             vm_id: The id; a new one where left out.
             kernel_path: A Linux kernel in place of the package's.
-            rootfs_path: An ext4 image as the root file system.
+            rootfs_path: An ext4 or EROFS image as the root file system.
             template: The name of a snapshot to clone.
             labels: Strings by strings.
 
@@ -126,7 +126,7 @@ class AsyncMicroVMIsolationManager:
             network_config: The VM's network; none where left out.
             vm_id: The id; a new one where left out.
             kernel_path: A Linux kernel in place of the package's.
-            rootfs_path: An ext4 image as the root file system.
+            rootfs_path: An ext4 or EROFS image as the root file system.
             template: The name of a snapshot to clone.
             labels: Strings by strings.
             ports: What is published as soon as the VM runs: the host's port, or its address and port, by the guest's port. As of
