@@ -26,6 +26,7 @@ LIFE = """
 import os, sys, time
 from {module} import *
 uid, end, config = int(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
+here = os.getcwd()
 if uid:
     os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
 try:
@@ -33,6 +34,8 @@ try:
 except Exception as error:
     print("refused", type(error).__name__, error)
     sys.exit()
+# A relative folder is what it was when the manager was made.
+os.chdir("/")
 manager.start()
 vm = manager.get_vm(manager.create_vm("session", VMResourceLimits(1, 128, 64), vm_id="guest"))
 if not vm.start():
@@ -55,7 +58,7 @@ for name in ("git", "project", "smith", "app-templates"):
         lambda: name in ("project", "smith") and vm.snapshot(name),
         lambda: manager.delete_template(name),
         lambda: manager.resume_vm(name),
-        lambda: manager.export_disk(name, "exported"),
+        lambda: manager.export_disk(name, "/nonexistent/exported"),
         lambda: manager.create_vm("session", VMResourceLimits(1, 128, 64), vm_id=name),
         lambda: manager.get_vm(name) and name == "git" and manager.get_vm(name).start(),
         lambda: manager.destroy_vm(name),
@@ -66,6 +69,7 @@ for name in ("git", "project", "smith", "app-templates"):
             pass
 manager.prepare(VMResourceLimits(1, 128, 64))
 running_vms(config.get("runtime_dir")); doctor()
+os.chdir(here)
 other = MicroVMIsolationManager(dict({{"default_backend": "QEMU"}}, **config))
 other.start(); other.stop()
 print("ran", flush=True)

@@ -103,6 +103,12 @@ print(_logging._thread.is_alive())
 """.format(IMPORT))
         self.assertEqual((done.stdout, done.stderr), ("None\nTrue\n", ""))
 
+    def test_processes_look_for_each_other_in_one_place_whatever_tmpdir_they_have(self) -> None:
+        code = "from {} import doctor; report = doctor(); print(report['runtime_dir'], report['cache_dir'])".format(IMPORT)
+        places = {run_python(code, env=dict(os.environ, TMPDIR=folder)).stdout for folder in ("/tmp", "/var/tmp", "/nonexistent")}
+        self.assertEqual(len(places), 1, places)
+        self.assertIn("tw-microvm", places.pop())
+
     def test_killed_process_leaves_no_vmm_and_the_next_manager_sweeps(self) -> None:
         done = run_python(RUNNING + "print(vm.get_info()['socket_path'], pid, flush=True); os.kill(os.getpid(), 9)")
         self.assertEqual(done.returncode, -signal.SIGKILL)

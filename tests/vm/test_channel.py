@@ -496,6 +496,9 @@ class Files(VMTestCase):
         self.assertEqual(refused.exception.code, "not_a_file")
         self.assertIn("Linux", self.result(self.vm, "read_file", {"path": "/proc/version"})["data"])
         self.assertEqual(len(self.result(self.vm, "read_file", {"path": "/dev/urandom", "max_bytes": 100})), 4)
+        self.assertIn("Linux version", self.result(self.vm, "read_file", {"path": "/proc/kmsg"})["data"])
+        # Nothing is left in it to read.
+        self.vm.send_command("read_file", {"path": "/proc/kmsg"}, timeout=0.3)
         terminal = self.vm.stream("sleep", ["1000"], pty=True)
         name = "/proc/{}/fd/0".format(terminal.pid)
         for _ in range(150):
