@@ -354,10 +354,16 @@ impl SnapshotStore {
     }
 }
 
-/// Whether a folder holds nothing but what is written into one that is being made. Its name alone proves nothing.
+/// The files of a folder that holds nothing but a snapshot's. Its name alone proves nothing.
+fn files_of(dir: &Dir, name: &str) -> Option<Vec<Entry>> {
+    let ours = |entry: &Entry| !entry.is_dir && [MANIFEST, RAM, STATE, DISK].iter().any(|file| entry.name == *file);
+    let entries = dir.dir(name).and_then(|folder| folder.entries()).ok()?;
+    entries.iter().all(ours).then_some(entries)
+}
+
+/// Whether a folder holds what is written into one that is being made, nothing at first.
 fn is_half_made(dir: &Dir, name: &str) -> bool {
-    let ours = |entry: Entry| !entry.is_dir && [MANIFEST, RAM, STATE, DISK].iter().any(|file| entry.name == *file);
-    dir.dir(name).and_then(|folder| folder.entries()).is_ok_and(|entries| entries.into_iter().all(ours))
+    files_of(dir, name).is_some()
 }
 
 /// Whether a folder holds a snapshot, or what damage has left of one.

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .. import MicroVMError, VMNetworkConfig, __version__
+from .. import MicroVMError, __version__
 from . import run as one_vm
 from . import session
 
@@ -29,11 +29,10 @@ def run(options: argparse.Namespace) -> int:
         from .. import _mcp
     except ImportError as error:
         raise MicroVMError("{}: the MCP server needs the official SDK: {}".format(error, EXTRA), "host_error", {"remedy": EXTRA}) from None
-    network = VMNetworkConfig(isolated_network=False, egress=options.egress) if options.net or options.egress else None
     policy = {"idle_limit_s": options.idle, "deadline_s": options.deadline}
     bounds = _mcp.Bounds(
         limits=one_vm.limits(options),
-        network=network,
+        network=one_vm.network(options),
         backend=options.backend,
         template=options.template,
         max_vms=options.max_vms,

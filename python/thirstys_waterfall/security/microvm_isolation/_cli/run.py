@@ -95,12 +95,17 @@ def limits(options: argparse.Namespace) -> Optional[VMResourceLimits]:
     return None if options.template and not given else VMResourceLimits(**given)
 
 
+def network(options: argparse.Namespace) -> Optional[VMNetworkConfig]:
+    """What the options of :func:`configure_vm` say; isolated where they say nothing."""
+    return VMNetworkConfig(isolated_network=False, egress=options.egress) if options.net or options.egress else None
+
+
 def start(options: argparse.Namespace, manager: MicroVMIsolationManager) -> VM:
     """Starts a VM with the options of :func:`configure_vm`."""
     vm = manager.run_vm(
         resource_limits=limits(options),
         backend=options.backend,
-        network_config=VMNetworkConfig(isolated_network=False, egress=options.egress) if options.net or options.egress else None,
+        network_config=network(options),
         vm_id=options.name,
         template=options.template,
         labels=dict(options.label),

@@ -1,25 +1,21 @@
 """One microVM."""
 
 import logging
-import socket
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Type, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Type, Union
 
 from .. import _native
 from .._enums import IsolationType, VMBackend, VMState
 from .._errors import MicroVMError
 from .._models import VMHealthMetrics, VMNetworkConfig, VMResourceLimits
-from .._types import CommandAnswer, PortInfo, Transferred, VMInfo
+from .._types import CommandAnswer, Transferred, VMInfo
 from ._operations import Bytes, Opening, Path, go_on, result
-from ._ports import connect, publish
+from ._ports import Ports
 from ._stream import AsyncProcessStream, open_stream
 from ._transfer import DownloadProgress, Reads, UploadProgress, Writes, download, upload
 
-if TYPE_CHECKING:
-    from typing_extensions import Literal
 
-
-class AsyncMicroVMInstance:
+class AsyncMicroVMInstance(Ports):
     """One microVM: the twin of ``MicroVMInstance``.
 
     Made by ``AsyncMicroVMIsolationManager.get_vm``, or on its own without a manager. ``async with`` starts the VM and
@@ -187,52 +183,6 @@ class AsyncMicroVMInstance:
         """
         arguments: Dict[str, Any] = {name: value for name, value in locals().items() if name != "self"}
         return Opening(open_stream(self._operations.stream, arguments))
-
-    async def connect(
-        self, port: int, address: Optional[str] = None, timeout: Optional[float] = None
-    ) -> socket.socket:
-        """Connects to a TCP port of the guest and returns a socket that does not block.
-
-        Does not block the loop. Cancelling undoes it. ``asyncio.open_connection(sock=await vm.connect(8000))`` makes streams of it.
-        ``MicroVMInstance.connect`` has the details and the errors.
-
-        Args:
-            port: The port, 1 to 65535.
-            address: Where in the guest it is, as an IPv4 or IPv6 address; where left out, 127.0.0.1, and ``::1`` where that
-                refuses.
-            timeout: Seconds that it may take, 0 to 86400; ``command_timeout_s`` where left out.
-        """
-        return await connect(self._operations.connect, port, address, timeout)
-
-    async def publish(
-        self,
-        port: int,
-        host_port: int = 0,
-        address: str = "127.0.0.1",
-        protocol: "Literal['tcp']" = "tcp",
-        guest_address: Optional[str] = None,
-    ) -> _native.PublishedPort:
-        """Has this host listen at a port, and carries the connections that come to a TCP port of the guest.
-
-        Does not block the loop. ``MicroVMInstance.publish`` has the details and the errors; no method of the handle blocks.
-
-        Args:
-            port: The port of the guest, 1 to 65535.
-            host_port: The port of the host, 0 to 65535; one that is free where it is 0.
-            address: The address of the host to listen at. Every program of the host may connect to 127.0.0.1; ``0.0.0.0`` or
-                ``::`` lets other machines connect, too.
-            protocol: ``tcp``.
-            guest_address: Where in the guest the port is, as for ``connect``.
-        """
-        return await publish(self._operations.publish, port, host_port, address, protocol, guest_address)
-
-    async def ports(self) -> List[PortInfo]:
-        """Returns what is published of the VM, in the order of the host's addresses.
-
-        Does not block the loop.
-        """
-        listed: List[PortInfo] = await result(self._operations.ports)
-        return listed
 
     async def upload(
         self,

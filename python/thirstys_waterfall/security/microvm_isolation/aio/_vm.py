@@ -1,16 +1,14 @@
 """A running VM with the names of ``subprocess`` and ``pathlib``."""
 
 import io
-import socket
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Type, Union, overload
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Type, Union, overload
 
-from .. import _native
 from .._errors import ChannelError, CommandError, VmNotFoundError
-from .._types import PortInfo
 from .._vm import Args, CompletedProgram, Input, Run, Word, command, content_of, encoded
 from ._instance import AsyncMicroVMInstance
 from ._operations import Bytes, Opening, go_on
+from ._ports import Ports
 from ._stream import AsyncProcessStream
 
 if TYPE_CHECKING:
@@ -20,8 +18,8 @@ if TYPE_CHECKING:
     from ._manager import AsyncMicroVMIsolationManager
 
 
-class AsyncPrograms:
-    """Programs and files of a VM, whichever process has it."""
+class AsyncPrograms(Ports):
+    """Programs, files and ports of a VM, whichever process has it."""
 
     instance: Union[AsyncMicroVMInstance, "AsyncAttachedVM"]
 
@@ -147,51 +145,6 @@ class AsyncPrograms:
         """
         return self.popen(args)
 
-    async def connect(
-        self, port: int, address: Optional[str] = None, timeout: Optional[float] = None
-    ) -> socket.socket:
-        """Connects to a TCP port of the guest and returns a socket that does not block.
-
-        Does not block the loop. Cancelling undoes it. ``asyncio.open_connection(sock=await vm.connect(8000))`` makes streams of it.
-        ``MicroVMInstance.connect`` has the details and the errors.
-
-        Args:
-            port: The port, 1 to 65535.
-            address: Where in the guest it is, as an IPv4 or IPv6 address; where left out, 127.0.0.1, and ``::1`` where that
-                refuses.
-            timeout: Seconds that it may take, 0 to 86400; ``command_timeout_s`` where left out.
-        """
-        return await self.instance.connect(port, address, timeout)
-
-    async def publish(
-        self,
-        port: int,
-        host_port: int = 0,
-        address: str = "127.0.0.1",
-        protocol: "Literal['tcp']" = "tcp",
-        guest_address: Optional[str] = None,
-    ) -> _native.PublishedPort:
-        """Has this host listen at a port, and carries the connections that come to a TCP port of the guest.
-
-        Does not block the loop. ``MicroVMInstance.publish`` has the details and the errors; no method of the handle blocks.
-
-        Args:
-            port: The port of the guest, 1 to 65535.
-            host_port: The port of the host, 0 to 65535; one that is free where it is 0.
-            address: The address of the host to listen at. Every program of the host may connect to 127.0.0.1; ``0.0.0.0`` or
-                ``::`` lets other machines connect, too.
-            protocol: ``tcp``.
-            guest_address: Where in the guest the port is, as for ``connect``.
-        """
-        return await self.instance.publish(port, host_port, address, protocol, guest_address)
-
-    async def ports(self) -> List[PortInfo]:
-        """Returns what is published of the VM, in the order of the host's addresses.
-
-        Does not block the loop.
-        """
-        return await self.instance.ports()
-
     async def write_bytes(self, path: str, data: Bytes, *, mode: Optional[int] = None) -> None:
         """Replaces a file of the guest.
 
@@ -262,6 +215,7 @@ class AsyncVM(AsyncPrograms):
     def __init__(self, manager: "AsyncMicroVMIsolationManager", instance: AsyncMicroVMInstance) -> None:
         self._manager = manager
         self.instance = instance
+        self._operations = instance._operations
         self.vm_id = instance.vm_id
 
     async def __aenter__(self) -> "AsyncVM":
